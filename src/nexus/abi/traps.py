@@ -1,0 +1,495 @@
+"""The traps: everything a task can ask of the world.
+
+`await Send(slot, data)` yields the trap object itself to the kernel that drives the coroutine;
+the kernel resumes the coroutine with the result, or throws `AbiError`. Trap objects may be
+kept and awaited again with other field values: hot paths do.
+
+Common to all: slots outside 0..SLOTS_MAX-1 or empty are InvalidArgument; a slot without the
+right is PermissionDenied; a refused trap changes nothing.
+"""
+
+from collections.abc import Generator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from nexus.abi.identity import Sender
+from nexus.abi.limits import (
+    BUDGET_SIZE_DEFAULT,
+    ENDPOINTS_PER_OWNER_MAX,
+    LINK_DEPTH_DEFAULT,
+    LINK_SIZE_MAX,
+    MESSAGE_SIZE_MAX,
+    OWNER_SIZE_DEFAULT,
+)
+from nexus.abi.status import SpawnReason
+from nexus.abi.types import (
+    NO_WAIT,
+    CapKind,
+    LinkId,
+    Nanos,
+    Pid,
+    QosClass,
+    Rights,
+    ServiceId,
+    Slot,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Trap(Generic[T_co]):
+    """One request to the kernel, awaited for its result."""
+
+    __slots__ = ()
+
+    def __await__(self) -> "Generator[Trap[Any], Any, T_co]":
+        return (yield self)
+
+
+class Message(NamedTuple):
+    """A received message. `cap` is the slot of the capability that moved with it, or None.
+
+    `link` and `source` tell which link of which endpoint it came by; `now` is the kernel's
+    clock when it was taken from the queue, so that deadlines are checked without a trap.
+    """
+
+    data: bytes
+    sender: Sender
+    link: LinkId
+    cap: Slot | None
+    now: Nanos
+    source: Slot
+
+
+class LinkTerms(NamedTuple):
+    """What a link may hold: messages, bytes, and how many links may be derived from it."""
+
+    depth: int = LINK_DEPTH_DEFAULT
+    size: int = LINK_SIZE_MAX
+    delegations: int = 0
+
+
+class NewLink(NamedTuple):
+    """A fresh link: the SEND capability, and the link's id at the receiver if that is oneself."""
+
+    slot: Slot
+    link: LinkId | None
+
+
+class CapInfo(NamedTuple):
+    """Answer of CapQuery. `length` is bytes, rounded up to pages; 0 where it means nothing."""
+
+    kind: CapKind
+    rights: Rights
+    length: int
+
+
+class SpawnSpec(NamedTuple):
+    """What to start. The budgets are reserved from the system's totals at spawn."""
+
+    name: str
+    program: str
+    control: Slot  # the spawner's endpoint that the child's control link leads to
+    argument: bytes = b""
+    qos: QosClass = QosClass.NORMAL
+    cpu: int | None = None  # declared placement; None lets the kernel choose
+    owner_size: int = OWNER_SIZE_DEFAULT  # bytes of link shares the child may reserve
+    endpoints: int = ENDPOINTS_PER_OWNER_MAX
+    budget: int = BUDGET_SIZE_DEFAULT  # bytes of kernel objects
+    delegations: int = 0  # links derivable from the spawner's link to the child's endpoint
+
+
+class Spawned(NamedTuple):
+    """A started task: `slot` is the spawner's SEND and MANAGE link to the child's endpoint,
+    `link` the id under which the child's control link is known at `SpawnSpec.control`."""
+
+    pid: Pid
+    service: ServiceId
+    generation: int
+    slot: Slot
+    link: LinkId
+
+
+class ExitInfo(NamedTuple):
+    """How a task ended: exit code, or the signal that killed it (0 if none)."""
+
+    pid: Pid
+    code: int
+    signal: int
+
+
+class TaskInfo(NamedTuple):
+    """A row of the kernel's task list."""
+
+    pid: Pid
+    name: str
+    service: ServiceId
+    generation: int
+    qos: QosClass
+
+
+class TaskCounters(NamedTuple):
+    """The kernel's own account of the calling task. Sizes are bytes; the others are counts."""
+
+    slots: int  # used capability slots
+    endpoints: int  # live endpoints owned
+    links: int  # links into own endpoints
+    reserved_size: int  # link shares reserved in own endpoints
+    queued: int  # messages waiting in own endpoints
+    queued_size: int
+    sent: int
+    sent_size: int
+    received: int
+    received_size: int
+    timeouts: int  # waits that ended with TimedOut
+    refused_identity: int  # messages dropped: pid 0, unknown, or not in the table
+    refused_caps: int  # messages dropped: more than one capability attached
+    refused_oversize: int
+    refused_links: int  # derived links closed for exceeding their delegations
+    budget_used: int
+    budget_free: int
+    budget_total: int
+    refused_size: int  # size of the last allocation refused by the budget, 0 if none
+    refused_align: int
+    vmo_size: int  # bytes of VMOs held, page-rounded
+
+
+class EndpointCreate(Trap[Slot]):
+    """Make an endpoint owned by the caller; its capability has RECV and MANAGE.
+
+    Refuses: NoSpace (slots, endpoints of the owner, budget).
+    """
+
+    __slots__ = ()
+
+
+class EndpointClose(Trap[None]):
+    """Close an endpoint for everybody: queues are dropped, every waiter gets NoSuchEndpoint.
+
+    Rights: MANAGE; a refused close keeps the capability.
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class LinkCreate(Trap[NewLink]):
+    """Make a fresh link: into the caller's own endpoint, or derived from a link it holds.
+
+    Rights: MANAGE on an own endpoint; SEND on a link. From a link without MANAGE the terms may
+    not exceed that link's, and the new link's delegations must be 0.
+    A link derived from a held one counts against the `delegations` of that one until the owner
+    has received the PeerGone of the derived link.
+    Refuses: NoSpace (slots, delegations, owner's share, budget), InvalidArgument (depth not
+    1..LINK_DEPTH_MAX, size not 1..LINK_SIZE_MAX), PermissionDenied, NoSuchEndpoint.
+    """
+
+    __slots__ = ("slot", "terms")
+
+    def __init__(self, slot: Slot, terms: LinkTerms = LinkTerms()) -> None:  # noqa: B008 (immutable)
+        self.slot = slot
+        self.terms = terms
+
+
+class Send(Trap[None]):
+    """Queue one message, 1 to MESSAGE_SIZE_MAX bytes; the first byte is below 0xF0.
+
+    With `move` that capability leaves the sender when the send succeeds, and only then.
+    A link that is unused and held under one slot moves as it is; otherwise a link derived from
+    it (same terms, no delegations) moves and the slot is emptied. VMOs move with MAP only and
+    must be sealed. Endpoints and MANAGE do not move.
+    Rights: SEND on `slot`; SEND or MAP on `move`.
+    Refuses: QueueFull (depth), NoSpace (bytes; delegations), TimedOut (no room before a deadline
+    other than NO_WAIT), NoSuchEndpoint, InvalidArgument (size, kind, moving a link over itself),
+    PermissionDenied.
+    """
+
+    __slots__ = ("data", "deadline", "move", "slot")
+
+    def __init__(
+        self,
+        slot: Slot,
+        data: bytes | bytearray,
+        *,
+        move: Slot | None = None,
+        deadline: Nanos = NO_WAIT,
+    ) -> None:
+        self.slot = slot
+        self.data = data
+        self.move = move
+        self.deadline = deadline
+
+
+class Recv(Trap[Message]):
+    """Take one message from the endpoints in `sources`; with `link`, from that link only.
+
+    First in, first out within a link; links are served in rotation. A moved capability lands in
+    the lowest free slot.
+    Rights: RECV on each source.
+    Refuses: QueueEmpty (NO_WAIT), TimedOut (a deadline passed; a queued message still wins over a
+    past deadline), PeerGone (once per link, after its last message), NoSpace (every message at
+    hand carries a capability and the table is full; nothing is lost), InvalidArgument (the
+    message at hand is larger than `size_max`; nothing is lost), NoSuchEndpoint.
+    """
+
+    __slots__ = ("deadline", "link", "size_max", "sources")
+
+    def __init__(
+        self,
+        sources: tuple[Slot, ...],
+        deadline: Nanos,
+        *,
+        link: LinkId | None = None,
+        size_max: int = MESSAGE_SIZE_MAX,
+    ) -> None:
+        self.sources = sources
+        self.deadline = deadline
+        self.link = link
+        self.size_max = size_max
+
+
+class Call(Trap[Message]):
+    """Send without waiting for room, then receive from `link` of endpoint `inbox`, as one trap.
+
+    Refuses: whatever Send refuses (nothing was sent; `sent` is False), then whatever Recv
+    refuses (`sent` is True). `deadline` bounds the wait for the answer.
+    """
+
+    __slots__ = ("data", "deadline", "inbox", "link", "sent", "slot")
+
+    def __init__(
+        self, slot: Slot, data: bytes | bytearray, inbox: Slot, link: LinkId, deadline: Nanos
+    ) -> None:
+        self.slot = slot
+        self.data = data
+        self.inbox = inbox
+        self.link = link
+        self.deadline = deadline
+        self.sent = False
+
+
+class ReplyRecv(Trap[Message]):
+    """Send `data` on `slot` unless it is None, without waiting, then Recv from `sources`.
+
+    A refused send does not refuse the trap: `reply_status` holds its status, None if it was sent.
+    """
+
+    __slots__ = ("data", "deadline", "reply_status", "slot", "sources")
+
+    def __init__(self, sources: tuple[Slot, ...], deadline: Nanos) -> None:
+        self.slot: Slot | None = None
+        self.data: bytes | bytearray = b""
+        self.sources = sources
+        self.deadline = deadline
+        self.reply_status: int | None = None
+
+
+class CapClone(Trap[Slot]):
+    """A second slot for the same capability of this task. Endpoints cannot be cloned.
+
+    Refuses: NoSpace, PermissionDenied.
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class CapDerive(Trap[Slot]):
+    """A second slot with a subset of the rights. Refuses: PermissionDenied (superset), NoSpace."""
+
+    __slots__ = ("rights", "slot")
+
+    def __init__(self, slot: Slot, rights: Rights) -> None:
+        self.slot = slot
+        self.rights = rights
+
+
+class CapClose(Trap[None]):
+    """Drop a slot. The last slot of a link closes it; the slot of an own endpoint closes that."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class CapQuery(Trap[CapInfo]):
+    """Kind, rights and length of a VMO or a device. Rights: MAP; endpoints and links refuse
+    with PermissionDenied."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class VmoCreate(Trap[Slot]):
+    """A zeroed memory object, 1..VMO_SIZE_MAX bytes, rounded up to pages; MAP and MANAGE.
+
+    Refuses: InvalidArgument, NoSpace (slots; budget, with the request kept in TaskCounters).
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class VmoWrite(Trap[None]):
+    """Write into an unsealed VMO. Rights: MANAGE. Refuses: PermissionDenied once sealed,
+    InvalidArgument outside the length."""
+
+    __slots__ = ("data", "offset", "slot")
+
+    def __init__(self, slot: Slot, offset: int, data: bytes) -> None:
+        self.slot = slot
+        self.offset = offset
+        self.data = data
+
+
+class VmoSeal(Trap[None]):
+    """Make a VMO unchangeable for ever, for everybody. Rights: MANAGE."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class VmoMap(Trap[memoryview]):
+    """The content of a sealed VMO, read only. The mapping ends when the view is released.
+
+    Rights: MAP. Refuses: PermissionDenied (not sealed), InvalidArgument (not a VMO).
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class Spawn(Trap[Spawned]):
+    """Start a program as a task with an identity of its own. Only the root task may.
+
+    Refuses: PermissionDenied; else a status with the reason kept for SpawnLastError: NoSpace
+    with oom, cap-table-full or endpoint-quota; Unsupported with map-failed; InvalidArgument with
+    invalid-payload (unknown program, bad name, bad budgets, a live task of that name).
+    """
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: SpawnSpec) -> None:
+        self.spec = spec
+
+
+class SpawnLastError(Trap[SpawnReason]):
+    """Why the last failed Spawn failed; reading it clears it."""
+
+    __slots__ = ()
+
+
+class Wait(Trap[ExitInfo]):
+    """Wait for the end of a task and reap it. Only the root task may.
+
+    Refuses: InvalidArgument (not a child, or already reaped), QueueEmpty (NO_WAIT), TimedOut.
+    """
+
+    __slots__ = ("deadline", "pid")
+
+    def __init__(self, pid: Pid, deadline: Nanos) -> None:
+        self.pid = pid
+        self.deadline = deadline
+
+
+class Kill(Trap[None]):
+    """End a task at once, as SIGKILL does. Only the root task may."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: Pid) -> None:
+        self.pid = pid
+
+
+class Exit(Trap[None]):
+    """End the calling task with a code 0..255. Returning from `main` is the same."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class TaskTable(Trap[tuple[TaskInfo, ...]]):
+    """The kernel's list of live tasks, by pid. Only the root task may."""
+
+    __slots__ = ()
+
+
+class TaskQos(Trap[QosClass]):
+    """The caller's own class."""
+
+    __slots__ = ()
+
+
+class SetTaskQos(Trap[None]):
+    """Set the class of a task; `pid` None is oneself, `qos` is the raw number.
+
+    Checks in this order, each with an audit line (core.md 1.2): InvalidArgument for a number that
+    is no class (invalid_qos_class), InvalidArgument for an unknown task (invalid_target_pid),
+    PermissionDenied for another task (unauthorized_other_pid), PermissionDenied for a raise
+    (unauthorized_escalation), QueueFull (scheduler_queue_full; nothing changed), else applied.
+    init, execd and policyd are exempt from the two authority checks.
+    """
+
+    __slots__ = ("pid", "qos")
+
+    def __init__(self, pid: Pid | None, qos: int) -> None:
+        self.pid = pid
+        self.qos = qos
+
+
+class Now(Trap[Nanos]):
+    """The kernel's monotonic clock."""
+
+    __slots__ = ()
+
+
+class SleepUntil(Trap[Nanos]):
+    """Sleep until an absolute time; returns the clock, never earlier than asked."""
+
+    __slots__ = ("deadline",)
+
+    def __init__(self, deadline: Nanos) -> None:
+        self.deadline = deadline
+
+
+class Entropy(Trap[bytes]):
+    """1..ENTROPY_SIZE_MAX fresh bytes. Only the root task, until rngd owns the device."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class ConsoleWrite(Trap[None]):
+    """Print one line, stamped with the sender by the kernel, with evidence as JSON next to it.
+
+    Refuses: InvalidArgument (longer than the limits, a line break or another control character,
+    evidence that is not a JSON object), QueueFull.
+    """
+
+    __slots__ = ("evidence", "line")
+
+    def __init__(self, line: str, evidence: bytes = b"") -> None:
+        self.line = line
+        self.evidence = evidence
+
+
+class TaskStats(Trap[TaskCounters]):
+    """The kernel's account of the calling task."""
+
+    __slots__ = ()

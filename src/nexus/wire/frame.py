@@ -1,0 +1,49 @@
+"""The frame header: 48 bytes, little-endian, in front of a MessagePack body."""
+
+import struct
+from typing import Final, NamedTuple
+
+from nexus.abi import MESSAGE_KIND_RESERVED, MESSAGE_SIZE_MAX, Nanos
+
+HEADER: Final = struct.Struct("<BBBBHHQQ16s8s")
+"""kind, version, op, flags, protocol, status, nonce, deadline, trace id, parent span id."""
+
+HEADER_SIZE: Final = HEADER.size
+FRAME_KIND: Final = 0x4E  # 'N'; what follows is a Nexus frame
+BODY_SIZE_MAX: Final = MESSAGE_SIZE_MAX - HEADER_SIZE
+REPLY_BIT: Final = 0x80  # a reply's op is the request's op with this bit
+OP_MAX: Final = 0x7F
+FLAG_BATCH: Final = 0x01  # the body is an array of requests, or of replies
+FLAG_MASK: Final = FLAG_BATCH
+
+assert HEADER_SIZE == 48, "MESSAGE_SIZE_MAX in abi.limits counts on it"
+assert BODY_SIZE_MAX == 8192
+assert FRAME_KIND < MESSAGE_KIND_RESERVED
+
+
+class Header(NamedTuple):
+    """A decoded frame header. `deadline` is absolute; `trace` is W3C (16 bytes), `span` the
+    caller's span (8 bytes), the parent of whatever the receiver does for it."""
+
+    kind: int
+    version: int
+    op: int
+    flags: int
+    protocol: int
+    status: int
+    nonce: int
+    deadline: Nanos
+    trace: bytes
+    span: bytes
+
+
+def pack_header(header: Header) -> bytes:
+    """The 48 bytes of a header."""
+    return HEADER.pack(*header)
+
+
+def unpack_header(data: bytes | bytearray) -> Header | None:
+    """The header of a frame, or None if `data` is shorter than one."""
+    if len(data) < HEADER_SIZE:
+        return None
+    return Header._make(HEADER.unpack_from(data))
