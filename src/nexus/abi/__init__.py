@@ -8,6 +8,7 @@ scheduler, or the trap loop of a Linux process) is "the kernel".
 from nexus.abi.events import Event, EventKind, Recorder
 from nexus.abi.identity import INIT_NAME, Sender, service_id
 from nexus.abi.limits import (
+    AUDIT_LINES_MAX,
     BUDGET_SIZE_DEFAULT,
     CONSOLE_LINE_SIZE_MAX,
     CONTROL_LINK_SIZE,
@@ -32,6 +33,8 @@ from nexus.abi.limits import (
 from nexus.abi.program import BootImage, Program, Programs
 from nexus.abi.status import AbiError, PeerGone, SpawnReason, Status
 from nexus.abi.traps import (
+    AuditLines,
+    AuditLog,
     Call,
     CapClone,
     CapClose,
@@ -85,6 +88,7 @@ from nexus.abi.types import (
 )
 
 __all__ = [
+    "AUDIT_LINES_MAX",
     "BUDGET_SIZE_DEFAULT",
     "CONSOLE_LINE_SIZE_MAX",
     "CONTROL_LINK_SIZE",
@@ -109,6 +113,8 @@ __all__ = [
     "TOTAL_SIZE_DEFAULT",
     "VMO_SIZE_MAX",
     "AbiError",
+    "AuditLines",
+    "AuditLog",
     "BootImage",
     "Call",
     "CapClone",

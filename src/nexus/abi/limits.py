@@ -21,6 +21,7 @@ VMO_SIZE_MAX: Final = 1024 * 1024  # bytes; a bulk transfer, not a data set
 ENTROPY_SIZE_MAX: Final = 256  # bytes; getrandom(2) never short-reads at or below 256
 CONSOLE_LINE_SIZE_MAX: Final = 512  # bytes of UTF-8; a marker or a statement, not a log
 EVIDENCE_SIZE_MAX: Final = 4096  # bytes of JSON next to a console line
+AUDIT_LINES_MAX: Final = 64  # QoS audit lines kept for init; one proof run makes about ten
 SERVICE_NAME_SIZE_MAX: Final = 48  # bytes of ASCII; the reference system's routing limit
 
 assert MESSAGE_SIZE_MAX <= LINK_SIZE_MAX, "a link holds at least one largest message"

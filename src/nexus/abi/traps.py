@@ -153,6 +153,13 @@ class TaskCounters(NamedTuple):
     vmo_size: int  # bytes of VMOs held, page-rounded
 
 
+class AuditLines(NamedTuple):
+    """QoS audit lines in the order they were made; `dropped` older ones no longer fitted."""
+
+    lines: tuple[str, ...]
+    dropped: int
+
+
 class EndpointCreate(Trap[Slot]):
     """Make an endpoint owned by the caller; its capability has RECV and MANAGE.
 
@@ -491,5 +498,14 @@ class ConsoleWrite(Trap[None]):
 
 class TaskStats(Trap[TaskCounters]):
     """The kernel's account of the calling task."""
+
+    __slots__ = ()
+
+
+class AuditLog(Trap[AuditLines]):
+    """Take the kernel's QoS audit lines (core.md 1.2) made since the last taking.
+
+    The kernel keeps the last AUDIT_LINES_MAX and counts what it drops. Only the root task may.
+    """
 
     __slots__ = ()

@@ -3,11 +3,12 @@
 Each is a msgspec.Meta, so the decoder refuses a value out of bounds before anything is kept.
 """
 
+import sys
 from typing import Final
 
 from msgspec import Meta
 
-U64_MAX: Final = (1 << 64) - 1
+F64_MAX: Final = sys.float_info.max
 INT_MAX: Final = (1 << 63) - 1  # msgspec checks integer bounds only inside 64-bit signed range
 
 
@@ -37,8 +38,8 @@ def I64() -> Meta:
 
 
 def F64() -> Meta:
-    """A double."""
-    return Meta()
+    """A finite double; infinities and every NaN are refused."""
+    return Meta(ge=-F64_MAX, le=F64_MAX)
 
 
 def Bool() -> Meta:

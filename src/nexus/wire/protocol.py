@@ -1,22 +1,33 @@
-"""Declare a protocol once: messages, requests, statuses; everything else is derived.
+"""Declare a protocol once: messages, requests, statuses; everything else is derived. ::
 
-    class Entropy(Message):
-        data: Annotated[bytes, Blob(size_max=256)]
+class Entropy(Message):
+    data: Annotated[bytes, Blob(size_max=256)]
 
-    class GetEntropy(Request[Entropy], op=1, idempotent=True, refuses=RngdStatus):
-        size: Annotated[int, U16()]
+class GetEntropy(Request[Entropy], op=1, idempotent=True, refuses=RngdStatus):
+    size: Annotated[int, U16()]
 
-    PROTOCOL: Final = Protocol("rngd", number=7, version=1, requests=(GetEntropy,))
+PROTOCOL: Final = Protocol("rngd", number=7, version=1, requests=(GetEntropy,))
 """
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, ClassVar, Final, Generic, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Final, Generic, TypeVar, dataclass_transform, get_args, get_origin
 
 import msgspec
 
-from nexus.wire.frame import OP_MAX
+from nexus.wire.bounds import encoded_size_max
+from nexus.wire.frame import (
+    BODY_SIZE_MAX,
+    FLAG_BATCH,
+    FRAME_KIND,
+    OP_MAX,
+    PREFIX,
+    REPLY_BIT,
+)
 
 BATCH_COUNT_MAX: Final = 256  # requests in one packet; 64 already amortises the packet
+BATCH_PREFIX_SIZE_MAX: Final = 3  # bytes of the array header in front of a batch
+STATUS_ITEM_SIZE_MAX: Final = 3  # bytes of a status that stands for a reply in a batch
 
 
 class RemoteProtocolError(Exception):
@@ -41,10 +52,33 @@ STATUS_MAX: Final = 0xFFFF
 ReplyT = TypeVar("ReplyT")
 
 
+class RequestInfo:
+    """What a request's class statement declared. `moves`: a capability may travel with it."""
+
+    __slots__ = ("idempotent", "moves", "op", "refuses", "reply", "request")
+
+    def __init__(
+        self,
+        request: type,
+        op: int,
+        reply: type,
+        idempotent: bool,
+        refuses: type[IntEnum] | None,
+        moves: bool,
+    ) -> None:
+        self.request = request
+        self.op = op
+        self.reply = reply
+        self.idempotent = idempotent
+        self.refuses = refuses
+        self.moves = moves
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _Meta(msgspec.StructMeta):
     """Takes op, idempotent, refuses and moves from a class statement, leaves the rest to msgspec."""
 
-    def __new__(  # noqa: PYI034 (a metaclass returns a class)
+    def __new__(
         mcls,
         name: str,
         bases: tuple[type, ...],
@@ -64,77 +98,177 @@ class _Meta(msgspec.StructMeta):
                 for base in namespace["__orig_bases__"]
                 if get_origin(base) is Request
             )
-            INFO[cls] = RequestInfo(cls, op, reply, idempotent, refuses, moves)
+            cls.INFO = RequestInfo(cls, op, reply, idempotent, refuses, moves)  # type: ignore[attr-defined]
         return cls
 
 
 class Message(
-    msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True
+    msgspec.Struct,
+    metaclass=_Meta,
+    array_like=True,
+    frozen=True,
+    gc=False,
+    forbid_unknown_fields=True,
 ):
     """Base of every message: an array on the wire, exactly as many elements as fields."""
 
 
-class Request(Message, Generic[ReplyT], metaclass=_Meta):
+class Request(Message, Generic[ReplyT]):
     """Base of every request; `Request[Reply]` names what is returned."""
 
-
-class RequestInfo:
-    """What a request's class statement declared. `moves`: a capability may travel with it."""
-
-    __slots__ = ("idempotent", "moves", "op", "refuses", "reply", "request")
-
-    def __init__(
-        self,
-        request: type,
-        op: int,
-        reply: type,
-        idempotent: bool,  # noqa: FBT001
-        refuses: type[IntEnum] | None,
-        moves: bool,  # noqa: FBT001
-    ) -> None:
-        self.request = request
-        self.op = op
-        self.reply = reply
-        self.idempotent = idempotent
-        self.refuses = refuses
-        self.moves = moves
+    INFO: ClassVar[RequestInfo]
 
 
-INFO: Final[dict[type, RequestInfo]] = {}
+_ENCODER: Final = msgspec.msgpack.Encoder()
+encode: Final = _ENCODER.encode
+encode_into: Final = _ENCODER.encode_into
+
+
+DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError)
+
+
+def decode_strict(decode: Callable[[bytes], Any], body: bytes) -> Any:
+    """Decode exactly what the encoder produces; RemoteProtocolError for anything else.
+
+    Encoding the value again refuses in one comparison what a decoder lets through: integers and
+    lengths in a longer form than needed, an integer where a float belongs, left-out defaults.
+    """
+    try:
+        value = decode(body)
+    except DECODE_ERRORS as error:
+        raise RemoteProtocolError(str(error)) from error
+    if encode(value) != body:
+        raise RemoteProtocolError("not in the form the encoder produces")
+    return value
+
+
+def _decoder(declared: Any) -> Callable[[bytes], Any]:
+    return msgspec.msgpack.Decoder(declared).decode
+
+
+class Codec:
+    """What is derived from one request of one protocol: prefixes, decoders, bounds, statuses.
+
+    A prefix is the first 8 bytes of a header, which name everything but the call itself: a
+    frame whose first 8 bytes are known needs no further look at its protocol, version or op.
+    """
+
+    __slots__ = (
+        "_decode_items",
+        "_decode_replies",
+        "_decode_reply",
+        "_decode_request",
+        "_decode_requests",
+        "batch_count_max",
+        "batch_prefix",
+        "batch_reply_prefix",
+        "idempotent",
+        "info",
+        "moves",
+        "op",
+        "prefix",
+        "reply_item_size_max",
+        "reply_prefix",
+        "reply_size_max",
+        "reply_type",
+        "request_size_max",
+        "request_type",
+        "statuses",
+    )
+
+    def __init__(self, info: RequestInfo, number: int, version: int) -> None:
+        self.info = info
+        self.op = info.op
+        self.idempotent = info.idempotent
+        self.moves = info.moves
+        self.request_type = info.request
+        self.reply_type = info.reply
+        reply_op = info.op | REPLY_BIT
+        self.prefix = PREFIX.pack(FRAME_KIND, version, info.op, 0, number, 0)
+        self.reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, 0, number, 0)
+        self.batch_prefix = PREFIX.pack(FRAME_KIND, version, info.op, FLAG_BATCH, number, 0)
+        self.batch_reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, FLAG_BATCH, number, 0)
+        self._decode_request = _decoder(info.request)
+        self._decode_reply = _decoder(info.reply)
+        self._decode_requests = _decoder(list[info.request])  # type: ignore[name-defined]
+        self._decode_replies = _decoder(list[info.reply])  # type: ignore[name-defined]
+        self._decode_items = _decoder(list[info.reply | int])  # type: ignore[name-defined]
+        self.request_size_max = min(encoded_size_max(info.request), BODY_SIZE_MAX)
+        self.reply_size_max = min(encoded_size_max(info.reply), BODY_SIZE_MAX)
+        self.reply_item_size_max = max(self.reply_size_max, STATUS_ITEM_SIZE_MAX)
+        self.batch_count_max = max(
+            1,
+            min(
+                BATCH_COUNT_MAX, (BODY_SIZE_MAX - BATCH_PREFIX_SIZE_MAX) // self.reply_item_size_max
+            ),
+        )
+        self.statuses: dict[int, IntEnum] = {
+            status: status for status in (*ReplyStatus, *(info.refuses or ()))
+        }
+
+    def decode_request(self, body: bytes) -> Any:
+        """The request, or RemoteProtocolError."""
+        return decode_strict(self._decode_request, body)
+
+    def decode_reply(self, body: bytes) -> Any:
+        """The reply, or RemoteProtocolError."""
+        return decode_strict(self._decode_reply, body)
+
+    def decode_requests(self, body: bytes) -> list[Any]:
+        """The requests of a batch, 1 to `batch_count_max`, or RemoteProtocolError."""
+        requests: list[Any] = decode_strict(self._decode_requests, body)
+        if not 1 <= len(requests) <= self.batch_count_max:
+            raise RemoteProtocolError(f"a batch of {len(requests)} requests")
+        return requests
+
+    def decode_replies(self, body: bytes, count: int) -> list[Any]:
+        """One reply per request of a batch, or RemoteProtocolError."""
+        return self._counted(decode_strict(self._decode_replies, body), count)
+
+    def decode_items(self, body: bytes, count: int) -> list[Any]:
+        """One reply or declared status (an IntEnum) per request, or RemoteProtocolError."""
+        items = self._counted(decode_strict(self._decode_items, body), count)
+        return [
+            item if type(item) is self.reply_type else self._item_status(item) for item in items
+        ]
+
+    def _counted(self, items: list[Any], count: int) -> list[Any]:
+        if len(items) != count:
+            raise RemoteProtocolError(f"{len(items)} answers to {count} requests")
+        return items
+
+    def _item_status(self, number: int) -> IntEnum:
+        status = self.statuses.get(number)
+        if status is None or status in (ReplyStatus.OK, ReplyStatus.REFUSED_ITEM):
+            raise RemoteProtocolError(f"status {number} is no refusal of an item")
+        return status
 
 
 class Protocol:
-    """A named set of requests. `number` is its id on the wire, unique in the tree."""
+    """A named set of requests. `number` is its id on the wire, unique in the tree.
 
-    REGISTRY: ClassVar[dict[int, "Protocol"]] = {}
+    `dispatch` finds a request's codec by the first 8 bytes of its frame, `codecs` by its class.
+    """
 
-    def __init__(
-        self, name: str, *, number: int, version: int, requests: tuple[type, ...]
-    ) -> None:
+    def __init__(self, name: str, *, number: int, version: int, requests: tuple[type, ...]) -> None:
+        assert 0 <= number <= 0xFFFF
+        assert 1 <= version <= 0xFF
         self.name = name
         self.number = number
         self.version = version
-        self.requests = tuple(INFO[request] for request in requests)
+        self.requests: tuple[RequestInfo, ...] = tuple(
+            request.INFO for request in requests if issubclass(request, Request)
+        )
+        assert len(self.requests) == len(requests), f"{name}: lists what is no request"
         self.by_op = {info.op: info for info in self.requests}
-        assert 0 <= number <= 0xFFFF
-        assert 1 <= version <= 0xFF
         assert len(self.by_op) == len(self.requests), f"{name}: an op is given twice"
         assert all(1 <= op <= OP_MAX for op in self.by_op), f"{name}: ops are 1..127"
         for info in self.requests:
             for status in info.refuses or ():
                 assert OWN_STATUS_MIN <= status <= STATUS_MAX, f"{name}: {status!r}"
-
-
-_ENCODER: Final = msgspec.msgpack.Encoder()
-encode: Final = _ENCODER.encode
-
-
-def decode_strict(decoder: "msgspec.msgpack.Decoder[Any]", body: bytes) -> Any:
-    """Decode exactly what the encoder produces; RemoteProtocolError for anything else."""
-    try:
-        value = decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise RemoteProtocolError(str(error)) from error
-    if encode(value) != body:
-        raise RemoteProtocolError("not in the form the encoder produces")
-    return value
+        self.codecs: dict[type, Codec] = {
+            info.request: Codec(info, number, version) for info in self.requests
+        }
+        self.dispatch: dict[bytes, Codec] = {codec.prefix: codec for codec in self.codecs.values()}
+        self.request_size_max = max(codec.request_size_max for codec in self.codecs.values())
+        self.reply_size_max = max(codec.reply_size_max for codec in self.codecs.values())

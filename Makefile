@@ -1,0 +1,129 @@
+# Nexus: what can be done with this tree. `make help` lists it.
+#
+# Needs GNU make (Debian package make) and Python 3.11 or newer with its venv module (python3,
+# python3-venv). Everything else is installed into .venv, at the versions and hashes that
+# requirements/ pins. The Python is chosen by PATH; PYTHON=python3.12 chooses another.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes \
+       --only-binary :all: -r
+TREES := src tests tools fuzz bench
+
+# A tree that was moved or copied, or whose Python was removed, gets its .venv made anew.
+VENV_WORKS := $(shell test "$$(cat .venv/.made 2>/dev/null)" = "$(CURDIR)" && \
+                      $(BIN)/python -c '' 2>/dev/null && echo yes)
+ifneq ($(VENV_WORKS),yes)
+.PHONY: .venv/.made
+endif
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
+	    while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+# ---------------------------------------------------------------- the virtual environment
+
+.PHONY: venv
+venv: .venv/.run ## make .venv with what running needs
+
+.venv/.made:
+	@python=$$(sh tools/prerequisites.sh python) && \
+	    rm -rf .venv && "$$python" -m venv .venv && printf '%s\n' "$(CURDIR)" > $@
+
+.venv/.run: .venv/.made requirements/run.txt pyproject.toml tools/link.py
+	@$(PIP) requirements/run.txt
+	@$(BIN)/python tools/link.py
+	@touch $@
+
+.venv/.dev: .venv/.run requirements/dev.txt
+	@$(PIP) requirements/dev.txt
+	@touch $@
+
+.venv/.bench: .venv/.run requirements/bench.txt
+	@$(PIP) requirements/bench.txt
+	@touch $@
+
+# ---------------------------------------------------------------- run and prove
+
+.PHONY: run
+run: .venv/.run ## start the selftest system as real processes, climb the ladder, print the verdict
+	@$(BIN)/nexus prove --ground linux
+
+# pytest comes last: its summary is the last thing printed.
+.PHONY: test
+test: lint types drift prove pytest ## everything that must hold before a change lands
+
+.PHONY: pytest
+pytest: .venv/.dev
+	@echo '== tests'
+	@$(BIN)/pytest
+
+.PHONY: prove
+prove: .venv/.dev ## both grounds, and the comparison of their event logs
+	@echo '== proof: simulated kernel'
+	@$(BIN)/nexus prove --ground sim --smp 2
+	@echo '== proof: Linux kernel'
+	@$(BIN)/nexus prove --ground linux
+	@echo '== proof: the two compared'
+	@$(BIN)/nexus prove --compare sim,linux
+
+.PHONY: bench
+bench: .venv/.bench ## ours and its peers, side by side (needs a C compiler)
+	@sh tools/prerequisites.sh compiler
+	@$(BIN)/python -m bench
+
+.PHONY: campaign
+campaign: .venv/.dev ## the long run: seeds with faults, the Nth-failure sweep, mutated frames
+	@$(BIN)/python -m nexus.proof.campaign --seeds 500 --report docs/reference/campaign.md
+
+# ---------------------------------------------------------------- checks
+
+.PHONY: lint
+lint: .venv/.dev ## format, lint, words, the rules of the tree, who may import whom
+	@echo '== lint'
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/codespell
+	@$(BIN)/python -m tools.tidy
+	@$(BIN)/lint-imports --no-cache > .venv/imports.log || { cat .venv/imports.log; exit 1; }
+
+.PHONY: types
+types: .venv/.dev ## mypy strict, and basedpyright for results that nobody looks at
+	@echo '== types'
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/basedpyright --level error > .venv/types.log || { cat .venv/types.log; exit 1; }
+
+.PHONY: drift
+drift: .venv/.dev ## generated pages, claims and statuses agree with the code
+	@echo '== drift'
+	@$(BIN)/python -m tools.pages --check
+	@$(BIN)/python -m tools.claims
+	@$(BIN)/python -m tools.statuses
+
+.PHONY: docs
+docs: .venv/.dev ## write the generated pages
+	@$(BIN)/python -m tools.pages
+
+# ---------------------------------------------------------------- upkeep
+
+# Every pin with the hashes of all its files, so that one list serves every Python from 3.11 on,
+# x86_64 and aarch64. The lists name no index: that is the business of the machine's own set-up.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+           --custom-compile-command 'make pins' --no-emit-index-url --no-emit-find-links $(PINS)
+
+.PHONY: pins
+pins: .venv/.made ## write requirements/*.txt anew from *.in (PINS=--upgrade for newer versions)
+	@$(PIP) requirements/pins.txt
+	@cd requirements && for name in run pins dev bench; do \
+	    ../$(COMPILE) $$name.in -o $$name.txt || exit; done
+
+.PHONY: clean
+clean: ## remove .venv, caches and whatever a run left behind
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
+	    .coverage build dist
+	find $(TREES) -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,362 @@
+"""What a run found, as one value, and its Markdown page (docs/reference/benchmarks.md)."""
+
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from bench.pairing import C_CREDENTIALS, Spread, Variant
+
+NAMES: Final = {
+    C_CREDENTIALS: "C SEQPACKET, credentials both ways",
+    "python_sockets": "Python send/recv on SEQPACKET",
+    "bare": "**ours: bare trap exchange**",
+    "typed": "**ours: typed call, everything on**",
+    "pipelined": "**ours: 64 calls in one packet** (per call)",
+    "connection_bytes": "multiprocessing.Connection, bytes",
+    "connection_objects": "multiprocessing.Connection, objects",
+    "pyzmq": "pyzmq REQ/REP, ipc://",
+    "dbus_fast": "dbus-fast, typed (service interface, proxy)",
+    "dbus_fast_messages": "dbus-fast, hand-made messages",
+}
+PACKAGES: Final = ("msgspec", "pyzmq", "dbus-fast")
+
+
+class Outcome(StrEnum):
+    """How a target fared. Not run is never met."""
+
+    MET = "met"
+    MISSED = "MISSED"
+    NOT_RUN = "not run"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A number that was promised, and what was measured. Judged by the median."""
+
+    name: str
+    bound: float
+    at_most: bool
+    measured: Spread | None
+    why_not: str = ""
+    unit: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Met, missed or not run."""
+        if self.measured is None:
+            return Outcome.NOT_RUN
+        held = (
+            self.measured.median <= self.bound
+            if self.at_most
+            else self.measured.median >= self.bound
+        )
+        return Outcome.MET if held else Outcome.MISSED
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What the numbers depend on."""
+
+    system: str
+    cpu_count: int
+    python: str
+    optimised: bool  # built with profile-guided optimisation
+    packages: dict[str, str]
+    load: float  # 1-minute load average when the run started
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """This machine, now."""
+        packages: dict[str, str] = {}
+        for name in PACKAGES:
+            try:
+                packages[name] = version(name)
+            except PackageNotFoundError:
+                packages[name] = "absent"
+        return cls(
+            system=f"{platform.system()} {platform.release()} {platform.machine()}",
+            cpu_count=len(os.sched_getaffinity(0)),
+            python=f"{platform.python_implementation()} {platform.python_version()}",
+            optimised="-fprofile-use" in (sysconfig.get_config_var("PY_CORE_CFLAGS") or "")
+            or "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""),
+            packages=packages,
+            load=os.getloadavg()[0],
+        )
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One step of a call: the loop time of doing it once, and how often a call does it."""
+
+    name: str
+    ns: float
+    times: int = 1
+
+    @property
+    def total_ns(self) -> float:
+        """Its share of one call."""
+        return self.ns * self.times
+
+
+class IpcResult(msgspec.Struct, frozen=True):
+    """bench/ipc: all variants in all placements."""
+
+    rounds: int
+    seconds: float
+    variants: list[Variant]
+    c_p50_us: dict[str, Spread]  # by placement
+    layers: list[Step]  # filled when a target is missed, as `steps` is
+    steps: list[Step]
+
+
+class SimResult(msgspec.Struct, frozen=True):
+    """bench/sim: typed round trips per second of one core."""
+
+    rounds: int
+    rate: Spread
+    bare_rate: Spread  # of the bare trap exchange, for the share of the kernel in it
+
+
+class ServiceMemory(msgspec.Struct, frozen=True):
+    """Memory of one process of a running system, bytes. PSS shares pages fairly."""
+
+    name: str
+    pss: Spread
+    private_dirty: Spread
+
+
+class BootResult(msgspec.Struct, frozen=True):
+    """bench/boot: from the start of init to all services ready."""
+
+    system: str
+    rounds: int
+    ready_ms: Spread  # since the interpreter was started
+    init_ms: Spread  # since init's first line
+    services: list[ServiceMemory]
+
+
+class Report(msgspec.Struct):
+    """Everything one run found."""
+
+    machine: Machine
+    ipc: IpcResult | None = None
+    sim: SimResult | None = None
+    boot: BootResult | None = None
+    targets: list[Target] = []
+    missing: dict[str, str] = {}  # part that could not run -> why
+
+
+def _spread(spread: Spread, digits: int = 2) -> str:
+    return f"{spread.median:.{digits}f} [{spread.least:.{digits}f}-{spread.most:.{digits}f}]"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return lines
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}".replace(",", " ")
+
+
+def targets_table(targets: Iterable[Target]) -> list[str]:
+    """The verdicts, as a Markdown table."""
+    rows: list[tuple[str, ...]] = []
+    for target in targets:
+        digits = 0 if target.bound >= 1000 else 2
+        sign = "at most" if target.at_most else "at least"
+        if target.measured is None:
+            measured = target.why_not
+        else:
+            spread = target.measured
+            measured = (
+                f"{_number(spread.median, digits)} "
+                f"[{_number(spread.least, digits)} to {_number(spread.most, digits)}]"
+            )
+        bound = _number(target.bound, 0 if digits == 0 else 1)
+        rows.append((target.name, f"{sign} {bound}{target.unit}", measured, target.outcome.value))
+    return _table(("target", "bound", "measured: median [range]", "verdict"), rows)
+
+
+def _ipc(result: IpcResult) -> list[str]:
+    lines = [
+        "## Calls between two processes",
+        "",
+        (
+            f"{result.rounds} rounds of {result.seconds:g} s per run. "
+            "Every run stands between two runs of the C ping-pong; the ratio is its p50 to the mean "
+            "of theirs, and the table gives the median over rounds [smallest-largest]."
+        ),
+        (
+            "C and the peers carry 64 bytes each way and check nothing. "
+            "Our bare exchange carries 64 bytes, with the sender's identity checked both ways. "
+            "Our typed call carries a 68-byte request and a 76-byte reply, with identity both ways, "
+            "deadline, trace context, bounded queue accounting, counters and strict decoding."
+        ),
+        "",
+    ]
+    labels: dict[str, list[Variant]] = {}
+    for variant in result.variants:
+        labels.setdefault(variant.placement.label, []).append(variant)
+    for label, variants in labels.items():
+        place = variants[0].placement
+        lines += [
+            f"### {label[0].upper()}{label[1:]}",
+            "",
+            (
+                f"Client on CPU {place.client}, server on CPU {place.server}. "
+                f"C SEQPACKET ping-pong: p50 {_spread(result.c_p50_us[label])} us."
+            ),
+            "",
+        ]
+        rows: list[tuple[str, ...]] = []
+        for variant in variants:
+            name = NAMES[variant.name]
+            if not variant.pairs:
+                rows.append((name, f"skipped: {variant.skipped}", "", "", "", ""))
+                continue
+            rows.append(
+                (
+                    name,
+                    _spread(variant.spread(lambda p: p.ratio)),
+                    _number(
+                        variant.spread(lambda p: p.sample.p50_ns / p.sample.messages).median / 1000,
+                        2,
+                    ),
+                    _number(
+                        variant.spread(lambda p: p.sample.p99_ns / p.sample.messages).median / 1000,
+                        1,
+                    ),
+                    _number(variant.spread(lambda p: p.sample.cpu_ns).median / 1000, 2),
+                    _number(variant.spread(lambda p: p.sample.rate).median, 0),
+                )
+            )
+        lines += _table(
+            ("variant", "ratio to C", "p50 us", "p99 us", "CPU us per message", "messages/s"), rows
+        )
+        lines.append("")
+    if result.layers:
+        lines += [
+            "### Where a typed call spends its time",
+            "",
+            "Medians on one CPU; the layers above the kernel are driven by hand, without one.",
+            "",
+        ]
+        lines += _profile(result.layers)
+        lines += [
+            "Single steps, each timed in a loop with warm caches; the layers hold them.",
+            "",
+        ]
+        lines += _profile(result.steps)
+    return lines
+
+
+def _profile(steps: list[Step]) -> list[str]:
+    rows = [
+        (step.name, _number(step.ns, 0), str(step.times), _number(step.total_ns, 0))
+        for step in steps
+    ]
+    rows.append(("sum", "", "", _number(sum(step.total_ns for step in steps), 0)))
+    return [*_table(("step", "ns", "times per call", "ns per call"), rows), ""]
+
+
+def _sim(result: SimResult) -> list[str]:
+    rows = [
+        (
+            name,
+            _number(rate.median, 0),
+            f"{_number(rate.least, 0)} to {_number(rate.most, 0)}",
+            _number(1e6 / rate.median, 2),
+        )
+        for name, rate in (
+            ("typed call, everything on", result.rate),
+            ("bare trap exchange", result.bare_rate),
+        )
+    ]
+    return [
+        "## Simulated kernel",
+        "",
+        (
+            f"Round trips per second of wall-clock time on one core, {result.rounds} rounds; "
+            "the same programs as above, client and server in one process."
+        ),
+        "",
+        *_table(("variant", "per second, median", "range", "us each"), rows),
+        "",
+    ]
+
+
+def _boot(result: BootResult) -> list[str]:
+    lines = [
+        "## Boot on Linux",
+        "",
+        (
+            f"`{result.system}`, {result.rounds} boots: all ready {_spread(result.ready_ms, 0)} ms "
+            f"after the interpreter was started, {_spread(result.init_ms, 0)} ms after init's "
+            "first line."
+        ),
+        "",
+    ]
+    if not all(entry.pss.median for entry in result.services):
+        return [*lines, "Memory of confined processes can be read by root only.", ""]
+    rows = [
+        (
+            entry.name,
+            _number(entry.pss.median / 1024, 0),
+            _number(entry.private_dirty.median / 1024, 0),
+        )
+        for entry in result.services
+    ]
+    rows.append(
+        (
+            "all",
+            _number(sum(entry.pss.median for entry in result.services) / 1024, 0),
+            _number(sum(entry.private_dirty.median for entry in result.services) / 1024, 0),
+        )
+    )
+    return [*lines, *_table(("process", "PSS KiB", "private dirty KiB"), rows), ""]
+
+
+def render(report: Report) -> str:
+    """The whole page."""
+    machine = report.machine
+    packages = ", ".join(f"{name} {number}" for name, number in machine.packages.items())
+    build = "with" if machine.optimised else "without"
+    lines = [
+        "<!-- Generated by `make bench`; do not edit. -->",
+        "# Benchmarks",
+        "",
+        "The last report. Ratios carry over to other machines, absolute times do not.",
+        "",
+        (
+            f"Machine: {machine.system}, {machine.cpu_count} CPUs, load {machine.load:.1f} at start; "
+            f"{machine.python} built {build} profile-guided optimisation; {packages}."
+        ),
+        "",
+        "## Targets",
+        "",
+        "Judged by the median on one CPU. A target that did not run is not met.",
+        "",
+        *targets_table(report.targets),
+        "",
+    ]
+    if report.ipc is not None:
+        lines += _ipc(report.ipc)
+    if report.sim is not None:
+        lines += _sim(report.sim)
+    if report.boot is not None:
+        lines += _boot(report.boot)
+    for part, reason in report.missing.items():
+        lines += [f"## {part}: not run", "", reason, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(report), encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Requests of init to its services: sent without waiting, answered whenever the answer comes.
+
+    asked --answer(nonce, link and sender agree)--> answered
+    asked --forget (the instance ended)-----------> gone
+
+Only the supervision loop receives; this keeps what is out, and reads what comes back.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from nexus.abi import Message, Nanos
+from nexus.init.record import Record
+from nexus.ipc import NonceGen, Spans
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.wire import (
+    FRAME_KIND,
+    HEADER,
+    HEADER_SIZE,
+    PREFIX_SIZE,
+    REPLY_BIT,
+    Codec,
+    Header,
+    RemoteProtocolError,
+    ReplyStatus,
+    encode,
+    unpack_header,
+)
+
+NONCE_START: Final = 1
+
+Done = Callable[[Any, int], Awaitable[None]]
+"""Called with the reply (None if refused) and the nonce."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request that is out: to which instance, and what to do with the answer."""
+
+    record: Record
+    generation: int
+    codec: Codec
+    frame: bytes
+    done: Done
+
+
+class Asking:
+    """Every request that is out, by nonce. Bounded: each instance has at most a few."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._out: dict[int, Asked] = {}
+        self._nonces = NonceGen(NONCE_START, self._out)
+        self._spans = spans
+        self.strays = 0  # answers to nothing that is out, or from the wrong place
+        self.malformed = 0
+
+    def __len__(self) -> int:
+        return len(self._out)
+
+    def frame(self, record: Record, request: Any, deadline: Nanos, done: Done) -> tuple[int, bytes]:
+        """The frame of a meta request to the present instance, counted as out; and its nonce."""
+        codec = META.codecs[type(request)]
+        nonce = self._nonces.take()
+        header = Header(
+            FRAME_KIND,
+            META.version,
+            codec.op,
+            0,
+            META.number,
+            ReplyStatus.OK,
+            nonce,
+            deadline,
+            self._spans.root.trace,
+            self._spans.next_span(),
+        )
+        frame = HEADER.pack(*header) + encode(request)
+        self._out[nonce] = Asked(record, record.generation, codec, frame, done)
+        return nonce, frame
+
+    def forget(self, record: Record) -> None:
+        """The instance ended: nothing it was asked will be answered."""
+        for nonce in [nonce for nonce, asked in self._out.items() if asked.record is record]:
+            del self._out[nonce]
+
+    def withdraw(self, nonce: int) -> None:
+        """The request could not be sent."""
+        _ = self._out.pop(nonce, None)
+
+    async def on_message(self, message: Message) -> None:
+        """Take an answer to what is out; count everything else and drop it."""
+        header = unpack_header(message.data)
+        asked = None if header is None else self._out.get(header.nonce)
+        if header is None or asked is None or not _is_answer(message, asked):
+            self.strays += 1
+            return
+        del self._out[header.nonce]
+        try:
+            reply = _read(asked.codec, header.status, message.data[HEADER_SIZE:])
+        except RemoteProtocolError:
+            self.malformed += 1
+            return
+        await asked.done(reply, header.nonce)
+
+
+def _is_answer(message: Message, asked: Asked) -> bool:
+    """Whether this instance sent it, on its own link, to this very request."""
+    record = asked.record
+    return (
+        message.link == record.answers
+        and record.generation == asked.generation
+        and record.is_sender(message.sender)
+        and message.data[2] == asked.codec.op | REPLY_BIT
+        and message.data[PREFIX_SIZE:HEADER_SIZE] == asked.frame[PREFIX_SIZE:HEADER_SIZE]
+    )
+
+
+def _read(codec: Codec, status: int, body: bytes) -> Any:
+    """The reply, or None for a declared refusal; RemoteProtocolError for anything else."""
+    if status == ReplyStatus.OK:
+        return codec.decode_reply(body)
+    refusal: IntEnum | None = codec.statuses.get(status)
+    if refusal is None or body:
+        raise RemoteProtocolError(f"status {status} with {len(body)} bytes")
+    return None

@@ -1,0 +1,535 @@
+"""init's side of its protocol: who asks, what may be asked, and the answers.
+
+A request is taken for the instance whose control link it came by, and only if the kernel says
+that this instance sent it. Answers go over the link the instance moved here with Bind, without
+waiting: one that its caller has no room for is lost and counted.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final, assert_never
+
+from nexus.abi import (
+    INIT_NAME,
+    NO_WAIT,
+    AbiError,
+    CapClose,
+    LinkCreate,
+    LinkTerms,
+    Message,
+    Nanos,
+    Pid,
+    QosClass,
+    Send,
+    Slot,
+    Status,
+    TaskTable,
+    service_id,
+)
+from nexus.init.record import NO_ACCOUNT, Record
+from nexus.protocols.init import (
+    AUDIT_LINE_SIZE_MAX,
+    AUDIT_ROWS_MAX,
+    LINK_ROWS_MAX,
+    PROOF_CONTROL,
+    PROTOCOL,
+    REPLY_NAME,
+    Account,
+    AuditRows,
+    AwaitReady,
+    GetAudit,
+    GetLinks,
+    GetResources,
+    GetRouteCounts,
+    GetService,
+    GetTasks,
+    InitRequest,
+    InitStatus,
+    LinkRow,
+    LinkRows,
+    Ready,
+    Resources,
+    Restart,
+    Restarting,
+    Route,
+    RouteCounts,
+    Routed,
+    ServiceRecord,
+    Shutdown,
+    ShuttingDown,
+    TaskRow,
+    TaskRows,
+    TaskState,
+)
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.meta import Bind, Bound, GetStatus, ServiceStatus
+from nexus.wire import (
+    FRAME_KIND,
+    HEADER_SIZE,
+    OP_INDEX,
+    PREFIX_SIZE,
+    REPLY_BIT,
+    Codec,
+    RemoteProtocolError,
+    ReplyStatus,
+    answer,
+    encode,
+    status_of,
+    unpack_header,
+)
+
+if TYPE_CHECKING:
+    from nexus.init.supervisor import Supervisor
+
+HELD_MAX: Final = 32  # answers that wait for something
+RESOURCES_MAX: Final = Nanos(500_000_000)  # ns; then a silent service's account stays empty
+
+INIT_SERVICE: Final = service_id(INIT_NAME)
+
+
+class Refused(Exception):
+    """The request gets a status instead of an answer."""
+
+    def __init__(self, status: IntEnum) -> None:
+        super().__init__(status.name)
+        self.status = status
+
+
+@dataclass(slots=True)
+class Held:
+    """An answer that waits: for everybody's readiness, or for the account of `about`."""
+
+    record: Record
+    generation: int
+    header: bytes
+    about: Record | None
+    due: Nanos | None
+
+
+class Desk:
+    """Serves nexus.protocols.init."""
+
+    def __init__(self, init: "Supervisor") -> None:
+        self._init = init
+        self._held: list[Held] = []
+        self.foreign = 0  # requests whose sender is not the instance of that control link
+        self.unanswerable = 0  # requests with no way back
+        self.lost = 0  # answers whose caller had no room or was gone
+
+    # ------------------------------------------------------------------ a message
+
+    async def on_message(self, record: Record | None, message: Message) -> None:
+        """Take one message from the control endpoint."""
+        if record is None or not record.is_sender(message.sender):
+            self.foreign += 1
+            await self._drop(message.cap)
+            return
+        data = message.data
+        if len(data) > OP_INDEX and data[0] == FRAME_KIND and data[OP_INDEX] & REPLY_BIT:
+            self.unanswerable += 1  # answering an answer could go on for ever
+            await self._drop(message.cap)
+            return
+        codec = PROTOCOL.dispatch.get(data[:PREFIX_SIZE]) or META.dispatch.get(data[:PREFIX_SIZE])
+        if codec is not None and codec.request_type is Bind and message.cap is not None:
+            await self._bind(record, message, codec)
+            return
+        back = message.cap if message.cap is not None else record.replies
+        if back is None:
+            self.unanswerable += 1
+            return
+        await self._serve(record, message, codec, back)
+        if message.cap is not None:
+            await CapClose(message.cap)
+
+    async def _bind(self, record: Record, message: Message, codec: Codec) -> None:
+        """Keep the moved link as the instance's way back, in place of an earlier one."""
+        assert message.cap is not None, "Bind without a capability is served as malformed"
+        try:
+            _ = codec.decode_request(message.data[HEADER_SIZE:])
+        except RemoteProtocolError:
+            record.routes.malformed += 1
+            await self._send(message.cap, answer(message.data, ReplyStatus.MALFORMED))
+            await CapClose(message.cap)
+            return
+        if record.replies is not None:
+            await CapClose(record.replies)
+        record.replies = message.cap
+        bound = encode(Bound(self._init.boot.generation))
+        _ = await self._send(message.cap, answer(message.data, ReplyStatus.OK, bound))
+
+    async def _serve(
+        self, record: Record, message: Message, codec: Codec | None, back: Slot
+    ) -> None:
+        """Decode, authorise, act, answer."""
+        move: Slot | None = None
+        reply: object | None
+        try:
+            request = self._decoded(record, message, codec)
+            if isinstance(request, Route):
+                reply, move = await self._route(record, request)
+            else:
+                self._authorise(record)
+                reply = await self._answered(record, message, request)
+        except Refused as refused:
+            frame = answer(message.data, refused.status)
+        else:
+            if reply is None:
+                return
+            frame = answer(message.data, ReplyStatus.OK, encode(reply))
+        sent = await self._send(back, frame, move=move)
+        if not sent and move is not None:
+            await CapClose(move)
+
+    def _decoded(self, record: Record, message: Message, codec: Codec | None) -> InitRequest:
+        data = message.data
+        header = unpack_header(data)
+        if codec is None or codec.request_type not in PROTOCOL.codecs:
+            record.routes.malformed += 1
+            short = header is None or header.kind != FRAME_KIND or status_of(data)
+            is_bind = codec is not None and codec.request_type is Bind
+            raise Refused(ReplyStatus.MALFORMED if short or is_bind else ReplyStatus.UNSUPPORTED)
+        assert header is not None, "a known prefix may still be a short frame"
+        try:
+            request: InitRequest = codec.decode_request(data[HEADER_SIZE:])
+        except RemoteProtocolError as error:
+            record.routes.malformed += 1
+            raise Refused(ReplyStatus.MALFORMED) from error
+        if header.deadline <= message.now:
+            raise Refused(ReplyStatus.EXPIRED)
+        return request
+
+    def _authorise(self, record: Record) -> None:
+        """Everything but Route needs `proof.control`."""
+        if PROOF_CONTROL not in record.planned.capabilities:
+            raise Refused(ReplyStatus.DENIED)
+
+    async def _send(
+        self, slot: Slot, frame: bytes | bytearray, *, move: Slot | None = None
+    ) -> bool:
+        """Queue an answer without waiting; whether there was room and a reader."""
+        try:
+            await Send(slot, frame, move=move, deadline=NO_WAIT)
+        except AbiError as error:
+            if error.status not in _LOST:
+                raise
+            self.lost += 1
+            return False
+        return True
+
+    async def _drop(self, cap: Slot | None) -> None:
+        if cap is not None:
+            await CapClose(cap)
+
+    # ------------------------------------------------------------------ routes
+
+    async def _route(self, asker: Record, request: Route) -> tuple[Routed, Slot | None]:
+        """A route, and the fresh link that moves with it."""
+        tally = asker.routes
+        if request.name == REPLY_NAME:
+            tally.ok += 1
+            return self._own_route(asker), None
+        provider = self.find(request.name)
+        refusal = self.route_refusal(asker, provider)
+        if refusal is not None:
+            self._count(asker, refusal)
+            raise Refused(refusal)
+        assert provider is not None, "route_refusal refuses what is not there"
+        row = self._init.links.find(asker.name, provider.name)
+        assert row is not None, "route_refusal refuses what is not planned"
+        if not self._init.links.has_room(row):
+            tally.busy += 1
+            raise Refused(ReplyStatus.BUSY)
+        planned = row.planned
+        assert provider.slot is not None, "route_refusal refuses what has no task"
+        terms = LinkTerms(planned.depth, planned.size, planned.delegations)
+        try:
+            link = await LinkCreate(provider.slot, terms)
+        except AbiError as error:
+            if error.status not in (Status.NO_SPACE, Status.NO_SUCH_ENDPOINT):
+                raise
+            tally.down += 1  # it is ending, or has not yet seen the end of its former clients
+            raise Refused(InitStatus.ROUTE_DOWN) from error
+        self._init.links.on_taken(row, asker.generation, provider.generation)
+        tally.ok += 1
+        reply = Routed(
+            service=provider.planned.service,
+            generation=provider.generation,
+            depth=planned.depth,
+            size=planned.size,
+            delegations=planned.delegations,
+            reply_depth=planned.reply_depth,
+            reply_size=planned.reply_size,
+        )
+        return reply, link.slot
+
+    def find(self, name: str) -> Record | None:
+        """The service of that name."""
+        return self._init.records.get(name)
+
+    def route_refusal(self, asker: Record, provider: Record | None) -> InitStatus | None:
+        """Why there is no route, or None."""
+        if provider is None:
+            return InitStatus.ROUTE_NOT_FOUND
+        if self._init.links.find(asker.name, provider.name) is None:
+            return InitStatus.ROUTE_DENIED
+        if provider.slot is None or provider.leaving is not None:
+            return InitStatus.ROUTE_DOWN
+        return None
+
+    def _own_route(self, asker: Record) -> Routed:
+        """`@reply`: the caller's own identity, and no terms, for no link is made."""
+        return Routed(
+            service=asker.planned.service,
+            generation=asker.generation,
+            depth=0,
+            size=0,
+            delegations=0,
+            reply_depth=0,
+            reply_size=0,
+        )
+
+    def _count(self, asker: Record, refusal: InitStatus) -> None:
+        tally = asker.routes
+        match refusal:
+            case InitStatus.ROUTE_NOT_FOUND:
+                tally.not_found += 1
+            case InitStatus.ROUTE_DENIED:
+                tally.denied += 1
+            case InitStatus.ROUTE_DOWN:
+                tally.down += 1
+
+    # ------------------------------------------------------------------ the other requests
+
+    async def _answered(
+        self, record: Record, message: Message, request: InitRequest
+    ) -> object | None:
+        """The answer, or None if it waits."""
+        match request:
+            case Route():
+                raise AssertionError("routes are served before")
+            case AwaitReady():
+                return await self._await_ready(record, message)
+            case GetTasks():
+                return await self._tasks()
+            case GetLinks():
+                return self._links(request.first)
+            case GetRouteCounts():
+                tally = self._known(request.name).routes
+                return RouteCounts(
+                    ok=tally.ok,
+                    not_found=tally.not_found,
+                    denied=tally.denied,
+                    down=tally.down,
+                    busy=tally.busy,
+                    malformed=tally.malformed,
+                )
+            case Restart():
+                return await self._restart(request.name)
+            case GetService():
+                return self._service(self._known(request.name))
+            case GetAudit():
+                return await self._audit(request.first)
+            case GetResources():
+                return await self._resources(record, message, request.name)
+            case Shutdown():
+                running = sum(each.lives for each in self._init.records.values())
+                self._init.shut_down()
+                return ShuttingDown(services=running)
+            case _:
+                assert_never(request)
+
+    def _known(self, name: str) -> Record:
+        record = self._init.records.get(name)
+        if record is None:
+            raise Refused(InitStatus.ROUTE_NOT_FOUND)
+        return record
+
+    async def _await_ready(self, record: Record, message: Message) -> Ready | None:
+        if self._init.baseline_done:
+            return self._ready()
+        self._hold(record, message, about=None, due=None)
+        return None
+
+    def _ready(self) -> Ready:
+        init = self._init
+        assert init.ready_at is not None, "the baseline comes after `init: ready`"
+        return Ready(
+            digest=init.checked_digest(),
+            services=len(init.records),
+            links=len(init.links.rows),
+            at=init.ready_at,
+        )
+
+    async def _tasks(self) -> TaskRows:
+        table = await TaskTable()
+        by_name = {task.name: task for task in table}
+        own = by_name.get(INIT_NAME)
+        rows = [
+            TaskRow(
+                name=INIT_NAME,
+                pid=self._init.boot.pid,
+                service=INIT_SERVICE,
+                generation=self._init.boot.generation,
+                qos=QosClass.NORMAL if own is None else own.qos,
+                state=TaskState.UP,
+            )
+        ]
+        for record in self._init.records.values():
+            task = by_name.get(record.name)
+            rows.append(
+                TaskRow(
+                    name=record.name,
+                    pid=Pid(0) if task is None else task.pid,
+                    service=record.planned.service,
+                    generation=record.generation if task is None else task.generation,
+                    qos=record.planned.qos if task is None else task.qos,
+                    state=record.state,
+                )
+            )
+        return TaskRows(live=len(table), rows=rows)
+
+    def _links(self, first: int) -> LinkRows:
+        rows = self._init.links.rows
+        return LinkRows(
+            total=len(rows),
+            grants=0,
+            rows=[
+                LinkRow(
+                    client=row.planned.client,
+                    server=row.planned.server,
+                    depth=row.planned.depth,
+                    size=row.planned.size,
+                    delegations=row.planned.delegations,
+                    client_generation=row.client_generation,
+                    server_generation=row.server_generation,
+                    taken=row.taken,
+                )
+                for row in rows[first : first + LINK_ROWS_MAX]
+            ],
+        )
+
+    async def _restart(self, name: str) -> Restarting:
+        record = self._known(name)
+        if not record.lives or record.leaving is not None:
+            raise Refused(InitStatus.ROUTE_DOWN)
+        reply = Restarting(pid=record.pid, generation=record.generation)
+        await self._init.restart(record)
+        return reply
+
+    def _service(self, record: Record) -> ServiceRecord:
+        last = record.last_exit
+        return ServiceRecord(
+            state=record.state,
+            health=record.health,
+            pid=record.pid,
+            generation=record.generation,
+            restarts=record.restarts,
+            died=record.died,
+            exit_code=0 if last is None else last.info.code,
+            exit_signal=0 if last is None else last.info.signal,
+            reason="" if last is None else last.reason,
+            spawn_refused=record.spawn_refused,
+            spawn_reason=record.spawn_reason,
+            probe_nonce=record.probe_nonce,
+            program_digest=record.planned.program_digest,
+        )
+
+    async def _audit(self, first: int) -> AuditRows:
+        init = self._init
+        await init.take_audit()
+        oldest = init.audit_total - len(init.audit)
+        begin = max(first, oldest)
+        kept = list(init.audit)[begin - oldest : begin - oldest + AUDIT_ROWS_MAX]
+        return AuditRows(
+            first=begin,
+            total=init.audit_total,
+            dropped=init.audit_dropped,
+            lines=[line[:AUDIT_LINE_SIZE_MAX] for line in kept],
+        )
+
+    # ------------------------------------------------------------------ accounts
+
+    async def _resources(self, record: Record, message: Message, name: str) -> Resources | None:
+        init = self._init
+        if name == INIT_NAME:
+            return await self._accounts(init.own_at_ready, await init.own_account())
+        about = self._known(name)
+        held = self._hold(record, message, about=about, due=Nanos(init.now + RESOURCES_MAX))
+
+        async def on_status(reply: Any, _nonce: int) -> None:
+            if held in self._held:
+                await self._give_account(held, reply)
+
+        assert held.due is not None, "an account is not waited for without end"
+        if await init.ask(about, GetStatus(), held.due, on_status):
+            return None
+        self._held.remove(held)
+        return await self._accounts(about.at_ready, NO_ACCOUNT)
+
+    async def _give_account(self, held: Held, status: ServiceStatus | None) -> None:
+        assert held.about is not None, "only accounts are given"
+        self._held.remove(held)
+        now = NO_ACCOUNT
+        if status is not None:
+            now = Account(
+                generation=status.generation, counters=status.counters, facts=status.facts
+            )
+        await self._release(held, await self._accounts(held.about.at_ready, now))
+
+    async def _accounts(self, ready: Account, now: Account) -> Resources:
+        return Resources(
+            ready=ready,
+            now=now,
+            tasks_ready=self._init.tasks_ready,
+            tasks_now=len(await TaskTable()),
+        )
+
+    # ------------------------------------------------------------------ answers that wait
+
+    @property
+    def waiting_for_ready(self) -> set[str]:
+        """The services that wait in AwaitReady, and so may not answer a probe."""
+        return {held.record.name for held in self._held if held.about is None}
+
+    def _hold(
+        self, record: Record, message: Message, *, about: Record | None, due: Nanos | None
+    ) -> Held:
+        if len(self._held) >= HELD_MAX or message.cap is not None:
+            raise Refused(ReplyStatus.BUSY)
+        held = Held(record, record.generation, message.data[:HEADER_SIZE], about, due)
+        self._held.append(held)
+        return held
+
+    async def _release(self, held: Held, reply: object) -> None:
+        """Give a held answer, if its caller is still the same instance."""
+        if held.record.replies is None or held.record.generation != held.generation:
+            self.lost += 1
+            return
+        frame = answer(held.header, ReplyStatus.OK, encode(reply))
+        _ = await self._send(held.record.replies, frame)
+
+    async def on_ready(self) -> None:
+        """Everybody who waits in AwaitReady gets the answer."""
+        waiting = [held for held in self._held if held.about is None]
+        self._held = [held for held in self._held if held.about is not None]
+        for held in waiting:
+            await self._release(held, self._ready())
+
+    async def on_ended(self, record: Record) -> None:
+        """An instance ended: what it waits for is dropped, who waits for it hears so."""
+        self._held = [held for held in self._held if held.record is not record]
+        for held in [held for held in self._held if held.about is record]:
+            await self._give_account(held, None)
+
+    def next_time(self) -> Nanos | None:
+        """When the first account is overdue."""
+        return min((held.due for held in self._held if held.due is not None), default=None)
+
+    async def on_time(self) -> None:
+        """Answer for services that did not tell their account in time."""
+        for held in [each for each in self._held if each.due is not None]:
+            if held.due is not None and held.due <= self._init.now:
+                await self._give_account(held, None)
+
+
+_LOST: Final = (Status.QUEUE_FULL, Status.NO_SPACE, Status.NO_SUCH_ENDPOINT)

@@ -1,0 +1,316 @@
+"""The checked plan: what init starts, wires and reserves, and its digest.
+
+A plan is made from a system file and nothing else. Making it proves what can be known before a
+boot: every use has its provider, every share fits its owner, every owner fits the total, every
+table of capabilities is large enough, no two services share an identity.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from nexus.abi import (
+    CONTROL_LINK_SIZE,
+    ENDPOINTS_TOTAL_MAX,
+    INIT_NAME,
+    LINK_DEPTH_DEFAULT,
+    SLOTS_MAX,
+    Nanos,
+    QosClass,
+    ServiceId,
+    service_id,
+)
+from nexus.init.declare import SIZE_UNITS, amount_text
+from nexus.init.frames import link_size, reply_frame_size_max, request_frame_size_max
+from nexus.init.programs import PROGRAMS, ProgramSource, program_digest, protocols_of
+from nexus.init.system import Service, System, Use, load
+from nexus.kernel.core.spawn import DELEGATIONS_MAX
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.runtime import BINDS_MAX, ONE_SHOTS_MAX
+
+SLOTS_SPARE: Final = ONE_SHOTS_MAX + 4  # one-shot links; a link made, moved in, or replaced
+ROOT_ENDPOINTS: Final = 4  # control, reply inbox, and two for a kernel's self-test
+ROOT_LINKS_SPARE: Final = 4  # control links of instances whose end is not yet received
+EXTRA_LINKS_MAX: Final = 32  # links beyond the planned ones that one provider may have
+
+assert SLOTS_SPARE < SLOTS_MAX
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedLink:
+    """A client's link into a server's endpoint, and the reply link back into its inbox."""
+
+    client: str
+    server: str
+    depth: int
+    size: int
+    delegations: int
+    reply_depth: int
+    reply_size: int
+
+    @property
+    def share(self) -> int:
+        """Bytes reserved at the server: the link, and each link that may be derived from it."""
+        return self.size * (1 + self.delegations)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedService:
+    """One service: what it runs, what it may do, and what is reserved for it.
+
+    `reserved_size` bytes of its `owner_size` belong to planned links; `slots` is what its
+    capability table needs; `delegations` is how many links init may derive into its endpoint.
+    """
+
+    name: str
+    service: ServiceId
+    program: str
+    program_digest: str
+    qos: QosClass
+    cpu: int | None
+    budget: int
+    owner_size: int
+    endpoints: int
+    capabilities: tuple[str, ...]
+    uses: tuple[PlannedLink, ...]
+    backoff: Nanos
+    health_deadline: Nanos
+    settings: tuple[tuple[str, str | int | bool], ...]
+    reserved_size: int
+    slots: int
+    delegations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A system that may be booted. Services are in the order of their start."""
+
+    name: str
+    smp: int
+    total_size: int
+    root_size: int
+    ends_with: str | None
+    services: tuple[PlannedService, ...]
+
+    @cached_property
+    def links(self) -> tuple[PlannedLink, ...]:
+        """Every planned link, by client in the order of start."""
+        return tuple(link for service in self.services for link in service.uses)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, PlannedService]:
+        """The services by name."""
+        return {service.name: service for service in self.services}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, over the plan as canonical JSON."""
+        return sha256(canonical(self)).hexdigest()
+
+
+def canonical(plan: Plan) -> bytes:
+    """The plan as JSON with sorted keys and no spaces: what its digest is made of."""
+    return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":")).encode()
+
+
+def load_plan(file: Path) -> Plan:
+    """Read and check a system file. Raises SystemFileError."""
+    return make_plan(load(file))
+
+
+def make_plan(system: System) -> Plan:
+    """Check what the values of a system file mean together. Raises SystemFileError."""
+    names = [service.name for service in system.services]
+    _check_identities(system)
+    if system.ends_with is not None and system.ends_with not in names:
+        raise system.wrong(
+            ("system", "ends_with"), "the name of a service", f'"{system.ends_with}"'
+        )
+    sources = {service.name: _source(system, service) for service in system.services}
+    links = {
+        service.name: tuple(_link(system, service, use, sources) for use in service.uses)
+        for service in system.services
+    }
+    into: dict[str, list[PlannedLink]] = {name: [] for name in names}
+    for planned in links.values():
+        for link in planned:
+            into[link.server].append(link)
+    services = tuple(
+        _service(system, service, sources[service.name], links[service.name], into[service.name])
+        for service in system.services
+    )
+    root_size = (2 * len(services) + ROOT_LINKS_SPARE) * CONTROL_LINK_SIZE
+    _check_totals(system, root_size)
+    return Plan(
+        name=system.name,
+        smp=system.smp,
+        total_size=system.total_size,
+        root_size=root_size,
+        ends_with=system.ends_with,
+        services=services,
+    )
+
+
+def _check_identities(system: System) -> None:
+    """Refuse two names with one id: the kernel could not tell them apart."""
+    owners = {service_id(INIT_NAME): INIT_NAME}
+    for service in system.services:
+        identity = service_id(service.name)
+        other = owners.setdefault(identity, service.name)
+        if other != service.name:
+            raise system.wrong(
+                service.path,
+                f'a name whose identity is its own, not that of "{other}"',
+                f'"{service.name}" with 0x{identity:016x}',
+            )
+
+
+def _source(system: System, service: Service) -> ProgramSource:
+    source = PROGRAMS.get(service.program)
+    if source is None:
+        raise system.wrong(
+            (*service.path, "program"),
+            f"a program, one of {', '.join(sorted(PROGRAMS))}",
+            f'"{service.program}"',
+        )
+    return source
+
+
+def _link(
+    system: System, client: Service, use: Use, sources: Mapping[str, ProgramSource]
+) -> PlannedLink:
+    """One use: its provider exists, and its terms hold at least one largest frame."""
+    if use.name == client.name:
+        raise system.wrong(use.path, "a service other than itself", f'"{use.name}"')
+    source = sources.get(use.name)
+    if source is None:
+        listed = ", ".join(name for name in sources if name != client.name) or "none"
+        raise system.wrong(use.path, f"a service of this system ({listed})", f'"{use.name}"')
+    first = next(other for other in client.uses if other.name == use.name)
+    if first is not use:
+        raise system.wrong(use.path, "each service once", f'"{use.name}" again')
+    protocols = (META, *protocols_of(source))
+    frame = max(request_frame_size_max(protocol) for protocol in protocols)
+    reply_frame = max(reply_frame_size_max(protocol) for protocol in protocols)
+    share = link_size(use.depth, frame)
+    if use.size is not None and use.size < frame:
+        raise system.wrong(
+            (*use.path, "size"),
+            f'at least {frame}B, one largest frame to "{use.name}"',
+            f'"{amount_text(use.size, SIZE_UNITS)}"',
+        )
+    return PlannedLink(
+        client=client.name,
+        server=use.name,
+        depth=use.depth,
+        size=share if use.size is None else min(use.size, share),
+        delegations=use.delegations,
+        reply_depth=LINK_DEPTH_DEFAULT,
+        reply_size=link_size(LINK_DEPTH_DEFAULT, reply_frame),
+    )
+
+
+def _service(
+    system: System,
+    service: Service,
+    source: ProgramSource,
+    uses: tuple[PlannedLink, ...],
+    into: list[PlannedLink],
+) -> PlannedService:
+    if service.cpu is not None and service.cpu >= system.smp:
+        raise system.wrong(
+            (*service.path, "cpu"), f"a CPU below {system.smp}, the smp of the system", str(service.cpu)
+        )
+    if len(into) + 1 > BINDS_MAX:
+        raise system.wrong(
+            service.path,
+            f"at most {BINDS_MAX - 1} clients of a service",
+            f'{len(into)} of "{service.name}"',
+        )
+    reserved = reserved_size(uses, into)
+    if reserved > service.owner_size:
+        raise system.wrong(
+            _nearest(system, service, "owner_size"),
+            f'an owner_size of at least {reserved}B for the links of "{service.name}"',
+            f"{service.owner_size}B",
+        )
+    slots = slots_needed(uses, into)
+    if slots > SLOTS_MAX:
+        raise system.wrong(
+            service.path,
+            f"at most {SLOTS_MAX} capability slots for a service",
+            f'{slots} for "{service.name}"',
+        )
+    return PlannedService(
+        name=service.name,
+        service=service_id(service.name),
+        program=service.program,
+        program_digest=program_digest(source.module),
+        qos=service.qos,
+        cpu=service.cpu,
+        budget=service.budget,
+        owner_size=service.owner_size,
+        endpoints=service.endpoints,
+        capabilities=service.capabilities,
+        uses=uses,
+        backoff=service.backoff,
+        health_deadline=service.health_deadline,
+        settings=service.settings,
+        reserved_size=reserved,
+        slots=slots,
+        delegations=min(DELEGATIONS_MAX, len(into) + EXTRA_LINKS_MAX) if into else 0,
+    )
+
+
+def reserved_size(uses: tuple[PlannedLink, ...], into: list[PlannedLink]) -> int:
+    """Bytes of link shares a service needs in its own endpoint and in its reply inbox.
+
+    Endpoint: init's link, and each client's with what may be derived from it. Inbox: init's
+    link, one from each server it uses, and one more of the largest size for a one-shot answer
+    or for the old link of a server that was just restarted.
+    """
+    inbox = [CONTROL_LINK_SIZE, *(link.reply_size for link in uses)]
+    return CONTROL_LINK_SIZE + sum(link.share for link in into) + sum(inbox) + max(inbox)
+
+
+def slots_needed(uses: tuple[PlannedLink, ...], into: list[PlannedLink]) -> int:
+    """Capability slots a service needs.
+
+    Control link, endpoint, inbox; one link to each server; the reply link of init, of each
+    client and of each task a client may hand its link to; and SLOTS_SPARE.
+    """
+    clients = sum(1 + link.delegations for link in into)
+    return 3 + len(uses) + 1 + clients + SLOTS_SPARE
+
+
+def _check_totals(system: System, root_size: int) -> None:
+    """The owners' budgets, init's included, fit the system's."""
+    size = root_size + sum(service.owner_size for service in system.services)
+    if size > system.total_size:
+        raise system.wrong(
+            ("system", "total_size"),
+            f"a total_size of at least {size}B, the sum of every owner_size and of init's",
+            f"{system.total_size}B",
+        )
+    endpoints = ROOT_ENDPOINTS
+    for service in system.services:
+        endpoints += service.endpoints
+        if endpoints > ENDPOINTS_TOTAL_MAX:
+            raise system.wrong(
+                _nearest(system, service, "endpoints"),
+                f"at most {ENDPOINTS_TOTAL_MAX} endpoints in the system",
+                f'{endpoints} up to "{service.name}"',
+            )
+
+
+def _nearest(system: System, service: Service, key: str) -> tuple[str | int, ...]:
+    """The key in the service's table if it stands there, else the system's, else the table."""
+    own = (*service.path, key)
+    if system.lines.has(own):
+        return own
+    shared = ("system", key)
+    return shared if system.lines.has(shared) else service.path

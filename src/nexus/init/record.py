@@ -1,0 +1,106 @@
+"""What init keeps of each service, from one instance to the next."""
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Final
+
+from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, SpawnReason
+from nexus.init.plan import PlannedService
+from nexus.protocols.init import Account, Health, TaskState
+from nexus.runtime import ServiceConfig
+
+NO_PID: Final = Pid(0)
+NEVER_YET: Final = Nanos(0)
+NO_ACCOUNT: Final = Account(generation=0, counters=[], facts=[])
+
+
+@dataclass(slots=True)
+class RouteTally:
+    """How the Route requests of one asker were answered."""
+
+    ok: int = 0
+    not_found: int = 0
+    denied: int = 0
+    down: int = 0
+    busy: int = 0
+    malformed: int = 0
+
+
+@dataclass(slots=True)
+class Exit:
+    """How an instance ended, and when init learnt of it; `reason` is init's own word for why."""
+
+    info: ExitInfo
+    died: Nanos
+    reason: str
+
+
+@dataclass(slots=True)
+class Record:
+    """A service: its present instance, and what happened to the earlier ones.
+
+    `slot` leads to the instance's endpoint and `replies` to its inbox; the instance is known by
+    `control` on init's endpoint and by `answers` in init's inbox. All four are None without one.
+    """
+
+    planned: PlannedService
+    state: TaskState = TaskState.WAITING
+    health: Health = Health.UNKNOWN
+    pid: Pid = NO_PID
+    generation: int = 0
+    slot: Slot | None = None
+    replies: Slot | None = None
+    control: LinkId | None = None
+    answers: LinkId | None = None
+    argument: bytes = b""
+    started: Nanos = NEVER_YET  # when the present instance was spawned
+    leaving: Nanos | None = None  # its control link closed at this time; it is not yet reaped
+    died: Nanos = NEVER_YET  # when its control link closed, kept from then on
+    due: Nanos | None = None  # when the next start is to be tried
+    kill_reason: str = ""  # why init killed it, if init did
+    probe_nonce: int = 0
+    probe_again: Nanos | None = None  # when to ask a service that is not ready yet
+    probing: bool = False  # a Health or GetStatus is unanswered
+    restarts: int = 0
+    spawn_refused: int = 0
+    spawn_reason: SpawnReason = SpawnReason.NONE
+    last_exit: Exit | None = None
+    routes: RouteTally = field(default_factory=RouteTally)
+    at_ready: Account = NO_ACCOUNT
+
+    @property
+    def name(self) -> str:
+        """The name of the service."""
+        return self.planned.name
+
+    @property
+    def lives(self) -> bool:
+        """Whether there is a task that has not been reaped."""
+        return self.pid != NO_PID
+
+    @property
+    def is_up(self) -> bool:
+        """Whether links into it may be given out."""
+        return self.state is TaskState.UP and self.leaving is None
+
+    @property
+    def argument_digest(self) -> str:
+        """What a healthy instance says it was started with."""
+        return sha256(self.argument).hexdigest()
+
+    def is_sender(self, sender: Sender) -> bool:
+        """Whether the kernel's word about a sender names the present instance."""
+        return (
+            sender.service == self.planned.service
+            and sender.generation == self.generation
+            and sender.pid == self.pid
+        )
+
+
+def config_of(planned: PlannedService, trace_seed: bytes) -> ServiceConfig:
+    """What a service is told when it starts."""
+    return ServiceConfig(
+        uses=[link.server for link in planned.uses],
+        settings=dict(planned.settings),
+        trace_seed=trace_seed,
+    )

@@ -1,0 +1,199 @@
+"""The services a task calls: routes and reply links, made once, kept, and found again.
+
+    no route --route, bind--> bound --the instance is gone--> stale --next call--> no route
+
+One inbox endpoint takes the replies of all services. Each service gets one SEND link into it,
+moved to it by Bind when the link to it is new.
+"""
+
+from typing import Final
+
+from nexus.abi import (
+    CONTROL_LINK_SIZE,
+    INIT_NAME,
+    NO_WAIT,
+    AbiError,
+    BootImage,
+    CapClose,
+    EndpointCreate,
+    LinkCreate,
+    LinkTerms,
+    Nanos,
+    PeerGone,
+    Recv,
+    ServiceId,
+    Slot,
+    Status,
+    service_id,
+)
+from nexus.ipc.context import Spans
+from nexus.ipc.correlate import GENERATION_ANY, Peer
+from nexus.ipc.exchange import Caller, Exchange, close_if_any
+from nexus.ipc.outcome import CallFailure, Closed, Refused, Routed, RouteFailure, Stale, TimedOut
+from nexus.ipc.retry import RetryBudget, RetryTokens
+from nexus.ipc.route import ROUTE_MISMATCHES, route_with_nonce_budgeted
+from nexus.protocols.init import PROTOCOL as INIT
+from nexus.protocols.meta import Bind
+from nexus.wire import Protocol
+
+CONTROL_TERMS: Final = LinkTerms(8, CONTROL_LINK_SIZE, 0)  # of links to and from init
+REBIND_ATTEMPTS_MAX: Final = 8  # with doubling pauses: 5 ms to 0.64 s, about a restart's back-off
+REBIND_BACKOFF: Final = Nanos(5_000_000)
+
+
+class Client(Exchange):
+    """A service known by name: when its instance is gone, the next call finds the new one."""
+
+    def __init__(self, peers: "Peers", protocol: Protocol, peer: Peer, tokens: RetryTokens) -> None:
+        super().__init__(peers.caller, protocol, peer)
+        self._peers = peers
+        self.name = peer.name
+        self.tokens = tokens
+        self.rebinds = 0
+
+    async def _revive(self, _deadline: Nanos) -> CallFailure | None:
+        """One bounded search for the service's new instance."""
+        await self._peers.discard(self.peer)
+        budget = RetryBudget(
+            attempts_max=REBIND_ATTEMPTS_MAX, backoff=REBIND_BACKOFF, deadline=_deadline
+        )
+        found = await self._peers.find(self.name, self.protocol, budget, self.tokens)
+        if isinstance(found, Peer):
+            self.use(found)
+            self.rebinds += 1
+            return None
+        return found if isinstance(found, CallFailure) else Closed()
+
+
+class Peers:
+    """Makes and keeps the links of one task to the services it uses."""
+
+    def __init__(self, boot: BootImage, trace_seed: bytes) -> None:
+        self.boot = boot
+        self.caller = Caller(Spans(trace_seed, boot.name, boot.generation))
+        self._inbox: Slot | None = None
+        self._control: Exchange | None = None
+
+    async def inbox(self) -> Slot:
+        """The endpoint that takes all replies; made when first needed."""
+        if self._inbox is None:
+            self._inbox = await EndpointCreate()
+        return self._inbox
+
+    async def control(self, deadline: Nanos) -> Exchange | CallFailure:
+        """The link to init, bound when first needed."""
+        if self._control is None:
+            assert self.boot.control is not None, "init asks itself for no route"
+            bound = await self.bind(
+                self.boot.control,
+                INIT,
+                name=INIT_NAME,
+                service=service_id(INIT_NAME),
+                generation=GENERATION_ANY,
+                terms=CONTROL_TERMS,
+                reply_terms=CONTROL_TERMS,
+                deadline=deadline,
+            )
+            if not isinstance(bound, Exchange):
+                return bound
+            self._control = bound
+        return self._control
+
+    async def connect(
+        self, name: str, protocol: Protocol, budget: RetryBudget
+    ) -> Client | RouteFailure:
+        """A client of the service `name`: route, bind, and from then on calls."""
+        tokens = RetryTokens()
+        found = await self.find(name, protocol, budget, tokens)
+        return Client(self, protocol, found, tokens) if isinstance(found, Peer) else found
+
+    async def find(
+        self, name: str, protocol: Protocol, budget: RetryBudget, tokens: RetryTokens
+    ) -> Peer | RouteFailure:
+        """A new link to the service `name`, bound to a new link into the inbox."""
+        control = await self.control(budget.deadline)
+        if not isinstance(control, Exchange):
+            return control if isinstance(control, TimedOut) else Closed()
+        routed = await route_with_nonce_budgeted(control, name, budget, ROUTE_MISMATCHES, tokens)
+        if not isinstance(routed, Routed):
+            return routed
+        assert routed.slot is not None, "@reply is no service to connect to"
+        bound = await self.bind(
+            routed.slot,
+            protocol,
+            name=name,
+            service=routed.service,
+            generation=routed.generation,
+            terms=routed.terms,
+            reply_terms=routed.reply_terms,
+            deadline=budget.deadline,
+        )
+        if isinstance(bound, Exchange):
+            return bound.peer
+        await CapClose(routed.slot)
+        return bound if isinstance(bound, TimedOut) else Closed()
+
+    async def bind(
+        self,
+        slot: Slot,
+        protocol: Protocol,
+        *,
+        name: str,
+        service: ServiceId,
+        generation: int,
+        terms: LinkTerms,
+        reply_terms: LinkTerms,
+        deadline: Nanos,
+    ) -> Exchange | CallFailure:
+        """Make a held link answerable: move a link into the inbox to its other end.
+
+        `slot` stays the caller's, also when this fails. With GENERATION_ANY the instance that
+        answers first is taken for the one meant.
+        """
+        inbox = await self.inbox()
+        try:
+            link = await LinkCreate(inbox, reply_terms)
+        except AbiError as error:
+            if error.status is Status.NO_SPACE:
+                return Closed()
+            raise
+        assert link.link is not None, "the inbox is ours"
+        peer = Peer(
+            name,
+            slot=slot,
+            inbox=inbox,
+            link=link.link,
+            service=service,
+            generation=generation,
+            terms=terms,
+            reply_terms=reply_terms,
+        )
+        exchange = Exchange(self.caller, protocol, peer)
+        answer = await exchange.ask(Bind(), deadline, move=link.slot)
+        if isinstance(answer, Refused | CallFailure):
+            if isinstance(answer, Closed | Stale):
+                await close_if_any(link.slot)
+            await self._drain(peer)
+            return Closed() if isinstance(answer, Refused) else answer
+        await close_if_any(answer.cap)
+        return exchange
+
+    async def discard(self, peer: Peer) -> None:
+        """Let go of a dead link: give its share of the inbox back, close its slot."""
+        peer.alive = False
+        await self._drain(peer)
+        await CapClose(peer.slot)
+
+    async def _drain(self, peer: Peer) -> None:
+        """Take what is still queued on a reply link, until its end is seen."""
+        recv = Recv((peer.inbox,), NO_WAIT, link=peer.link)
+        for _ in range(peer.reply_terms.depth + 1):
+            try:
+                message = await recv
+            except PeerGone as gone:
+                self.caller.correlator.on_gone(gone.link)
+                return
+            except AbiError:
+                return
+            _ = self.caller.correlator.judge(message)
+            await close_if_any(message.cap)

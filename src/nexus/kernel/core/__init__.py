@@ -1,0 +1,81 @@
+"""The pure rules both kernels share: tables, rights, shares, budgets, authority, checks."""
+
+from nexus.kernel.core.budget import (
+    BOOT_BUDGET_SIZE,
+    ENDPOINT_SIZE,
+    LINK_END_SIZE,
+    MESSAGE_SIZE,
+    OBJECT_ALIGN,
+    SLOT_SIZE,
+    TASK_SIZE,
+    TIMER_SIZE,
+    WAITER_SIZE,
+    Account,
+    page_round,
+)
+from nexus.kernel.core.captable import CapTable, Held
+from nexus.kernel.core.console import check_console, parse_evidence
+from nexus.kernel.core.limits import SystemLimits
+from nexus.kernel.core.message import check_data, check_derived, check_terms
+from nexus.kernel.core.qos import (
+    QOS_PRIVILEGED,
+    QOS_STATUS,
+    QosReason,
+    QosRequest,
+    audit_line,
+    decide,
+    qos_class,
+)
+from nexus.kernel.core.rights import derive, moved
+from nexus.kernel.core.run import Hang, RunOver
+from nexus.kernel.core.share import OwnerShare, Pool, SystemShares
+from nexus.kernel.core.spawn import (
+    ARGUMENT_SIZE_MAX,
+    DELEGATIONS_MAX,
+    SPAWN_STATUS,
+    SpawnRefused,
+    check_spec,
+    name_is_valid,
+)
+
+__all__ = [
+    "ARGUMENT_SIZE_MAX",
+    "BOOT_BUDGET_SIZE",
+    "DELEGATIONS_MAX",
+    "ENDPOINT_SIZE",
+    "LINK_END_SIZE",
+    "MESSAGE_SIZE",
+    "OBJECT_ALIGN",
+    "QOS_PRIVILEGED",
+    "QOS_STATUS",
+    "SLOT_SIZE",
+    "SPAWN_STATUS",
+    "TASK_SIZE",
+    "TIMER_SIZE",
+    "WAITER_SIZE",
+    "Account",
+    "CapTable",
+    "Hang",
+    "Held",
+    "OwnerShare",
+    "Pool",
+    "QosReason",
+    "QosRequest",
+    "RunOver",
+    "SpawnRefused",
+    "SystemLimits",
+    "SystemShares",
+    "audit_line",
+    "check_console",
+    "check_data",
+    "check_derived",
+    "check_spec",
+    "check_terms",
+    "decide",
+    "derive",
+    "moved",
+    "name_is_valid",
+    "page_round",
+    "parse_evidence",
+    "qos_class",
+]

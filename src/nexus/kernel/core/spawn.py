@@ -1,0 +1,86 @@
+"""What both kernels check before they start a task, and how a failed spawn is told.
+
+The order is the same on both: shape of the request (invalid-payload), number of tasks (oom), a
+slot for the spawner's link (cap-table-full), endpoints (endpoint-quota), link shares and
+budgets (oom), and the program itself (map-failed).
+"""
+
+from collections.abc import Collection
+from typing import Final
+
+from nexus.abi import (
+    BUDGET_SIZE_DEFAULT,
+    CONTROL_LINK_SIZE,
+    ENDPOINTS_PER_OWNER_MAX,
+    SERVICE_NAME_SIZE_MAX,
+    TASKS_MAX,
+    AbiError,
+    Program,
+    Programs,
+    QosClass,
+    SpawnReason,
+    SpawnSpec,
+    Status,
+)
+from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
+
+ARGUMENT_SIZE_MAX: Final = 16 * 1024  # bytes; a service's settings, not data
+BUDGET_SIZE_MAX: Final = 16 * BUDGET_SIZE_DEFAULT  # bytes; above it a budget is a mistake
+DELEGATIONS_MAX: Final = TASKS_MAX  # links; at most one for each task that can live
+
+NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-_")
+
+SPAWN_STATUS: Final = {
+    SpawnReason.OOM: Status.NO_SPACE,
+    SpawnReason.CAP_TABLE_FULL: Status.NO_SPACE,
+    SpawnReason.ENDPOINT_QUOTA: Status.NO_SPACE,
+    SpawnReason.MAP_FAILED: Status.UNSUPPORTED,
+    SpawnReason.INVALID_PAYLOAD: Status.INVALID_ARGUMENT,
+    SpawnReason.DENIED_BY_POLICY: Status.PERMISSION_DENIED,
+}
+
+
+class SpawnRefused(AbiError):
+    """A spawn failed for `reason`; nothing was started or kept."""
+
+    def __init__(self, reason: SpawnReason, detail: str) -> None:
+        super().__init__(SPAWN_STATUS[reason], f"{reason.name.lower()}: {detail}")
+        self.reason = reason
+
+
+def name_is_valid(name: str) -> bool:
+    """Whether a service may have this name: 1 to SERVICE_NAME_SIZE_MAX of [a-z0-9._-]."""
+    return 1 <= len(name) <= SERVICE_NAME_SIZE_MAX and NAME_CHARACTERS.issuperset(name)
+
+
+def check_spec(spec: SpawnSpec, programs: Programs, live_names: Collection[str]) -> Program:
+    """The program to start. Refuses: SpawnRefused with invalid-payload."""
+    problem = _problem_of(spec, live_names)
+    if problem is None:
+        program = programs.get(spec.program)
+        if program is not None:
+            return program
+        problem = f"no program {spec.program!r}"
+    raise SpawnRefused(SpawnReason.INVALID_PAYLOAD, problem)
+
+
+def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
+    if not name_is_valid(spec.name):
+        return f"bad name {spec.name!r}"
+    if spec.name in live_names:
+        return f"{spec.name} is alive"
+    if spec.qos not in list(QosClass):
+        return f"no class {spec.qos!r}"
+    if spec.cpu is not None and spec.cpu < 0:
+        return f"no CPU {spec.cpu}"
+    ranges = (
+        ("argument", len(spec.argument), 0, ARGUMENT_SIZE_MAX),
+        ("owner_size", spec.owner_size, CONTROL_LINK_SIZE, 1 << 31),
+        ("endpoints", spec.endpoints, 1, ENDPOINTS_PER_OWNER_MAX),
+        ("budget", spec.budget, BOOT_BUDGET_SIZE, BUDGET_SIZE_MAX),
+        ("delegations", spec.delegations, 0, DELEGATIONS_MAX),
+    )
+    for field, value, least, most in ranges:
+        if not least <= value <= most:
+            return f"{field} {value} is not in {least}..{most}"
+    return None

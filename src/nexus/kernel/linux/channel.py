@@ -1,0 +1,271 @@
+"""The kernel channel: one SEQPACKET pair between init and each task, in nobody's table.
+
+To init: the result of the child's preparation, console lines, requests to set a class,
+confirmations, traces, notes about refusals, the traceback of a crash. To the task: go, dead
+peers, answers. Init trusts nothing that comes over it but the kernel's stamp.
+"""
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from nexus.abi import (
+    AbiError,
+    AuditLog,
+    Call,
+    CapClone,
+    CapClose,
+    CapDerive,
+    CapQuery,
+    ConsoleWrite,
+    EndpointClose,
+    EndpointCreate,
+    Entropy,
+    EventKind,
+    Exit,
+    Kill,
+    LinkCreate,
+    Now,
+    Pid,
+    Recv,
+    ReplyRecv,
+    Send,
+    SetTaskQos,
+    SleepUntil,
+    Spawn,
+    SpawnLastError,
+    Status,
+    TaskQos,
+    TaskStats,
+    TaskTable,
+    VmoCreate,
+    VmoMap,
+    VmoSeal,
+    VmoWrite,
+    Wait,
+)
+
+FRAME_SIZE_MAX: Final = 8 * 1024  # bytes
+CRASH_SIZE_MAX: Final = 4096  # bytes of traceback: the end of it tells most
+NOTE_SIZE_MAX: Final = 1024  # bytes of JSON
+
+# First byte of a frame to init.
+PREPARED: Final = 1
+CONSOLE: Final = 2
+SET_QOS: Final = 3
+CONFIRM: Final = 4
+TRACE: Final = 5
+CRASH: Final = 6
+NOTE: Final = 7
+# First byte of a frame to the task.
+GO: Final = 1
+PEER_DEAD: Final = 2
+QOS_ANSWER: Final = 3
+
+NOTABLE: Final = (EventKind.LINK, EventKind.REFUSED, EventKind.HEAP)
+
+PID_FRAME: Final = struct.Struct("<BI")
+QOS_FRAME: Final = struct.Struct("<Bqq")
+CONSOLE_HEAD: Final = struct.Struct("<BH")
+TRACE_HEAD: Final = struct.Struct("<BI")
+TRACE_RECORD: Final = struct.Struct("<BBI")
+
+TRACES_PER_FRAME: Final = 500
+TRACE_PATIENCE: Final = 2_000_000_000  # nanoseconds a traced task waits for init before it drops
+
+TRAPS: Final[tuple[type, ...]] = (
+    EndpointCreate,
+    EndpointClose,
+    LinkCreate,
+    Send,
+    Recv,
+    Call,
+    ReplyRecv,
+    CapClone,
+    CapDerive,
+    CapClose,
+    CapQuery,
+    VmoCreate,
+    VmoWrite,
+    VmoSeal,
+    VmoMap,
+    Spawn,
+    SpawnLastError,
+    Wait,
+    Kill,
+    Exit,
+    TaskTable,
+    TaskQos,
+    SetTaskQos,
+    Now,
+    SleepUntil,
+    Entropy,
+    ConsoleWrite,
+    TaskStats,
+    AuditLog,
+)
+TRAP_NUMBER: Final = {kind: number for number, kind in enumerate(TRAPS)}
+
+_INT64: Final = range(-(1 << 63), 1 << 63)
+
+assert TRACE_HEAD.size + TRACES_PER_FRAME * TRACE_RECORD.size <= FRAME_SIZE_MAX
+
+
+class Prepared(NamedTuple):
+    """What a child says before it is let go: its ids, and what it could not do."""
+
+    uid: int
+    gid: int
+    degraded: tuple[str, ...]
+    failed: str  # empty if it may run
+
+
+def pack_prepared(prepared: Prepared) -> bytes:
+    """The first frame of a child."""
+    return bytes((PREPARED,)) + json.dumps(prepared).encode()
+
+
+def unpack_prepared(frame: bytes) -> Prepared:
+    """Read it; the child runs our code only, so a malformed one is a bug."""
+    uid, gid, degraded, failed = json.loads(frame[1:])
+    return Prepared(int(uid), int(gid), tuple(degraded), str(failed))
+
+
+class TraceBuffer:
+    """Records of traps, handed over in batches."""
+
+    __slots__ = ("_lost", "_put", "records")
+
+    def __init__(self, put: Callable[[bytes], bool]) -> None:
+        self._put = put
+        self._lost = 0
+        self.records: list[tuple[int, int, int]] = []
+
+    def add(self, trap: type, status: int, size: int) -> None:
+        """Keep one record; a full batch is handed over."""
+        self.records.append((TRAP_NUMBER[trap], status, size))
+        if len(self.records) >= TRACES_PER_FRAME:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over what is kept; what the receiver does not take is counted and dropped."""
+        if not self.records:
+            return
+        records, self.records = self.records, []
+        body = b"".join(TRACE_RECORD.pack(*record) for record in records)
+        if self._put(TRACE_HEAD.pack(TRACE, self._lost) + body):
+            self._lost = 0
+        else:
+            self._lost += len(records)
+
+
+class InitIsGone(Exception):
+    """The other end of the kernel channel is closed: there is nothing left to run for."""
+
+
+class TaskPort:
+    """A service's side of its kernel channel."""
+
+    root: Final = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.fileno = sock.fileno()
+        self.peer_dead: Callable[[int], None] = _nobody_listens
+        self._sock = sock
+        self._traces = TraceBuffer(self._put_patiently)
+        self._unconfirmed: list[int] = []
+        self._answer: int | None = None
+
+    def serve(self) -> None:
+        """Take what init has sent; never blocks."""
+        while self._unconfirmed and self._put(PID_FRAME.pack(CONFIRM, self._unconfirmed[0])):
+            del self._unconfirmed[0]
+        while True:
+            try:
+                frame = self._sock.recv(FRAME_SIZE_MAX, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue
+            self._take(frame)
+
+    def _take(self, frame: bytes) -> None:
+        if not frame:
+            raise InitIsGone
+        if frame[0] == PEER_DEAD:
+            self.peer_dead(PID_FRAME.unpack(frame)[1])
+        elif frame[0] == QOS_ANSWER:
+            self._answer = frame[1]
+
+    def _put(self, frame: bytes) -> bool:
+        try:
+            return self._sock.send(frame, socket.MSG_DONTWAIT) > 0
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise InitIsGone from None
+
+    def _put_patiently(self, frame: bytes) -> bool:
+        give_up = time.monotonic_ns() + TRACE_PATIENCE
+        while not self._put(frame):
+            if time.monotonic_ns() >= give_up:
+                return False
+            time.sleep(0.001)  # noqa: TID251 (a kernel's wait; only while tracing)
+        return True
+
+    def console(self, line: str, evidence: bytes) -> None:
+        """Print a checked line. Refuses: QueueFull."""
+        text = line.encode()
+        if not self._put(CONSOLE_HEAD.pack(CONSOLE, len(text)) + text + evidence):
+            raise AbiError(Status.QUEUE_FULL, "the console has no room")
+
+    def set_qos(self, pid: Pid, raw: int) -> None:
+        """Ask init, and wait for its answer. Refuses as SetTaskQos."""
+        # A number that is no class or no pid stays one when it is cut.
+        number = raw if raw in _INT64 else -1
+        target = pid if pid in _INT64 else -1
+        self._answer = None
+        self._sock.send(QOS_FRAME.pack(SET_QOS, target, number))
+        while self._answer is None:
+            self._take(self._sock.recv(FRAME_SIZE_MAX))
+        if self._answer:
+            raise AbiError(Status(self._answer))
+
+    def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
+        """Have an event recorded, if there is room."""
+        body = json.dumps(fields).encode()
+        if len(body) <= NOTE_SIZE_MAX:
+            _ = self._put(bytes((NOTE, NOTABLE.index(kind))) + body)
+
+    def confirm(self, pid: int) -> None:
+        """Tell init that nothing of a dead task is queued here."""
+        self._unconfirmed.append(pid)
+        while self._unconfirmed and self._put(PID_FRAME.pack(CONFIRM, self._unconfirmed[0])):
+            del self._unconfirmed[0]
+
+    def trace(self, trap: type, status: int, size: int) -> None:
+        """Record a trap."""
+        self._traces.add(trap, status, size)
+
+    def flush(self) -> None:
+        """Hand over recorded traps."""
+        self._traces.flush()
+
+    def crashed(self, text: str) -> None:
+        """Leave a traceback behind, if there is room."""
+        _ = self._put(bytes((CRASH,)) + text.encode(errors="replace")[-CRASH_SIZE_MAX:])
+
+    def prepared(self, prepared: Prepared) -> None:
+        """Say how the preparation went, then wait to be let go or not."""
+        _ = self._put(pack_prepared(prepared))
+        frame = self._sock.recv(FRAME_SIZE_MAX)
+        if frame[:1] != bytes((GO,)):
+            os._exit(0)  # this number is burned, or the spawn was given up: nothing has run
+
+
+def _nobody_listens(pid: int) -> None:
+    raise AssertionError(f"news of {pid} before there is a driver")

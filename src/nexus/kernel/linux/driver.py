@@ -1,0 +1,1628 @@
+"""The driver of one task: turns the traps its coroutine yields into system calls.
+
+The same code drives the root task in init's process and every service in its own. What differs
+is the port: a service asks init over its kernel channel, the root task's port is the kernel.
+
+Decisions that a test must be able to break sit in small methods looked up at each use:
+`_sender_of`, `_expired`, `_fits`, `_passed`, `_let_go`, `_vmo_length`, `_arm`, `_confirmable`.
+"""
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Any, Final, NoReturn, Protocol
+
+from nexus.abi import (
+    LINK_DEPTH_MAX,
+    MESSAGE_KIND_RESERVED,
+    MESSAGE_SIZE_MAX,
+    NEVER,
+    NO_WAIT,
+    PAGE_SIZE,
+    SLOTS_MAX,
+    VMO_SIZE_MAX,
+    AbiError,
+    AuditLog,
+    Call,
+    CapClone,
+    CapClose,
+    CapDerive,
+    CapInfo,
+    CapKind,
+    CapQuery,
+    ConsoleWrite,
+    EndpointClose,
+    EndpointCreate,
+    Entropy,
+    EventKind,
+    Exit,
+    Kill,
+    LinkCreate,
+    LinkId,
+    LinkTerms,
+    Message,
+    Nanos,
+    NewLink,
+    Now,
+    PeerGone,
+    Pid,
+    QosClass,
+    Recv,
+    ReplyRecv,
+    Rights,
+    Send,
+    Sender,
+    ServiceId,
+    SetTaskQos,
+    SleepUntil,
+    Slot,
+    Spawn,
+    SpawnLastError,
+    SpawnReason,
+    Status,
+    TaskCounters,
+    TaskQos,
+    TaskStats,
+    TaskTable,
+    Trap,
+    VmoCreate,
+    VmoMap,
+    VmoSeal,
+    VmoWrite,
+    Wait,
+)
+from nexus.kernel.core import (
+    ENDPOINT_SIZE,
+    LINK_END_SIZE,
+    OBJECT_ALIGN,
+    SLOT_SIZE,
+    Account,
+    CapTable,
+    Held,
+    OwnerShare,
+    check_console,
+    check_data,
+    check_derived,
+    check_terms,
+    derive,
+    moved,
+    page_round,
+)
+from nexus.kernel.linux.frames import (
+    DETACH,
+    FRAME_ATTACH,
+    FRAME_DETACH,
+    FRAME_VOID,
+    RECEIVE_SIZE,
+    TRAILER_SIZE,
+    VOID,
+    Trailer,
+    pack_attach,
+    pack_trailer,
+    unpack_attach,
+    unpack_trailer,
+)
+from nexus.kernel.linux.identity import CREDENTIALS, EPOCH, IdentityView
+from nexus.kernel.linux.native import (
+    MSG_CMSG_CLOEXEC,
+    SO_COOKIE,
+    SO_PEEK_OFF,
+    map_read_only,
+    timerfd,
+    timerfd_arm,
+)
+from nexus.kernel.linux.objects import (
+    KERNEL_FRAME,
+    WITH_CAP,
+    Endpoint,
+    HolderLink,
+    Named,
+    OwnerLink,
+    Vmo,
+    adopt,
+    make_pair,
+)
+from nexus.kernel.linux.truesize import Truesize
+
+OWNED_LINKS_MAX: Final = 512  # far ends of one task: they take descriptors and no slots
+WAIT_SETS_MAX: Final = 4  # sets of several endpoints kept ready for waiting
+FRAMES_PER_TURN: Final = 64  # refused or kernel frames taken from a link before others' turn
+EVENTS_PER_POLL: Final = 64
+EXIT_CODE_MAX: Final = 255  # what a process can say
+NOTES_MAX: Final = 256  # events a task may have recorded about refusals; then it only counts
+
+# Descriptors of a service that no slot and no link names: 0-2, kernel channel, timer, the idle
+# set, sets of several endpoints.
+FIXED_DESCRIPTORS: Final = 6 + WAIT_SETS_MAX
+SPARE_DESCRIPTORS: Final = 16
+DESCRIPTORS_MAX: Final = SLOTS_MAX + FIXED_DESCRIPTORS + OWNED_LINKS_MAX + SPARE_DESCRIPTORS
+
+
+RECEIVE_STEP: Final = 100_000_000  # nanoseconds; SO_RCVTIMEO, set once per link
+RECEIVE_FAR: Final = 2 * RECEIVE_STEP  # a later deadline waits in recvmsg, a nearer in select
+SELECT_MAX: Final = 1024  # FD_SETSIZE
+ROOM_STEP: Final = 1  # milliseconds between two looks for room in a full link
+
+NEVER_ARMED: Final = 1 << 63
+
+assert DESCRIPTORS_MAX <= SELECT_MAX, "select takes no higher descriptors"
+
+# Room for credentials and one descriptor exactly; a second one would fit CMSG_SPACE's padding.
+CONTROL_SIZE: Final = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_LEN(4)
+# Room for credentials only: a look then says CTRUNC exactly when a descriptor is attached.
+LOOK_SIZE: Final = socket.CMSG_SPACE(CREDENTIALS.size)
+
+WAITING: Final = MSG_CMSG_CLOEXEC
+AT_ONCE: Final = MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+LOOKING: Final = AT_ONCE | socket.MSG_PEEK
+DONT_WAIT: Final = int(socket.MSG_DONTWAIT)
+CLEAN: Final = MSG_CMSG_CLOEXEC  # what the kernel reports about a whole message
+
+SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+DESCRIPTOR: Final = struct.Struct("=i")
+COOKIE_SIZE: Final = 8
+
+# What a send to a peer that closed or died may say.
+GONE_ERRORS: Final = frozenset(
+    (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN)
+)
+
+Ancillary = list[tuple[int, int, bytes]]
+Handler = Callable[[Any], Any]
+
+
+class Port(Protocol):
+    """How a driver reaches the kernel's own side, which init's process holds."""
+
+    fileno: int  # readable when `serve` has something to do
+    root: bool
+
+    def serve(self) -> None:
+        """Do what waits; never blocks."""
+
+    def console(self, line: str, evidence: bytes) -> None:
+        """Print a checked line. Refuses: QueueFull."""
+
+    def set_qos(self, pid: Pid | None, raw: int) -> None:
+        """Refuses as SetTaskQos."""
+
+    def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
+        """Record an event, if there is room."""
+
+    def confirm(self, pid: int) -> None:
+        """Nothing that a dead task sent is queued here any more."""
+
+    def trace(self, trap: type, status: int, size: int) -> None:
+        """Record a trap."""
+
+    def flush(self) -> None:
+        """Hand over recorded traps before a wait."""
+
+
+class Exited(Exception):
+    """The task has ended: an exit code, or the signal that ended it."""
+
+    def __init__(self, code: int, signal: int = 0) -> None:
+        super().__init__(f"exit {code}, signal {signal}")
+        self.code = code
+        self.signal = signal
+
+
+class Handlers(dict[type, Handler]):
+    """What to do for each trap. A subclass of a trap is that trap."""
+
+    def __missing__(self, kind: type) -> Handler:
+        for parent in kind.__mro__:
+            if parent in self:
+                self[kind] = self[parent]
+                return self[parent]
+        raise TypeError(f"{kind.__name__} is no trap")
+
+
+class Driver:
+    """Holds a task's table, endpoints and accounts, and runs its coroutine."""
+
+    def __init__(
+        self,
+        *,
+        me: Sender,
+        view: IdentityView,
+        port: Port,
+        share: OwnerShare,
+        budget: Account,
+        truesize: Truesize,
+        trace: bool,
+    ) -> None:
+        self.me = me
+        self.share = share
+        self.budget = budget
+        self.table: CapTable[Named] = CapTable()
+        self.links: dict[int, OwnerLink] = {}  # by id: links into own endpoints
+        self.control: Slot | None = None  # of the link to the spawner
+        self.endpoint = Slot(-1)  # of the task's first endpoint
+        self.wall = port.root
+        self._view = view
+        self._cells = view.cells
+        self._epoch = self._cells[EPOCH]
+        self._port = port
+        self._truesize = truesize
+        self._trace = trace
+        self._next_link = 1
+        self._timer = timerfd()
+        self._armed = NEVER_ARMED
+        self._idle = select.epoll(flags=select.EPOLL_CLOEXEC)
+        for descriptor in (self._timer, port.fileno):
+            self._idle.register(descriptor, select.EPOLLIN)
+        self._wait_sets: dict[tuple[Slot, ...], select.epoll] = {}
+        self._turn = 0  # which of several sources is looked at first
+        self._fired = False  # the timer was seen to have fired
+        # Slots as the hot paths find them; an entry is dropped whenever its slot changes.
+        self._senders: dict[int, HolderLink] = {}
+        self._receivers: dict[int, Endpoint] = {}
+        self._inboxes: dict[tuple[int, int], OwnerLink] = {}
+        self._tight = False  # a capability might not fit: look before taking a message
+        # Dead tasks whose queued messages are not all received: bytes left, by descriptor.
+        self._undrained: dict[int, dict[int, int]] = {}
+        self._notes = 0
+        self._sent = 0
+        self._sent_size = 0
+        self._received = 0
+        self._received_size = 0
+        self._timeouts = 0
+        self._refused = {"identity": 0, "several_caps": 0, "oversize": 0, "excess_link": 0}
+        self._vmo_size = 0
+        self.handlers = Handlers({
+            ReplyRecv: self._reply_recv,
+            Call: self._call,
+            Recv: self._recv,
+            Send: self._send,
+            EndpointCreate: self._endpoint_create,
+            EndpointClose: self._endpoint_close,
+            LinkCreate: self._link_create,
+            CapClone: self._cap_clone,
+            CapDerive: self._cap_derive,
+            CapClose: self._cap_close,
+            CapQuery: self._cap_query,
+            VmoCreate: self._vmo_create,
+            VmoWrite: self._vmo_write,
+            VmoSeal: self._vmo_seal,
+            VmoMap: self._vmo_map,
+            Spawn: self._root_only,
+            SpawnLastError: self._spawn_last_error,
+            Wait: self._root_only,
+            Kill: self._root_only,
+            TaskTable: self._root_only,
+            AuditLog: self._root_only,
+            Entropy: self._root_only,
+            Exit: self._exit,
+            TaskQos: self._task_qos,
+            SetTaskQos: self._set_task_qos,
+            Now: self._now,
+            SleepUntil: self._sleep_until,
+            ConsoleWrite: self._console_write,
+            TaskStats: self._task_stats,
+        })
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, coroutine: Coroutine[Trap[Any], Any, int | None]) -> tuple[int, int]:
+        """Drive a coroutine to its end: exit code and signal. A fault of the task propagates."""
+        try:
+            if self._trace or self._port.root:
+                self._drive_watched(coroutine)
+            self._drive(coroutine)
+        except Exited as exited:
+            coroutine.close()
+            return exited.code, exited.signal
+        except StopIteration as stop:
+            return int(stop.value or 0) & EXIT_CODE_MAX, 0
+
+    def _drive(self, coroutine: Coroutine[Trap[Any], Any, int | None]) -> NoReturn:
+        resume, throw, handlers = coroutine.send, coroutine.throw, self.handlers
+        reply_recv, call = handlers[ReplyRecv], handlers[Call]
+        trap = resume(None)
+        while True:
+            kind = type(trap)
+            try:
+                if kind is ReplyRecv:
+                    result = reply_recv(trap)
+                elif kind is Call:
+                    result = call(trap)
+                else:
+                    result = handlers[kind](trap)
+            except AbiError as refusal:
+                trap = throw(refusal)
+            else:
+                trap = resume(result)
+
+    def _drive_watched(self, coroutine: Coroutine[Trap[Any], Any, int | None]) -> NoReturn:
+        """The same loop with traces, and for root with the kernel's work between traps."""
+        resume, throw, handlers, port = coroutine.send, coroutine.throw, self.handlers, self._port
+        trap = resume(None)
+        while True:
+            if port.root:
+                port.serve()
+            status = 0
+            result: Any = None
+            refusal: AbiError | None = None
+            try:
+                result = handlers[type(trap)](trap)
+            except AbiError as error:
+                refusal, status = error, int(error.status)
+            if self._trace:
+                size = 0
+                if isinstance(result, Message):
+                    size = len(result.data)
+                elif isinstance(trap, Send) and status == 0:
+                    size = len(trap.data)
+                port.trace(type(trap), status, size)
+            trap = throw(refusal) if refusal is not None else resume(result)
+
+    def close(self) -> None:
+        """Give every descriptor back: for the root task, whose process goes on."""
+        for slot in list(self.table.slots()):
+            if slot in self.table.entries:
+                self._drop(slot)
+        for wait_set in self._wait_sets.values():
+            wait_set.close()
+        self._idle.close()
+        os.close(self._timer)
+
+    # ------------------------------------------------------------------ slots
+
+    def put(self, named: Named, rights: Rights, *, asked: int | None = None) -> Slot:
+        """Fill the lowest free slot and charge for it. Refuses: NoSpace (slots, budget)."""
+        self.check_room()
+        cost = SLOT_SIZE if self.table.aliases(named) else SLOT_SIZE + _cost(named)
+        align = PAGE_SIZE if isinstance(named, Vmo) else OBJECT_ALIGN
+        self._charge(cost, align, asked)
+        slot = self.table.set(named, rights)
+        self._measure()
+        return slot
+
+    def check_room(self) -> None:
+        """See that a slot is free. Refuses: NoSpace."""
+        if self.table.full:
+            raise AbiError(Status.NO_SPACE, "every slot is used")
+
+    def _charge(self, size: int, align: int = OBJECT_ALIGN, asked: int | None = None) -> None:
+        try:
+            self.budget.charge(size, align, asked=asked)
+        except AbiError:
+            self._note(EventKind.HEAP, self.budget.fields())
+            raise
+
+    def _measure(self) -> None:
+        """Note whether any capability that might arrive would fit."""
+        largest = SLOT_SIZE + LINK_END_SIZE + VMO_SIZE_MAX
+        self._tight = self.table.full or self.budget.free < largest
+
+    def _empty(self, slot: Slot) -> Named:
+        """Empty a slot; what it named stays open."""
+        named = self.table.take(slot).object
+        _ = self._senders.pop(slot, None)
+        if self._receivers.pop(slot, None) is not None:
+            self._inboxes.clear()
+        cost = SLOT_SIZE
+        if not self.table.aliases(named) and not (isinstance(named, Vmo) and named.views):
+            cost += _cost(named)
+        self.budget.refund(cost)
+        self._measure()
+        return named
+
+    def _drop(self, slot: Slot) -> None:
+        """Empty a slot, and end what it named if that was the last one."""
+        named = self._empty(slot)
+        if self.table.aliases(named):
+            return
+        if isinstance(named, Endpoint):
+            self._close_endpoint(named)
+        elif isinstance(named, HolderLink):
+            named.sock.close()
+        else:
+            self._close_vmo(named)
+
+    def _close_vmo(self, vmo: Vmo) -> None:
+        """No slot holds it any more; a view that is out keeps the memory."""
+        os.close(vmo.descriptor)
+        vmo.descriptor = -1
+        if not vmo.views:
+            self._vmo_size -= vmo.length
+
+    def _let_go(self, end: socket.socket) -> None:
+        """Close our copy of an end that another task has now: a copy kept would hide from its
+        peer that the task died."""
+        end.close()
+
+    def _sender_link(self, slot: Slot) -> HolderLink:
+        held = self.table.require(slot, Rights.SEND)
+        assert isinstance(held.object, HolderLink), "only links have SEND"
+        self._senders[slot] = held.object
+        return held.object
+
+    def _endpoint(self, slot: Slot) -> Endpoint:
+        held = self.table.require(slot, Rights.RECV)
+        assert isinstance(held.object, Endpoint), "only endpoints have RECV"
+        if held.object.closed:
+            raise AbiError(Status.NO_SUCH_ENDPOINT, f"the endpoint of slot {slot} is closed")
+        self._receivers[slot] = held.object
+        return held.object
+
+    def _inbox(self, slot: Slot, link: LinkId) -> OwnerLink:
+        endpoint = self._endpoint(slot)
+        owned = self.links.get(link)
+        if owned is None or owned.endpoint is not endpoint:
+            raise AbiError(Status.NO_SUCH_ENDPOINT, f"no link {link} at slot {slot}")
+        self._inboxes[slot, link] = owned
+        return owned
+
+    # ------------------------------------------------------------------ the fast paths
+
+    def _call(self, trap: Call) -> Message:
+        trap.sent = False
+        inbox = self._inboxes.get((trap.inbox, trap.link))
+        if inbox is None:
+            inbox = self._inbox(trap.inbox, trap.link)
+        link = self._senders.get(trap.slot)
+        if link is None:
+            link = self._sender_link(trap.slot)
+        data = trap.data
+        size = len(data)
+        if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= MESSAGE_KIND_RESERVED:
+            _ = check_data(data)
+        queue = link.queue
+        if len(queue) >= link.depth or link.queued_size + size > link.size:
+            link.make_room(size)
+        try:
+            link.send(data, DONT_WAIT)
+        except OSError as error:
+            raise self._send_refusal(error) from None
+        queue = link.queue
+        queue.append(size)
+        link.queued_size += size
+        link.used = True
+        trap.sent = True
+        self._sent += 1
+        self._sent_size += size
+        return self._receive_one(inbox, trap.deadline)
+
+    def _receive_one(self, link: OwnerLink, deadline: int) -> Message:
+        """Wait for a message of one link: in recvmsg while the deadline is far."""
+        if (
+            not link.timed
+            or self._tight
+            or self._trace
+            or deadline - time.monotonic_ns() < RECEIVE_FAR
+        ):
+            return self._receive_near(link, deadline)
+        recvmsg = link.recvmsg
+        while True:
+            try:
+                data, ancillary, flags, _ = recvmsg(RECEIVE_SIZE, CONTROL_SIZE, WAITING)
+            except BlockingIOError:
+                return self._receive_near(link, deadline)
+            except ConnectionResetError:
+                continue
+            if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
+                sender = link.known.get(ancillary[0][2])
+                if (
+                    sender is not None
+                    and data
+                    and data[0] < MESSAGE_KIND_RESERVED
+                    and len(data) <= MESSAGE_SIZE_MAX
+                    and not self._undrained
+                ):
+                    self._received += 1
+                    self._received_size += len(data)
+                    return tuple.__new__(
+                        Message,
+                        (
+                            data,
+                            sender,
+                            link.link,
+                            None,
+                            time.monotonic_ns(),
+                            link.endpoint.slot,
+                        ),
+                    )
+            message = self._admit(link, data, ancillary, flags)
+            if message is not None:
+                return message
+            return self._receive_near(link, deadline)
+
+    def _reply_recv(self, trap: ReplyRecv) -> Message:
+        sources = trap.sources
+        endpoint = self._receivers.get(sources[0]) if len(sources) == 1 else None
+        if endpoint is None:
+            for slot in sources:
+                endpoint = self._endpoint(slot)
+        trap.reply_status = None
+        if trap.slot is not None:
+            slot = trap.slot
+            data = trap.data
+            try:
+                size = len(data)
+                link = self._senders.get(slot)
+                if link is None:
+                    link = self._sender_link(slot)
+                if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= MESSAGE_KIND_RESERVED:
+                    _ = check_data(data)
+                if len(link.queue) >= link.depth or link.queued_size + size > link.size:
+                    link.make_room(size)
+                try:
+                    link.send(data, DONT_WAIT)
+                except OSError as error:
+                    raise self._send_refusal(error) from None
+            except AbiError as refusal:
+                trap.reply_status = refusal.status
+            else:
+                link.queue.append(size)
+                link.queued_size += size
+                link.used = True
+                self._sent += 1
+                self._sent_size += size
+        if endpoint is None or len(sources) != 1:
+            return self._receive(sources, trap.deadline, MESSAGE_SIZE_MAX)
+        return self._receive_from(endpoint, trap.deadline)
+
+    def _receive_from(self, endpoint: Endpoint, deadline: int) -> Message:
+        """One message of one endpoint, in rotation."""
+        if self._tight or self._trace:
+            return self._receive((endpoint.slot,), deadline, MESSAGE_SIZE_MAX)
+        rounds = 0
+        while True:
+            while endpoint.batch:
+                link = endpoint.batch.pop()
+                try:
+                    data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, AT_ONCE)
+                except BlockingIOError:
+                    if self._undrained:
+                        self._emptied(link)
+                    continue
+                except ConnectionResetError:
+                    endpoint.batch.append(link)
+                    continue
+                if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
+                    sender = link.known.get(ancillary[0][2])
+                    if (
+                        sender is not None
+                        and data
+                        and data[0] < MESSAGE_KIND_RESERVED
+                        and len(data) <= MESSAGE_SIZE_MAX
+                        and not self._undrained
+                    ):
+                        self._received += 1
+                        self._received_size += len(data)
+                        return tuple.__new__(
+                            Message,
+                            (data, sender, link.link, None, time.monotonic_ns(), endpoint.slot),
+                        )
+                message = self._admit(link, data, ancillary, flags)
+                if message is None:
+                    message = self._take(link)
+                if message is not None:
+                    return message
+            rounds += 1
+            self._poll(endpoint, deadline, rounds)
+
+    # ------------------------------------------------------------------ receiving
+
+    def _recv(self, trap: Recv) -> Message:
+        size_max = min(trap.size_max, MESSAGE_SIZE_MAX)
+        if trap.link is None:
+            if len(trap.sources) == 1 and size_max == MESSAGE_SIZE_MAX:
+                endpoint = self._receivers.get(trap.sources[0])
+                if endpoint is None:
+                    endpoint = self._endpoint(trap.sources[0])
+                return self._receive_from(endpoint, trap.deadline)
+            return self._receive(trap.sources, trap.deadline, size_max)
+        for slot in trap.sources:
+            self._endpoint(slot)
+        owned = self.links.get(trap.link)
+        if owned is None or owned.endpoint.slot not in trap.sources:
+            raise AbiError(Status.NO_SUCH_ENDPOINT, f"no link {trap.link} at these sources")
+        if size_max == MESSAGE_SIZE_MAX:
+            return self._receive_one(owned, trap.deadline)
+        return self._receive_near(owned, trap.deadline, size_max)
+
+    def _receive(self, sources: tuple[Slot, ...], deadline: int, size_max: int) -> Message:
+        """One message of several endpoints, or with a look at each before it is taken."""
+        if not sources:
+            raise AbiError(Status.INVALID_ARGUMENT, "no endpoint to receive from")
+        endpoints = [self._endpoint(slot) for slot in sources]
+        if len(endpoints) == 1:
+            poller = endpoints[0].epoll
+        else:
+            poller = self._wait_set(sources, endpoints)
+            self._turn = (self._turn + 1) % len(endpoints)
+            endpoints = endpoints[self._turn :] + endpoints[: self._turn]
+        rounds = 0
+        while True:
+            rounds += 1
+            self._fired = found = blocked = False
+            for endpoint in endpoints:
+                for link in self._ready(endpoint):
+                    found = True
+                    if not self._fits(link, size_max):
+                        blocked = True
+                        continue
+                    message = self._take(link)
+                    if message is not None:
+                        return message
+            if blocked:
+                raise AbiError(Status.NO_SPACE, "no room for the capability of any message")
+            late = self._fired or rounds > FRAMES_PER_TURN
+            if deadline == NO_WAIT:
+                if not found or late:
+                    raise self._expired(deadline)
+            elif late and time.monotonic_ns() >= deadline:
+                raise self._expired(deadline)
+            if not found:
+                self._arm(deadline)
+                self._port.flush()
+                _ = poller.poll(-1, 1)
+
+    def _wait_set(self, sources: tuple[Slot, ...], endpoints: list[Endpoint]) -> select.epoll:
+        """The set that waits on several endpoints at once; a few are kept."""
+        wait_set = self._wait_sets.get(sources)
+        if wait_set is None:
+            if len(self._wait_sets) == WAIT_SETS_MAX:
+                self._wait_sets.pop(next(iter(self._wait_sets))).close()
+            wait_set = select.epoll(flags=select.EPOLL_CLOEXEC)
+            for endpoint in dict.fromkeys(endpoints):
+                wait_set.register(endpoint.epoll.fileno(), select.EPOLLIN)
+            self._wait_sets[sources] = wait_set
+        return wait_set
+
+    def _ready(self, endpoint: Endpoint) -> Iterator[OwnerLink]:
+        """The links with something to take now, each once, in rotation: epoll puts what it
+        reported at the end of its list. Serves the kernel and notes a fired timer on the way."""
+        endpoint.batch.clear()
+        seen: set[int] = set()
+        while events := endpoint.epoll.poll(0, 1):
+            descriptor = events[0][0]
+            if descriptor in seen:
+                return
+            seen.add(descriptor)
+            link = endpoint.links.get(descriptor)
+            if link is not None:
+                yield link
+            elif descriptor == self._timer:
+                self._fired = True
+                self._disarm()
+            else:
+                self._port.serve()
+
+    def _poll(self, endpoint: Endpoint, deadline: int, rounds: int) -> None:
+        """Wait until links of an endpoint are ready and make them its batch.
+
+        Refuses: QueueEmpty, TimedOut.
+        """
+        if deadline == NO_WAIT:
+            wait = 0
+        else:
+            wait = -1
+            if deadline < self._armed:
+                self._arm(deadline)
+        if rounds > FRAMES_PER_TURN and time.monotonic_ns() >= deadline:
+            raise self._expired(deadline)
+        events = endpoint.epoll.poll(wait, EVENTS_PER_POLL)
+        links = endpoint.links
+        if len(events) == 1:
+            link = links.get(events[0][0])
+            if link is not None:
+                endpoint.batch.append(link)
+                return
+        ready = []
+        fired = False
+        for descriptor, _ in events:
+            link = links.get(descriptor)
+            if link is not None:
+                ready.append(link)
+            elif descriptor == self._timer:
+                fired = True
+                self._disarm()
+            else:
+                self._port.serve()
+        if ready:
+            ready.reverse()
+            endpoint.batch = ready
+        elif wait == 0 or (fired and time.monotonic_ns() >= deadline):
+            raise self._expired(deadline)
+
+    def _arm(self, deadline: int) -> None:
+        """Let the timer fire at a deadline, unless it fires before that anyway."""
+        if deadline < self._armed and deadline != NEVER:
+            timerfd_arm(self._timer, deadline)
+            self._armed = deadline
+
+    def _disarm(self) -> None:
+        """Take note that the timer fired."""
+        try:
+            _ = os.read(self._timer, 8)
+        except BlockingIOError:
+            return
+        self._armed = NEVER_ARMED
+
+    def _expired(self, deadline: int) -> AbiError:
+        """The refusal of a receive that found nothing in time."""
+        if deadline == NO_WAIT:
+            return AbiError(Status.QUEUE_EMPTY, "nothing is queued")
+        self._timeouts += 1
+        return AbiError(Status.TIMED_OUT, "the deadline has passed")
+
+    def _receive_near(
+        self, link: OwnerLink, deadline: int, size_max: int = MESSAGE_SIZE_MAX
+    ) -> Message:
+        """One message of one link, looked for without waiting and then waited for in select."""
+        if not link.timed:
+            seconds = struct.pack("@ll", 0, RECEIVE_STEP // 1000)
+            link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            link.timed = True
+        while True:
+            if not self._fits(link, size_max):
+                raise AbiError(Status.NO_SPACE, "no room for the capability of the message")
+            message = self._take(link)
+            if message is not None:
+                return message
+            if self.links.get(link.link) is not link:
+                raise AbiError(Status.NO_SUCH_ENDPOINT, f"link {link.link} is closed")
+            if deadline == NO_WAIT or time.monotonic_ns() >= deadline:
+                raise self._expired(deadline)
+            self._port.flush()
+            self._wait_for(link.fileno, deadline)
+            self._port.serve()
+
+    def _wait_for(self, descriptor: int, deadline: int, step: int = -1) -> None:
+        """Wait until a descriptor is readable, the kernel has news, a deadline passes, or for
+        `step` milliseconds."""
+        if step < 0 and descriptor < SELECT_MAX and not self._port.root:
+            left = max(deadline - time.monotonic_ns(), 0) / 1_000_000_000
+            _ = select.select((descriptor, self._port.fileno), (), (), left)
+            return
+        self._arm(deadline)
+        self._idle.register(descriptor, select.EPOLLIN)
+        try:
+            events = self._idle.poll(step / 1000 if step >= 0 else -1)
+        finally:
+            self._idle.unregister(descriptor)
+        if any(number == self._timer for number, _ in events):
+            self._disarm()
+
+    def _fits(self, link: OwnerLink, size_max: int) -> bool:
+        """Whether the message at hand may be taken: look at it without taking it, where a
+        capability might not fit or the caller's buffer is small.
+
+        Refuses: InvalidArgument (larger than `size_max`).
+        """
+        if not self._tight and size_max == MESSAGE_SIZE_MAX:
+            return True
+        try:
+            data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, LOOK_SIZE, LOOKING)
+        except (BlockingIOError, ConnectionResetError):
+            return True
+        if not data or not ancillary or data[0] >= MESSAGE_KIND_RESERVED:
+            return True
+        if flags & socket.MSG_TRUNC or self._identify(link, ancillary[0][2]) is None:
+            return True  # to be refused when taken
+        size = len(data)
+        carries = bool(flags & socket.MSG_CTRUNC)
+        if carries:
+            size -= TRAILER_SIZE
+        if size > size_max:
+            raise AbiError(Status.INVALID_ARGUMENT, f"the message is of {size} bytes")
+        return not carries or self._has_room(data)
+
+    def _has_room(self, data: bytes) -> bool:
+        """Whether the capability that comes with `data` fits the table and the budget."""
+        trailer = unpack_trailer(data)
+        if trailer is None:
+            return True  # to be refused when taken
+        size = trailer.length if trailer.kind is CapKind.VMO else LINK_END_SIZE
+        return not self.table.full and size + SLOT_SIZE <= self.budget.free
+
+    def _take(self, link: OwnerLink) -> Message | None:
+        """The next message of a link, None if there is none now. Refuses: PeerGone."""
+        for _ in range(FRAMES_PER_TURN):
+            if self.links.get(link.link) is not link:
+                return None
+            try:
+                data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, AT_ONCE)
+            except BlockingIOError:
+                self._emptied(link)
+                return None
+            except ConnectionResetError:
+                continue
+            message = self._admit(link, data, ancillary, flags)
+            if message is not None:
+                return message
+        return None
+
+    def _admit(
+        self, link: OwnerLink, data: bytes, ancillary: Ancillary, flags: int
+    ) -> Message | None:
+        """Judge what was taken from a link; None if it was not a message for the task.
+
+        Refuses: PeerGone.
+        """
+        if self._cells[EPOCH] == self._epoch:
+            return self._judge(link, data, ancillary, flags)
+        self._epoch = self._cells[EPOCH]
+        for owned in self.links.values():
+            owned.known.clear()
+        try:
+            return self._judge(link, data, ancillary, flags)
+        finally:
+            # Only now: what init says about dead tasks may free the row this message needed.
+            self._port.serve()
+
+    def _judge(
+        self, link: OwnerLink, data: bytes, ancillary: Ancillary, flags: int
+    ) -> Message | None:
+        credentials: bytes | None = None
+        descriptors: list[int] = []
+        for _, kind, content in ancillary:
+            if kind == socket.SCM_CREDENTIALS and credentials is None:
+                credentials = content
+            elif kind == socket.SCM_RIGHTS:
+                whole = len(content) - len(content) % DESCRIPTOR.size
+                descriptors += [number for (number,) in DESCRIPTOR.iter_unpack(content[:whole])]
+        if credentials is None and not data:
+            return self._gone(link)
+        if self._undrained:
+            self._drained(link, len(data))
+        fresh, link.fresh = link.fresh, False
+        sender = None if credentials is None else self._identify(link, credentials)
+        reason = None
+        if sender is None:
+            reason = "identity"
+        elif flags & socket.MSG_CTRUNC or len(descriptors) > 1:
+            reason = "several_caps"
+        elif flags & socket.MSG_TRUNC or not data:
+            reason = "oversize"
+        elif data[0] >= MESSAGE_KIND_RESERVED:
+            self._kernel_frame(link, sender, data, descriptors, fresh=fresh)
+            return None
+        elif descriptors:
+            return self._accept(link, sender, data, descriptors[0])
+        elif len(data) > MESSAGE_SIZE_MAX:
+            reason = "oversize"
+        if reason is not None or sender is None:
+            self._refuse(reason or "identity", link, descriptors)
+            return None
+        return self._message(link, sender, data, None)
+
+    def _message(
+        self, link: OwnerLink, sender: Sender, data: bytes, cap: Slot | None
+    ) -> Message:
+        self._received += 1
+        self._received_size += len(data)
+        now = Nanos(time.monotonic_ns())
+        return Message(data, sender, link.link, cap, now, link.endpoint.slot)
+
+    def _identify(self, link: OwnerLink, credentials: bytes) -> Sender | None:
+        sender = link.known.get(credentials)
+        if sender is None:
+            sender = self._sender_of(link, credentials)
+            if sender is not None:
+                link.known[credentials] = sender
+        return sender
+
+    def _sender_of(self, link: OwnerLink, credentials: bytes) -> Sender | None:  # noqa: ARG002
+        """Who sent a message: asked of the kernel's stamp alone, not of the link it came by."""
+        return self._view.sender_of(credentials)
+
+    def _refuse(self, reason: str, link: OwnerLink, descriptors: list[int]) -> None:
+        """Drop a message that breaks the rules, and count it."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._refused[reason] += 1
+        self._note(EventKind.REFUSED, {"reason": reason, "link": int(link.link)})
+
+    def _note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
+        if self._notes < NOTES_MAX:
+            self._notes += 1
+            self._port.note(kind, fields)
+
+    def _accept(
+        self, link: OwnerLink, sender: Sender, data: bytes, descriptor: int
+    ) -> Message | None:
+        """A message with one capability: classify the descriptor itself and fill a slot."""
+        trailer = unpack_trailer(data)
+        if trailer is None or len(data) > MESSAGE_SIZE_MAX + TRAILER_SIZE:
+            self._refuse("several_caps" if trailer is None else "oversize", link, [descriptor])
+            return None
+        named = self._classify(descriptor, trailer)
+        if named is None:
+            self._refuse("several_caps", link, [descriptor])
+            return None
+        try:
+            slot = self.put(named, Rights.SEND if isinstance(named, HolderLink) else Rights.MAP)
+        except AbiError:
+            # Not reached while `_fits` looks first; a capability without a slot is not kept.
+            if isinstance(named, HolderLink):
+                named.sock.close()
+            else:
+                os.close(named.descriptor)
+            self._refuse("several_caps", link, [])
+            return None
+        if isinstance(named, Vmo):
+            self._vmo_size += named.length
+        return self._message(link, sender, data[:-TRAILER_SIZE], slot)
+
+    def _classify(self, descriptor: int, trailer: Trailer) -> HolderLink | Vmo | None:
+        """What a received descriptor is, by what the kernel says about it."""
+        if _is_link(descriptor):
+            end = adopt(descriptor)
+            link = HolderLink(end, trailer.owner, trailer.terms, self._truesize)
+            link.attached = trailer.attached
+            self._localise(link)
+            return link
+        try:
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        except OSError:
+            return None  # no memory object
+        length = os.lseek(descriptor, 0, os.SEEK_END)
+        if seals & SEALS != SEALS or not 0 < length <= VMO_SIZE_MAX or length != page_round(length):
+            return None
+        return Vmo(descriptor, length, sealed=True)
+
+    # ------------------------------------------------------------------ the kernel's own frames
+
+    def _kernel_frame(
+        self,
+        link: OwnerLink,
+        sender: Sender,
+        data: bytes,
+        descriptors: list[int],
+        *,
+        fresh: bool,
+    ) -> None:
+        if data[0] == FRAME_ATTACH and descriptors:
+            terms = unpack_attach(data)
+            if terms is not None and _is_link(descriptors[0]):
+                self._attach(link, sender, terms, adopt(descriptors[0]))
+                return
+        elif data[0] == FRAME_VOID and fresh and not descriptors:
+            link.void = True
+            return
+        self._refuse("excess_link", link, descriptors)
+
+    def _attach(
+        self, parent: OwnerLink, sender: Sender, terms: LinkTerms, far: socket.socket
+    ) -> None:
+        """Let a derived link join, if its parent's terms and this task's share allow it."""
+        try:
+            if parent.attached >= parent.delegations:
+                raise AbiError(Status.NO_SPACE, "more links than delegated")
+            if not parent.managed:
+                held = LinkTerms(parent.depth, parent.size, parent.delegations)
+                check_derived(terms, held)
+        except AbiError:
+            far.close()
+            self._refuse("excess_link", parent, [])
+            return
+        try:
+            owned = self.own(parent.endpoint, terms, far)
+        except AbiError:
+            far.close()
+            self._refuse("excess_link", parent, [])
+            self._detach(parent)
+            return
+        owned.parent = parent
+        owned.maker = sender
+        parent.attached += 1
+        for marks in self._undrained.values():
+            unread = owned.unread_size()
+            if unread:
+                marks[owned.fileno] = unread
+
+    def own(self, endpoint: Endpoint, terms: LinkTerms, far: socket.socket) -> OwnerLink:
+        """Let a far end join an endpoint. Refuses: NoSpace (share, links)."""
+        if len(self.links) >= OWNED_LINKS_MAX:
+            raise AbiError(Status.NO_SPACE, f"{OWNED_LINKS_MAX} links lead here")
+        self.share.size.take(terms.size)
+        owned = OwnerLink(far, LinkId(self._next_link), endpoint, terms)
+        self._next_link += 1
+        endpoint.add(owned)
+        self.links[owned.link] = owned
+        return owned
+
+    def _disown(self, link: OwnerLink) -> None:
+        """Close a far end and give back what it had reserved."""
+        self._emptied(link)
+        link.endpoint.remove(link)
+        del self.links[link.link]
+        self._inboxes.pop((link.endpoint.slot, link.link), None)
+        link.sock.close()
+        self.share.size.give(link.size)
+        parent = link.parent
+        if parent is not None and self.links.get(parent.link) is parent:
+            parent.attached -= 1
+            self._detach(parent)
+
+    def _detach(self, parent: OwnerLink) -> None:
+        """Tell the holder of a link that one of its delegations came back."""
+        try:
+            _ = parent.sock.send(DETACH, DONT_WAIT)
+        except OSError:
+            return  # its holder is gone, or reads nothing: it has no use for the delegation
+
+    def _gone(self, link: OwnerLink) -> None:
+        """The holder closed or died, and everything it had sent has been taken.
+
+        Refuses: PeerGone, unless nobody ever had the link.
+        """
+        void = link.void
+        self._disown(link)
+        if not void:
+            raise PeerGone(link.link)
+
+    # ------------------------------------------------------------------ dead tasks
+
+    def peer_dead(self, pid: int) -> None:
+        """Init says that a task died: confirm when nothing it sent can be queued here."""
+        marks = {}
+        for link in self.links.values():
+            unread = link.unread_size()
+            if unread:
+                marks[link.fileno] = unread
+        self._undrained[pid] = marks
+        self._confirmable(pid)
+
+    def _drained(self, link: OwnerLink, size: int) -> None:
+        for pid in list(self._undrained):
+            marks = self._undrained[pid]
+            if link.fileno in marks:
+                marks[link.fileno] -= size
+                if marks[link.fileno] <= 0:
+                    del marks[link.fileno]
+                    self._confirmable(pid)
+
+    def _emptied(self, link: OwnerLink) -> None:
+        """Nothing is queued on a link now, or it is being closed."""
+        for pid in list(self._undrained):
+            if self._undrained[pid].pop(link.fileno, None) is not None:
+                self._confirmable(pid)
+
+    def _confirmable(self, pid: int) -> None:
+        if not self._undrained[pid]:
+            del self._undrained[pid]
+            self._port.confirm(pid)
+
+    # ------------------------------------------------------------------ sending
+
+    def _send(self, trap: Send) -> None:
+        link = self._senders.get(trap.slot)
+        if link is None:
+            link = self._sender_link(trap.slot)
+        data = trap.data
+        size = check_data(data)
+        if trap.move is not None:
+            self._send_moving(link, data, trap.move, trap.deadline)
+            return
+        while True:
+            self._await_room(link, size, trap.deadline)
+            try:
+                link.send(data, DONT_WAIT)
+                break
+            except BlockingIOError as error:
+                self._await_wall(link, trap.deadline, error)
+            except OSError as error:
+                raise self._send_refusal(error) from None
+        link.sent(size)
+        self._sent += 1
+        self._sent_size += size
+
+    def _await_room(self, link: HolderLink, size: int, deadline: int) -> None:
+        """Wait until a message fits. Refuses: QueueFull, NoSpace (NO_WAIT), TimedOut,
+        NoSuchEndpoint."""
+        while True:
+            try:
+                link.make_room(size)
+                return
+            except AbiError as refusal:
+                if deadline == NO_WAIT or size > link.size:
+                    raise
+                self._await_step(link, deadline, refusal)
+
+    def _await_wall(self, link: HolderLink, deadline: int, error: OSError) -> None:
+        """The kernel's own bound is narrower than the link's for this mix of sizes: wait."""
+        refusal = self._send_refusal(error)
+        if deadline == NO_WAIT:
+            raise refusal
+        self._await_step(link, deadline, refusal)
+
+    def _await_step(self, link: HolderLink, deadline: int, refusal: AbiError) -> None:
+        if time.monotonic_ns() >= deadline:
+            self._timeouts += 1
+            raise AbiError(Status.TIMED_OUT, str(refusal))
+        self._port.flush()
+        self._wait_for(link.sock.fileno(), deadline, ROOM_STEP)
+        self._port.serve()
+        if not self._drain_reverse(link):
+            raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
+
+    def _drain_reverse(self, link: HolderLink) -> bool:
+        """Take the kernel frames that came back; False once the owner has closed."""
+        for _ in range(FRAMES_PER_TURN):
+            try:
+                data, ancillary, _, _ = link.sock.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, AT_ONCE)
+            except BlockingIOError:
+                return True
+            except ConnectionResetError:
+                return False
+            if not ancillary:
+                return False
+            sender: Sender | None = None
+            for _, kind, content in ancillary:
+                if kind == socket.SCM_CREDENTIALS:
+                    sender = self._view.sender_of(content)
+                elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
+                    os.close(DESCRIPTOR.unpack_from(content)[0])
+            if sender is None or sender.service != link.owner or data[:1] != DETACH:
+                self._refused["identity"] += 1
+            elif data[0] == FRAME_DETACH and link.attached:
+                link.attached -= 1
+        return True
+
+    def _send_refusal(self, error: OSError) -> AbiError:
+        """The status of a failed send; nothing was sent."""
+        if error.errno in GONE_ERRORS:
+            return AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
+        # EAGAIN, EMSGSIZE: the kernel's bound. ETOOMANYREFS, ENOBUFS: its own limits.
+        return AbiError(Status.NO_SPACE, os.strerror(error.errno or 0))
+
+    def _send_moving(
+        self, link: HolderLink, data: bytes | bytearray, move: Slot, deadline: int
+    ) -> None:
+        held = self.table.get(move)
+        named = held.object
+        if named is link:
+            raise AbiError(Status.INVALID_ARGUMENT, "a link does not move over itself")
+        _ = moved(_kind(named), held.rights)
+        if isinstance(named, Vmo) and not named.sealed:
+            raise AbiError(Status.PERMISSION_DENIED, "an unsealed VMO does not move")
+        self._await_room(link, len(data), deadline)
+        if isinstance(named, Vmo):
+            trailer = Trailer(CapKind.VMO, length=named.length)
+            self._pass(link, data, trailer, named.descriptor)
+            self._passed(move)
+            return
+        assert isinstance(named, HolderLink), "endpoints do not move"
+        if not named.used and self.table.aliases(named) == 1:
+            trailer = Trailer(CapKind.LINK, named.terms, named.attached, named.owner)
+            self._pass(link, data, trailer, named.sock.fileno())
+            self._passed(move)
+            return
+        terms = LinkTerms(named.depth, named.size, 0)
+        near, owned = self._derive(named, terms)
+        if owned is not None:
+            owned.cookie = near.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+        trailer = Trailer(CapKind.LINK, terms, 0, named.owner)
+        try:
+            self._pass(link, data, trailer, near.fileno())
+        except AbiError:
+            _ = near.send(VOID, DONT_WAIT)
+            near.close()
+            raise
+        self._let_go(near)
+        self._passed(move)
+
+    def _pass(
+        self, link: HolderLink, data: bytes | bytearray, trailer: Trailer, descriptor: int
+    ) -> None:
+        """Send a message with a descriptor: all or nothing. Refuses as Send."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(descriptor))]
+        try:
+            wire = link.sock.sendmsg((data, pack_trailer(trailer)), rights, DONT_WAIT)
+        except OSError as error:
+            raise self._send_refusal(error) from None
+        if link.local is not None:
+            link.local.endpoint.batch.clear()
+        link.sent(wire, WITH_CAP)
+        self._sent += 1
+        self._sent_size += len(data)
+
+    def _passed(self, slot: Slot) -> None:
+        """Empty the slot of a capability that has left: only after the send succeeded."""
+        named = self._empty(slot)
+        assert not isinstance(named, Endpoint), "endpoints do not move"
+        if self.table.aliases(named):
+            return
+        if isinstance(named, HolderLink):
+            self._let_go(named.sock)
+        else:
+            self._close_vmo(named)
+
+    def _check_alive(self, link: HolderLink) -> None:
+        """See that the owner has not closed. Refuses: NoSuchEndpoint."""
+        if not self._drain_reverse(link):
+            raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
+
+    # ------------------------------------------------------------------ links and endpoints
+
+    def _endpoint_create(self, trap: EndpointCreate) -> Slot:  # noqa: ARG002
+        self.check_room()
+        self.share.endpoints.take(1)
+        try:
+            return self.place(Endpoint())
+        except AbiError:
+            self.share.endpoints.give(1)
+            raise
+
+    def place(self, endpoint: Endpoint, at: Slot | None = None) -> Slot:
+        """Give an endpoint its slot and let it hear the timer and the kernel."""
+        rights = Rights.RECV | Rights.MANAGE
+        try:
+            if at is None:
+                slot = self.put(endpoint, rights)
+            else:
+                self._charge(SLOT_SIZE + ENDPOINT_SIZE)
+                self.table.restore(at, Held(endpoint, rights))
+                slot = at
+        except AbiError:
+            endpoint.epoll.close()
+            raise
+        endpoint.slot = slot
+        for descriptor in (self._timer, self._port.fileno):
+            endpoint.epoll.register(descriptor, select.EPOLLIN)
+        return slot
+
+    def _endpoint_close(self, trap: EndpointClose) -> None:
+        held = self.table.require(trap.slot, Rights.MANAGE)
+        if not isinstance(held.object, Endpoint):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {trap.slot} is no endpoint")
+        self._drop(trap.slot)
+
+    def _close_endpoint(self, endpoint: Endpoint) -> None:
+        endpoint.closed = True
+        for sources in [key for key in self._wait_sets if endpoint.slot in key]:
+            self._wait_sets.pop(sources).close()
+        for link in list(endpoint.links.values()):
+            self._disown(link)
+        endpoint.epoll.close()
+        self.share.endpoints.give(1)
+
+    def _link_create(self, trap: LinkCreate) -> NewLink:
+        held = self.table.get(trap.slot)
+        named = held.object
+        if isinstance(named, Endpoint):
+            if not held.rights & Rights.MANAGE:
+                raise AbiError(Status.PERMISSION_DENIED, "no MANAGE on the endpoint")
+            check_terms(trap.terms)
+            self.check_room()
+            self._check_budget()
+            link, owned = self._own_link(named, trap.terms)
+        elif isinstance(named, HolderLink) and held.rights & Rights.SEND:
+            check_terms(trap.terms)
+            if not held.rights & Rights.MANAGE:
+                check_derived(trap.terms, named.terms)
+            self.check_room()
+            self._check_budget()
+            near, owned = self._derive(named, trap.terms)
+            link = self.hold(near, named.owner, trap.terms, owned)
+        else:
+            raise AbiError(Status.PERMISSION_DENIED, f"no link comes from slot {trap.slot}")
+        slot = self.put(link, Rights.SEND)
+        self._port.note(
+            EventKind.LINK, {"owner": link.owner, "depth": link.depth, "size": link.size}
+        )
+        return NewLink(slot, None if owned is None else owned.link)
+
+    def _check_budget(self) -> None:
+        """See that one more link can be charged. Refuses: NoSpace."""
+        cost = SLOT_SIZE + LINK_END_SIZE
+        self._charge(cost)
+        self.budget.refund(cost)
+
+    def _own_link(self, endpoint: Endpoint, terms: LinkTerms) -> tuple[HolderLink, OwnerLink]:
+        """A fresh link into an own endpoint. Refuses: NoSpace."""
+        near, far = make_pair(terms, wall=self.wall)
+        try:
+            owned = self.own(endpoint, terms, far)
+        except AbiError:
+            near.close()
+            far.close()
+            raise
+        return self.hold(near, self.me.service, terms, owned), owned
+
+    def hold(
+        self, near: socket.socket, owner: ServiceId, terms: LinkTerms, owned: OwnerLink | None
+    ) -> HolderLink:
+        """The account of a near end; with `owned` the far end is this task's own."""
+        link = HolderLink(near, owner, terms, self._truesize)
+        if owned is not None:
+            owned.cookie = near.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+            self._localise(link)
+        return link
+
+    def _localise(self, link: HolderLink) -> None:
+        """If the far end is this task's own, a send makes what a poll had found stale."""
+        cookie = link.sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+        for owned in self.links.values():
+            if owned.cookie == cookie:
+                link.local = owned
+                link.send = _local_send(owned.endpoint, link.sock)
+                return
+
+    def _derive(
+        self, held: HolderLink, terms: LinkTerms
+    ) -> tuple[socket.socket, OwnerLink | None]:
+        """A fresh near end whose far end is with the owner of a held link.
+
+        Refuses: NoSpace (delegations), NoSuchEndpoint.
+        """
+        if held.attached >= held.delegations:
+            self._check_alive(held)
+            if held.attached >= held.delegations:
+                raise AbiError(Status.NO_SPACE, f"{held.delegations} links are delegated")
+        near, far = make_pair(terms, wall=self.wall)
+        if held.local is not None:
+            return near, self._derive_local(held, terms, near, far)
+        frame = pack_attach(terms)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(far.fileno()))]
+        try:
+            _ = held.sock.sendmsg((frame,), rights, DONT_WAIT)
+        except OSError as error:
+            near.close()
+            far.close()
+            raise self._send_refusal(error) from None
+        held.sent(len(frame), KERNEL_FRAME)
+        held.attached += 1
+        self._let_go(far)
+        return near, None
+
+    def _derive_local(
+        self, held: HolderLink, terms: LinkTerms, near: socket.socket, far: socket.socket
+    ) -> OwnerLink:
+        parent = held.local
+        assert parent is not None, "the caller has looked"
+        try:
+            if self.links.get(parent.link) is not parent:
+                raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
+            owned = self.own(parent.endpoint, terms, far)
+        except AbiError:
+            near.close()
+            far.close()
+            raise
+        owned.parent = parent
+        owned.maker = self.me
+        parent.attached += 1
+        held.attached += 1
+        return owned
+
+    def _cap_clone(self, trap: CapClone) -> Slot:
+        held = self.table.get(trap.slot)
+        if isinstance(held.object, Endpoint):
+            raise AbiError(Status.PERMISSION_DENIED, "an endpoint has one holder")
+        return self.put(held.object, held.rights)
+
+    def _cap_derive(self, trap: CapDerive) -> Slot:
+        held = self.table.get(trap.slot)
+        rights = derive(held.rights, trap.rights)
+        if isinstance(held.object, Endpoint):
+            raise AbiError(Status.PERMISSION_DENIED, "an endpoint has one holder")
+        return self.put(held.object, rights)
+
+    def _cap_close(self, trap: CapClose) -> None:
+        _ = self.table.get(trap.slot)
+        self._drop(trap.slot)
+
+    def _cap_query(self, trap: CapQuery) -> CapInfo:
+        held = self.table.require(trap.slot, Rights.MAP)
+        assert isinstance(held.object, Vmo), "only memory objects have MAP"
+        return CapInfo(CapKind.VMO, held.rights, held.object.length)
+
+    # ------------------------------------------------------------------ memory objects
+
+    def _vmo_length(self, size: int) -> int:
+        """The length of a memory object of that many bytes: whole pages."""
+        return page_round(size)
+
+    def _vmo_create(self, trap: VmoCreate) -> Slot:
+        if not 1 <= trap.size <= VMO_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"a VMO of {trap.size} bytes")
+        length = self._vmo_length(trap.size)
+        vmo = Vmo(-1, length, sealed=False)
+        slot = self.put(vmo, Rights.MAP | Rights.MANAGE, asked=trap.size)
+        vmo.descriptor = os.memfd_create("nexus-vmo", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        os.ftruncate(vmo.descriptor, length)
+        self._vmo_size += length
+        return slot
+
+    def _vmo(self, slot: Slot) -> Vmo:
+        named = self.table.get(slot).object
+        if not isinstance(named, Vmo):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {slot} is no VMO")
+        return named
+
+    def _vmo_write(self, trap: VmoWrite) -> None:
+        vmo = self._vmo(trap.slot)
+        _ = self.table.require(trap.slot, Rights.MANAGE)
+        if vmo.sealed:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed")
+        if trap.offset < 0 or trap.offset + len(trap.data) > vmo.length:
+            raise AbiError(Status.INVALID_ARGUMENT, f"outside the {vmo.length} bytes")
+        rest, offset = memoryview(trap.data), trap.offset
+        while rest:
+            written = os.pwrite(vmo.descriptor, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def _vmo_seal(self, trap: VmoSeal) -> None:
+        vmo = self._vmo(trap.slot)
+        _ = self.table.require(trap.slot, Rights.MANAGE)
+        if not vmo.sealed:
+            _ = fcntl.fcntl(vmo.descriptor, fcntl.F_ADD_SEALS, SEALS)
+            vmo.sealed = True
+
+    def _vmo_map(self, trap: VmoMap) -> memoryview:
+        vmo = self._vmo(trap.slot)
+        _ = self.table.require(trap.slot, Rights.MAP)
+        if not vmo.sealed:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is not sealed")
+        view = map_read_only(vmo.descriptor, vmo.length, lambda: self._view_ended(vmo))
+        vmo.views += 1
+        return view
+
+    def _view_ended(self, vmo: Vmo) -> None:
+        """A mapping is gone; the last one of an object without a slot gives its pages back."""
+        vmo.views -= 1
+        if vmo.views == 0 and vmo.descriptor < 0:
+            self._vmo_size -= vmo.length
+            self.budget.refund(vmo.length)
+            self._measure()
+
+    # ------------------------------------------------------------------ the rest
+
+    def _exit(self, trap: Exit) -> NoReturn:
+        if not 0 <= trap.code <= EXIT_CODE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"exit code {trap.code}")
+        raise Exited(trap.code)
+
+    def _spawn_last_error(self, trap: SpawnLastError) -> SpawnReason:  # noqa: ARG002
+        return SpawnReason.NONE  # a task that may not spawn has failed at none
+
+    def _root_only(self, trap: object) -> NoReturn:
+        raise AbiError(Status.PERMISSION_DENIED, f"{type(trap).__name__} is the root task's")
+
+    def _task_qos(self, trap: TaskQos) -> QosClass:  # noqa: ARG002
+        return self._view.qos_of(self.me.pid)
+
+    def _set_task_qos(self, trap: SetTaskQos) -> None:
+        self._port.set_qos(self.me.pid if trap.pid is None else trap.pid, trap.qos)
+
+    def _now(self, trap: Now) -> Nanos:  # noqa: ARG002
+        return Nanos(time.monotonic_ns())
+
+    def _sleep_until(self, trap: SleepUntil) -> Nanos:
+        while (now := time.monotonic_ns()) < trap.deadline:
+            self._arm(trap.deadline)
+            self._port.flush()
+            events = self._idle.poll(-1)
+            if any(number == self._timer for number, _ in events):
+                self._disarm()
+            self._port.serve()
+        return Nanos(now)
+
+    def idle_until(self, deadline: int) -> None:
+        """Wait until the kernel has news or a deadline passes, and serve the news."""
+        self._arm(deadline)
+        events = self._idle.poll(-1)
+        if any(number == self._timer for number, _ in events):
+            self._disarm()
+        self._port.serve()
+
+    def timed_out(self) -> AbiError:
+        """Count a wait that ended by its deadline."""
+        self._timeouts += 1
+        return AbiError(Status.TIMED_OUT, "the deadline has passed")
+
+    def _console_write(self, trap: ConsoleWrite) -> None:
+        _ = check_console(trap.line, trap.evidence)
+        self._port.console(trap.line, trap.evidence)
+
+    def _task_stats(self, trap: TaskStats) -> TaskCounters:  # noqa: ARG002
+        return self.counters()
+
+    def counters(self) -> TaskCounters:
+        """The account of the task."""
+        queued = queued_size = 0
+        for link in self.links.values():
+            count, size = self._count_queued(link)
+            queued += count
+            queued_size += size
+        endpoints = {id(link.endpoint) for link in self.links.values()}
+        endpoints |= {
+            id(held.object)
+            for held in self.table.entries.values()
+            if isinstance(held.object, Endpoint)
+        }
+        return TaskCounters(
+            slots=self.table.used,
+            endpoints=len(endpoints),
+            links=len(self.links),
+            reserved_size=self.share.size.used,
+            queued=queued,
+            queued_size=queued_size,
+            sent=self._sent,
+            sent_size=self._sent_size,
+            received=self._received,
+            received_size=self._received_size,
+            timeouts=self._timeouts,
+            refused_identity=self._refused["identity"],
+            refused_caps=self._refused["several_caps"],
+            refused_oversize=self._refused["oversize"],
+            refused_links=self._refused["excess_link"],
+            budget_used=self.budget.used,
+            budget_free=self.budget.free,
+            budget_total=self.budget.total,
+            refused_size=self.budget.refused_size,
+            refused_align=self.budget.refused_align,
+            vmo_size=self._vmo_size,
+        )
+
+    def _count_queued(self, link: OwnerLink) -> tuple[int, int]:
+        """Messages and bytes that wait on a link, looked at one by one without taking them."""
+        if not link.unread_size():
+            return 0, 0
+        count = size = 0
+        link.sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        try:
+            while count <= LINK_DEPTH_MAX:
+                data, _, flags, _ = link.recvmsg(RECEIVE_SIZE, LOOK_SIZE, LOOKING)
+                if not data:
+                    break
+                if data[0] < MESSAGE_KIND_RESERVED:
+                    count += 1
+                    size += len(data) - (TRAILER_SIZE if flags & socket.MSG_CTRUNC else 0)
+        except (BlockingIOError, ConnectionResetError):
+            pass  # the end of the queue
+        finally:
+            link.sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+        return count, size
+
+
+def _cost(named: Named) -> int:
+    if isinstance(named, Endpoint):
+        return ENDPOINT_SIZE
+    return LINK_END_SIZE if isinstance(named, HolderLink) else named.length
+
+
+def _kind(named: Named) -> CapKind:
+    if isinstance(named, Endpoint):
+        return CapKind.ENDPOINT
+    return CapKind.LINK if isinstance(named, HolderLink) else CapKind.VMO
+
+
+def _is_link(descriptor: int) -> bool:
+    """Whether a descriptor is a UNIX SEQPACKET socket, asked of the kernel."""
+    try:
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
+    except OSError:
+        return False
+    try:
+        domain = probe.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+        kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    except OSError:
+        return False
+    finally:
+        _ = probe.detach()
+    return (domain, kind) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _local_send(
+    endpoint: Endpoint, sock: socket.socket
+) -> Callable[[bytes | bytearray, int], int]:
+    """Send into an own endpoint: what a poll had found ready is not all any more."""
+
+    def send(data: bytes | bytearray, flags: int) -> int:
+        endpoint.batch.clear()
+        return sock.send(data, flags)
+
+    return send

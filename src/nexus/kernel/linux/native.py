@@ -1,0 +1,159 @@
+"""The Linux calls CPython has no function for, with their numbers and structures.
+
+Every wrapper raises OSError on failure. The library handle is opened at import, so that a
+confined child, which can open nothing any more, still has it.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import struct
+from collections.abc import Callable
+from typing import Final
+
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+# include/uapi/linux/sched.h
+CLONE_NEWUTS: Final = 0x0400_0000
+CLONE_NEWIPC: Final = 0x0800_0000
+CLONE_NEWNET: Final = 0x4000_0000
+
+# include/uapi/linux/fcntl.h: not named in fcntl before 3.14
+F_SEAL_FUTURE_WRITE: Final = 0x10
+
+# include/uapi/asm-generic/ioctls.h and sockios.h, the same on x86_64, aarch64 and riscv64
+SIOCOUTQ: Final = 0x5411
+SIOCINQ: Final = 0x541B
+
+# include/uapi/asm-generic/socket.h
+SO_PEEK_OFF: Final = 42
+SO_COOKIE: Final = 57
+
+MSG_CMSG_CLOEXEC: Final = 0x4000_0000
+TFD_CLOEXEC: Final = 0x8_0000
+TFD_NONBLOCK: Final = 0x800
+TFD_TIMER_ABSTIME: Final = 1
+CLOCK_MONOTONIC: Final = 1
+
+# System call numbers that are the same on every 64-bit architecture (unified since 5.1)
+NR_CLOSE_RANGE: Final = 436
+NR_LANDLOCK_CREATE_RULESET: Final = 444
+NR_LANDLOCK_RESTRICT_SELF: Final = 446
+
+MACHINE: Final = platform.machine()
+
+_UINT_MAX: Final = 0xFFFF_FFFF
+_ITIMERSPEC: Final = struct.Struct("@qqqq")
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+_mmap: Final = LIBC.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_munmap: Final = LIBC.munmap
+_munmap.restype = ctypes.c_int
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_timerfd_settime: Final = LIBC.timerfd_settime
+_timerfd_settime.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option: int, value: int) -> int:
+    """prctl(2) with one argument."""
+    return _checked(LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+
+
+def syscall(number: int, *arguments: object) -> int:
+    """A system call by number."""
+    return _checked(LIBC.syscall(number, *arguments), f"syscall {number}")
+
+
+def close_descriptors_except(keep: tuple[int, ...]) -> None:
+    """Close every descriptor above 2 that is not in `keep`."""
+    low = 3
+    for descriptor in sorted(number for number in keep if number > 2):
+        if descriptor > low:
+            _close_range(low, descriptor - 1)
+        low = descriptor + 1
+    _close_range(low, _UINT_MAX)
+
+
+def _close_range(low: int, high: int) -> None:
+    _ = syscall(NR_CLOSE_RANGE, ctypes.c_uint(low), ctypes.c_uint(high), 0)
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces in `flags` for fresh ones."""
+    _ = _checked(LIBC.unshare(flags), "unshare")
+
+
+def setns(descriptor: int) -> None:
+    """Enter the namespace a descriptor names."""
+    _ = _checked(LIBC.setns(descriptor, 0), "setns")
+
+
+def timerfd() -> int:
+    """A non-blocking timer on the monotonic clock, not armed."""
+    return _checked(LIBC.timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd")
+
+
+def timerfd_arm(descriptor: int, deadline: int) -> None:
+    """Let a timer fire once at an absolute time in nanoseconds; a past time fires at once."""
+    # A zero time would disarm it.
+    seconds, nanoseconds = divmod(max(deadline, 1), 1_000_000_000)
+    setting = _ITIMERSPEC.pack(0, 0, seconds, nanoseconds)
+    if _timerfd_settime(descriptor, TFD_TIMER_ABSTIME, setting, None) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class _Mapping:
+    """Unmaps when the array that lies over the mapping is no longer referred to."""
+
+    __slots__ = ("address", "ended", "length")
+
+    def __init__(self, address: int, length: int, ended: Callable[[], None] | None) -> None:
+        self.address = address
+        self.length = length
+        self.ended = ended
+
+    def __del__(self) -> None:
+        _ = _munmap(self.address, self.length)
+        if self.ended is not None:
+            self.ended()
+
+
+def map_read_only(
+    descriptor: int, length: int, ended: Callable[[], None] | None = None
+) -> memoryview:
+    """A read-only shared mapping of a descriptor as bytes, unmapped when the view and all that
+    were made from it are released; then `ended` is called.
+
+    mmap.mmap would keep a duplicate of the descriptor for as long as the mapping lives.
+    """
+    address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address is None or address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap: {os.strerror(number)}")
+    array = (ctypes.c_ubyte * length).from_address(address)
+    array.mapping = _Mapping(address, length, ended)  # type: ignore[attr-defined]
+    return memoryview(array).toreadonly().cast("B")

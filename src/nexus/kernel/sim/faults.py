@@ -1,0 +1,190 @@
+"""Injected faults: a plan, what was reached, what fired. Nothing is wrapped without a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from random import Random  # noqa: TID251 (handed in: the run's seeded stream of faults)
+from typing import Any, Final
+
+from nexus.abi import (
+    NEVER,
+    Call,
+    CapClone,
+    CapDerive,
+    ConsoleWrite,
+    EndpointCreate,
+    LinkCreate,
+    Nanos,
+    Pid,
+    Recv,
+    ReplyRecv,
+    Send,
+    Spawn,
+    Status,
+    Trap,
+    VmoCreate,
+    Wait,
+)
+
+SLOW_FACTOR: Final = 20  # a resume on a slow CPU takes that much longer
+WAKE_DELAY_MAX: Final = Nanos(2_000_000)  # 2 ms between a wake-up and the run queue
+TIMER_DELAY_MAX: Final = Nanos(1_000_000)  # 1 ms; promise 4 of design.md section 3
+DELIVERY_DELAY_MAX: Final = Nanos(5_000_000)  # 5 ms before a sent message can be received
+CHANCE_ONE: Final = 1_000_000  # probabilities are given in parts of a million
+
+
+class FaultPoint(str, Enum):
+    """The named points."""
+
+    NTH = "nth"  # a planned failure of the Nth occurrence of a trap
+    FORGE = "forge"  # a copy of a message under a pid that is not the sender's
+    QUEUE_FULL = "queue_full"
+    NO_SPACE = "no_space"
+    TIMED_OUT = "timed_out"  # a send with a deadline finds no room until it
+    KILL = "kill"
+    SLOW_CPU = "slow_cpu"
+    LATE_WAKE = "late_wake"
+    LATE_TIMER = "late_timer"
+    LATE_DELIVERY = "late_delivery"
+    LOST_SIGNAL = "lost_signal"  # a resched interrupt is not sent; the CPU's own tick finds it
+
+
+FAILURES: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
+    EndpointCreate: (Status.NO_SPACE,),
+    LinkCreate: (Status.NO_SPACE, Status.NO_SUCH_ENDPOINT),
+    Send: (Status.QUEUE_FULL, Status.NO_SPACE, Status.TIMED_OUT, Status.NO_SUCH_ENDPOINT),
+    Recv: (Status.NO_SPACE, Status.TIMED_OUT),
+    Call: (Status.QUEUE_FULL, Status.NO_SPACE, Status.NO_SUCH_ENDPOINT, Status.TIMED_OUT),
+    ReplyRecv: (Status.QUEUE_FULL, Status.NO_SPACE, Status.NO_SUCH_ENDPOINT),
+    CapClone: (Status.NO_SPACE,),
+    CapDerive: (Status.NO_SPACE,),
+    VmoCreate: (Status.NO_SPACE,),
+    Spawn: (Status.NO_SPACE,),
+    Wait: (Status.TIMED_OUT,),
+    ConsoleWrite: (Status.QUEUE_FULL,),
+}
+"""What an injected failure may answer, by trap: statuses its docstring names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NthFailure:
+    """The `nth` occurrence (from 1) of a trap by a task that is not the root fails.
+
+    With `task` only traps of that name count, the root's too. `persistent`: all later ones fail.
+    """
+
+    trap: type[Trap[Any]]
+    nth: int
+    status: Status
+    task: str | None = None
+    persistent: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forge:
+    """Behind the `nth` message a task sends, the kernel queues a copy stamped with `pid`.
+
+    With `receiver` only messages into that task's endpoints count.
+    """
+
+    task: str
+    nth: int
+    pid: Pid
+    receiver: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What may go wrong in a run.
+
+    `chances` are parts of a million per reach of a point; `tasks` limits kills and trap failures
+    to these names. After `stop_at` (kernel clock) nothing fires. `span` counts it from the start
+    of the run instead, since the clock starts at a seeded time.
+    """
+
+    nth: tuple[NthFailure, ...] = ()
+    forge: tuple[Forge, ...] = ()
+    chances: Mapping[FaultPoint, int] = field(default_factory=dict)
+    tasks: frozenset[str] | None = None
+    stop_at: Nanos = NEVER
+    span: Nanos | None = None
+
+
+class Faults:
+    """A plan at work: one object per run."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.reached: dict[FaultPoint, int] = dict.fromkeys(FaultPoint, 0)
+        self.fired: dict[FaultPoint, int] = dict.fromkeys(FaultPoint, 0)
+        self.stop_at = plan.stop_at
+        self._source: Random | None = None
+        self._occurred = [0] * len(plan.nth)
+        self._sent = [0] * len(plan.forge)
+
+    def begin(self, source: Random, start: Nanos) -> None:
+        """Take the run's stream of choices and the clock it starts at."""
+        assert self._source is None, "a Faults object serves one run"
+        self._source = source
+        if self.plan.span is not None:
+            self.stop_at = Nanos(min(self.stop_at, start + self.plan.span))
+
+    def fires(self, point: FaultPoint, now: Nanos) -> bool:
+        """Whether a fault fires here and now. Counts the reach, and the firing."""
+        chance = self.plan.chances.get(point, 0)
+        if not chance:
+            return False
+        self.reached[point] += 1
+        assert self._source is not None, "begin() comes first"
+        if now >= self.stop_at or self._source.randrange(CHANCE_ONE) >= chance:
+            return False
+        self.fired[point] += 1
+        return True
+
+    def spares(self, name: str) -> bool:
+        """Whether a task is outside the plan for kills and trap failures."""
+        return self.plan.tasks is not None and name not in self.plan.tasks
+
+    def amount(self, bound: int) -> int:
+        """A seeded size of a fault, 1 to `bound`."""
+        assert self._source is not None, "begin() comes first"
+        return self._source.randrange(1, bound + 1)
+
+    def nth_failure(
+        self, trap: type[Trap[Any]], name: str, now: Nanos, *, root: bool
+    ) -> Status | None:
+        """The planned status for this occurrence of a trap, None if it may go on."""
+        answer: Status | None = None
+        for index, failure in enumerate(self.plan.nth):
+            counts = name == failure.task if failure.task is not None else not root
+            if failure.trap is not trap or not counts:
+                continue
+            self.reached[FaultPoint.NTH] += 1
+            self._occurred[index] += 1
+            occurred = self._occurred[index]
+            due = occurred == failure.nth or (failure.persistent and occurred > failure.nth)
+            if due and now < self.stop_at and answer is None:
+                self.fired[FaultPoint.NTH] += 1
+                answer = failure.status
+        return answer
+
+    def occurrences(self, index: int) -> int:
+        """How often the trap of the plan's `index`-th NthFailure has occurred."""
+        return self._occurred[index]
+
+    def forged_pids(self, name: str, receiver: str) -> list[Pid]:
+        """The pids under which a copy of this message is to be queued behind it."""
+        pids: list[Pid] = []
+        for index, forge in enumerate(self.plan.forge):
+            if name != forge.task or forge.receiver not in (None, receiver):
+                continue
+            self.reached[FaultPoint.FORGE] += 1
+            self._sent[index] += 1
+            if self._sent[index] == forge.nth:
+                self.fired[FaultPoint.FORGE] += 1
+                pids.append(forge.pid)
+        return pids
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Per point how often it was reached and how often it fired."""
+        return {point.value: (self.reached[point], self.fired[point]) for point in FaultPoint}

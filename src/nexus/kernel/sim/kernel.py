@@ -1,0 +1,1083 @@
+"""The simulated kernel: one device in one process, under a virtual clock and one seed.
+
+A resume of a task occupies its CPU for a seeded virtual duration and ends in a trap, which takes
+effect at the end of it. The CPU with the earliest end goes next. Tasks are not preempted: one
+that never reaches a trap is stopped by the host-side watchdog and reported as a hang.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Final, NoReturn
+
+from nexus.abi import (
+    CONTROL_LINK_SIZE,
+    ENTROPY_SIZE_MAX,
+    HEAP_SIZE,
+    INIT_NAME,
+    NO_WAIT,
+    VMO_SIZE_MAX,
+    AbiError,
+    BootImage,
+    Call,
+    CapClone,
+    CapClose,
+    CapDerive,
+    CapInfo,
+    CapQuery,
+    ConsoleWrite,
+    EndpointClose,
+    EndpointCreate,
+    Entropy,
+    Event,
+    EventKind,
+    Exit,
+    ExitInfo,
+    Kill,
+    LinkCreate,
+    LinkTerms,
+    Message,
+    Nanos,
+    NewLink,
+    Now,
+    Pid,
+    Program,
+    Programs,
+    QosClass,
+    Recorder,
+    Recv,
+    ReplyRecv,
+    Rights,
+    Send,
+    Sender,
+    SetTaskQos,
+    SleepUntil,
+    Slot,
+    Spawn,
+    Spawned,
+    SpawnLastError,
+    SpawnReason,
+    SpawnSpec,
+    Status,
+    TaskCounters,
+    TaskInfo,
+    TaskQos,
+    TaskStats,
+    TaskTable,
+    Trap,
+    VmoCreate,
+    VmoMap,
+    VmoSeal,
+    VmoWrite,
+    Wait,
+    service_id,
+)
+from nexus.kernel.core import (
+    QOS_STATUS,
+    Account,
+    Hang,
+    Held,
+    OwnerShare,
+    QosReason,
+    QosRequest,
+    RunOver,
+    SpawnRefused,
+    SystemLimits,
+    SystemShares,
+    audit_line,
+    check_console,
+    check_spec,
+    decide,
+    derive,
+)
+from nexus.kernel.sim import log
+from nexus.kernel.sim.chance import Chance
+from nexus.kernel.sim.clock import Clock
+from nexus.kernel.sim.faults import Faults
+from nexus.kernel.sim.heap import TASK_CHARGE, Heap
+from nexus.kernel.sim.inject import FaultyIpc, FaultyScheduler, Injector
+from nexus.kernel.sim.ipc import Ipc, NoRoom
+from nexus.kernel.sim.log import CHUNK_RECORDS, KEPT_EVENTS_MAX, RECORD_FIELDS, EventLog
+from nexus.kernel.sim.objects import (
+    BLOCKED,
+    DEAD,
+    RUNNING,
+    WAIT_CHILD,
+    WAIT_SEND,
+    WAIT_TIME,
+    Blocked,
+    Endpoint,
+    KernelObject,
+    Link,
+    Task,
+    Vmo,
+)
+from nexus.kernel.sim.sched import SLICE, Cpu, Scheduler
+from nexus.kernel.sim.watchdog import Spinning, Watchdog
+
+HANG_LIMIT_S: Final = 5.0  # seconds of processor time in one step; a step takes microseconds
+CONTROL_DEPTH: Final = 8  # messages; depth of the links between a task and its spawner
+ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
+SIGKILL: Final = 9
+EXIT_CODE_CRASH: Final = 1  # what a Python process exits with after a traceback
+EXIT_CODE_MAX: Final = 255
+KERNEL_PID: Final = Pid(0)  # in events that are about no task
+
+CHUNK_LENGTH: Final = CHUNK_RECORDS * RECORD_FIELDS
+
+Handler = Callable[[Task, Any], Any]
+
+TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
+    Call,
+    ReplyRecv,
+    Recv,
+    Send,
+    SleepUntil,
+    Now,
+    EndpointCreate,
+    EndpointClose,
+    LinkCreate,
+    CapClone,
+    CapDerive,
+    CapClose,
+    CapQuery,
+    VmoCreate,
+    VmoWrite,
+    VmoSeal,
+    VmoMap,
+    Spawn,
+    SpawnLastError,
+    Wait,
+    Kill,
+    Exit,
+    TaskTable,
+    TaskQos,
+    SetTaskQos,
+    Entropy,
+    ConsoleWrite,
+    TaskStats,
+)
+
+
+class SimKernel:
+    """The ABI over a simulated device. One object serves one run.
+
+    `recorder` gets each event; the same events stand in `log`, up to a named bound. `trace` adds
+    an event for each trap. `hang_limit_s` is host time and only decides when a hang is reported.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        seed: int,
+        recorder: Recorder,
+        cpu_count: int = 1,
+        limits: SystemLimits | None = None,
+        faults: Faults | None = None,
+        trace: bool = False,
+        selftest: bool = False,
+        heap_size: int = HEAP_SIZE,
+        hang_limit_s: float = HANG_LIMIT_S,
+    ) -> None:
+        self.programs: Programs = programs
+        self.seed = seed
+        self.limits = limits if limits is not None else SystemLimits()
+        self.faults = faults
+        self.selftest = selftest
+        self.log: list[Event] = []
+        self.events = 0  # recorded, kept or not
+        self.steps = 0  # handled between two looks at the log's length; see _progress
+        self.event_log = EventLog((*(trap.__name__ for trap in TRAPS), "Start"))
+        self.chance = Chance(seed)
+        self.clock = Clock(Nanos(self.chance.start), self._wake)
+        self.heap = Heap(self._report_heap, heap_size)
+        self.scheduler, self.ipc = self._make_parts(cpu_count)
+        self.shares = SystemShares(self.limits)
+        self.tasks: dict[Pid, Task] = {}  # live, and dead ones nobody has waited for
+        self.generations: dict[str, int] = {}
+        self.crashes: list[str] = []  # tracebacks of tasks that ended by an exception
+        self.root: Task | None = None
+        self.root_end: ExitInfo | None = None
+        self.spawns = self.exits = 0
+        self._record = recorder
+        self._trace = trace
+        self._started = False
+        self._watchdog = Watchdog(self._progress, hang_limit_s)
+        self.handlers: dict[type[Any], tuple[Handler, int]] = self._make_handlers()
+        self.cost: Callable[[Task, int], int] | None = None  # an injected cost; None without faults
+        if faults is not None:
+            faults.begin(self.chance.faults, self.clock.now)
+            Injector(self, faults).wire()
+
+    def _make_parts(self, cpu_count: int) -> tuple[Scheduler, Ipc]:
+        clock, event_log, heap, faults = self.clock, self.event_log, self.heap, self.faults
+        told: Any = {"on_link": self._report_link, "on_refused": self._report_refused}
+        if faults is None:
+            scheduler = Scheduler(cpu_count, clock, event_log)
+            return scheduler, Ipc(clock, scheduler, heap, event_log, **told)
+        faulty = FaultyScheduler(cpu_count, clock, event_log, faults)
+        return faulty, FaultyIpc(clock, faulty, heap, event_log, **told, faults=faults)
+
+    # ---- running
+
+    @property
+    def now(self) -> Nanos:
+        """The virtual clock. It starts at a large seeded time."""
+        return self.clock.now
+
+    def run(self, root: Program, argument: bytes, *, until: Nanos) -> ExitInfo:
+        """Drive everything to the root task's exit. Other tasks are then killed.
+
+        `until` is a time of the kernel clock, such as `kernel.now` plus a span. Raises RunOver
+        when the clock passes it, Hang when a task never reaches its next trap.
+        """
+        assert not self._started, "a kernel serves one run"
+        assert until > self.clock.now, "`until` is absolute: a span is added to kernel.now"
+        self._started = True
+        self.scheduler.start()
+        if self.selftest:
+            from nexus.kernel.sim.selftest import run_selftest
+
+            run_selftest(self)
+        return self.run_root(root, argument, until=until)
+
+    def run_root(
+        self, root: Program, argument: bytes, *, until: Nanos, qos: QosClass = QosClass.NORMAL
+    ) -> ExitInfo:
+        """Boot one root task and drive the system until it has exited and all is recycled."""
+        with self._watchdog:
+            try:
+                self._boot(root, argument, qos)
+                self.drive(until)
+            finally:
+                self._end_all()
+        assert self.root_end is not None, "the drive ends with the root"
+        return self.root_end
+
+    def log_lines(self) -> Iterator[str]:
+        """Every trap and scheduling decision as text: a function of seed and programs alone."""
+        return self.event_log.lines()
+
+    def drive(self, until: Nanos) -> None:
+        """The loop: the earliest event next, until the root has exited."""
+        clock = self.clock
+        timers = clock.timers
+        scheduler = self.scheduler
+        smp = scheduler.smp
+        cpu = smp[0]
+        others = smp[1:]
+        records = self.event_log.records
+        handlers = self.handlers
+        costs = self.chance.costs
+        extra_cost = self.cost
+        trace = self._trace
+        code = status = 0
+        while self.root_end is None:
+            if others:
+                cpu = smp[0]
+                for other in others:
+                    if other.at < cpu.at:
+                        cpu = other
+            now = cpu.at
+            if timers and timers[0][0] <= now:
+                if timers[0][0] >= until:
+                    self._run_over(until)
+                scheduler.current = None
+                clock.fire()
+                continue
+            if now >= until:
+                self._run_over(until)
+            clock.now = now
+            if others:
+                scheduler.current = cpu
+            task = cpu.task
+            try:
+                if task is None:
+                    # The CPU looks for work; what it picks tries its trap again.
+                    task = scheduler.tick(cpu)
+                    if task is None:
+                        continue
+                    cpu.task = task
+                    task.state = RUNNING
+                    cpu.slice_end = now + SLICE  # type: ignore[assignment]  # a NewType's sum
+                    code = task.code | 0x80
+                    value = task.resume(task)
+                else:
+                    trap = task.trap
+                    handler, code = handlers.get(trap.__class__) or self._handler_of(task)
+                    task.code = code
+                    value = handler(task, trap)
+            except AbiError as refusal:
+                assert task is not None, "a tick refuses nothing"
+                if task.state == DEAD:
+                    continue
+                status = -int(refusal.status)
+                value = refusal
+                go_on = task.throw
+            else:
+                if value is BLOCKED:
+                    cpu.task = None
+                    continue
+                status = task.took if value.__class__ is Message else 0
+                go_on = task.send
+            records += (now, task.tag | cpu.tag | code, status)
+            if len(records) >= CHUNK_LENGTH:
+                self.event_log.pack()
+                self.steps += 1
+            if trace:
+                self._trace_trap(task, value, status)
+            if now >= cpu.slice_end and scheduler.requeue(cpu, task):
+                cpu.task = None
+                task.value, task.error = (None, value) if status < 0 else (value, None)
+                task.resume = self._resume_value
+                continue
+            try:
+                task.trap = go_on(value)
+            except StopIteration as stop:
+                self._returned(task, stop.value)
+                continue
+            except Spinning:
+                self._hang(task)
+            except Exception as error:  # noqa: BLE001 (a crash of a task is its exit)
+                self._crashed(task, error)
+                continue
+            cost = next(costs)
+            if extra_cost is not None:
+                cost = extra_cost(task, cost)
+            cpu.at = now + cost  # type: ignore[assignment]
+
+    def tick(self, cpu: Cpu) -> Task | None:
+        """One look of one CPU for work outside the loop, for the kernel's self tests."""
+        self.scheduler.current = cpu
+        return self.scheduler.tick(cpu)
+
+    def _progress(self) -> object:
+        return self.steps, len(self.event_log.records)
+
+    def _run_over(self, until: Nanos) -> NoReturn:
+        self.clock.now = until
+        raise RunOver(until)
+
+    def _hang(self, task: Task) -> NoReturn:
+        self.record(EventKind.HANG, task.pid, {"name": task.name, "generation": task.generation})
+        raise Hang(task.name, task.pid)
+
+    def _handler_of(self, task: Task) -> tuple[Handler, int]:
+        # A subclass of a trap is that trap; anything else a coroutine yields is a bug of its own.
+        for base in type(task.trap).__mro__:
+            known = self.handlers.get(base)
+            if known is not None:
+                self.handlers[type(task.trap)] = known
+                return known
+        return self._not_a_trap, len(TRAPS)
+
+    def _not_a_trap(self, task: Task, trap: object) -> Blocked:
+        self.end(task, EXIT_CODE_CRASH, 0, f"{task.name} awaited {trap!r}, which is no trap\n")
+        return BLOCKED
+
+    def _resume_value(self, task: Task) -> Any:
+        if task.error is not None:
+            raise task.error
+        return task.value
+
+    # ---- the evidence stream
+
+    def record(self, kind: EventKind, pid: Pid, fields: dict[str, object]) -> None:
+        """Record an event: to the recorder, to `log`, and as text into the event log."""
+        event = Event(self.clock.now, kind, pid, fields)
+        if self.events < KEPT_EVENTS_MAX:
+            self.log.append(event)
+        self.event_log.event(event, self.events)
+        self.events += 1
+        self._record(event)
+
+    def _trace_trap(self, task: Task, value: object, status: int) -> None:
+        trap = task.trap
+        if trap is None:
+            return  # the first resume answers no trap
+        size = len(value.data) if isinstance(value, Message) else 0
+        if isinstance(trap, Send) and not status:
+            size = len(trap.data)
+        self.record(
+            EventKind.TRAP,
+            task.pid,
+            {
+                "name": task.name,
+                "generation": task.generation,
+                "trap": type(trap).__name__,
+                "status": Status(-status).name if status < 0 else "OK",
+                "size": size,
+            },
+        )
+
+    def _report_heap(self, account: Account, pid: Pid) -> None:
+        self.record(EventKind.HEAP, pid, account.fields())
+
+    def _report_link(self, link: Link, holder: Task) -> None:
+        owner = link.endpoint.owner
+        self.record(
+            EventKind.LINK,
+            owner.pid,
+            {"owner": owner.name, "holder": holder.name, "depth": link.depth, "size": link.size},
+        )
+
+    def _report_refused(self, task: Task, reason: str) -> None:
+        self.record(EventKind.REFUSED, task.pid, {"owner": task.name, "reason": reason})
+
+    # ---- tasks begin
+
+    def _boot(self, root: Program, argument: bytes, qos: QosClass) -> None:
+        limits = self.limits
+        self.root_end = None
+        self.shares.tasks.take(1)
+        task = self._new_task(
+            INIT_NAME, root, qos, self.shares.reserve(limits.root_size, limits.root_endpoints), None
+        )
+        self.root = task
+        self.heap.account.charge(TASK_CHARGE)
+        endpoint = self.ipc.create_endpoint(task, at=ROOT_SLOT)
+        self._begin(task, root, argument, None, endpoint.slot)
+        self.scheduler.ready(task)
+
+    def _new_task(
+        self,
+        name: str,
+        program: Program,
+        qos: QosClass,
+        share: OwnerShare,
+        cpu: int | None,
+        budget: int | None = None,
+    ) -> Task:
+        task = Task(
+            pid=self.free_pid(),
+            name=name,
+            service=service_id(name),
+            generation=self.next_generation(name),
+            qos=QosClass(qos),
+            program=program,
+            share=share,
+            budget=HEAP_SIZE if budget is None else budget,
+        )
+        task.cpu = self.scheduler.place(cpu)
+        task.pinned = cpu is not None
+        return task
+
+    def free_pid(self) -> Pid:
+        """The lowest number no task has and no queued message carries."""
+        burned = self.queued_pids()
+        pid = 1
+        while pid in self.tasks or pid in burned:
+            pid += 1
+        return Pid(pid)
+
+    def queued_pids(self) -> set[Pid]:
+        """The pids stamped on queued messages."""
+        return {
+            entry[1]
+            for task in self.tasks.values()
+            for link in task.links.values()
+            for entry in link.queue
+        }
+
+    def next_generation(self, name: str) -> int:
+        """The number of this start of a service, from 1."""
+        return self.generations.get(name, 0) + 1
+
+    def _begin(
+        self, task: Task, program: Program, argument: bytes, control: Slot | None, endpoint: Slot
+    ) -> None:
+        boot = BootImage(
+            name=task.name,
+            service=task.service,
+            pid=task.pid,
+            generation=task.generation,
+            control=control,
+            endpoint=endpoint,
+            now=self.clock.now,
+            argument=argument,
+        )
+        coroutine = program.main(boot)
+        task.coroutine = coroutine
+        task.send = coroutine.send
+        task.throw = coroutine.throw
+        task.resume = _first_resume
+        task.code = len(TRAPS)
+        self.tasks[task.pid] = task
+        self.generations[task.name] = task.generation
+        self.ipc.identities[task.pid] = Sender(
+            task.service, task.pid, task.generation, task.qos
+        )
+        task.cpu.tasks += 1
+        self.spawns += 1
+        self.record(
+            EventKind.SPAWN,
+            task.pid,
+            {
+                "name": task.name,
+                "generation": task.generation,
+                "program": program.name,
+                "digest": program.digest,
+                "qos": int(task.qos),
+                "service": f"{task.service:016x}",
+            },
+        )
+
+    def _spawn(self, task: Task, trap: Spawn) -> Spawned:
+        self._require_root(task)
+        spec = trap.spec
+        try:
+            return self._start(task, spec)
+        except SpawnRefused as refusal:
+            raise self.spawn_failed(task, spec, refusal) from None
+
+    def spawn_failed(self, task: Task, spec: SpawnSpec, refusal: SpawnRefused) -> SpawnRefused:
+        """Keep the reason for SpawnLastError and record it; the refusal is returned."""
+        task.spawn_error = self.spawn_reason(refusal)
+        self.record(
+            EventKind.SPAWN_FAILED,
+            task.pid,
+            {
+                "name": spec.name,
+                "program": spec.program,
+                "reason": task.spawn_error.name.lower(),
+            },
+        )
+        return refusal
+
+    def spawn_reason(self, refusal: SpawnRefused) -> SpawnReason:
+        """The reason kept for SpawnLastError."""
+        return refusal.reason
+
+    def _start(self, parent: Task, spec: SpawnSpec) -> Spawned:
+        names = {task.name for task in self.tasks.values() if task.state != DEAD}
+        program = check_spec(spec, self.programs, names)
+        held = parent.entries.get(spec.control)
+        if held is None or not isinstance(held.object, Endpoint):
+            raise SpawnRefused(
+                SpawnReason.INVALID_PAYLOAD, f"slot {spec.control} is no endpoint of the spawner"
+            )
+        if not self.shares.tasks.free:
+            raise SpawnRefused(SpawnReason.OOM, f"{self.shares.tasks.total} tasks")
+        if parent.table.full:
+            raise SpawnRefused(SpawnReason.CAP_TABLE_FULL, "no slot for the link to the child")
+        if spec.endpoints > self.shares.endpoints.free:
+            raise SpawnRefused(SpawnReason.ENDPOINT_QUOTA, f"{spec.endpoints} endpoints")
+        with ExitStack() as undo:
+            try:
+                spawned = self._start_within(parent, spec, program, held.object, undo)
+            except AbiError as refusal:
+                if isinstance(refusal, SpawnRefused):
+                    raise
+                raise SpawnRefused(SpawnReason.OOM, str(refusal)) from None
+            _ = undo.pop_all()
+        return spawned
+
+    def _start_within(
+        self, parent: Task, spec: SpawnSpec, program: Program, control: Endpoint, undo: ExitStack
+    ) -> Spawned:
+        shares = self.shares
+        shares.tasks.take(1)
+        _ = undo.callback(shares.tasks.give, 1)
+        share = shares.reserve(spec.owner_size, spec.endpoints)
+        _ = undo.callback(shares.release, share)
+        child = self._new_task(spec.name, program, spec.qos, share, spec.cpu, spec.budget)
+        self.heap.charge(parent, TASK_CHARGE)
+        _ = undo.callback(self.heap.refund, TASK_CHARGE)
+        if not self.scheduler.has_room(child.cpu, child.qos):
+            raise SpawnRefused(SpawnReason.OOM, "the run queue is full")
+        _ = undo.callback(self._release_objects, child)
+        terms = LinkTerms(CONTROL_DEPTH, CONTROL_LINK_SIZE, 0)
+        control_slot, upward = self.ipc.place_link(control, terms, child, Rights.SEND)
+        _ = undo.callback(self._unsee, upward)
+        endpoint = self.ipc.create_endpoint(child)
+        down = terms._replace(delegations=spec.delegations)
+        slot, _link = self.ipc.place_link(endpoint, down, parent, Rights.SEND | Rights.MANAGE)
+        _ = undo.callback(self.ipc.close_slot, parent, slot)
+        try:
+            self._begin(child, program, spec.argument, control_slot, endpoint.slot)
+        except Exception as error:  # noqa: BLE001 (a program that cannot be started)
+            raise SpawnRefused(SpawnReason.MAP_FAILED, repr(error)) from None
+        self.scheduler.ready(child)
+        return Spawned(child.pid, child.service, child.generation, slot, upward.id)
+
+    def _unsee(self, link: Link) -> None:
+        # Undo of a spawn: the spawner never heard of this link and hears no PeerGone of it.
+        endpoint = link.endpoint
+        if link.listed:
+            endpoint.ready.remove(link)
+        self.ipc.forget(link)
+
+    def _spawn_last_error(self, task: Task, trap: SpawnLastError) -> SpawnReason:  # noqa: ARG002
+        reason = task.spawn_error
+        task.spawn_error = SpawnReason.NONE
+        return reason
+
+    # ---- tasks end
+
+    def _returned(self, task: Task, value: object) -> None:
+        code = value if isinstance(value, int) else 0
+        self.end(task, code & EXIT_CODE_MAX, 0)
+
+    def _crashed(self, task: Task, error: Exception) -> None:
+        text = "".join(traceback.format_exception(error))
+        self.end(task, EXIT_CODE_CRASH, 0, text)
+
+    def end(self, task: Task, code: int, number: int, crash: str | None = None) -> None:
+        """A task is over: everything it had goes back, and whoever waits for it wakes."""
+        cpu: Cpu = task.cpu
+        self.scheduler.remove(task)
+        task.state = DEAD
+        if task.wait_link is not None:
+            task.wait_link.waiter = None
+            task.wait_link = None
+        self._close_coroutine(task)
+        fields: dict[str, object] = {
+            "name": task.name,
+            "generation": task.generation,
+            "code": code,
+            "signal": number,
+        }
+        if crash is not None:
+            task.crash = crash
+            self.crashes.append(crash)
+            fields[log.CRASH_KEY] = crash
+        self.record(EventKind.EXIT, task.pid, fields)
+        self.exits += 1
+        self._release_objects(task)
+        self.shares.release(task.share)
+        if cpu.task is task:
+            cpu.task = None
+        end = ExitInfo(task.pid, code, number)
+        task.value = end
+        root = self.root
+        if task is root:
+            self.root_end = end
+        elif root is not None and root.state == WAIT_CHILD and root.wait_pid == task.pid:
+            self.scheduler.ready(root)
+
+    def _close_coroutine(self, task: Task) -> None:
+        coroutine = task.coroutine
+        task.coroutine = None
+        task.send = task.throw = _ended
+        task.trap = None
+        if coroutine is None:
+            return
+        try:
+            coroutine.close()
+        except Spinning:
+            self._hang(task)
+        except Exception:  # noqa: BLE001, S110 (a killed task's last words change nothing)
+            pass
+
+    def _release_objects(self, task: Task) -> None:
+        """Give back what a task's table holds; then everybody who waited for it wakes."""
+        self.heap.sweep(task)
+        woken = self.release_endpoints(task)
+        for slot in list(task.table.slots()):
+            held = self.heap.unhold(task, slot)
+            if not task.table.aliases(held.object):
+                woken += self.ipc.drop(held.object)
+        self.heap.forget_maps(task)
+        self.ipc.wake_all([waiter for waiter in woken if waiter is not task])
+
+    def release_endpoints(self, task: Task) -> list[Task]:
+        """Close every endpoint of a task; the tasks to wake."""
+        woken: list[Task] = []
+        for endpoint in list(task.endpoints.values()):
+            _ = self.heap.unhold(task, endpoint.slot)
+            woken += self.ipc.shut(endpoint)
+        return woken
+
+    def _end_all(self) -> None:
+        root = self.root
+        for task in [*self.tasks.values()]:
+            if task.state != DEAD and task is not root:
+                self.end(task, 0, SIGKILL)
+        if root is not None and root.state != DEAD:
+            self.end(root, 0, SIGKILL)
+        for pid in list(self.tasks):
+            self._reap(pid)
+        self.root = None
+
+    def _reap(self, pid: Pid) -> None:
+        del self.tasks[pid]
+        self.shares.tasks.give(1)
+        self.heap.refund(TASK_CHARGE)
+
+    def _wake(self, task: Task) -> None:
+        # A timer came up for a task that waits.
+        self.ipc.wake(task)
+
+    # ---- what each trap does
+
+    def _make_handlers(self) -> dict[type[Any], tuple[Handler, int]]:
+        handlers: dict[type[Trap[Any]], Handler] = {
+            Call: self._call,
+            ReplyRecv: self._reply_recv,
+            Recv: self._recv,
+            Send: self._send,
+            SleepUntil: self._sleep_until,
+            Now: self._now,
+            EndpointCreate: self._endpoint_create,
+            EndpointClose: self._endpoint_close,
+            LinkCreate: self._link_create,
+            CapClone: self._cap_clone,
+            CapDerive: self._cap_derive,
+            CapClose: self._cap_close,
+            CapQuery: self._cap_query,
+            VmoCreate: self._vmo_create,
+            VmoWrite: self._vmo_write,
+            VmoSeal: self._vmo_seal,
+            VmoMap: self._vmo_map,
+            Spawn: self._spawn,
+            SpawnLastError: self._spawn_last_error,
+            Wait: self._wait,
+            Kill: self._kill,
+            Exit: self._exit,
+            TaskTable: self._task_table,
+            TaskQos: self._task_qos,
+            SetTaskQos: self._set_task_qos,
+            Entropy: self._entropy,
+            ConsoleWrite: self._console_write,
+            TaskStats: self._task_stats,
+        }
+        assert set(handlers) == set(TRAPS), "every trap has a handler"
+        return {trap: (handlers[trap], code) for code, trap in enumerate(TRAPS)}
+
+    def _require_root(self, task: Task) -> None:
+        if task is not self.root:
+            raise AbiError(Status.PERMISSION_DENIED, "only the root task may")
+
+    # messages
+
+    def _call(self, task: Task, trap: Call) -> Message | Blocked:
+        trap.sent = False
+        ipc = self.ipc
+        link = task.links.get(trap.link)
+        inbox = task.entries.get(trap.inbox)
+        if link is None or inbox is None or inbox.object is not link.endpoint:
+            ipc.listen(task, (trap.inbox,), trap.link, _NO_SIZE_MAX)  # says what is wrong
+            raise AssertionError("a link of this endpoint, and yet not")
+        task.filter = link
+        task.size_max = _NO_SIZE_MAX
+        ipc.send(task, trap.slot, trap.data)
+        trap.sent = True
+        task.deadline = trap.deadline
+        if link.queue or link.closed:
+            return ipc.receive(task)
+        return ipc.wait(task)
+
+    def _reply_recv(self, task: Task, trap: ReplyRecv) -> Message | Blocked:
+        ipc = self.ipc
+        ipc.listen(task, trap.sources, None, _NO_SIZE_MAX)
+        trap.reply_status = None
+        if trap.slot is not None:
+            try:
+                ipc.send(task, trap.slot, trap.data)
+            except AbiError as refusal:
+                trap.reply_status = int(refusal.status)
+        task.deadline = trap.deadline
+        return ipc.receive(task)
+
+    def _recv(self, task: Task, trap: Recv) -> Message | Blocked:
+        self.ipc.listen(task, trap.sources, trap.link, trap.size_max)
+        task.deadline = trap.deadline
+        return self.ipc.receive(task)
+
+    def _send(self, task: Task, trap: Send) -> Blocked | None:
+        task.deadline = trap.deadline
+        return self.try_send(task)
+
+    def try_send(self, task: Task) -> Blocked | None:
+        """Send, or wait for room until the deadline. Tried again at every wake-up."""
+        trap: Send = task.trap
+        try:
+            self.ipc.send(task, trap.slot, trap.data, trap.move)
+        except NoRoom:
+            deadline = trap.deadline
+            if deadline == NO_WAIT:
+                raise
+            if deadline <= self.clock.now:
+                task.timeouts += 1
+                raise AbiError(Status.TIMED_OUT, "no room before the deadline") from None
+            self.wait_for_room(task, trap.slot)
+            return BLOCKED
+        return None
+
+    def wait_for_room(self, task: Task, slot: Slot) -> None:
+        """Make a task wait until its link has room, its endpoint closes or its time is up."""
+        link = task.entries[slot].object
+        assert isinstance(link, Link), "only a link can be full"
+        assert link.waiter is None, "a link has one holder, and a holder one trap"
+        link.waiter = task
+        task.wait_link = link
+        task.state = WAIT_SEND
+        task.resume = self.try_send
+        self.clock.arm(task)
+
+    # time
+
+    def _now(self, task: Task, trap: Now) -> Nanos:  # noqa: ARG002
+        return self.clock.now
+
+    def _sleep_until(self, task: Task, trap: SleepUntil) -> Nanos | Blocked:
+        task.deadline = trap.deadline
+        return self._sleep(task)
+
+    def _sleep(self, task: Task) -> Nanos | Blocked:
+        if task.deadline <= self.clock.now:
+            return self.clock.now
+        task.state = WAIT_TIME
+        task.resume = self._sleep
+        self.clock.arm(task)
+        return BLOCKED
+
+    # endpoints, links, capabilities
+
+    def _endpoint_create(self, task: Task, trap: EndpointCreate) -> Slot:  # noqa: ARG002
+        return self.ipc.create_endpoint(task).slot
+
+    def _endpoint_close(self, task: Task, trap: EndpointClose) -> None:
+        held = task.table.require(trap.slot, Rights.MANAGE)
+        if not isinstance(held.object, Endpoint):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {trap.slot} is no endpoint")
+        self.ipc.close_slot(task, trap.slot)
+
+    def _link_create(self, task: Task, trap: LinkCreate) -> NewLink:
+        return self.ipc.create_link(task, task.table.get(trap.slot), trap.terms)
+
+    def _cap_clone(self, task: Task, trap: CapClone) -> Slot:
+        held = self._duplicable(task, trap.slot)
+        return self.heap.hold(task, held.object, held.rights)
+
+    def _cap_derive(self, task: Task, trap: CapDerive) -> Slot:
+        held = self._duplicable(task, trap.slot)
+        return self.heap.hold(task, held.object, derive(held.rights, trap.rights))
+
+    def _duplicable(self, task: Task, slot: Slot) -> Held[KernelObject]:
+        held = task.table.get(slot)
+        if isinstance(held.object, Endpoint):
+            raise AbiError(Status.PERMISSION_DENIED, "an endpoint has one slot")
+        return held
+
+    def _cap_close(self, task: Task, trap: CapClose) -> None:
+        _ = task.table.get(trap.slot)
+        self.ipc.close_slot(task, trap.slot)
+
+    def _cap_query(self, task: Task, trap: CapQuery) -> CapInfo:
+        held = task.table.require(trap.slot, Rights.MAP)
+        return CapInfo(held.object.kind, held.rights, held.object.cost)
+
+    # memory
+
+    def _vmo_create(self, task: Task, trap: VmoCreate) -> Slot:
+        if not 1 <= trap.size <= VMO_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"a VMO of {trap.size} bytes")
+        return self.heap.create_vmo(task, trap.size)
+
+    def _vmo_write(self, task: Task, trap: VmoWrite) -> None:
+        vmo = self._vmo(task, trap.slot, Rights.MANAGE)
+        if vmo.sealed:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed")
+        end = trap.offset + len(trap.data)
+        if trap.offset < 0 or end > vmo.cost:
+            raise AbiError(Status.INVALID_ARGUMENT, f"bytes {trap.offset} to {end} of {vmo.cost}")
+        vmo.data[trap.offset : end] = trap.data
+
+    def _vmo_seal(self, task: Task, trap: VmoSeal) -> None:
+        self._vmo(task, trap.slot, Rights.MANAGE).sealed = True
+
+    def _vmo_map(self, task: Task, trap: VmoMap) -> memoryview:
+        vmo = self._vmo(task, trap.slot, Rights.MAP)
+        if not vmo.sealed:
+            raise AbiError(Status.PERMISSION_DENIED, "only a sealed VMO is mapped")
+        return self.heap.map_vmo(task, vmo)
+
+    def _vmo(self, task: Task, slot: Slot, right: Rights) -> Vmo:
+        object_ = task.table.get(slot).object
+        if not isinstance(object_, Vmo):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {slot} is no VMO")
+        _ = task.table.require(slot, right)
+        return object_
+
+    # other tasks
+
+    def _wait(self, task: Task, trap: Wait) -> ExitInfo | Blocked:
+        self._require_root(task)
+        task.deadline = trap.deadline
+        task.wait_pid = trap.pid
+        return self._try_wait(task)
+
+    def _try_wait(self, task: Task) -> ExitInfo | Blocked:
+        pid = task.wait_pid
+        child = None if pid is None else self.tasks.get(pid)
+        if child is None or child is task:
+            raise AbiError(Status.INVALID_ARGUMENT, f"pid {pid} is no child, or was reaped")
+        if child.state == DEAD:
+            end: ExitInfo = child.value
+            self._reap(child.pid)
+            return end
+        if task.deadline <= self.clock.now:
+            status = self.ipc.empty_status(task.deadline)
+            if status is Status.TIMED_OUT:
+                task.timeouts += 1
+            raise AbiError(status, f"pid {pid} is alive")
+        task.state = WAIT_CHILD
+        task.resume = self._try_wait
+        self.clock.arm(task)
+        return BLOCKED
+
+    def _kill(self, task: Task, trap: Kill) -> Blocked | None:
+        self._require_root(task)
+        victim = self.tasks.get(trap.pid)
+        if victim is None:
+            raise AbiError(Status.INVALID_ARGUMENT, f"no task {trap.pid}")
+        if victim.state == DEAD:
+            return None  # as SIGKILL to a process that nobody has waited for yet
+        self.end(victim, 0, SIGKILL)
+        return BLOCKED if victim is task else None
+
+    def _exit(self, task: Task, trap: Exit) -> Blocked:
+        if not 0 <= trap.code <= EXIT_CODE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"exit code {trap.code}")
+        self.end(task, trap.code, 0)
+        return BLOCKED
+
+    def _task_table(self, task: Task, trap: TaskTable) -> tuple[TaskInfo, ...]:  # noqa: ARG002
+        self._require_root(task)
+        return tuple(
+            TaskInfo(row.pid, row.name, row.service, row.generation, row.qos)
+            for _, row in sorted(self.tasks.items())
+            if row.state != DEAD
+        )
+
+    # classes
+
+    def _task_qos(self, task: Task, trap: TaskQos) -> QosClass:  # noqa: ARG002
+        return task.qos
+
+    def _set_task_qos(self, task: Task, trap: SetTaskQos) -> None:
+        target = task if trap.pid is None else self.tasks.get(trap.pid)
+        if target is not None and target.state == DEAD:
+            target = None
+        request = QosRequest(
+            caller_service=task.service,
+            caller_pid=task.pid,
+            target_pid=task.pid if trap.pid is None else trap.pid,
+            raw=trap.qos,
+            current=None if target is None else target.qos,
+        )
+        reason = decide(request)
+        if reason is QosReason.APPLIED and target is not None:
+            qos = QosClass(trap.qos)
+            if self.scheduler.set_qos(target, qos):
+                identity = self.ipc.identities[target.pid]
+                self.ipc.identities[target.pid] = identity._replace(qos=qos)
+            else:
+                reason = QosReason.SCHEDULER_QUEUE_FULL
+        self.record(EventKind.QOS, task.pid, {"line": audit_line(request, reason)})
+        if reason is not QosReason.APPLIED:
+            raise AbiError(QOS_STATUS[reason], reason.value)
+
+    # devices and accounts
+
+    def _entropy(self, task: Task, trap: Entropy) -> bytes:
+        self._require_root(task)
+        if not 1 <= trap.size <= ENTROPY_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"{trap.size} bytes of entropy")
+        return self.chance.entropy(trap.size)
+
+    def _console_write(self, task: Task, trap: ConsoleWrite) -> None:
+        evidence = check_console(trap.line, trap.evidence)
+        self.record(
+            EventKind.CONSOLE,
+            task.pid,
+            {
+                "name": task.name,
+                "generation": task.generation,
+                "line": trap.line,
+                "evidence": evidence,
+            },
+        )
+
+    def _task_stats(self, task: Task, trap: TaskStats) -> TaskCounters:  # noqa: ARG002
+        vmo_size = self.heap.vmo_size(task)
+        budget = task.budget
+        return TaskCounters(
+            slots=task.table.used,
+            endpoints=len(task.endpoints),
+            links=len(task.links),
+            reserved_size=task.share.size.used,
+            queued=sum(len(link.queue) for link in task.links.values()),
+            queued_size=sum(link.queued_size for link in task.links.values()),
+            sent=task.sent,
+            sent_size=task.sent_size,
+            received=task.received,
+            received_size=task.received_size,
+            timeouts=task.timeouts,
+            refused_identity=task.refused_identity,
+            refused_caps=task.refused_caps,
+            refused_oversize=task.refused_oversize,
+            refused_links=task.refused_links,
+            budget_used=budget.used,
+            budget_free=budget.free,
+            budget_total=budget.total,
+            refused_size=budget.refused_size,
+            refused_align=budget.refused_align,
+            vmo_size=vmo_size,
+        )
+
+    # ---- evidence from outside the system
+
+    def heap_audit(self) -> tuple[int, int]:
+        """What the heap says is used, and the sum over every live object."""
+        return self.heap.account.used, self.heap.audit(list(self.tasks.values()))
+
+    def resources(self) -> dict[str, int]:
+        """What is in use in the whole system: all of it comes back."""
+        tasks = [task for task in self.tasks.values() if task.state != DEAD]
+        links = [link for task in tasks for link in task.links.values()]
+        return {
+            "tasks": len(tasks),
+            "unreaped": len(self.tasks) - len(tasks),
+            "slots": sum(task.table.used for task in tasks),
+            "endpoints": sum(len(task.endpoints) for task in tasks),
+            "links": len(links),
+            "queued": sum(len(link.queue) for link in links),
+            "queued_size": sum(link.queued_size for link in links),
+            "reserved_size": self.shares.size.used,
+            "reserved_endpoints": self.shares.endpoints.used,
+            "vmo_size": sum(self.heap.vmo_size(task) for task in tasks),
+            "heap_used": self.heap.account.used,
+        }
+
+    def stats(self) -> dict[str, int]:
+        """What the kernel has counted in this run."""
+        smp = self.scheduler.smp
+        return {
+            "spawns": self.spawns,
+            "exits": self.exits,
+            "links": self.ipc.serial,
+            "events": self.events,
+            "overflowed": self.scheduler.overflowed,
+            "picks": sum(cpu.picks for cpu in smp),
+            "steals": sum(cpu.steals for cpu in smp),
+            "aged": sum(cpu.aged for cpu in smp),
+            "resched_requests": sum(cpu.requests for cpu in smp),
+            "resched_sent": sum(cpu.sent for cpu in smp),
+            "resched_taken": sum(cpu.taken for cpu in smp),
+            "resched_acknowledged": sum(cpu.acknowledged for cpu in smp),
+            "heap_refused": self.heap.account.refused_count,
+        }
+
+
+def _first_resume(_task: Task) -> None:
+    return None
+
+
+def _ended(*_: object) -> NoReturn:
+    raise AssertionError("the task has ended")
+
+
+_NO_SIZE_MAX: Final = 1 << 20  # larger than any message: Call and ReplyRecv take them all

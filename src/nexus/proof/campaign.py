@@ -1,0 +1,488 @@
+"""`nexus campaign`: many seeds with faults on, and what must hold in every one of them.
+
+Each run boots a small system (timed, demo.testsvc, two clients, a judge) on the simulated kernel,
+with faults at named points until a stated time. No promise may be broken meanwhile, every call
+has a known outcome inside its deadline, and after the faults the system is healthy within a
+stated time. A fault that never fired, or a recovery that was never reached, is red: it was not
+tested. The sweep fails the first, second, third... occurrence of every trap in turn.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from random import Random  # noqa: TID251 (faults are drawn from the seed of the run)
+from typing import Any, Final
+
+from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid, Program, Status, Trap
+from nexus.abi import traps as abi_traps
+from nexus.init.ground import init_program, limits_of, programs_of
+from nexus.init.plan import Plan as SystemPlan
+from nexus.init.plan import make_plan
+from nexus.init.system import parse
+from nexus.kernel.core import Hang, RunOver
+from nexus.kernel.sim import FAILURES, FaultPoint, Faults, Forge, NthFailure, Plan, SimKernel
+from nexus.proof import workload
+
+FAULTS_SPAN: Final = Nanos(400_000_000)  # ns of virtual time in which faults fire
+SWEEP_SPAN: Final = Nanos(60_000_000)  # ns; one failure is planned, and early
+HEALTHY_WITHIN: Final = Nanos(2_000_000_000)  # ns after the faults; back-off, echo, rebind
+RUN_LIMIT: Final = Nanos(20_000_000_000)  # ns of virtual time; a run that needs it hangs
+SWEEP_NTH_MAX: Final = 60  # occurrences failed one by one; a later one is like an earlier one
+PROBLEMS_SHOWN_MAX: Final = 20
+SHRINK: Final = 6  # problems kept of one run
+GREEN, RED, USAGE = 0, 1, 2
+
+CLIENTS: Final = ("campaign.one", "campaign.two")
+SERVICES: Final = ("timed", "demo.testsvc")
+JUDGE: Final = "campaign.judge"
+STRANGER: Final = Pid(60_000)  # no task of a run has this number
+
+_SYSTEM: Final = """
+[system]
+name = "campaign"
+smp = 2
+total_size = "8MiB"
+owner_size = "512KiB"
+ends_with = "campaign.judge"
+
+[service.timed]
+program = "timed"
+
+[service."demo.testsvc"]
+program = "demo.testsvc"
+endpoints = 16
+uses = [{{ name = "timed" }}]
+"""
+_CLIENT: Final = """
+[service."{name}"]
+program = "selftest-client"
+capabilities = ["proof.control"]
+uses = [{{ name = "timed" }}, {{ name = "demo.testsvc" }}]
+settings = {{ judge = {judge}, faults = {faults}, healthy_within = {healthy} }}
+"""
+
+CHANCES: Final[Mapping[FaultPoint, tuple[int, int]]] = {
+    FaultPoint.QUEUE_FULL: (100, 4_000),
+    FaultPoint.NO_SPACE: (100, 4_000),
+    FaultPoint.TIMED_OUT: (100, 2_000),
+    FaultPoint.KILL: (50, 1_000),
+    FaultPoint.SLOW_CPU: (1_000, 50_000),
+    FaultPoint.LATE_WAKE: (1_000, 50_000),
+    FaultPoint.LATE_TIMER: (10_000, 500_000),
+    FaultPoint.LATE_DELIVERY: (1_000, 50_000),
+    FaultPoint.LOST_SIGNAL: (10_000, 500_000),
+}
+"""Parts of a million per reach of a point, least and most; each run draws within."""
+
+RECOVERIES: Final = (
+    "service restarted",
+    "spawn refused, tried again",
+    "new instance found",
+    "call answered after one that failed",
+    "deadline met an unanswered call",
+    "call cut off by a death told as Unknown",
+    "forged identity refused",
+    "healthy after the faults",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """One run: what was wrong (nothing, if all held), and what was seen."""
+
+    name: str
+    problems: tuple[str, ...]
+    reached: Mapping[str, int]
+    fired: Mapping[str, int]
+    recoveries: Mapping[str, int]
+    calls: Mapping[str, int]
+    healthy_after: int | None  # ns from the end of the faults
+    occurrences: int = 0  # of the trap that the sweep fails
+
+
+@dataclass(kw_only=True)
+class Campaign:
+    """Everything a campaign adds up."""
+
+    seeds: int = 0
+    sweep_runs: int = 0
+    sweep_rows: int = 0
+    sweep_ends: int = 0  # rows whose last occurrence was failed too
+    problems: list[str] = field(default_factory=list)
+    reached: Counter[str] = field(default_factory=Counter)
+    fired: Counter[str] = field(default_factory=Counter)
+    recoveries: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    healthy_after_max: int = 0
+    seconds: float = 0.0
+
+    def add(self, report: RunReport) -> None:
+        """Count a run in."""
+        self.problems += [f"{report.name}: {problem}" for problem in report.problems]
+        self.reached.update(report.reached)
+        self.fired.update(report.fired)
+        self.recoveries.update(report.recoveries)
+        self.calls.update(report.calls)
+        self.healthy_after_max = max(self.healthy_after_max, report.healthy_after or 0)
+
+    @property
+    def never(self) -> list[str]:
+        """Faults that never fired and recoveries that were never reached."""
+        faults = [point.value for point in FaultPoint if not self.fired[point.value]]
+        return faults + [name for name in RECOVERIES if not self.recoveries[name]]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if nothing was broken and everything was tested."""
+        return RED if self.problems or self.never else GREEN
+
+
+# ---------------------------------------------------------------- one run
+
+
+def system_plan(faults: Nanos) -> SystemPlan:
+    """The plan of a campaign system whose judge waits for so long."""
+    text = _SYSTEM.format()
+    for name in (*CLIENTS, JUDGE):
+        judge = "true" if name == JUDGE else "false"
+        text += _CLIENT.format(name=name, judge=judge, faults=faults, healthy=HEALTHY_WITHIN)
+    return make_plan(parse(text.encode(), Path("campaign.toml")))
+
+
+def drawn_faults(seed: int) -> Plan:
+    """The fault plan of a seed: some points, each with a chance of its own, and two forgeries."""
+    source = Random(f"nexus.campaign.{seed}")  # noqa: S311 (a choice of tests, not keys)
+    chances = {
+        point: source.randint(*bounds) for point, bounds in CHANCES.items() if source.random() < 0.5
+    }
+    forge = tuple(
+        Forge(task=CLIENTS[0], nth=source.randint(5, 60), pid=pid, receiver=receiver)
+        for pid, receiver in ((Pid(0), "timed"), (STRANGER, "demo.testsvc"))
+        if source.random() < 0.5
+    )
+    tasks = frozenset((*CLIENTS, *SERVICES))
+    return Plan(forge=forge, chances=chances, tasks=tasks, span=FAULTS_SPAN)
+
+
+class Observer:
+    """The recorder of one run. At each console line the kernel's heap is audited."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.problems: list[str] = []
+        self.kernel: SimKernel | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        self.events.append(event)
+        if event.kind is EventKind.CONSOLE and self.kernel is not None:
+            heap = self.kernel.heap
+            held = heap.audit(list(self.kernel.tasks.values()))
+            if held != heap.account.used:
+                self.problems.append(f"heap holds {held} bytes and says {heap.account.used}")
+
+
+def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> RunReport:
+    """Boot, let the faults fire, and check everything that must hold."""
+    faults = Faults(faults_plan)
+    observer = Observer()
+    kernel = SimKernel(
+        _programs(plan),
+        seed=seed,
+        recorder=observer,
+        cpu_count=smp,
+        limits=limits_of(plan),
+        faults=faults,
+    )
+    observer.kernel = kernel
+    problems = observer.problems
+    try:
+        ended = kernel.run(
+            init_program(plan, smp), plan.digest.encode(), until=Nanos(kernel.now + RUN_LIMIT)
+        )
+    except (Hang, RunOver) as over:
+        problems.append(f"no end: {over}")
+    else:
+        if ended.code or ended.signal:
+            problems.append(f"init ended with code {ended.code}, signal {ended.signal}")
+    problems += _leaks(kernel)
+    problems += unaccounted(kernel.log_lines(), forged=bool(faults_plan.forge))
+    seen = _Seen(observer.events)
+    problems += seen.problems
+    counts = faults.counts()
+    return RunReport(
+        name=name,
+        problems=tuple(problems[:SHRINK]),
+        reached={point: reached for point, (reached, _) in counts.items()},
+        fired={point: fired for point, (_, fired) in counts.items()},
+        recoveries=seen.recoveries,
+        calls=seen.calls,
+        healthy_after=seen.healthy_after,
+        occurrences=faults.occurrences(0) if faults_plan.nth else 0,
+    )
+
+
+def _programs(plan: SystemPlan) -> Mapping[str, Program]:
+    """The plan's programs, with the campaign's client in the place of the selftest client."""
+    source = Path(workload.__file__).read_bytes()
+    client = Program(name="selftest-client", main=workload.main, digest=sha256(source).hexdigest())
+    return {**programs_of(plan), client.name: client}
+
+
+def _leaks(kernel: SimKernel) -> Iterator[str]:
+    """What a kernel still holds when everything has ended."""
+    shares = kernel.shares
+    held = {
+        "heap bytes": kernel.heap.account.used,
+        "link bytes": shares.size.used,
+        "endpoints": shares.endpoints.used,
+        "tasks": shares.tasks.used + len(kernel.tasks),
+    }
+    return (f"{count} {what} left behind" for what, count in held.items() if count)
+
+
+_MESSAGE: Final = re.compile(r"\d+ cpu\d+ pid\d+|\d+ pid\d+ (sent|took) link(\d+) (\d+)B")
+
+
+def unaccounted(lines: Iterator[str], *, forged: bool) -> Iterator[str]:
+    """Messages received that were not sent, twice, or out of order, by the kernel's event log.
+
+    With `forged` messages in the run only those that were sent are followed.
+    """
+    queued: dict[str, deque[str]] = defaultdict(deque)
+    for line in lines:
+        match = _MESSAGE.match(line)
+        if match is None or match[1] is None:
+            continue
+        link, size = match[2], match[3]
+        if match[1] == "sent":
+            queued[link].append(size)
+        elif not queued[link] or queued[link].popleft() != size:
+            if not forged:
+                yield f"link {link}: {size} bytes were received that were not next in its queue"
+            return
+
+
+class _Seen:
+    """What the events of a run tell: calls, recoveries, and broken promises."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.problems: list[str] = []
+        self.calls: Counter[str] = Counter()
+        self.recoveries: Counter[str] = Counter()
+        self.healthy_after: int | None = None
+        last: dict[tuple[str, int], Mapping[str, Any]] = {}
+        for event in events:
+            if event.kind is EventKind.CONSOLE:
+                self._read_line(event, last)
+            elif event.kind is EventKind.REFUSED and event.fields.get("reason") == "identity":
+                self.recoveries["forged identity refused"] += 1
+            elif event.kind is EventKind.HANG:
+                self.problems.append(f"{event.fields.get('name')} never yields")
+        for (name, generation), told in last.items():
+            self._read_outcomes(f"{name} {generation}", told)
+        if self.healthy_after is None:
+            self.problems.append("not healthy in the stated time after the faults")
+
+    def _read_line(self, event: Event, last: dict[tuple[str, int], Mapping[str, Any]]) -> None:
+        line, name = str(event.fields["line"]), str(event.fields["name"])
+        evidence: Any = event.fields.get("evidence") or {}
+        if line == "campaign: outcomes":
+            generation = event.fields["generation"]
+            assert isinstance(generation, int), "the kernel counts generations"
+            last[name, generation] = evidence
+        elif line == "campaign: healthy":
+            self.healthy_after = int(evidence["after"])
+            self.recoveries["healthy after the faults"] += 1
+        elif name == INIT_NAME and line.startswith("init: back "):
+            self.recoveries["service restarted"] += 1
+        elif name == INIT_NAME and line.startswith("init: no start of "):
+            self.recoveries["spawn refused, tried again"] += 1
+
+    def _read_outcomes(self, who: str, told: Mapping[str, Any]) -> None:
+        self.calls.update(told["outcomes"])
+        self.recoveries["new instance found"] += told["rebinds"]
+        self.recoveries["call answered after one that failed"] += told["recovered"]
+        outcomes = told["outcomes"]
+        self.recoveries["deadline met an unanswered call"] += outcomes.get("TimedOut", 0)
+        self.recoveries["call cut off by a death told as Unknown"] += outcomes.get("Unknown", 0)
+        self.problems += [f"{who}: outcome {late} ns after its deadline" for late in told["late"]]
+        self.problems += [f"{who}: {wrong}" for wrong in told["wrong"]]
+
+
+# ---------------------------------------------------------------- many runs
+
+
+def seeds_campaign(campaign: Campaign, first: int, count: int, tell: Callable[[str], None]) -> None:
+    """Run `count` seeds with drawn faults, on one and on two CPUs in turn."""
+    plan = system_plan(FAULTS_SPAN)
+    for seed in range(first, first + count):
+        smp = 1 + seed % 2
+        report = run(f"seed {seed} smp {smp}", plan, drawn_faults(seed), seed, smp)
+        campaign.add(report)
+        campaign.seeds += 1
+        for problem in report.problems:
+            tell(f"{report.name}: {problem}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRow:
+    """One trap of one task with one status."""
+
+    task: str
+    trap: type[Trap[Any]]
+    status: Status
+
+    @property
+    def name(self) -> str:
+        """The row in words."""
+        return f"{self.task} {self.trap.__name__} {self.status.name}"
+
+
+INIT_TRAPS: Final = (abi_traps.Spawn, abi_traps.Wait, abi_traps.ConsoleWrite, abi_traps.Send)
+"""What init must survive. Its other traps fail only by a bug of its own or of its kernel."""
+
+
+def sweep_rows() -> list[SweepRow]:
+    """Every trap that may be refused, by every task of the system but the judge."""
+    rows = [
+        SweepRow(task=task, trap=trap, status=status)
+        for task in (*SERVICES, CLIENTS[0])
+        for trap, statuses in FAILURES.items()
+        for status in statuses
+    ]
+    return rows + [
+        SweepRow(task=INIT_NAME, trap=trap, status=status)
+        for trap in INIT_TRAPS
+        for status in FAILURES[trap]
+    ]
+
+
+def sweep_campaign(campaign: Campaign, nth_max: int, tell: Callable[[str], None]) -> None:
+    """Fail the 1st, 2nd, 3rd... occurrence of each trap, until there is none or `nth_max`."""
+    plan = system_plan(SWEEP_SPAN)
+    for row in sweep_rows():
+        campaign.sweep_rows += 1
+        for nth in range(1, nth_max + 1):
+            failure = NthFailure(trap=row.trap, nth=nth, status=row.status, task=row.task)
+            report = run(
+                f"sweep {row.name} #{nth}", plan, Plan(nth=(failure,), span=SWEEP_SPAN), 1, 1
+            )
+            if report.occurrences < nth or not report.fired[FaultPoint.NTH.value]:
+                campaign.sweep_ends += 1
+                break
+            campaign.sweep_runs += 1
+            campaign.add(report)
+            for problem in report.problems:
+                tell(f"{report.name}: {problem}")
+
+
+# ---------------------------------------------------------------- report
+
+
+def as_json(campaign: Campaign) -> str:
+    """The whole campaign as one JSON object."""
+    report = {
+        "exit_code": campaign.exit_code,
+        "seeds": campaign.seeds,
+        "sweep_rows": campaign.sweep_rows,
+        "sweep_runs": campaign.sweep_runs,
+        "sweep_ends": campaign.sweep_ends,
+        "problems": campaign.problems,
+        "never": campaign.never,
+        "faults": {
+            point.value: {
+                "reached": campaign.reached[point.value],
+                "fired": campaign.fired[point.value],
+            }
+            for point in FaultPoint
+        },
+        "recoveries": {name: campaign.recoveries[name] for name in RECOVERIES},
+        "calls": dict(sorted(campaign.calls.items())),
+        "healthy_after_max_ns": campaign.healthy_after_max,
+        "healthy_within_ns": HEALTHY_WITHIN,
+        "seconds": round(campaign.seconds, 1),
+    }
+    return json.dumps(report, indent=2) + "\n"
+
+
+def as_markdown(campaign: Campaign) -> str:
+    """The report that is committed."""
+    return "\n".join(_markdown(campaign)) + "\n"
+
+
+def _markdown(campaign: Campaign) -> Iterator[str]:
+    verdict = "green" if campaign.exit_code == GREEN else "RED"
+    yield "# The last campaign"
+    yield ""
+    yield "Made by `make campaign`; do not edit. What is checked stands in `nexus.proof.campaign`."
+    yield ""
+    yield f"**{verdict}**: {campaign.seeds} seeds with faults, then a sweep of "
+    yield f"{campaign.sweep_rows} traps in {campaign.sweep_runs} runs "
+    yield f"({campaign.sweep_ends} of them to their last occurrence)."
+    within, after = HEALTHY_WITHIN / 1e9, campaign.healthy_after_max / 1e9
+    yield f"Healthy again at most {after:.3f} s of virtual time after the faults; {within} s stated."
+    yield ""
+    yield from _table(
+        "fault",
+        ("reached", "fired"),
+        [
+            (point.value, campaign.reached[point.value], campaign.fired[point.value])
+            for point in FaultPoint
+        ],
+    )
+    yield from _table(
+        "recovery", ("times",), [(name, campaign.recoveries[name]) for name in RECOVERIES]
+    )
+    yield from _table("outcome of a call", ("times",), sorted(campaign.calls.items()))
+    for problem in campaign.problems[:PROBLEMS_SHOWN_MAX]:
+        yield f"- broken: {problem}"
+    for name in campaign.never:
+        yield f"- never seen, so not tested: {name}"
+
+
+def _table(head: str, columns: Sequence[str], rows: Sequence[tuple[object, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join((head, *columns))} |"
+    yield f"|---|{'---:|' * len(columns)}"
+    for row in rows:
+        yield f"| {' | '.join(map(str, row))} |"
+    yield ""
+
+
+# ---------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a campaign and print its report."""
+    parser = argparse.ArgumentParser(prog="nexus campaign", description=__doc__.split("\n")[0])
+    _ = parser.add_argument("--seeds", type=int, default=50, help="how many seeds")
+    _ = parser.add_argument("--first", type=int, default=1, help="the first seed")
+    _ = parser.add_argument("--nth", type=int, default=SWEEP_NTH_MAX, help="bound of the sweep")
+    _ = parser.add_argument("--json", action="store_true", help="print JSON")
+    _ = parser.add_argument("--report", type=Path, help="write the report as Markdown here")
+    options = parser.parse_args(list(argv))
+    campaign = Campaign()
+    start = time.monotonic_ns()
+    seeds_campaign(campaign, options.first, options.seeds, _complain)
+    sweep_campaign(campaign, options.nth, _complain)
+    campaign.seconds = (time.monotonic_ns() - start) / 1e9
+    text = as_markdown(campaign)
+    if options.report is not None:
+        _ = options.report.write_text(text, encoding="utf-8")
+    _ = sys.stdout.write(as_json(campaign) if options.json else text)
+    return campaign.exit_code
+
+
+def _complain(text: str) -> None:
+    _ = sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

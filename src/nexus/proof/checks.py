@@ -1,0 +1,374 @@
+"""The independent evidence behind every line of init, the kernel and the services.
+
+Each check recomputes a claim in the runner's process from what came with the line, from the
+kernel's events around it, and from the plan made here from the same system file. A line without
+a check is red (nexus.proof.verdict), so a statement alone never passes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+from nexus.abi import (
+    ENDPOINTS_PER_OWNER_MAX,
+    HEAP_SIZE,
+    INIT_NAME,
+    SLOTS_MAX,
+    Event,
+    EventKind,
+    QosClass,
+    SpawnReason,
+    service_id,
+)
+from nexus.init.plan import PlannedLink, PlannedService
+from nexus.proof.trace import Line, Trace
+from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
+from nexus.protocols.ladder import KERNEL, Ground, rung
+
+SENTINEL_CYCLES: Final = 64  # spawn and exit cycles of #2
+QUEUE_CAPACITY: Final = 64  # entries of a class queue (core.md 1.1)
+COUNTERFACTUAL_TICKS: Final = 200_000  # ladder #41
+CPUS_POSSIBLE: Final = 4
+RESCHED_STEPS: Final = ("request", "sent", "taken", "acknowledged")
+REASONS: Final = (
+    SpawnReason.OOM,
+    SpawnReason.CAP_TABLE_FULL,
+    SpawnReason.ENDPOINT_QUOTA,
+    SpawnReason.MAP_FAILED,
+    SpawnReason.INVALID_PAYLOAD,
+)
+Evidence = Mapping[str, Any]
+
+
+def _before(trace: Trace, line: Line, kind: EventKind) -> list[Event]:
+    return [event for at, event in trace.of_kind(kind) if at < line.place]
+
+
+def _grown(evidence: Evidence, counter: str) -> int:
+    """How much a counter grew between the two readings in the evidence."""
+    return int(evidence["after"][counter]) - int(evidence["before"][counter])
+
+
+# ---------------------------------------------------------------- the kernel's self-test
+
+
+def spawn_reasons(_case: Case, trace: Trace, line: Line) -> None:
+    """#1: the five reasons in order, each from a spawn the kernel really refused, told once."""
+    evidence = line.evidence
+    expected = [int(reason) for reason in REASONS]
+    demand_equal(evidence["reasons"], expected, "reasons read")
+    demand_equal(evidence["again"], [0] * len(REASONS), "reasons read again")
+    demand_equal(evidence["tasks_after"], evidence["tasks_before"], "tasks afterwards")
+    refused = [
+        _reason_number(event.fields["reason"])
+        for event in _before(trace, line, EventKind.SPAWN_FAILED)
+    ]
+    demand_equal(refused, expected, "reasons in the kernel's own record of refused spawns")
+
+
+def _reason_number(reason: object) -> int:
+    if isinstance(reason, str):
+        return int(SpawnReason[reason.upper().replace("-", "_")])
+    return int(reason) if isinstance(reason, int) else -1
+
+
+def resource_sentinel(case: Case, trace: Trace, line: Line) -> None:
+    """#2: both tables were really full, and after 64 cycles every counter is back."""
+    evidence = line.evidence
+    demand_equal(evidence["slots"], SLOTS_MAX, "slots at the first NoSpace")
+    demand_equal(evidence["endpoints"], ENDPOINTS_PER_OWNER_MAX, "endpoints at the first NoSpace")
+    counters = {"slots", "endpoints", "queued_size", "tasks"}
+    if case.scope.ground is not Ground.SIM:
+        counters |= {"descriptors", "children"}
+    missing = counters - evidence["before"].keys()
+    demand(not missing, f"not counted: {sorted(missing)}")
+    demand_equal(evidence["after"], evidence["before"], "counters afterwards")
+    spawned = [event.pid for event in _before(trace, line, EventKind.SPAWN)]
+    exited = [event.pid for event in _before(trace, line, EventKind.EXIT)]
+    demand(len(spawned) >= SENTINEL_CYCLES, f"only {len(spawned)} spawns are in the record")
+    demand_equal(sorted(exited), sorted(spawned), "tasks that exited, of those spawned")
+
+
+def heap_report(case: Case, trace: Trace, line: Line) -> None:
+    """#3: the report adds up, is the kernel's own account, and names the request."""
+    evidence = line.evidence
+    used, free, total = (evidence[f"heap_budget_{part}"] for part in ("used", "free", "total"))
+    demand_equal(used + free, total, "used + free")
+    demand_equal(used, evidence["account"], "used, against the sum over the live objects")
+    demand_equal(evidence["size"], evidence["requested"], "size in the report")
+    demand_equal(evidence["align"], evidence["requested_align"], "alignment in the report")
+    demand(evidence["requested"] > free, "the request would have fitted")
+    demand(0 < evidence["granted"] < evidence["requested"], "no smaller request succeeded")
+    if case.scope.ground is Ground.SIM:
+        demand_equal(total, HEAP_SIZE, "size of the kernel heap")
+    keys = ("heap_budget_used", "heap_budget_free", "heap_budget_total", "size", "align")
+    told = [
+        [event.fields.get(key) for key in keys] for event in _before(trace, line, EventKind.HEAP)
+    ]
+    demand([evidence[key] for key in keys] in told, "the kernel recorded no such report")
+
+
+def qos_rollback(_case: Case, _trace: Trace, line: Line) -> None:
+    """#4: refused, and the task is where it was."""
+    evidence = line.evidence
+    demand_equal(evidence["status"], "QUEUE_FULL", "set_task_qos")
+    demand_equal(evidence["interactive"], QUEUE_CAPACITY, "entries of Interactive")
+    demand_equal(evidence["class_before"], int(QosClass.NORMAL), "class before")
+    demand_equal(evidence["class_after"], int(QosClass.NORMAL), "class afterwards")
+    order, index = evidence["order_before"], evidence["index_before"]
+    demand(0 < index < len(order) - 1, f"index {index} is not the middle of {len(order)} tasks")
+    demand_equal(evidence["index_after"], index, "index afterwards")
+    demand_equal(evidence["order_after"], order, "the next picks")
+
+
+# ---------------------------------------------------------------- several CPUs
+
+
+def cpu_online(case: Case, trace: Trace, line: Line) -> None:
+    """#39: one line per further CPU, and each one's own tick counter grew."""
+    lines = [each for each in trace.lines if each.printer == KERNEL]
+    online = [each for each in lines if each.text.startswith("KINIT: cpu")]
+    texts = [each.text for each in online if each.text != "KINIT: cpu0 online"]
+    expected = [f"KINIT: cpu{cpu} online" for cpu in range(1, case.scope.smp)]
+    demand_equal(sorted(texts), expected, "lines of further CPUs")
+    for each in online:
+        if each.text == "KINIT: cpu0 online":
+            continue
+        demand_equal(f"KINIT: cpu{each.evidence['cpu']} online", each.text, "CPU of the evidence")
+        before, after = each.evidence["ticks_before"], each.evidence["ticks_after"]
+        demand(after > before, f"{each.text}: ticks went from {before} to {after}")
+    demand(line.evidence, "no evidence came with the line")
+
+
+def smp_online(case: Case, _trace: Trace, line: Line) -> None:
+    """#40: the mask holds every CPU, and another CPU than 0 read it."""
+    demand_equal(line.evidence["mask"], (1 << case.scope.smp) - 1, "online mask")
+    demand(1 <= line.evidence["cpu"] < case.scope.smp, "it was read on CPU 0")
+
+
+def counterfactual(_case: Case, _trace: Trace, line: Line) -> None:
+    """#41: a request whose send fails is counted as a request and as nothing else."""
+    grown = [_grown(line.evidence, step) for step in RESCHED_STEPS]
+    demand_equal(grown, [1, 0, 0, 0], f"growth of {RESCHED_STEPS}")
+    demand(line.evidence["ticks"] >= COUNTERFACTUAL_TICKS, "it was not watched for long enough")
+
+
+def resched(_case: Case, _trace: Trace, line: Line) -> None:
+    """#42: one of each, in their order, the last two by the target CPU."""
+    evidence = line.evidence
+    grown = [_grown(evidence, step) for step in RESCHED_STEPS]
+    demand_equal(grown, [1, 1, 1, 1], f"growth of {RESCHED_STEPS}")
+    demand_equal(evidence["order"], list(RESCHED_STEPS), "order")
+    asked, sent, taken, acknowledged = evidence["cpus"]
+    demand_equal(sent, asked, "CPU that sent")
+    demand_equal(acknowledged, taken, "CPU that acknowledged")
+    demand(taken != asked, "the asking CPU took its own request")
+
+
+def reject_target(_case: Case, _trace: Trace, line: Line) -> None:
+    """#43: there is no CPU 4."""
+    demand_equal(line.evidence["target"], CPUS_POSSIBLE, "target")
+    demand_equal(line.evidence["status"], "INVALID_ARGUMENT", "status")
+    demand_equal(line.evidence["after"], line.evidence["before"], "counters afterwards")
+
+
+def reject_offline(_case: Case, _trace: Trace, line: Line) -> None:
+    """#44: a CPU that is not online is asked for nothing."""
+    target = line.evidence["target"]
+    demand(0 <= target < CPUS_POSSIBLE, f"there is no CPU {target}")
+    demand(not line.evidence["online"] >> target & 1, f"CPU {target} is online")
+    demand(line.evidence["status"] not in {"OK", ""}, "it was not refused")
+    demand_equal(line.evidence["after"], line.evidence["before"], "counters afterwards")
+
+
+def work_stealing(_case: Case, _trace: Trace, line: Line) -> None:
+    """#45: queued on CPU 1, run on CPU 0, counted once."""
+    evidence = line.evidence
+    demand_equal(evidence["steals_after"] - evidence["steals_before"], 1, "steals counted")
+    demand_equal((evidence["queued_cpu"], evidence["ran_cpu"]), (1, 0), "CPUs")
+
+
+def steal_bound(_case: Case, _trace: Trace, line: Line) -> None:
+    """#46: one task per tick."""
+    evidence = line.evidence
+    demand_equal((evidence["queued"], evidence["ticks"]), (2, 1), "tasks queued, ticks")
+    demand_equal(evidence["left"], 1, "tasks left on CPU 1")
+
+
+def steal_class(_case: Case, _trace: Trace, line: Line) -> None:
+    """#47: nothing above the thief's class moves."""
+    evidence = line.evidence
+    victims = {int(qos) for qos in evidence["victim"]}
+    demand_equal(victims, {int(QosClass.INTERACTIVE)}, "classes of the victim's tasks")
+    demand_equal(evidence["limit"], int(QosClass.NORMAL), "class of the thief")
+    demand_equal(evidence["left_after"], evidence["left_before"], "tasks of the victim")
+    demand_equal(evidence["steals_after"], evidence["steals_before"], "steals counted")
+
+
+# ---------------------------------------------------------------- init
+
+
+def plan_started(case: Case, _trace: Trace, line: Line) -> None:
+    """#5: init runs on the plan that `nexus check` computes from the same file."""
+    demand_equal(line.evidence["digest"], case.plan.digest, "plan digest")
+    demand_equal(line.evidence["services"], len(case.plan.services), "service count")
+
+
+def _planned(case: Case, line: Line) -> PlannedService:
+    return case.plan.by_name[line.text.rpartition(" ")[2]]
+
+
+def _first_spawn(trace: Trace, name: str) -> tuple[int, Event]:
+    spawns = trace.spawns(name)
+    demand(spawns, f"the kernel recorded no start of {name}")
+    return spawns[0]
+
+
+def service_started(case: Case, trace: Trace, line: Line) -> None:
+    """#6 and alike: the kernel's spawn of this name follows, with the program of the plan."""
+    service = _planned(case, line)
+    at, event = _first_spawn(trace, service.name)
+    demand(at > line.place, f"{service.name} was started before the line")
+    first = [start for start, _ in trace.spawns(service.name) if start < _next_start(trace, line)]
+    demand_equal(len(first), 1, f"starts of {service.name} up to the next line of this kind")
+    demand_equal(event.fields["program"], service.program, "program")
+    demand_equal(event.fields["digest"], service.program_digest, "program digest")
+    demand_equal(event.fields["generation"], 1, "generation")
+
+
+def _next_start(trace: Trace, line: Line) -> int:
+    """Where the next `init: start X` stands, or the end of the stream."""
+    places = (
+        each.place
+        for each in trace.lines
+        if each.place > line.place
+        and each.printer == INIT_NAME
+        and each.text.startswith("init: start ")
+    )
+    return next(places, len(trace.events))
+
+
+def service_up(case: Case, trace: Trace, line: Line) -> None:
+    """#7 and alike: what init published is what the kernel started, and its echo came back."""
+    service = _planned(case, line)
+    at, event = _first_spawn(trace, service.name)
+    evidence = line.evidence
+    demand(at < line.place, f"{service.name} was started after the line")
+    demand_equal(evidence["pid"], event.pid, "pid")
+    demand_equal(evidence["generation"], event.fields["generation"], "generation")
+    identity = f"{service_id(service.name):016x}"
+    demand_equal(_hex(evidence["service"]), identity, "service id in the identity table")
+    demand_equal(_hex(event.fields["service"]), identity, "service id in the spawn record")
+    demand(evidence["echo_nonce"], "no nonce came back over the control link")
+
+
+def _hex(value: object) -> str:
+    return f"{value:016x}" if isinstance(value, int) else str(value).removeprefix("0x").zfill(16)
+
+
+def system_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#29: the links that exist are those of the plan, one by one, and the kernel made them."""
+    planned = sorted(_terms(link) for link in case.plan.links)
+    existing = sorted(tuple(row[:5]) for row in line.evidence["links"])
+    demand_equal(existing, planned, "links that exist")
+    for row in line.evidence["links"]:
+        starts = [len(_started_before(trace, line, name)) for name in row[:2]]
+        demand_equal(row[5:], starts, f"generations of the link from {row[0]} to {row[1]}")
+    demand_equal(line.evidence["grants"], [], "device grants")
+    made = [
+        (str(event.fields["owner"]), int(event.fields["depth"]), int(event.fields["size"]))  # type: ignore[call-overload]
+        for event in _before(trace, line, EventKind.LINK)
+    ]
+    wanted = [(link.server, link.depth, link.size) for link in case.plan.links]
+    absent = _without(wanted, made)
+    demand(not absent, f"the kernel made no link into {absent}")
+
+
+def _started_before(trace: Trace, line: Line, name: str) -> list[Event]:
+    """The instances of a service that the kernel started up to this line."""
+    return [event for at, event in trace.spawns(name) if at < line.place]
+
+
+def _terms(link: PlannedLink) -> tuple[str, str, int, int, int]:
+    return (link.client, link.server, link.depth, link.size, link.delegations)
+
+
+def _without(wanted: Sequence[tuple[Any, ...]], found: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What of `wanted` is not in `found`, each as often as it is wanted."""
+    rest = list(wanted)
+    for item in found:
+        if item in rest:
+            rest.remove(item)
+    return rest
+
+
+# ---------------------------------------------------------------- services
+
+
+def timed_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#32: init's probe was answered by this instance, with its nonce and without a timer."""
+    name = line.printer
+    _, event = _first_spawn(trace, name)
+    demand_equal(line.pid, event.pid, "pid of the printer")
+    ready = _of_init(trace, "init: ready")
+    begun = event.time if ready is None else max(event.time, ready.time)
+    deadline = begun + case.plan.by_name[name].health_deadline
+    demand(line.time <= deadline, "printed after the readiness deadline")
+    probe = _of_init(trace, f"init: health {name} ok")
+    if probe is None:
+        raise Mismatch(f"init got no answer to its health probe of {name}")
+    demand_equal(probe.evidence["generation"], line.generation, "generation in init's record")
+    demand(probe.evidence["nonce"], "no nonce came back with the answer")
+    demand(probe.time <= deadline, "answered after the readiness deadline")
+    demand_equal(probe.evidence["facts"]["timers"], 0, "live timers")
+
+
+def _of_init(trace: Trace, text: str) -> Line | None:
+    """The first line of init with this text."""
+    lines = (each for each in trace.lines if each.printer == INIT_NAME and each.text == text)
+    return next(lines, None)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def nothing_left_behind(_case: Case, trace: Trace, line: Line) -> None:
+    """#143: every account in the evidence is what it was, and every started task has ended."""
+    for name, account in line.evidence.items():
+        if isinstance(account, dict) and {"ready", "now"} <= account.keys():
+            demand_equal(account["now"], account["ready"], f"account of {name}")
+    demand(line.evidence, "no account came with the line")
+    if trace.ending.stopped:
+        return
+    living = {event.pid for _, event in trace.of_kind(EventKind.SPAWN)}
+    for _, event in trace.of_kind(EventKind.EXIT):
+        living.discard(event.pid)
+    demand(not living, f"tasks that never ended: {sorted(living)}")
+
+
+_NUMBERED: Final[dict[int, Check]] = {
+    1: spawn_reasons,
+    2: resource_sentinel,
+    3: heap_report,
+    4: qos_rollback,
+    5: plan_started,
+    29: system_ready,
+    32: timed_ready,
+    39: cpu_online,
+    40: smp_online,
+    41: counterfactual,
+    42: resched,
+    43: reject_target,
+    44: reject_offline,
+    45: work_stealing,
+    46: steal_bound,
+    47: steal_class,
+    143: nothing_left_behind,
+}
+_STARTS: Final = dict.fromkeys((6, *range(9, 28, 2)), service_started)
+_UPS: Final = dict.fromkeys((7, *range(10, 29, 2)), service_up)
+
+CHECKS: Final[Mapping[int, Check]] = MappingProxyType(_NUMBERED | _STARTS | _UPS)
+
+assert all(rung(number).marker.startswith("init: start ") for number in _STARTS)
+assert all(rung(number).marker.startswith("init: up ") for number in _UPS)

@@ -1,0 +1,214 @@
+"""Runs one boot in a child process and brings home what it left behind.
+
+The system under proof lives in a process group of its own: a crash, a hang or a kill of it
+cannot take the runner down, and at the deadline the whole group is killed.
+"""
+
+import ctypes
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from threading import Event as Pause
+from typing import Final
+
+from nexus.abi import Event
+from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
+from nexus.proof.trace import Ending, Trace
+
+EVENTS_MAX: Final = 400_000  # per boot; a traced selftest run has some ten thousand
+OUTPUT_SIZE_MAX: Final = 1024 * 1024  # bytes of raw output kept, the first ones
+READ_SIZE: Final = 256 * 1024
+EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
+REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
+REAP_POLL: Final = 0.01  # seconds
+PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the child process has to boot. `limit` bounds its kernel clock, in nanoseconds."""
+
+    ground: str
+    system: str
+    smp: int
+    seed: int
+    limit: int
+    saboteur: int | None = None
+    scenario: str | None = None
+    trace: bool = False
+    log: str | None = None
+
+
+CHILD: Final = (sys.executable, "-m", "nexus.proof.child")
+
+Watch = Callable[[Event], bool]
+"""Sees each event as it comes; True ends the boot there."""
+
+Keep = Callable[[bytes], None]
+"""Is given each encoded event, for the run record."""
+
+
+def _ignore(_line: bytes) -> None:
+    """Keep nothing."""
+
+
+def run_boot(
+    job: Job,
+    *,
+    timeout: int,
+    watch: Watch,
+    keep: Keep = _ignore,
+    command: Sequence[str] = CHILD,
+) -> Trace:
+    """Boot, read until the end, `watch` or the deadline, and leave no process behind.
+
+    `command` is given the descriptor of the event pipe and the job as JSON.
+    """
+    start = time.monotonic_ns()
+    become_subreaper()
+    reader, writer = os.pipe()
+    try:
+        arguments = [*command, str(writer), json.dumps(asdict(job))]
+        child = subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writer,),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    with child:
+        reading = _Reading(child, reader, watch, keep)
+        try:
+            reading.until(start + timeout)
+        finally:
+            left_behind = _end_group(child)
+            reading.close()
+    return reading.trace(left_behind, time.monotonic_ns() - start)
+
+
+def become_subreaper() -> None:
+    """Have orphans of a boot become our children, so that they can be counted and reaped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class _Reading:
+    """The two streams of a running boot: events, and raw output."""
+
+    def __init__(
+        self, child: "subprocess.Popen[bytes]", reader: int, watch: Watch, keep: Keep
+    ) -> None:
+        assert child.stdout is not None
+        self._child = child
+        self._reader = reader
+        self._output = child.stdout
+        self._watch = watch
+        self._keep = keep
+        self._rest = b""
+        self._text = bytearray()
+        self._events: list[Event] = []
+        self._dropped: int | None = None
+        self._stopped = False
+        self._timed_out = False
+
+    def until(self, deadline: int) -> None:
+        """Read until both streams end and the child has exited, at most to the deadline."""
+        with selectors.DefaultSelector() as selector:
+            _ = selector.register(self._reader, selectors.EVENT_READ, self._read_events)
+            _ = selector.register(self._output, selectors.EVENT_READ, self._read_output)
+            while selector.get_map() and not self._stopped:
+                remaining = (deadline - time.monotonic_ns()) / 1e9
+                if remaining <= 0:
+                    self._timed_out = True
+                    return
+                for key, _mask in selector.select(min(remaining, 1.0)):
+                    if not key.data():
+                        _ = selector.unregister(key.fileobj)
+                if self._child.poll() is not None and not selector.select(0):
+                    break  # its output may be held open by something it left behind
+        if self._stopped:
+            return
+        try:
+            _ = self._child.wait(EXIT_GRACE)
+        except subprocess.TimeoutExpired:
+            self._timed_out = True
+
+    def close(self) -> None:
+        os.close(self._reader)
+
+    def trace(self, left_behind: int, wall: int) -> Trace:
+        status = self._child.returncode
+        killed = self._timed_out
+        ending = Ending(
+            code=None if killed else max(status, 0),
+            signal=0 if killed or self._stopped else max(-status, 0),
+            stopped=self._stopped,
+            left_behind=left_behind,
+            dropped=(self._dropped or 0),
+            told_end=self._dropped is not None,
+            wall=wall,
+        )
+        return Trace(tuple(self._events), self._text.decode("utf-8", "replace"), ending)
+
+    def _read_events(self) -> bool:
+        data = os.read(self._reader, READ_SIZE)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._read_event(line)
+            if self._stopped:
+                return False
+        if len(self._rest) > EVENT_SIZE_MAX:
+            raise MalformedEvent(f"an event of more than {EVENT_SIZE_MAX} bytes")
+        return bool(data)
+
+    def _read_event(self, line: bytes) -> None:
+        if line.startswith(b'{"dropped":'):
+            self._dropped = int(json.loads(line)["dropped"]) + (self._dropped or 0)
+            return
+        event = decode_event(line)
+        if len(self._events) >= EVENTS_MAX:
+            self._dropped = (self._dropped or 0) + 1
+            return
+        self._events.append(event)
+        self._keep(line)
+        self._stopped = self._watch(event)
+
+    def _read_output(self) -> bool:
+        data = os.read(self._output.fileno(), READ_SIZE)
+        self._text += data[: OUTPUT_SIZE_MAX - len(self._text)]
+        return bool(data)
+
+
+def _end_group(child: "subprocess.Popen[bytes]") -> int:
+    """Kill and reap whatever is left of the boot. How many processes besides the child were."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        _ = child.wait()
+    deadline = time.monotonic_ns() + REAP_GRACE
+    count = 0
+    pause = Pause()
+    while time.monotonic_ns() < deadline:
+        try:
+            pid, _status = os.waitpid(-child.pid, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid:
+            count += 1
+            continue
+        os.killpg(child.pid, signal.SIGKILL)
+        _ = pause.wait(REAP_POLL)
+    return count

@@ -1,0 +1,355 @@
+"""From what a run left behind to its verdict. Pure: the same trace gives the same verdict.
+
+A rung passes when its line was printed once, by its printer, behind the rungs it comes after,
+with evidence that holds. It is red when one of these is not so, or when the line is missing;
+blocked when the line is missing and a rung it comes after is red or blocked; not_run outside
+its scope. What makes a run red without naming a rung (a stray FAIL line, a traceback, a dirty
+exit) is a finding: it denies #144, whose claim is the whole stream.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum, unique
+from typing import Any, Final
+
+from nexus.abi import INIT_NAME, EventKind, Nanos
+from nexus.init.plan import Plan
+from nexus.proof.expected import PHASES, Scope, not_run
+from nexus.proof.trace import CRASH_PATTERNS, FAIL_WORD, Line, Trace
+from nexus.protocols.ladder import (
+    CLAIMED_PREFIXES,
+    KERNEL,
+    RUNGS,
+    SELFTEST,
+    Phase,
+    Rung,
+    rung,
+)
+
+END_RUNG: Final = 144
+RESOURCE_RUNG: Final = 143
+CPU_RUNG: Final = 39
+KILLED: Final = 9  # the signal of init's Kill, the only one a task may end by
+FINDINGS_MAX: Final = 64  # kept; a run that is this red needs no more
+
+_EXACT: Final = {row.marker: row for row in RUNGS if not row.prefix}
+_PREFIXES: Final = tuple(row for row in RUNGS if row.prefix)
+
+
+@unique
+class State(StrEnum):
+    """What became of a rung."""
+
+    PASSED = "passed"
+    RED = "red"
+    BLOCKED = "blocked"
+    NOT_RUN = "not_run"
+
+
+class Mismatch(Exception):
+    """Evidence does not hold; the text says what was compared and found."""
+
+
+def demand(condition: object, message: str) -> None:
+    """Raise Mismatch unless `condition` holds."""
+    if not condition:
+        raise Mismatch(message)
+
+
+def demand_equal(found: object, expected: object, what: str) -> None:
+    """Raise Mismatch unless the two are equal."""
+    if found != expected:
+        raise Mismatch(f"{what}: {found!r}, expected {expected!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What a verdict is about: the scope, the plan as `nexus check` computes it from the system
+    file outside of the run, and what independent checks exist."""
+
+    scope: Scope
+    plan: Plan
+    checks: "Mapping[int, Check]"
+    until: str | None = None
+
+
+Check = Callable[[Case, Trace, Line], None]
+"""Compares the evidence of one printed rung with something else. Raises Mismatch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungResult:
+    """The state of one rung, why, when its line came (kernel clock), and the evidence printed."""
+
+    number: int
+    state: State
+    reason: str = ""
+    time: Nanos | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The state of all rungs, and what made the run red besides."""
+
+    results: tuple[RungResult, ...]
+    findings: tuple[str, ...]
+    last_phase: Phase
+
+    def of(self, state: State) -> tuple[RungResult, ...]:
+        """The results in one state, by number."""
+        return tuple(result for result in self.results if result.state is state)
+
+    @property
+    def exit_code(self) -> int:
+        """0 green, 1 red."""
+        return 1 if self.findings or self.of(State.RED) or self.of(State.BLOCKED) else 0
+
+    @property
+    def first_failed_phase(self) -> str:
+        """The phase of the red rung with the lowest number, or "" when green."""
+        red = self.of(State.RED)
+        if red:
+            return rung(red[0].number).phase.value
+        return self.last_phase.value if self.exit_code else ""
+
+    @property
+    def missing_marker(self) -> str:
+        """The marker of the red rung with the lowest number, or ""."""
+        red = self.of(State.RED)
+        return rung(red[0].number).marker if red else ""
+
+
+def rung_of(line: str) -> Rung | None:
+    """The row whose marker this whole line is."""
+    found = _EXACT.get(line)
+    if found is not None:
+        return found
+    return next((row for row in _PREFIXES if row.matches(line)), None)
+
+
+def failed_rung_of(line: str) -> Rung | None:
+    """The row whose FAIL form this line is."""
+    return next((row for row in RUNGS if row.is_failure(line)), None)
+
+
+def judge(case: Case, trace: Trace) -> Verdict:
+    """The verdict on one boot."""
+    return _Judge(case, trace).verdict()
+
+
+class _Judge:
+    def __init__(self, case: Case, trace: Trace) -> None:
+        self._case = case
+        self._trace = trace
+        self._not_run = dict(not_run(case.scope))
+        self._printed: dict[int, list[Line]] = defaultdict(list)
+        self._faults: dict[int, list[str]] = defaultdict(list)
+        self._findings: list[str] = []
+        self._results: dict[int, RungResult] = {}
+        self._passed_by: set[int] = set()  # rungs that a printed one comes after
+
+    def verdict(self) -> Verdict:
+        self._read_lines()
+        self._read_ending()
+        self._passed_by = _behind(number for number, lines in self._printed.items() if lines)
+        for row in RUNGS[: END_RUNG - 1]:
+            self._results[row.number] = self._decide(row)
+        self._results[END_RUNG] = self._decide_end(rung(END_RUNG))
+        return Verdict(
+            results=tuple(self._results[row.number] for row in RUNGS),
+            findings=tuple(self._findings[:FINDINGS_MAX]),
+            last_phase=self._last_phase(),
+        )
+
+    # ------------------------------------------------------------ what was printed
+
+    def _read_lines(self) -> None:
+        for line in self._trace.lines:
+            if line.place in self._trace.impostors:
+                self._findings.append(f"{line.text!r}: {self._trace.impostors[line.place]}")
+            row = rung_of(line.text)
+            if row is not None:
+                self._read_marker(row, line)
+            elif FAIL_WORD.search(line.text):
+                self._read_failure(line)
+            elif line.text.startswith(CLAIMED_PREFIXES) and not self._is_cpu_line(line):
+                self._findings.append(f"unexpected line {line.text!r} from {line.printer}")
+        for row in RUNGS:
+            self._check_repeats(row)
+
+    def _read_marker(self, row: Rung, line: Line) -> None:
+        if line.printer != row.printer or line.place in self._trace.impostors:
+            reason = f"forged: printed by {line.printer} (pid {line.pid}), not by {row.printer}"
+            self._faults[row.number].append(reason)
+            if row.number in self._not_run:
+                self._findings.append(f"{line.text!r} {reason}")
+            return
+        outside = self._not_run.get(row.number)
+        if outside is not None and not outside.startswith("behind RUN_PHASE"):
+            self._findings.append(f"{line.text!r} was printed although it is {outside}")
+        self._printed[row.number].append(line)
+
+    def _read_failure(self, line: Line) -> None:
+        row = failed_rung_of(line.text)
+        if row is None or row.number in self._not_run:
+            self._findings.append(f"FAIL line {line.text!r} from {line.printer}")
+        else:
+            self._faults[row.number].append(line.text)
+
+    def _is_cpu_line(self, line: Line) -> bool:
+        """`KINIT: cpuN online` for N below SMP belongs to #39, whose check counts them."""
+        number = line.text.removeprefix("KINIT: cpu").removesuffix(" online")
+        return (
+            line.printer == KERNEL
+            and line.text == f"KINIT: cpu{number} online"
+            and number.isdecimal()
+            and int(number) < self._case.scope.smp
+        )
+
+    def _check_repeats(self, row: Rung) -> None:
+        """A marker comes once. A restarted service states anew that it is ready: the line of a
+        later generation is another instance's and counts neither for nor against the rung."""
+        seen: dict[str, Line] = {}
+        kept: list[Line] = []
+        for line in self._printed.get(row.number, ()):
+            first = seen.setdefault(line.text, line)
+            if first is line:
+                kept.append(line)
+            elif not _is_restart(row, first, line):
+                self._faults[row.number].append(f"printed again at {line.time} ns")
+        self._printed[row.number] = kept
+
+    # ------------------------------------------------------------ how the boot ended
+
+    def _read_ending(self) -> None:
+        trace, ending = self._trace, self._trace.ending
+        found = self._findings.append
+        if ending.code is None:
+            found("the boot was killed at its deadline")
+        elif not ending.stopped and (ending.code or ending.signal):
+            found(f"dirty exit: code {ending.code}, signal {ending.signal}")
+        if ending.left_behind and not ending.stopped:
+            found(f"{ending.left_behind} processes were left behind")
+        if ending.code is not None and not ending.stopped and not ending.told_end:
+            found("the event stream ended before the boot said so")
+        if ending.dropped:
+            found(f"{ending.dropped} events were lost")
+        texts = [trace.output, *(line.text for line in trace.lines)]
+        for pattern in CRASH_PATTERNS:
+            match = next((m for m in map(pattern.search, texts) if m is not None), None)
+            if match is not None:
+                found(f"crash in the output: {match[0]!r}")
+        for text in trace.output.splitlines():
+            if FAIL_WORD.search(text):
+                found(f"FAIL in the output: {text!r}")
+        for _, event in trace.of_kind(EventKind.EXIT):
+            code, signal = event.fields.get("code"), event.fields.get("signal")
+            if signal != KILLED and (code or signal):
+                crash = str(event.fields.get("crash", "")).strip().rpartition("\n")[2]
+                how = f"code {code}, signal {signal}" + (f", {crash}" if crash else "")
+                found(f"dirty exit of {event.fields.get('name')}: {how}")
+        for _, event in trace.of_kind(EventKind.HANG):
+            found(f"{event.fields.get('name')} never yields")
+        until = self._case.until
+        if until and until not in trace.text_lines:
+            found(f"the run ended without the line {until!r}")
+
+    def _last_phase(self) -> Phase:
+        run = [row.phase for row in RUNGS if row.number not in self._not_run]
+        return max(run, key=PHASES.index, default=Phase.BRING_UP)
+
+    # ------------------------------------------------------------ one rung
+
+    def _decide(self, row: Rung) -> RungResult:
+        if row.number in self._not_run:
+            reason = self._not_run[row.number]
+            return RungResult(number=row.number, state=State.NOT_RUN, reason=reason)
+        faults = self._faults[row.number]
+        lines = self._printed[row.number]
+        if not lines and not faults:
+            return self._decide_missing(row)
+        if lines and not faults:
+            faults = list(self._mismatches(row, lines))
+        line = lines[0] if lines else None
+        return RungResult(
+            number=row.number,
+            state=State.RED if faults else State.PASSED,
+            reason="; ".join(faults),
+            time=line.time if line else None,
+            evidence=line.evidence if line else {},
+        )
+
+    def _decide_missing(self, row: Rung) -> RungResult:
+        behind = next((number for number in row.after if self._stands_in_the_way(number)), None)
+        if behind is not None:
+            reason = f"behind #{behind}"
+            return RungResult(number=row.number, state=State.BLOCKED, reason=reason)
+        if self._trace.ending.stopped and row.number not in self._passed_by:
+            reason = "the run was stopped before it"
+            return RungResult(number=row.number, state=State.NOT_RUN, reason=reason)
+        return RungResult(number=row.number, state=State.RED, reason="its line was not printed")
+
+    def _stands_in_the_way(self, number: int) -> bool:
+        return self._results[number].state in {State.RED, State.BLOCKED}
+
+    def _mismatches(self, row: Rung, lines: Sequence[Line]) -> Iterator[str]:
+        yield from self._misordered(row, lines[0])
+        for line in lines:
+            try:
+                self._compare(row, line)
+            except Mismatch as mismatch:
+                yield str(mismatch)
+
+    def _misordered(self, row: Rung, line: Line) -> Iterator[str]:
+        for number in row.after:
+            before = self._printed[number]
+            if number not in self._not_run and before and before[0].place > line.place:
+                yield f"printed before #{number}"
+
+    def _compare(self, row: Rung, line: Line) -> None:
+        check = self._case.checks.get(row.number)
+        if row.printer == SELFTEST:
+            demand(line.evidence, "no evidence came with the line")
+        else:
+            demand(check is not None, "no independent evidence is compared for this line")
+        if check is not None:
+            try:
+                check(self._case, self._trace, line)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise Mismatch(f"evidence malformed: {error!r}") from error
+
+    def _decide_end(self, row: Rung) -> RungResult:
+        """#144 claims that all is well: behind anything red it is blocked, whatever it says."""
+        result = self._decide(row)
+        if result.state is State.NOT_RUN:
+            return result
+        worse = next((number for number in self._results if self._stands_in_the_way(number)), None)
+        if worse is not None:
+            reason = f"behind #{worse}"
+            return RungResult(number=row.number, state=State.BLOCKED, reason=reason)
+        if self._findings and result.state is State.PASSED:
+            reason = "; ".join(self._findings[:3])
+            return RungResult(number=row.number, state=State.RED, reason=reason, time=result.time)
+        return result
+
+
+def _behind(numbers: Iterable[int]) -> set[int]:
+    """Every rung that one of these comes after, over any number of edges."""
+    found: set[int] = set()
+    waiting = list(numbers)
+    while waiting:
+        fresh = [number for number in rung(waiting.pop()).after if number not in found]
+        found.update(fresh)
+        waiting.extend(fresh)
+    return found
+
+
+def _is_restart(row: Rung, first: Line, again: Line) -> bool:
+    if row.printer == SELFTEST or row.printer == KERNEL:
+        return False
+    if row.printer == INIT_NAME:
+        old, new = (line.evidence.get("generation") for line in (first, again))
+        return isinstance(old, int) and isinstance(new, int) and old < new
+    return first.generation < again.generation

@@ -1,0 +1,290 @@
+"""The clients of the campaign: calls of every kind, each with a deadline and a known outcome.
+
+A client makes its calls in a fixed rotation while faults fire, and prints what came of them. The
+judge is spared by the faults; when they have stopped it waits the stated time and then expects
+every call to succeed. What the lines say is compared outside, by nexus.proof.campaign.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+
+from nexus.abi import (
+    AbiError,
+    BootImage,
+    ConsoleWrite,
+    Nanos,
+    Now,
+    Status,
+    TaskStats,
+)
+from nexus.ipc import (
+    CallFailure,
+    Client,
+    NotFound,
+    Peers,
+    Refused,
+    RetryBudget,
+    call_until,
+    deadline_after,
+)
+from nexus.protocols.init import GetTasks, TaskRows, TaskState
+from nexus.protocols.testsvc import PROTOCOL as TESTSVC
+from nexus.protocols.testsvc import Echo, Echoed, Hold, Release, Released
+from nexus.protocols.timed import PROTOCOL as TIMED
+from nexus.protocols.timed import Cancel, Cancelled, Register, Seen, Sleep, Timer, Whoami, Woken
+from nexus.runtime import Call, Server, ServiceConfig
+from nexus.wire import ReplyStatus
+
+CALL_WAIT: Final = Nanos(100_000_000)  # ns; deadline of each call
+CONNECT_WAIT: Final = Nanos(500_000_000)  # ns; deadline of finding a service
+BACKOFF: Final = Nanos(5_000_000)  # ns; first pause of a retry
+ATTEMPTS_MAX: Final = 12
+LATE_MAX: Final = Nanos(40_000_000)
+"""How much later than its deadline an outcome may be seen, in ns of the kernel clock: late timers
+and wake-ups (3 ms) and a hundred resumes on a CPU that was made slow (0.4 ms each)."""
+
+ROUND_PAUSE: Final = Nanos(1_000_000)  # ns; between two rounds of a client
+TELL_EVERY: Final = 16  # rounds; a client that is killed takes at most that much with it
+JUDGE_ROUNDS: Final = 3  # rounds without a failure that the judge wants to see
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether this client is the judge; how long faults fire after its start, and how long
+    recovery may take then, in ns."""
+
+    judge: bool
+    faults: int
+    healthy_within: int
+
+
+Step = Callable[[], Awaitable[object]]
+
+
+class Workload:
+    """One client's connections, its rotation of calls, and what came of each."""
+
+    def __init__(self, boot: BootImage, peers: Peers, timed: Client, testsvc: Client) -> None:
+        self._boot = boot
+        self._peers = peers
+        self._timed = timed
+        self._testsvc = testsvc
+        self._round = 0
+        self.outcomes: Counter[str] = Counter()
+        self.late: list[int] = []
+        self.wrong: list[str] = []
+        self.recovered = 0
+        self._failing = False
+
+    @property
+    def rebinds(self) -> int:
+        """How often a new instance of a service was found."""
+        return self._timed.rebinds + self._testsvc.rebinds
+
+    async def round(self) -> bool:
+        """Every kind of call once. Whether all of them were answered."""
+        self._round += 1
+        steps = (self._whoami, self._echo, self._timer, self._sleep, self._held, self._batch)
+        answered = [await self._measure(step) for step in (*steps, self._unknown_name)]
+        return all(answered)
+
+    async def _measure(self, step: Step) -> bool:
+        """Take a step and judge its outcome: known, in time, and right if it is an answer."""
+        deadline = await self._ahead()
+        outcome = await step()
+        late = await Now() - deadline
+        if late > LATE_MAX:
+            self.late.append(late)
+        failed = isinstance(outcome, CallFailure | Refused)
+        name = type(outcome).__name__ if failed else "answered"
+        if isinstance(outcome, Refused):
+            name = f"Refused {outcome.status.name}"
+        self.outcomes[name] += 1
+        if self._failing and not failed:
+            self.recovered += 1
+        self._failing = failed
+        return not failed
+
+    async def _ahead(self) -> Nanos:
+        return deadline_after(await Now(), CALL_WAIT)
+
+    def _expect(self, outcome: object, kind: type, right: bool, what: str) -> object:
+        """An answer that is not the right one is wrong; a failure is an outcome like others."""
+        if not isinstance(outcome, CallFailure | Refused) and not (
+            isinstance(outcome, kind) and right
+        ):
+            self.wrong.append(f"{what}: {outcome!r}"[:120])
+        return outcome
+
+    async def _whoami(self) -> object:
+        budget = RetryBudget(
+            attempts_max=ATTEMPTS_MAX, backoff=BACKOFF, deadline=await self._ahead()
+        )
+        seen = await call_until(self._timed, Whoami(0, "somebody else"), budget)
+        right = isinstance(seen, Seen) and (seen.pid, seen.service, seen.generation) == (
+            self._boot.pid,
+            self._boot.service,
+            self._boot.generation,
+        )
+        return self._expect(seen, Seen, right, "whoami")
+
+    async def _echo(self) -> object:
+        data = bytes([self._round & 0xFF]) * (1 << self._round % 12)
+        echoed = await self._testsvc.call(Echo(data), await self._ahead())
+        right = isinstance(echoed, Echoed) and echoed.data == data
+        return self._expect(echoed, Echoed, right, "echo")
+
+    async def _timer(self) -> object:
+        deadline = await self._ahead()
+        timer = await self._timed.call(Register(deadline), deadline)
+        if not isinstance(timer, Timer):
+            return self._expect(timer, Timer, False, "register")
+        cancelled = await self._timed.call(Cancel(timer.timer_id), deadline)
+        right = isinstance(cancelled, Cancelled) and cancelled.timer_id == timer.timer_id
+        return self._expect(cancelled, Cancelled, right, "cancel")
+
+    async def _sleep(self) -> object:
+        deadline = await self._ahead()
+        until = Nanos(await Now() + 2_000_000)
+        woken = await self._timed.call(Sleep(until), deadline)
+        right = isinstance(woken, Woken) and woken.now >= woken.deadline >= until
+        return self._expect(woken, Woken, right, "sleep")
+
+    async def _held(self) -> object:
+        """Two calls in flight, the first answered only because of the second."""
+        deadline = await self._ahead()
+        held = await self._testsvc.start(Hold(self._round), deadline)
+        if isinstance(held, CallFailure):
+            return held
+        released = await self._testsvc.call(Release([self._round]), deadline)
+        if not isinstance(released, Released):
+            self._testsvc.forget(held)
+            return self._expect(released, Released, False, "release")
+        answer = await self._testsvc.finish(held)
+        return self._expect(answer, Released, isinstance(answer, Released), "hold")
+
+    async def _batch(self) -> object:
+        requests = [Echo(bytes([number])) for number in range(8)]
+        answers = await self._testsvc.call_many(requests, await self._ahead())
+        for request, answer in zip(requests, answers, strict=True):
+            right = isinstance(answer, Echoed) and answer.data == request.data
+            _ = self._expect(answer, Echoed, right, "batch")
+        failures = [answer for answer in answers if isinstance(answer, CallFailure | Refused)]
+        return failures[0] if failures else answers[0]
+
+    async def _unknown_name(self) -> object:
+        deadline = await self._ahead()
+        budget = RetryBudget(attempts_max=1, backoff=BACKOFF, deadline=deadline)
+        found = await self._peers.connect("nobody", TIMED, budget)
+        right = isinstance(found, NotFound | CallFailure)
+        return self._expect(found, NotFound, right, "unknown name")
+
+
+class Idle:
+    """A service without requests: a client answers its runtime's ones, such as the probe."""
+
+    def handle(self, call: Call, _request: object) -> object:
+        """Refuse: nobody has a link to a client of the campaign."""
+        raise call.refuse(ReplyStatus.UNSUPPORTED)
+
+
+class Task:
+    """One client task: its runtime, and its workload once the services were found."""
+
+    def __init__(self, boot: BootImage) -> None:
+        config = ServiceConfig.of(boot)
+        self.boot = boot
+        self.settings = config.settings_as(Settings)
+        self.peers = Peers(boot, config.trace_seed)
+        self.server = Server(Idle(), TESTSVC, boot, self.peers.caller)
+        self.workload: Workload | None = None
+        self._found: list[Client] = []
+
+    async def round(self) -> bool:
+        """Answer what is asked of this task, then make every call once."""
+        _ = await self.server.step(Nanos(await Now() + ROUND_PAUSE))
+        if self.workload is None:
+            await self._look_for_services()
+        return self.workload is not None and await self.workload.round()
+
+    async def _look_for_services(self) -> None:
+        """One bounded look for the next service: init's echo must not wait for long."""
+        name, protocol = (("timed", TIMED), ("demo.testsvc", TESTSVC))[len(self._found)]
+        budget = RetryBudget(
+            attempts_max=ATTEMPTS_MAX,
+            backoff=BACKOFF,
+            deadline=deadline_after(await Now(), CONNECT_WAIT),
+        )
+        client = await self.peers.connect(name, protocol, budget)
+        if isinstance(client, Client):
+            self._found.append(client)
+        if len(self._found) == 2:
+            self.workload = Workload(self.boot, self.peers, *self._found)
+
+
+async def main(boot: BootImage) -> int:
+    """The program: a client or the judge, as its settings say."""
+    task = Task(boot)
+    return await (_judge(task) if task.settings.judge else _client(task))
+
+
+async def _client(task: Task) -> int:
+    """Make calls until init says stop."""
+    rounds = 0
+    while not task.server.stopping:
+        _ = await task.round()
+        rounds += 1
+        if rounds % TELL_EVERY == 0 and task.workload is not None:
+            await _tell_outcomes("outcomes", task.workload)
+    if task.workload is not None:
+        await _tell_outcomes("outcomes", task.workload)
+    return 0
+
+
+async def _judge(task: Task) -> int:
+    """Make calls while faults fire, then see the system healthy in time, or say that it is not."""
+    faults_end = task.boot.now + task.settings.faults
+    while await Now() < faults_end:
+        _ = await task.round()
+    deadline = faults_end + task.settings.healthy_within
+    good = 0
+    while good < JUDGE_ROUNDS and await Now() < deadline:
+        good = good + 1 if await task.round() and await _all_up(task) else 0
+    if task.workload is not None:
+        await _tell_outcomes("outcomes", task.workload)
+    after = await Now() - faults_end
+    await _tell("healthy" if good == JUDGE_ROUNDS else "not healthy", after=after)
+    return 0
+
+
+async def _all_up(task: Task) -> bool:
+    """Whether every service of the system has a running task."""
+    deadline = deadline_after(await Now(), CALL_WAIT)
+    control = await task.peers.control(deadline)
+    if isinstance(control, CallFailure):
+        return False
+    rows = await control.call(GetTasks(), deadline)
+    return isinstance(rows, TaskRows) and all(row.state is TaskState.UP for row in rows.rows)
+
+
+async def _tell(text: str, **evidence: Any) -> None:
+    """Print a line; when the console refuses it, the run goes on without."""
+    try:
+        await ConsoleWrite(f"campaign: {text}", json.dumps(evidence).encode())
+    except AbiError as error:
+        assert error.status is Status.QUEUE_FULL, str(error)
+
+
+async def _tell_outcomes(text: str, workload: Workload) -> None:
+    await _tell(
+        text,
+        outcomes=dict(workload.outcomes),
+        late=workload.late[:8],
+        wrong=workload.wrong[:8],
+        rebinds=workload.rebinds,
+        recovered=workload.recovered,
+        slots=(await TaskStats()).slots,
+    )

@@ -1,0 +1,1 @@
+"""One module per service: its messages, limits and statuses, declared once."""

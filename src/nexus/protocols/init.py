@@ -1,0 +1,302 @@
+"""init-lite protocol: routes for everybody; the state of the system for `proof.control`.
+
+Spoken on the control link, whose other end is init's. Who asks is what the kernel stamped on
+the message and the link it came by; a payload never says it. Everything but Route is refused
+with DENIED to a service whose entry does not hold the capability `proof.control`.
+"""
+
+from enum import IntEnum
+from typing import Annotated, Final, TypeAlias
+
+from nexus.abi import (
+    LINK_DEPTH_MAX,
+    LINK_SIZE_MAX,
+    SERVICE_NAME_SIZE_MAX,
+    SLOTS_MAX,
+    TASKS_MAX,
+    QosClass,
+)
+from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, Fact
+from nexus.wire import I64, U8, U16, U32, U64, List, Message, Protocol, Request, Text
+
+REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
+PROOF_CONTROL: Final = "proof.control"  # the capability that everything but Route needs
+INIT_SLOTS_SPARE: Final = 8  # of init's table: endpoint, inbox, and capabilities on their way
+SERVICES_MAX: Final = (SLOTS_MAX - INIT_SLOTS_SPARE) // 2  # init holds two links per service
+LINK_ROWS_MAX: Final = 24  # rows of one answer to GetLinks; it fits a control link
+AUDIT_ROWS_MAX: Final = 16  # lines of one answer to GetAudit; it fits a control link
+AUDIT_LINE_SIZE_MAX: Final = 192  # characters; core.md 1.2 gives at most 171
+DELEGATIONS_MAX: Final = 32  # links one use may hand on at run time
+REASON_SIZE_MAX: Final = 32  # characters
+
+assert SERVICES_MAX < TASKS_MAX
+
+
+class InitStatus(IntEnum):
+    """Why init refuses. The numbers are wire format and are never reused."""
+
+    ROUTE_NOT_FOUND = 16  # no service of that name in the system
+    ROUTE_DENIED = 17  # the caller's entry does not use it
+    ROUTE_DOWN = 18  # it is not up now; asking again later is harmless
+
+
+class TaskState(IntEnum):
+    """What init knows of a service. STARTING becomes UP with the echo of its control link."""
+
+    WAITING = 0  # not started yet
+    STARTING = 1  # spawned; its echo is awaited
+    UP = 2
+    BACKING_OFF = 3  # it ended; the restart is due after its declared back-off
+    STOPPED = 4  # ended for good: the system is going down, or it ends with this service
+
+
+class Health(IntEnum):
+    """What the health probe of the present instance found."""
+
+    UNKNOWN = 0
+    OK = 1
+    LATE = 2  # not answered with OK inside the declared deadline
+
+
+class Routed(Message):
+    """A fresh link into the service, moved with this reply; its terms, and the instance's name.
+
+    `reply_depth` and `reply_size` are the planned terms of the link into the caller's inbox.
+    For `@reply` the identity is the caller's own and no capability moves.
+    """
+
+    service: Annotated[int, U64()]
+    generation: Annotated[int, U32()]
+    depth: Annotated[int, U16(maximum=LINK_DEPTH_MAX)]
+    size: Annotated[int, U32(maximum=LINK_SIZE_MAX)]
+    delegations: Annotated[int, U8(maximum=DELEGATIONS_MAX)]
+    reply_depth: Annotated[int, U16(maximum=LINK_DEPTH_MAX)]
+    reply_size: Annotated[int, U32(maximum=LINK_SIZE_MAX)]
+
+
+class Route(Request[Routed], op=1, idempotent=True, refuses=InitStatus):
+    """A link to the service `name`.
+
+    *Refuses*: ROUTE_NOT_FOUND, ROUTE_DENIED, ROUTE_DOWN; BUSY when this instance of the caller
+    already took as many links to that instance as the plan leaves room for.
+    """
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+
+
+class Ready(Message):
+    """The plan that runs, and when every planned link existed (kernel clock)."""
+
+    digest: Annotated[str, Text(size_max=64)]
+    services: Annotated[int, U16()]
+    links: Annotated[int, U16()]
+    at: Annotated[int, U64()]
+
+
+class AwaitReady(Request[Ready], op=2, idempotent=True):
+    """Answered once `init: ready` was printed, every service answered its first health probe
+    or missed its deadline, and the resource baseline is taken."""
+
+
+class TaskRow(Message):
+    """The kernel's row of a live task (pid, generation, class) and init's state of it.
+
+    `pid` is 0 for a service that has no task now; init-lite has a row too.
+    """
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    pid: Annotated[int, U32()]
+    service: Annotated[int, U64()]
+    generation: Annotated[int, U32()]
+    qos: QosClass
+    state: TaskState
+
+
+class TaskRows(Message):
+    """init-lite first, then every service in the order of the plan; `live` counts the
+    kernel's rows."""
+
+    live: Annotated[int, U16()]
+    rows: Annotated[list[TaskRow], List(count_max=SERVICES_MAX + 1)]
+
+
+class GetTasks(Request[TaskRows], op=3, idempotent=True):
+    """The task list."""
+
+
+class LinkRow(Message):
+    """One planned link and what became of it.
+
+    `taken` is how often the present instance of the client took it from the present instance
+    of the server; 0 means that it does not exist now. The generations are those of the latest.
+    """
+
+    client: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    server: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    depth: Annotated[int, U16(maximum=LINK_DEPTH_MAX)]
+    size: Annotated[int, U32(maximum=LINK_SIZE_MAX)]
+    delegations: Annotated[int, U8(maximum=DELEGATIONS_MAX)]
+    client_generation: Annotated[int, U32()]
+    server_generation: Annotated[int, U32()]
+    taken: Annotated[int, U16()]
+
+
+class LinkRows(Message):
+    """Rows from `first` on; `total` is the number of planned links, `grants` of device grants."""
+
+    total: Annotated[int, U16()]
+    grants: Annotated[int, U16()]
+    rows: Annotated[list[LinkRow], List(count_max=LINK_ROWS_MAX)]
+
+
+class GetLinks(Request[LinkRows], op=4, idempotent=True):
+    """The link table, a page at a time."""
+
+    first: Annotated[int, U16()]
+
+
+class RouteCounts(Message):
+    """How init answered the Route requests of one asker, over all its instances."""
+
+    ok: Annotated[int, U32()]
+    not_found: Annotated[int, U32()]
+    denied: Annotated[int, U32()]
+    down: Annotated[int, U32()]
+    busy: Annotated[int, U32()]
+    malformed: Annotated[int, U32()]
+
+
+class GetRouteCounts(Request[RouteCounts], op=5, idempotent=True, refuses=InitStatus):
+    """The route counters of the service `name`."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+
+
+class Restarting(Message):
+    """The instance that was killed, and its number."""
+
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+
+
+class Restart(Request[Restarting], op=6, idempotent=False, refuses=InitStatus):
+    """Kill the running instance of `name`, as SIGKILL does; init restarts it after its back-off.
+
+    *Refuses*: ROUTE_NOT_FOUND (no such service), ROUTE_DOWN (no running instance).
+    """
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+
+
+class ServiceRecord(Message):
+    """What init keeps of one service. Times are the kernel's clock; 0 where nothing happened.
+
+    `exit_code` and `exit_signal` are the last instance's that ended, and `died` is when init
+    learnt of it. `spawn_refused` counts refused spawns, `spawn_reason` says why the last was.
+    """
+
+    state: TaskState
+    health: Health
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+    restarts: Annotated[int, U32()]
+    died: Annotated[int, U64()]
+    exit_code: Annotated[int, I64()]
+    exit_signal: Annotated[int, U16()]
+    reason: Annotated[str, Text(size_max=REASON_SIZE_MAX)]
+    spawn_refused: Annotated[int, U32()]
+    spawn_reason: Annotated[int, U8()]
+    probe_nonce: Annotated[int, U64()]
+    program_digest: Annotated[str, Text(size_max=64)]
+
+
+class GetService(Request[ServiceRecord], op=7, idempotent=True, refuses=InitStatus):
+    """init's record of the service `name`."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+
+
+class AuditRows(Message):
+    """QoS audit lines as the kernel wrote them, from index `first` on.
+
+    init numbers the lines of a boot from 0 and keeps the latest; `total` is one more than the
+    last number, `dropped` is how many the kernel could not keep until init took them.
+    """
+
+    first: Annotated[int, U32()]
+    total: Annotated[int, U32()]
+    dropped: Annotated[int, U32()]
+    lines: Annotated[
+        list[Annotated[str, Text(size_max=AUDIT_LINE_SIZE_MAX)]], List(count_max=AUDIT_ROWS_MAX)
+    ]
+
+
+class GetAudit(Request[AuditRows], op=8, idempotent=True):
+    """The audit lines from index `first` on, or from the oldest kept one."""
+
+    first: Annotated[int, U32()]
+
+
+class Account(Message):
+    """What one task held at one moment: its kernel's TaskCounters in the order of their
+    declaration, and its own facts. `generation` is 0 when it did not answer."""
+
+    generation: Annotated[int, U32()]
+    counters: Annotated[list[Annotated[int, U64()]], List(count_max=COUNTERS_MAX)]
+    facts: Annotated[list[Fact], List(count_max=FACTS_MAX)]
+
+
+class Resources(Message):
+    """The account of one task at `init: ready` and now, and the number of live tasks."""
+
+    ready: Account
+    now: Account
+    tasks_ready: Annotated[int, U16()]
+    tasks_now: Annotated[int, U16()]
+
+
+class GetResources(Request[Resources], op=9, idempotent=True, refuses=InitStatus):
+    """The accounts of `name`, a service or `init-lite`; its present account is asked for now."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+
+
+class ShuttingDown(Message):
+    """init is about to stop every service, in reverse order; `services` are running now."""
+
+    services: Annotated[int, U16()]
+
+
+class Shutdown(Request[ShuttingDown], op=10, idempotent=True):
+    """End the run in order."""
+
+
+InitRequest: TypeAlias = (
+    Route
+    | AwaitReady
+    | GetTasks
+    | GetLinks
+    | GetRouteCounts
+    | Restart
+    | GetService
+    | GetAudit
+    | GetResources
+    | Shutdown
+)
+PROTOCOL: Final = Protocol(
+    "init",
+    number=1,
+    version=1,
+    requests=(
+        Route,
+        AwaitReady,
+        GetTasks,
+        GetLinks,
+        GetRouteCounts,
+        Restart,
+        GetService,
+        GetAudit,
+        GetResources,
+        Shutdown,
+    ),
+)

@@ -1,0 +1,36 @@
+"""What init tells a service when it starts it: BootImage.argument, decoded."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from nexus.abi import BootImage
+
+TRACE_SEED_SIZE = 16  # bytes; as much as a trace id
+
+SettingsT = TypeVar("SettingsT")
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The service's entry in the system file, as far as the service itself needs it.
+
+    `uses` are the services it may ask for; `settings` its own values; `trace_seed` makes its
+    trace and span ids.
+    """
+
+    uses: list[str]
+    settings: dict[str, Any]
+    trace_seed: bytes
+
+    @classmethod
+    def of(cls, boot: BootImage) -> "ServiceConfig":
+        """The configuration in the boot image; msgspec.ValidationError is a bug of init's."""
+        return msgspec.msgpack.decode(boot.argument, type=cls)
+
+    def encoded(self) -> bytes:
+        """The bytes for BootImage.argument."""
+        return msgspec.msgpack.encode(self)
+
+    def settings_as(self, kind: type[SettingsT]) -> SettingsT:
+        """The settings as the service's own struct; unknown and missing keys are errors."""
+        return msgspec.convert(self.settings, type=kind)

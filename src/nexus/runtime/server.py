@@ -1,0 +1,583 @@
+"""What every service runs in: receive, check, decode, handle, encode, count, answer.
+
+Order per message: frame, strict decode, deadline, handler, encode, reply. The fast path serves a
+plain request on a bound link without another object than the request and its reply; everything
+else (meta requests, batches, capabilities, refusals, deferred replies) takes the slow path, which
+checks the same things in the same order.
+
+A reply is sent without waiting. A caller that does not read its replies loses them, counted; it
+never holds up the service or another caller.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final, NamedTuple, Protocol
+
+from nexus.abi import (
+    INIT_NAME,
+    MESSAGE_SIZE_MAX,
+    NEVER,
+    NO_WAIT,
+    SLOTS_MAX,
+    AbiError,
+    BootImage,
+    CapClose,
+    ConsoleWrite,
+    LinkId,
+    Message,
+    Nanos,
+    Now,
+    PeerGone,
+    ReplyRecv,
+    Send,
+    Sender,
+    Slot,
+    Status,
+    TaskStats,
+    service_id,
+)
+from nexus.ipc import Caller, Peers, Spans
+from nexus.ipc.exchange import close_if_any
+from nexus.protocols.meta import (
+    FACTS_MAX,
+    Bind,
+    Bound,
+    Fact,
+    GetStatus,
+    Health,
+    Healthy,
+    MetaStatus,
+    ServiceStatus,
+    Stop,
+    Stopping,
+)
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.runtime.account import Account
+from nexus.runtime.call import Call, Deferred, Refusal
+from nexus.wire import (
+    DEADLINE_OFFSET,
+    FRAME_KIND,
+    HEADER_SIZE,
+    OP_INDEX,
+    PREFIX_SIZE,
+    REPLY_BIT,
+    Codec,
+    RemoteProtocolError,
+    ReplyStatus,
+    answer,
+    encode,
+    encode_into,
+    status_of,
+)
+from nexus.wire import Protocol as WireProtocol
+
+BINDS_MAX: Final = 56  # reply links kept, one per link into the endpoint
+ONE_SHOTS_MAX: Final = 8  # reply links of deferred one-shot requests
+OWN_SLOTS: Final = 32  # of the table for the service itself, and one message on its way
+REMARKS_MAX: Final = 32  # refused calls remembered with their notes
+DEADLINE: Final = struct.Struct("<Q")
+INIT: Final = service_id(INIT_NAME)
+
+assert BINDS_MAX + ONE_SHOTS_MAX + OWN_SLOTS <= SLOTS_MAX
+
+
+class Service(Protocol):
+    """What a service offers to the runtime; the hooks in `Hooks` are optional."""
+
+    def handle(self, call: Call, request: Any) -> Any:
+        """The reply to `request`, or `call.defer()`; raises `call.refuse(status)`.
+
+        A plain function or a coroutine function.
+        """
+
+
+class Hooks(NamedTuple):
+    """The optional methods of a service, looked up once."""
+
+    on_time: Callable[[Nanos], Any] | None  # next_time() has come; plain or coroutine
+    next_time: Callable[[], Nanos | None] | None
+    on_gone: Callable[[LinkId], Any] | None  # the holder of a link is gone; plain or coroutine
+    facts: Callable[[], dict[str, int]] | None
+    ready: Callable[[], bool] | None
+
+
+class Remark(NamedTuple):
+    """A refused call, for people: who, what, which status, and what the service noted."""
+
+    sender: Sender
+    request: str
+    status: IntEnum
+    notes: tuple[tuple[str, object], ...]
+
+
+class Server:
+    """One service on its endpoint.
+
+    `run` serves until Stop. A task with other things to do calls `step` instead, often enough for
+    the health probe.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        protocol: WireProtocol,
+        boot: BootImage,
+        caller: Caller | None = None,
+    ) -> None:
+        self.boot = boot
+        self.account = Account()
+        self.remarks: list[Remark] = []
+        self.stopping = False
+        self._service = service
+        self._handle = service.handle
+        self._awaits = inspect.iscoroutinefunction(service.handle)
+        self._hooks = Hooks(
+            *(getattr(service, name, None) for name in Hooks._fields)  # the optional methods
+        )
+        assert (self._hooks.on_time is None) is (self._hooks.next_time is None)
+        self._caller = Caller(Spans(b"", boot.name, boot.generation)) if caller is None else caller
+        self._dispatch = protocol.dispatch
+        self._replies: dict[LinkId, Slot] = {}
+        self._one_shots: dict[Slot, Deferred] = {}
+        self._outbox: list[tuple[Deferred, bytearray]] = []
+        self._call = Call(self._caller.spans, self._post)
+        self._trap = ReplyRecv((boot.endpoint,), NEVER)
+        self._frame = bytearray(MESSAGE_SIZE_MAX)
+        self._announced = False
+        self._announcing = False
+        self._latest = boot.now
+        self._batches = {codec.batch_prefix: codec for codec in protocol.codecs.values()}
+        self._digest = hashlib.sha256(boot.argument).hexdigest()
+
+    # ------------------------------------------------------------------ the loop
+
+    async def run(self) -> int:
+        """Serve until Stop; the exit code."""
+        while not self.stopping:
+            _ = await self._turn(NEVER)
+        await self._flush()
+        return 0
+
+    async def step(self, deadline: Nanos) -> bool:
+        """Serve at most one message, waiting for it until `deadline`; whether there was one."""
+        served = await self._turn(deadline)
+        while not served and self._latest < deadline:
+            served = await self._turn(deadline)
+        await self._flush()
+        return served
+
+    def reply_slot(self, link: LinkId) -> Slot | None:
+        """The way back of a bound link, which stays the runtime's."""
+        return self._replies.get(link)
+
+    async def _turn(self, deadline: Nanos) -> bool:
+        """Serve messages while they are plain; return after one that is not, or a wake-up.
+
+        Whether a message was served. With a deadline other than NEVER it is one at most.
+        """
+        trap = self._trap
+        call = self._call
+        caller = self._caller
+        account = self.account
+        senders = account.senders
+        replies = self._replies
+        dispatch = self._dispatch
+        handle = self._handle
+        awaits = self._awaits
+        frame = self._frame
+        next_time = self._hooks.next_time
+        forever = deadline == NEVER
+        trap.deadline = deadline
+        while True:
+            if next_time is not None:
+                trap.deadline = await self._next_wake(next_time, deadline)
+            if self._outbox:
+                await self._flush()
+            try:
+                message = await trap
+            except AbiError as error:
+                self._check_sent()
+                return await self._on_refused_receive(error)
+            if trap.reply_status is not None:
+                self._check_sent()
+            trap.slot = None
+            data, sender, link, cap, now, _ = message
+            self._latest = now
+            codec = dispatch.get(data[:PREFIX_SIZE])
+            slot = replies.get(link)
+            if codec is None or slot is None or cap is not None:
+                await self._serve(message)
+                return True
+            row = senders.get(sender[0]) or account.row(sender[0])
+            row[0] += 1
+            try:
+                request = codec.decode_request(data[HEADER_SIZE:])
+            except RemoteProtocolError:
+                _ = await self._send(slot, self._refusal(message, ReplyStatus.MALFORMED))
+                return True
+            (until,) = DEADLINE.unpack_from(data, DEADLINE_OFFSET)
+            if until <= now:
+                _ = await self._send(slot, self._refusal(message, ReplyStatus.EXPIRED))
+                return True
+            call.message = message
+            call.codec = codec
+            call.deadline = until
+            caller.parent = call
+            try:
+                reply = await handle(call, request) if awaits else handle(call, request)
+            except Refusal as refusal:
+                caller.parent = None
+                _ = await self._send(slot, self._refusal(message, refusal.status, request))
+                return True
+            caller.parent = None
+            if type(reply) is not codec.reply_type or call.moving is not None:
+                await self._conclude(slot, self._framed(reply))
+                return True
+            encode_into(reply, frame, HEADER_SIZE)
+            frame[:HEADER_SIZE] = data[:HEADER_SIZE]
+            frame[OP_INDEX] |= REPLY_BIT
+            if not forever:
+                _ = await self._send(slot, frame)
+                return True
+            account.replies += 1
+            trap.slot = slot
+            trap.data = frame
+
+    def _check_sent(self) -> None:
+        """The trap's reply did not go out: its caller does not read, or is gone."""
+        trap = self._trap
+        if trap.slot is not None and trap.reply_status is not None:
+            assert trap.reply_status != Status.INVALID_ARGUMENT, "a reply exceeds its bounds"
+            self.account.replies -= 1
+            self.account.lost += 1
+        trap.reply_status = None
+        trap.slot = None
+
+    async def _next_wake(self, next_time: Callable[[], Nanos | None], deadline: Nanos) -> Nanos:
+        """When to stop waiting; a time that has come is told to the service first."""
+        due = next_time()
+        if due is not None and due <= self._latest:
+            on_time = self._hooks.on_time
+            assert on_time is not None
+            await _settled(on_time(self._latest))
+            due = next_time()
+            assert due is None or due > self._latest, "on_time has left its time standing"
+        return deadline if due is None else min(due, deadline)
+
+    async def _on_refused_receive(self, error: AbiError) -> bool:
+        """A wake-up without a message; what only a bug can cause is raised, never waited out."""
+        if isinstance(error, PeerGone):
+            await self._on_gone(error.link)
+        elif error.status in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
+            self._latest = await Now()
+        else:
+            raise error
+        return False
+
+    async def _on_gone(self, link: LinkId) -> None:
+        """The holder of a link is gone: nobody reads what would be sent to it."""
+        slot = self._replies.pop(link, None)
+        if slot is not None:
+            await CapClose(slot)
+        for held in [each for each, one in self._one_shots.items() if one.link == link]:
+            self._one_shots.pop(held).slot = None
+            await CapClose(held)
+        if self._hooks.on_gone is not None:
+            await _settled(self._hooks.on_gone(link))
+
+    # ------------------------------------------------------------------ the slow path
+
+    async def _serve(self, message: Message) -> None:
+        """Serve any message: the checks of the fast path, and what it leaves out."""
+        self.account.row(message.sender.service)[0] += 1
+        prefix = message.data[:PREFIX_SIZE]
+        codec = self._dispatch.get(prefix) or META.dispatch.get(prefix)
+        batch = self._batches.get(prefix) if codec is None else None
+        if codec is BIND:
+            await self._bind(message)
+            return
+        one_shot = message.cap is not None and (codec is None or not codec.moves)
+        slot = message.cap if one_shot else self._replies.get(message.link)
+        if slot is None or self.is_reply(message.data):
+            self.account.unanswerable += 1
+            await close_if_any(message.cap)
+        elif one_shot and len(self._one_shots) >= ONE_SHOTS_MAX:
+            _ = await self._send(slot, self._refusal(message, ReplyStatus.BUSY), close=True)
+        elif batch is not None:
+            _ = await self._send(slot, await self._perform_batch(message, batch), close=one_shot)
+        elif codec is not None:
+            outcome = await self._perform(message, codec)
+            await self._conclude(slot, outcome, one_shot=one_shot)
+        else:
+            _ = await self._send(
+                slot, self._refusal(message, self.fault_of(message)), close=one_shot
+            )
+
+    def is_reply(self, data: bytes) -> bool:
+        """Whether this is no request at all; answering a reply could go on for ever."""
+        return len(data) > OP_INDEX and data[0] == FRAME_KIND and bool(data[OP_INDEX] & REPLY_BIT)
+
+    def fault_of(self, message: Message) -> ReplyStatus:
+        """Why a frame whose first bytes are not known is refused."""
+        data = message.data
+        if len(data) < HEADER_SIZE or data[0] != FRAME_KIND or status_of(data):
+            return ReplyStatus.MALFORMED
+        return ReplyStatus.UNSUPPORTED
+
+    async def _bind(self, message: Message) -> None:
+        """Keep the moved link as the way back for everything that comes by this link."""
+        cap, link = message.cap, message.link
+        if cap is None:
+            await self._refuse_bind(message, self._replies.get(link), ReplyStatus.MALFORMED)
+            return
+        try:
+            _ = BIND.decode_request(message.data[HEADER_SIZE:])
+        except RemoteProtocolError:
+            await self._refuse_bind(message, cap, ReplyStatus.MALFORMED, close=True)
+            return
+        former = self._replies.get(link)
+        if former is None and len(self._replies) >= BINDS_MAX:
+            self.account.refused_binds += 1
+            await self._refuse_bind(message, cap, ReplyStatus.BUSY, close=True)
+            return
+        bound = answer(message.data, ReplyStatus.OK, encode(Bound(self.boot.generation)))
+        if await self._send(cap, bound):
+            self._replies[link] = cap
+            await close_if_any(former)
+        else:
+            await CapClose(cap)
+
+    async def _refuse_bind(
+        self, message: Message, slot: Slot | None, status: ReplyStatus, *, close: bool = False
+    ) -> None:
+        if slot is None:
+            self.account.unanswerable += 1
+        else:
+            _ = await self._send(slot, self._refusal(message, status), close=close)
+
+    async def _perform(self, message: Message, codec: Codec) -> "bytearray | Deferred":
+        """Decode, check the deadline, handle, encode."""
+        call = self._call
+        try:
+            request = codec.decode_request(message.data[HEADER_SIZE:])
+        except RemoteProtocolError:
+            await close_if_any(message.cap if codec.moves else None)
+            return self._refusal(message, ReplyStatus.MALFORMED)
+        (until,) = DEADLINE.unpack_from(message.data, DEADLINE_OFFSET)
+        if until <= message.now:
+            await close_if_any(message.cap if codec.moves else None)
+            return self._refusal(message, ReplyStatus.EXPIRED)
+        call.begin(message, codec, until)
+        try:
+            reply = await self._handled(codec, request)
+        except Refusal as refusal:
+            return self._refusal(message, refusal.status, request)
+        finally:
+            await close_if_any(call.take_cap())
+        return self._framed(reply)
+
+    async def _handled(self, codec: Codec, request: Any) -> Any:
+        """The handler's reply, made as the request being served."""
+        self._caller.parent = self._call
+        try:
+            if codec.request_type in META.codecs:
+                return await self._handle_meta(self._call, request)
+            reply = self._handle(self._call, request)
+            return await reply if self._awaits else reply
+        finally:
+            self._caller.parent = None
+
+    def _framed(self, reply: Any) -> "bytearray | Deferred":
+        if isinstance(reply, Deferred):
+            return reply
+        codec = self._call.codec
+        assert type(reply) is codec.reply_type, f"{reply!r} is no {codec.reply_type.__name__}"
+        return answer(self._call.message.data, ReplyStatus.OK, encode(reply))
+
+    async def _perform_batch(self, message: Message, codec: Codec) -> bytearray:
+        """As `_perform` for every request of a batch, in order; each has its own outcome."""
+        call = self._call
+        try:
+            requests = codec.decode_requests(message.data[HEADER_SIZE:])
+        except RemoteProtocolError:
+            return self._refusal(message, ReplyStatus.MALFORMED)
+        (until,) = DEADLINE.unpack_from(message.data, DEADLINE_OFFSET)
+        if until <= message.now:
+            return self._refusal(message, ReplyStatus.EXPIRED)
+        call.begin(message, codec, until)
+        call.deferrable = False
+        handle, awaits, reply_type = self._handle, self._awaits, codec.reply_type
+        status = ReplyStatus.OK
+        items: list[Any] = []
+        self._caller.parent = call
+        for request in requests:
+            try:
+                reply = await handle(call, request) if awaits else handle(call, request)
+            except Refusal as refusal:
+                status = ReplyStatus.REFUSED_ITEM
+                self._on_refused(message, refusal.status, request)
+                reply = int(refusal.status)
+            else:
+                assert type(reply) is reply_type, f"{reply!r} is no {reply_type.__name__}"
+            items.append(reply)
+        self._caller.parent = None
+        call.deferrable = True
+        assert call.moving is None, "no capability moves with a batch"
+        return answer(message.data, status, encode(items))
+
+    async def _conclude(
+        self, slot: Slot, outcome: "bytearray | Deferred", *, one_shot: bool = False
+    ) -> None:
+        """Send the reply, or keep the way back for a deferred one."""
+        moving, self._call.moving = self._call.moving, None
+        if isinstance(outcome, Deferred):
+            assert moving is None, "a deferred reply moves no capability"
+            if one_shot:
+                outcome.slot = slot
+                self._one_shots[slot] = outcome
+            return
+        _ = await self._send(slot, outcome, move=moving, close=one_shot)
+        if self._announcing:
+            await self._announce()
+
+    # ------------------------------------------------------------------ replies
+
+    def _refusal(self, message: Message, status: IntEnum, request: Any = None) -> bytearray:
+        """The frame that refuses, counted."""
+        self._on_refused(message, status, request)
+        return answer(message.data, status)
+
+    def _on_refused(self, message: Message, status: IntEnum, request: Any) -> None:
+        account = self.account
+        account.on_refused(status)
+        if status is ReplyStatus.EXPIRED:
+            account.expired += 1
+        elif request is None and status in (ReplyStatus.MALFORMED, ReplyStatus.UNSUPPORTED):
+            account.malformed += 1
+        if len(self.remarks) >= REMARKS_MAX:
+            del self.remarks[0]
+        name = "" if request is None else type(request).__name__
+        self.remarks.append(Remark(message.sender, name, status, self._call.notes_of(message)))
+
+    async def _send(
+        self, slot: Slot, frame: bytearray, *, move: Slot | None = None, close: bool = False
+    ) -> bool:
+        """Send without waiting; what cannot be sent is lost, counted and forgotten."""
+        assert len(frame) <= MESSAGE_SIZE_MAX, "a reply exceeds its bounds"
+        sent = True
+        try:
+            await Send(slot, frame, move=move, deadline=NO_WAIT)
+        except AbiError:
+            sent = False
+            await close_if_any(move)
+        self.account.replies += sent
+        self.account.lost += not sent
+        if close:
+            await CapClose(slot)
+        return sent
+
+    def _post(self, deferred: Deferred, frame: bytearray) -> None:
+        """A deferred reply is given: it is sent before the next wait."""
+        self._outbox.append((deferred, frame))
+
+    async def _flush(self) -> None:
+        """Send the deferred replies that were given."""
+        outbox, self._outbox = self._outbox, []
+        for deferred, frame in outbox:
+            status = status_of(frame)
+            if status:
+                self.account.on_refused(status)
+            slot = self._replies.get(deferred.link) if deferred.slot is None else deferred.slot
+            if slot is None:
+                self.account.lost += 1
+                continue
+            one_shot = deferred.slot is not None
+            if one_shot:
+                del self._one_shots[slot]
+            _ = await self._send(slot, frame, close=one_shot)
+
+    # ------------------------------------------------------------------ meta
+
+    async def _handle_meta(self, call: Call, request: Health | GetStatus | Stop) -> Any:
+        match request:
+            case Health():
+                return self._health(call)
+            case GetStatus():
+                return await self._status()
+            case Stop():
+                return self._stop(call)
+
+    def _health(self, call: Call) -> Healthy:
+        if self._hooks.ready is not None and not self._hooks.ready():
+            raise call.refuse(MetaStatus.NOT_READY)
+        self._announcing = not self._announced and call.sender.service == INIT
+        return Healthy(self.boot.generation, self._digest)
+
+    def _stop(self, call: Call) -> Stopping:
+        if call.sender.service != INIT:
+            raise call.refuse(ReplyStatus.DENIED)
+        self.stopping = True
+        return Stopping()
+
+    async def _status(self) -> ServiceStatus:
+        account = self.account
+        facts = {"binds": len(self._replies), "refused_binds": account.refused_binds}
+        if self._hooks.facts is not None:
+            facts |= self._hooks.facts()
+        assert len(facts) <= FACTS_MAX
+        return ServiceStatus(
+            generation=self.boot.generation,
+            requests=account.requests,
+            replies=account.replies,
+            lost=account.lost,
+            malformed=account.malformed,
+            expired=account.expired,
+            unanswerable=account.unanswerable,
+            refusals=account.refusal_rows(),
+            senders=account.sender_rows(),
+            facts=[Fact(name, value) for name, value in sorted(facts.items())],
+            counters=list(await TaskStats()),
+        )
+
+    async def _announce(self) -> None:
+        """Say once that init found the service healthy; a full console is tried again later."""
+        self._announcing = False
+        first = self.boot.generation == 1
+        line = f"{self.boot.name}: ready" if first else f"{self.boot.name}: ready again"
+        evidence = {"generation": self.boot.generation, "digest": self._digest}
+        try:
+            await ConsoleWrite(line, json.dumps(evidence).encode())
+        except AbiError:
+            return
+        self._announced = True
+
+
+BIND: Final = META.codecs[Bind]
+
+
+async def _settled(result: Any) -> None:
+    """Await what a hook returned, if it is a coroutine function."""
+    if inspect.iscoroutine(result):
+        await result
+
+
+async def serve(
+    service: Service, protocol: WireProtocol, boot: BootImage, peers: Peers | None = None
+) -> int:
+    """Run `service` on the task's own endpoint until init says Stop; the exit code.
+
+    Calls made through `peers` while a request is served inherit its deadline and trace. An error
+    nobody expected ends the task: one line on the console, and the supervisor decides.
+    """
+    server = Server(service, protocol, boot, None if peers is None else peers.caller)
+    try:
+        return await server.run()
+    except Exception as error:
+        with contextlib.suppress(AbiError):
+            await ConsoleWrite(f"{boot.name}: crashed, {type(error).__name__}")
+        raise

@@ -1,0 +1,1 @@
+"""The demonstration services of systems/selftest.toml."""

@@ -1,0 +1,402 @@
+"""Rungs about calls: correlation, death, floods, strict decoding, and the library's own loop."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from nexus.abi import (
+    EndpointClose,
+    EndpointCreate,
+    LinkCreate,
+    LinkTerms,
+    Nanos,
+    Recv,
+    Send,
+    TaskCounters,
+    TaskStats,
+    CapClose,
+    CapClone,
+)
+from nexus.ipc import (
+    Client,
+    Exchange,
+    MismatchBudgetExceeded,
+    Peer,
+    Started,
+    TimedOut,
+    Unknown,
+)
+from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
+from nexus.protocols.interactive import HoldAt, RegisterFor
+from nexus.protocols.meta import Bind, Health, Healthy
+from nexus.protocols.testsvc import PROTOCOL as TESTSVC
+from nexus.protocols.testsvc import (
+    Echo,
+    Echoed,
+    FillLink,
+    FloodTimed,
+    Hold,
+    Place,
+    Release,
+    Released,
+)
+from nexus.protocols.timed import PROTOCOL as TIMED
+from nexus.protocols.timed import Register, Seen, Sleep, Whoami
+from nexus.runtime import Call, Server
+from nexus.services.selftest.climb import CALL_WAIT, Climb
+from nexus.services.selftest.rung import (
+    Evidence,
+    RungFailed,
+    expect,
+    expect_type,
+    require,
+)
+from nexus.wire import (
+    FRAME_KIND,
+    HEADER,
+    HEADER_SIZE,
+    REPLY_BIT,
+    Codec,
+    ReplyStatus,
+    encode,
+    nonce_of,
+    status_of,
+)
+
+if TYPE_CHECKING:
+    from nexus.wire import Protocol
+
+LOOPBACK_DATA: Final = b"there and back"
+SLEEP_AHEAD: Final = Nanos(60_000_000)  # ns; long enough for the strays to be queued before
+SHORT_WAIT: Final = Nanos(150_000_000)  # ns; for an answer that was thrown away
+ROUND: Final = 8  # calls in flight at a time; a reply link holds as many answers
+BUFFERED: Final = 16  # answers the library keeps for others
+HOLD_FIRST: Final = 1
+HOLD_LAST: Final = 99
+DEATH_HOLD: Final = 7
+MISMATCHES: Final = 65  # one more than the budget of a call
+DEATH_WAIT: Final = Nanos(5_000_000_000)  # ns; ladder #68
+DEATH_NOTICED_MAX: Final = Nanos(100_000_000)  # ns; ladder #68
+FLOOD_MS: Final = 1_000  # ladder #72
+FLOOD_CALLS: Final = 200
+FLOOD_CALL_WAIT: Final = Nanos(50_000_000)  # ns
+LINK_TERMS: Final = LinkTerms(8, 16 * 1024, 0)
+SMALL_MESSAGE: Final = 64  # bytes
+LARGE_MESSAGE: Final = 8_000  # bytes; two fit 16 KiB, three do not
+RAW_NONCE: Final = (1 << 61) + 1000  # no call of this run reaches it
+FAR: Final = 1 << 62  # nor this
+
+
+class LoopbackEcho:
+    """The server end of #58: what it saw of the request."""
+
+    def __init__(self) -> None:
+        self.deadline = Nanos(0)
+
+    def handle(self, call: Call, request: Any) -> Any:
+        """Echo, and remember the deadline."""
+        self.deadline = call.deadline
+        assert isinstance(request, Echo), "nobody else has a link to this endpoint"
+        return Echoed(request.data)
+
+
+async def loopback(climb: Climb) -> Evidence:
+    """#58: the library's client and server over an endpoint of our own."""
+    before = (await TaskStats()).endpoints
+    boot = climb.boot
+    endpoint = await EndpointCreate()
+    link = await LinkCreate(endpoint, LINK_TERMS)
+    inbox = await climb.peers.inbox()
+    way = await LinkCreate(inbox, LINK_TERMS)
+    assert way.link is not None, "the inbox is ours"
+    peer = Peer(
+        "loopback",
+        slot=link.slot,
+        inbox=inbox,
+        link=way.link,
+        service=boot.service,
+        generation=boot.generation,
+        terms=LINK_TERMS,
+        reply_terms=LINK_TERMS,
+    )
+    exchange = Exchange(climb.peers.caller, TESTSVC, peer)
+    echo = LoopbackEcho()
+    server = Server(echo, TESTSVC, replace(boot, endpoint=endpoint))
+    deadline = await climb.ahead(CALL_WAIT)
+
+    bind = await exchange.start(Bind(), deadline, move=way.slot)
+    bound = await server.step(deadline)
+    _ = await climb.finish(exchange, bind)
+    started = await exchange.start(Echo(LOOPBACK_DATA), deadline)
+    served = await server.step(deadline)
+    reply = await climb.finish(exchange, started)
+    await CapClose(link.slot)
+    let_go = await server.step(deadline)
+    await EndpointClose(endpoint)
+    await climb.see_gone(inbox, way.link)
+    after = (await TaskStats()).endpoints
+
+    expect((bound, served, let_go), (True, True, False), "messages the server took")
+    expect(reply, Echoed(LOOPBACK_DATA), "reply, matched by its nonce")
+    expect(echo.deadline, deadline, "deadline the server saw")
+    expect(after, before, "live endpoints")
+    return {"deadline": deadline, "nonce": started.pending.nonce, "endpoints": after}
+
+
+# ------------------------------------------------------------------ correlation
+
+
+def _reply_frame(codec: Codec, nonce: int) -> bytes:
+    """A reply to `nonce` that looks right and has no body."""
+    _, version, op, _, number, _ = HEADER.unpack(
+        codec.prefix + bytes(HEADER_SIZE - len(codec.prefix))
+    )[:6]
+    return HEADER.pack(
+        FRAME_KIND, version, op | REPLY_BIT, 0, number, 0, nonce, 0, bytes(16), bytes(8)
+    )
+
+
+async def nonce_mismatch_counted(climb: Climb) -> Evidence:
+    """#69: stale, duplicate and foreign replies are counted and never taken for the answer."""
+    testsvc, timed = climb.testsvc, climb.timed
+    correlator = climb.peers.caller.correlator
+    deadline = await climb.ahead(CALL_WAIT)
+
+    order = await _answered_in_reverse(climb)
+
+    before = (correlator.stale, correlator.duplicate, correlator.foreign)
+    answered = await testsvc.start(Echo(b"answered"), deadline)
+    _ = await climb.finish(testsvc, answered)
+    asleep = await timed.start(Sleep(await climb.ahead(SLEEP_AHEAD)), deadline)
+    strays = [
+        _reply_frame(TESTSVC.codecs[Echo], FAR),
+        _reply_frame(TESTSVC.codecs[Echo], answered.pending.nonce),
+        _reply_frame(TIMED.codecs[Sleep], asleep.pending.nonce),
+    ]
+    placing = await testsvc.start(Place(strays), deadline)
+    woken = await climb.finish(timed, asleep)
+    placed = await climb.finish(testsvc, placing)
+    after = (correlator.stale, correlator.duplicate, correlator.foreign)
+    counted = tuple(new - old for new, old in zip(after, before, strict=True))
+
+    dropped = await _overflow(climb)
+    exceeded = await _exceed(climb)
+
+    expect(order, [2, 1], "order of the answers")
+    expect(placed.sent, len(strays), "strays placed")
+    require(woken.now >= woken.deadline, "the true answer was taken")
+    expect(counted, (1, 1, 1), "stale, duplicate and foreign replies counted")
+    expect(dropped, 2, "answers the bounded buffer dropped")
+    expect(exceeded, MismatchBudgetExceeded(), f"{MISMATCHES} mismatches")
+    return {"counted": list(counted), "dropped": dropped, "mismatches": MISMATCHES}
+
+
+async def _answered_in_reverse(climb: Climb) -> list[int]:
+    """Two calls whose answers come in the other order; both must end well."""
+    testsvc = climb.testsvc
+    deadline = await climb.ahead(CALL_WAIT)
+    first = await testsvc.start(Hold(HOLD_FIRST), deadline)
+    second = await testsvc.start(Hold(HOLD_FIRST + 1), deadline)
+    order = [HOLD_FIRST + 1, HOLD_FIRST]
+    release = await testsvc.start(Release(order), deadline)
+    expect(await climb.finish(testsvc, first), Released(1), "first call")
+    expect(await climb.finish(testsvc, second), Released(1), "second call")
+    expect(await climb.finish(testsvc, release), Released(2), "release")
+    return order
+
+
+async def _overflow(climb: Climb) -> int:
+    """More answers than the buffer holds; how many it dropped."""
+    testsvc, timed = climb.testsvc, climb.timed
+    buffer = climb.peers.caller.correlator.buffer
+    before = buffer.drops
+    started: list[Started[Echoed]] = []
+    for count in (ROUND, ROUND, BUFFERED + 2 - 2 * ROUND):
+        deadline = await climb.ahead(SHORT_WAIT)
+        for _ in range(count):
+            started.append(await testsvc.start(Echo(b"kept"), deadline))
+        asleep = await timed.start(Sleep(await climb.ahead(SLEEP_AHEAD)), deadline)
+        _ = await climb.finish(timed, asleep)
+    outcomes: list[object] = []
+    for each in started:
+        outcomes.append(await testsvc.finish(each))
+    lost = sum(isinstance(outcome, TimedOut) for outcome in outcomes)
+    expect(sum(isinstance(outcome, Echoed) for outcome in outcomes), BUFFERED, "answers kept")
+    dropped = buffer.drops - before
+    expect(lost, dropped, "answers lost against answers counted")
+    return dropped
+
+
+async def _exceed(climb: Climb) -> object:
+    """A call to which only strays come."""
+    testsvc = climb.testsvc
+    deadline = await climb.ahead(CALL_WAIT)
+    held = await testsvc.start(Hold(HOLD_LAST), deadline)
+    strays = [_reply_frame(TESTSVC.codecs[Echo], FAR + index) for index in range(MISMATCHES)]
+    placing = await testsvc.start(Place(strays), deadline)
+    outcome = await testsvc.finish(held)
+    expect((await climb.finish(testsvc, placing)).sent, MISMATCHES, "strays placed")
+    expect(await climb.call(testsvc, Release([HOLD_LAST])), Released(1), "release")
+    return outcome
+
+
+# ------------------------------------------------------------------ death and floods
+
+
+async def peer_death_wakes(climb: Climb) -> Evidence:
+    """#68: two tasks wait on demo.testsvc when it is killed; both learn it at once."""
+    testsvc, interactive = climb.testsvc, climb.client("demo.interactive")
+    deadline = await climb.ahead(DEATH_WAIT)
+    generation = testsvc.generation
+    link = await CapClone(testsvc.peer.slot)
+    other = await interactive.start(HoldAt(DEATH_HOLD + 1), deadline, move=link)
+    mine = await testsvc.start(Hold(DEATH_HOLD), deadline)
+    unread = await testsvc.start(Echo(b"sent before the death"), deadline)
+    await _held(climb, 2)
+
+    killed = await climb.restart("demo.testsvc")
+    first = await testsvc.finish(unread)
+    outcome = await testsvc.finish(mine)
+    noticed = await climb.ahead(Nanos(0))
+    seen = await climb.finish(interactive, other)
+    record = await climb.up_again("demo.testsvc", generation + 1)
+    links = [row for row in await climb.links() if row.server == "demo.testsvc"]
+
+    expect(killed.generation, generation, "generation of the killed instance")
+    expect(first, Echoed(b"sent before the death"), "what it had sent")
+    expect(outcome, Unknown(), "our wait")
+    expect(seen.cut_off, True, "the other task's wait")
+    expect(record.exit_signal, 9, "signal in init's record")
+    mine_after, other_after = noticed - record.died, seen.noticed - record.died
+    for name, after in (("our", mine_after), ("the other task's", other_after)):
+        require(after <= DEATH_NOTICED_MAX, f"{name} wait ended {after} ns after the death")
+    expect([row.taken for row in links], [0] * len(links), "links of the dead instance")
+    _ = await climb.call(testsvc, Echo(b"again"))
+    return {"after_ns": [mine_after, other_after], "died": record.died, "pid": killed.pid}
+
+
+async def _held(climb: Climb, count: int) -> None:
+    """demo.testsvc holds that many answers: both waits have begun."""
+    facts = {fact.name: fact.value for fact in (await climb.status(climb.testsvc)).facts}
+    expect(facts["held"], count, "answers held when the peer is killed")
+
+
+async def flood_isolation(climb: Climb) -> Evidence:
+    """#72: a flooding client meets the bounds of its own link and costs nobody a deadline."""
+    testsvc, timed = climb.testsvc, climb.timed
+    by_count = await _fill(climb, SMALL_MESSAGE)
+    by_size = await _fill(climb, LARGE_MESSAGE)
+    before = TaskCounters._make((await climb.status(timed)).counters)
+
+    flood = await testsvc.start(
+        FloodTimed(FLOOD_MS), await climb.ahead(Nanos(10 * FLOOD_MS * 1_000_000))
+    )
+    worst = 0
+    for index in range(FLOOD_CALLS):
+        start = await climb.ahead(Nanos(0))
+        seen = await timed.call(Whoami(index, ""), Nanos(start + FLOOD_CALL_WAIT))
+        _ = expect_type(seen, Seen, f"call {index} during the flood")
+        worst = max(worst, await climb.ahead(Nanos(0)) - start)
+    during = TaskCounters._make((await climb.status(timed)).counters)
+    report = await climb.finish(testsvc, flood)
+    after = TaskCounters._make((await climb.status(timed)).counters)
+
+    expect(by_count, (8, 1, 0), "sent, QueueFull, NoSpace of a link nobody reads, small messages")
+    expect(by_size, (2, 0, 1), "sent, QueueFull, NoSpace of a link nobody reads, large messages")
+    require(report.sent > FLOOD_CALLS, f"the flood got only {report.sent} messages in")
+    require(report.queue_full > 0, "the flood never met QueueFull")
+    require(during.queued_size <= during.reserved_size, "timed's queued bytes exceed its budget")
+    require(during.budget_used <= during.budget_total, "timed's objects exceed its budget")
+    expect(after.reserved_size, before.reserved_size, "timed's reservations after the flood")
+    expect(after.budget_used, before.budget_used, "timed's object account after the flood")
+    return {
+        "flood": {"sent": report.sent, "queue_full": report.queue_full},
+        "worst_call_ns": worst,
+        "queued_size": during.queued_size,
+    }
+
+
+async def _fill(climb: Climb, size: int) -> tuple[int, int, int]:
+    """What demo.testsvc meets on a link of timed's terms into an endpoint nobody reads."""
+    endpoint = await EndpointCreate()
+    link = await LinkCreate(endpoint, LINK_TERMS)
+    report = await climb.moved(climb.testsvc, FillLink(size), link.slot)
+    await EndpointClose(endpoint)
+    return report.sent, report.queue_full, report.no_space
+
+
+# ------------------------------------------------------------------ strict decoding
+
+
+def _bad_bodies(name: str) -> tuple[type, dict[str, bytes]]:
+    """A request of the service with a body of one integer field, and five wrong bodies.
+
+    The fields are u64, u32 and u64; the value of the oversize one is outside each.
+    """
+    request: type = {"timed": Register, "demo.testsvc": Hold, "demo.interactive": RegisterFor}[name]
+    return request, {
+        "trailing byte": b"\x91\x01\x00",
+        "extra element": b"\x92\x01\x01",
+        "non-minimal integer": b"\x91\xcc\x01",
+        "oversize field": b"\x91\xd3" + b"\xff" * 8,
+    }
+
+
+async def strict_decode(climb: Climb) -> Evidence:
+    """#73: six malformed frames to each service; each is answered, counted, and changes nothing."""
+    protocols: dict[str, Protocol] = {
+        "timed": TIMED,
+        "demo.testsvc": TESTSVC,
+        "demo.interactive": INTERACTIVE,
+    }
+    answers: dict[str, list[str]] = {}
+    for name, client in climb.clients.items():
+        before = await climb.status(client)
+        answers[name] = await _send_malformed(climb, client, protocols[name])
+        after = await climb.status(client)
+        health = await climb.call(client, Health())
+
+        expect(after.malformed - before.malformed, 6, f"{name}'s malformed counter")
+        expect(after.facts, before.facts, f"{name}'s state")
+        expect(expect_type(health, Healthy, name).generation, client.generation, "health probe")
+    return {"answers": answers}
+
+
+async def _send_malformed(climb: Climb, client: Client, protocol: "Protocol") -> list[str]:
+    """The statuses of the six answers, each with the nonce of its frame."""
+    request, bodies = _bad_bodies(client.name)
+    codec = protocol.codecs[request]
+    deadline = await climb.ahead(CALL_WAIT)
+
+    def frame(nonce: int, body: bytes, *, version: int = protocol.version) -> bytes:
+        return HEADER.pack(
+            FRAME_KIND,
+            version,
+            codec.op,
+            0,
+            protocol.number,
+            0,
+            nonce,
+            deadline,
+            climb.peers.caller.spans.root.trace,
+            climb.peers.caller.spans.root.span,
+        ) + body
+
+    good = encode([1])
+    frames = {
+        "unknown version": frame(RAW_NONCE, good, version=0xFE),
+        "short header": frame(RAW_NONCE + 1, b"")[: HEADER_SIZE - 8],
+    }
+    for index, (what, body) in enumerate(bodies.items(), start=2):
+        frames[what] = frame(RAW_NONCE + index, body)
+    statuses = []
+    for index, (what, data) in enumerate(frames.items()):
+        await Send(client.peer.slot, data, deadline=deadline)
+        reply = await Recv((client.peer.inbox,), deadline, link=client.peer.link)
+        expect(nonce_of(reply.data), RAW_NONCE + index, f"nonce of the answer to: {what}")
+        wanted = (
+            ReplyStatus.UNSUPPORTED if what == "unknown version" else ReplyStatus.MALFORMED
+        )
+        if status_of(reply.data) != wanted:
+            raise RungFailed(f"{client.name}, {what}: status {status_of(reply.data)}")
+        statuses.append(wanted.name)
+    return statuses

@@ -1,0 +1,129 @@
+"""The program: find the services, wait for the whole system, climb, report."""
+
+from typing import Any, Final
+
+import msgspec
+
+from nexus.abi import (
+    EVIDENCE_SIZE_MAX,
+    AbiError,
+    BootImage,
+    ConsoleWrite,
+    Nanos,
+    TaskStats,
+)
+from nexus.ipc import Client, Exchange, Peers, RetryBudget
+from nexus.protocols.init import AwaitReady, Ready
+from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
+from nexus.protocols.ladder import Rung as Row
+from nexus.protocols.ladder import rung as row_of
+from nexus.protocols.testsvc import PROTOCOL as TESTSVC
+from nexus.protocols.timed import PROTOCOL as TIMED
+from nexus.runtime import Call, Server, ServiceConfig
+from nexus.services.selftest.climb import Climb
+from nexus.services.selftest.end_rungs import held
+from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, RungFailed
+from nexus.services.selftest.rungs import RUNGS
+from nexus.wire import Protocol, ReplyStatus
+
+
+START_BUDGET: Final = Nanos(30_000_000_000)  # ns; a whole system starts in a second, CI in ten
+CONNECT_ATTEMPTS_MAX: Final = 200
+CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
+EXIT_RED: Final = 1
+
+PROTOCOLS: Final[dict[str, Protocol]] = {
+    "timed": TIMED,
+    "demo.testsvc": TESTSVC,
+    "demo.interactive": INTERACTIVE,
+}
+
+
+class Selftest:
+    """What the client answers on its own endpoint: init's meta requests, and nothing else."""
+
+    def handle(self, call: Call, _request: object) -> Any:
+        """Nobody has business with this task."""
+        raise call.refuse(ReplyStatus.DENIED)
+
+
+async def main(boot: BootImage) -> int:
+    """Exit code 0 if every rung held, 1 if one failed or the system did not come up."""
+    config = ServiceConfig.of(boot)
+    peers = Peers(boot, config.trace_seed)
+    server = Server(Selftest(), TESTSVC, boot, peers.caller)
+    until = Nanos(boot.now + START_BUDGET)
+    _ = await server.step(until)
+    climb = await _connect(boot, peers, config.uses, until)
+    if isinstance(climb, str):
+        await _fail("start", climb)
+        return EXIT_RED
+    started = await climb.control.start(AwaitReady(), until)
+    _ = await server.step(until)
+    ready = await climb.control.finish(started)
+    if not isinstance(ready, Ready):
+        await _fail("start", f"the system is not ready: {ready!r}")
+        return EXIT_RED
+    climb.held_at_ready = held(await TaskStats())
+    return await _climb(climb)
+
+
+async def _connect(
+    boot: BootImage, peers: Peers, uses: list[str], until: Nanos
+) -> Climb | str:
+    """The clients of all planned uses, or why one is missing."""
+    control = await peers.control(until)
+    if not isinstance(control, Exchange):
+        return f"no link to init: {control!r}"
+    climb = Climb(boot, peers, control)
+    budget = RetryBudget(
+        attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until
+    )
+    for name in uses:
+        client = await peers.connect(name, PROTOCOLS[name], budget)
+        if not isinstance(client, Client):
+            return f"no link to {name}: {client!r}"
+        climb.clients[name] = client
+    return climb
+
+
+async def _climb(climb: Climb) -> int:
+    """Every rung whose services this system has, in order; the others are the runner's to name."""
+    rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
+    climb.planned = [rung.number for rung in rungs[:-1]]
+    for rung in rungs:
+        await _try(climb, rung)
+    return EXIT_RED if climb.failed else 0
+
+
+def _is_in_system(row: Row, climb: Climb) -> bool:
+    return all(name in climb.clients for name in row.needs)
+
+
+async def _try(climb: Climb, rung: Rung) -> None:
+    row = row_of(rung.number)
+    try:
+        evidence = await rung.check(climb)
+    except RungFailed as failure:
+        why = str(failure)
+    except AbiError as error:
+        why = f"the kernel refused a trap of the rung: {error}"
+    else:
+        climb.passed.append(rung.number)
+        await report(row, evidence)
+        return
+    climb.failed.append(rung.number)
+    await _fail(row.marker.removesuffix(" ok").removeprefix("SELFTEST: "), why)
+
+
+async def report(row: Row, evidence: Evidence) -> None:
+    """Print the marker of a rung whose evidence was compared, and the evidence next to it."""
+    encoded = msgspec.json.encode(evidence)
+    assert len(encoded) <= EVIDENCE_SIZE_MAX, f"#{row.number}: evidence of {len(encoded)} bytes"
+    await ConsoleWrite(row.marker, encoded)
+
+
+async def _fail(name: str, why: str) -> None:
+    """Print that a rung failed, and why."""
+    text = "".join(char if char.isprintable() else "?" for char in f"SELFTEST: {name} FAIL {why}")
+    await ConsoleWrite(text.encode()[:RUNG_LINE_SIZE_MAX].decode(errors="ignore"))

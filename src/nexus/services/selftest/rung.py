@@ -1,0 +1,60 @@
+"""What a rung is to the client that climbs it: a check that yields evidence, or fails."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from nexus.abi import AbiError, PeerGone, Status, Trap
+
+if TYPE_CHECKING:
+    from nexus.services.selftest.climb import Climb
+
+Evidence = dict[str, object]
+"""What was compared, as JSON: numbers and names that a reader can check."""
+
+ResultT = TypeVar("ResultT")
+
+
+class RungFailed(Exception):
+    """The evidence did not agree; the text says what was expected and what was found."""
+
+
+def expect(found: ResultT, wanted: object, what: str) -> None:
+    """Fail the rung unless `found` equals `wanted`."""
+    if found != wanted:
+        raise RungFailed(f"{what}: expected {wanted!r}, found {found!r}")
+
+
+def require(holds: bool, what: str) -> None:  # noqa: FBT001 (reads as an assertion)
+    """Fail the rung unless `holds`."""
+    if not holds:
+        raise RungFailed(what)
+
+
+def expect_type(found: object, wanted: type[ResultT], what: str) -> ResultT:
+    """Fail the rung unless `found` is a `wanted`; returns it."""
+    if not isinstance(found, wanted):
+        raise RungFailed(f"{what}: expected {wanted.__name__}, found {found!r}")
+    return found
+
+
+async def refusal(trap: Trap[Any]) -> Status:
+    """The status a trap is refused with; a trap that succeeds fails the rung."""
+    try:
+        result = await trap
+    except PeerGone as gone:
+        raise RungFailed(f"{type(trap).__name__} met {gone}") from gone
+    except AbiError as error:
+        return error.status
+    raise RungFailed(f"{type(trap).__name__} succeeded with {result!r}, a refusal was due")
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One row of the ladder as the client climbs it."""
+
+    number: int
+    check: "Callable[[Climb], Awaitable[Evidence]]"
+
+
+RUNG_LINE_SIZE_MAX: Final = 400  # bytes of a FAIL line; the console takes 512

@@ -1,0 +1,57 @@
+"""The rungs this client climbs, in order."""
+
+from typing import Final
+
+from nexus.services.selftest.call_rungs import (
+    flood_isolation,
+    loopback,
+    nonce_mismatch_counted,
+    peer_death_wakes,
+    strict_decode,
+)
+from nexus.services.selftest.end_rungs import end, no_resource_left_behind
+from nexus.services.selftest.identity_rungs import (
+    cap_move_reply,
+    forged_identity,
+    moved_link_sender,
+    sender_pid,
+    sender_service_id,
+)
+from nexus.services.selftest.kernel_rungs import (
+    cap_move_rollback,
+    cap_query_vmo,
+    deadline_fires,
+    deadline_timeout,
+    full_table_keeps_message,
+    payload_roundtrip,
+    qos,
+)
+from nexus.services.selftest.routing_rungs import rebind_generation, route_outcomes, routing
+from nexus.services.selftest.rung import Rung
+from nexus.services.selftest.timed_rungs import timed_coalesce
+
+RUNGS: Final = (
+    Rung(56, routing),
+    Rung(57, payload_roundtrip),
+    Rung(58, loopback),
+    Rung(59, deadline_timeout),
+    Rung(60, deadline_fires),
+    Rung(61, sender_pid),
+    Rung(62, sender_service_id),
+    Rung(63, forged_identity),
+    Rung(64, moved_link_sender),
+    Rung(65, cap_move_reply),
+    Rung(66, cap_move_rollback),
+    Rung(67, full_table_keeps_message),
+    Rung(68, peer_death_wakes),
+    Rung(69, nonce_mismatch_counted),
+    Rung(70, route_outcomes),
+    Rung(71, rebind_generation),
+    Rung(72, flood_isolation),
+    Rung(73, strict_decode),
+    Rung(75, qos),
+    Rung(76, timed_coalesce),
+    Rung(142, cap_query_vmo),
+    Rung(143, no_resource_left_behind),
+    Rung(144, end),
+)

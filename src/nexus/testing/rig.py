@@ -1,0 +1,372 @@
+"""Runs programs written against the ABI on a kernel, from a test.
+
+A test hands over coroutine functions taking a BootImage; the rig makes them the program table of
+a fresh kernel, runs the root one to its end and returns what it returned. A kernel of real
+processes is run in a forked child of the test, which becomes init and sends its outcome back over
+a pipe; a simulated one runs in the test's own process. A program that raises fails the test with
+the traceback of that task, whichever process it ran in.
+"""
+
+import ctypes
+import json
+import os
+import pickle
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol
+
+from nexus.abi import (
+    INIT_NAME,
+    AbiError,
+    BootImage,
+    ConsoleWrite,
+    Event,
+    EventKind,
+    ExitInfo,
+    Nanos,
+    Program,
+    Programs,
+    Recorder,
+    Trap,
+)
+from nexus.kernel.core.limits import SystemLimits
+from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.sim import SimKernel
+
+RUN_TIME_MAX: Final = Nanos(20_000_000_000)  # of the kernel's clock; a case takes well under 5 s
+HOST_TIME_MAX: Final = 30.0  # seconds; then the whole process tree is killed
+EXIT_FAILED: Final = 70  # EX_SOFTWARE: exit code of a task whose program raised
+SIM_LATENESS_MAX: Final = Nanos(20_000)  # a few resumes of the cost model, no timer slack
+LINUX_LATENESS_MAX: Final = Nanos(1_000_000)  # design.md section 3, promise 4
+USER_NOBODY: Final = 65534  # an ordinary user that every Linux has, and that owns no file
+REPORT_LINE: Final = "rig: task failed"
+REPORT_SIZE_MAX: Final = 3000  # bytes of traceback, so that its JSON fits one console message
+FRAMES_MAX: Final = 12  # innermost frames kept of a traceback
+
+_PR_SET_DUMPABLE: Final = 4  # prctl(2)
+_OUTCOME_HEADER_SIZE: Final = 8  # bytes of the length before a pickled outcome
+
+assert REPORT_SIZE_MAX < 4096, "a report fits the evidence of one console line"
+
+Main = Callable[[BootImage], Coroutine[Trap[Any], Any, object]]
+"""A program as tests write it. Root's result is handed to the test; an int is an exit code."""
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class Kernel(Protocol):
+    """What the rig needs of a kernel: its clock, and to be run once."""
+
+    @property
+    def now(self) -> Nanos: ...
+
+    def run(self, root: Program, argument: bytes, *, until: Nanos) -> ExitInfo: ...
+
+
+class MakeKernel(Protocol):
+    """Makes a fresh kernel for one run."""
+
+    def __call__(
+        self, programs: Programs, *, recorder: Recorder, limits: SystemLimits
+    ) -> Kernel: ...
+
+
+class TaskFailed(AssertionError):
+    """A program raised; the text is the traceback of its task."""
+
+
+class RunHung(AssertionError):
+    """A run did not end in HOST_TIME_MAX and was killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run left behind."""
+
+    result: Any
+    exit: ExitInfo
+    events: tuple[Event, ...]
+
+    def fields(self, kind: EventKind) -> list[Mapping[str, object]]:
+        """The fields of every event of one kind, in order."""
+        return [event.fields for event in self.events if event.kind is kind]
+
+
+@dataclass
+class Outcome:
+    """Collected inside the process that runs the kernel; it has to survive pickling."""
+
+    result: Any = None
+    failures: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    exit: ExitInfo | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rig:
+    """One kind of kernel, ready to run programs.
+
+    `lateness_max` bounds how late the median of several waits may end on an idle CPU.
+    `forked` kernels turn the calling process into init and get a process of their own;
+    `user` is the uid and gid that process takes first, None to keep the test's own.
+    `time_max` bounds a run, in the kernel's own time.
+    """
+
+    name: str
+    make_kernel: MakeKernel
+    lateness_max: Nanos
+    forked: bool = False
+    user: int | None = None
+    time_max: Nanos = RUN_TIME_MAX
+
+    def run(
+        self,
+        root: Main,
+        *,
+        programs: Mapping[str, Main] | None = None,
+        limits: SystemLimits | None = None,
+        argument: bytes = b"",
+    ) -> Any:
+        """Run `root` to its end and return its result."""
+        return self.observe(root, programs=programs, limits=limits, argument=argument).result
+
+    def observe(
+        self,
+        root: Main,
+        *,
+        programs: Mapping[str, Main] | None = None,
+        limits: SystemLimits | None = None,
+        argument: bytes = b"",
+    ) -> Run:
+        """Run `root` to its end and return its result with the kernel's evidence."""
+
+        def work() -> Outcome:
+            return self.run_here(root, programs or {}, limits or SystemLimits(), argument)
+
+        outcome = _in_a_fork(work, user=self.user) if self.forked else work()
+        if outcome.failures:
+            raise TaskFailed("\n\n".join([f"on {self.name}:", *outcome.failures]))
+        assert outcome.exit is not None, "a run without a failure has an exit"
+        return Run(result=outcome.result, exit=outcome.exit, events=tuple(outcome.events))
+
+    def run_here(
+        self, root: Main, programs: Mapping[str, Main], limits: SystemLimits, argument: bytes
+    ) -> Outcome:
+        """Run `root` in the calling process, whatever that does to it."""
+        outcome = Outcome()
+
+        async def root_main(boot: BootImage) -> int:
+            try:
+                outcome.result = await root(boot)
+            except Exception as error:  # noqa: BLE001 (the outermost frame of a test program)
+                outcome.failures.append(f"{boot.name}: {_describe(error)}")
+                return EXIT_FAILED
+            return 0
+
+        def record(event: Event) -> None:
+            # A kernel may hand over mappings of its own making; plain dicts can be pickled.
+            event = event._replace(fields=dict(event.fields))
+            outcome.events.append(event)
+
+        table = {name: program(name, reporting(main)) for name, main in programs.items()}
+        kernel = self.make_kernel(table, recorder=record, limits=limits)
+        until = Nanos(kernel.now + self.time_max)
+        try:
+            outcome.exit = kernel.run(program(INIT_NAME, root_main), argument, until=until)
+        except Exception:  # noqa: BLE001 (whatever a kernel raises is the test's failure)
+            outcome.failures.append(f"the kernel raised:\n{traceback.format_exc()}")
+        reports = _task_reports(outcome.events)
+        if reports:
+            # The first cause comes first: root usually fails because a child did.
+            outcome.failures[:0] = reports
+        return outcome
+
+
+def sim_rig(*, seed: int, cpu_count: int) -> Rig:
+    """The simulated kernel; its clock moves only by what it models, so lateness is its own."""
+
+    def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
+        return SimKernel(
+            programs, seed=seed, recorder=recorder, cpu_count=cpu_count, limits=limits
+        )
+
+    return Rig(
+        name=f"sim-smp{cpu_count}-seed{seed}", make_kernel=make, lateness_max=SIM_LATENESS_MAX
+    )
+
+
+def linux_rig(*, harden: bool = True, user: int | None = None) -> Rig:
+    """The Linux kernel backend, in a process of its own, as root or as another user."""
+
+    def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
+        return LinuxKernel(programs, recorder=recorder, limits=limits, harden=harden)
+
+    words = ["linux", *([] if harden else ["soft"]), *([] if user is None else ["user"])]
+    return Rig(
+        name="-".join(words),
+        make_kernel=make,
+        lateness_max=LINUX_LATENESS_MAX,
+        forked=True,
+        user=user,
+    )
+
+
+def linux_rigs(*, harden: bool = True) -> tuple[Rig, ...]:
+    """The Linux kernel as whoever runs the test, and as an ordinary user if that is root."""
+    mine = linux_rig(harden=harden)
+    return (mine,) if os.getuid() else (mine, linux_rig(harden=harden, user=USER_NOBODY))
+
+
+def program(name: str, main: Main) -> Program:
+    """A program table entry; the digest is that of its name, for a test has no file."""
+    return Program(name=name, main=main, digest=sha256(name.encode()).hexdigest())  # type: ignore[arg-type]
+
+
+def reporting(main: Main) -> Main:
+    """The same program, which prints its traceback before it dies of an exception."""
+
+    async def reporting_main(boot: BootImage) -> int | None:
+        try:
+            code = await main(boot)
+        except Exception as error:  # noqa: BLE001 (the outermost frame of a test program)
+            report = {"task": boot.name, "generation": boot.generation, "text": _describe(error)}
+            try:
+                await ConsoleWrite(REPORT_LINE, json.dumps(report).encode())
+            except AbiError:
+                return EXIT_FAILED  # the exit code alone fails the run
+            return EXIT_FAILED
+        return code if isinstance(code, int) else None
+
+    return reporting_main
+
+
+def _describe(error: BaseException) -> str:
+    """A traceback without source lines: the sandbox opens no file."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES_MAX:]
+    lines = [f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
+    text = "\n".join([f"{type(error).__name__}: {error}", *lines])
+    return text.encode("ascii", "backslashreplace").decode()[:REPORT_SIZE_MAX]
+
+
+def _task_reports(events: Sequence[Event]) -> list[str]:
+    """The tracebacks tasks have printed, and the failed tasks that could not print one."""
+    reports = []
+    printed = set()
+    for event in events:
+        if event.kind is EventKind.CONSOLE and event.fields.get("line") == REPORT_LINE:
+            evidence = event.fields["evidence"]
+            report = evidence if isinstance(evidence, dict) else json.loads(str(evidence))
+            reports.append(f"{report['task']}: {report['text']}")
+            printed.add(event.pid)
+    reports += [
+        f"{event.fields.get('name')}: failed and could not print why"
+        for event in events
+        if event.kind is EventKind.EXIT
+        and event.fields.get("code") == EXIT_FAILED
+        and event.fields.get("name") != INIT_NAME
+        and event.pid not in printed
+    ]
+    return reports
+
+
+def _in_a_fork(work: Callable[[], Outcome], *, user: int | None) -> Outcome:
+    """Do `work` in a child process, which may do to itself whatever it likes."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _work_and_exit(work, writer, user)
+    os.close(writer)
+    try:
+        data = _read_outcome(reader, time.monotonic_ns() + int(HOST_TIME_MAX * 1e9))
+        if data is None:
+            kill_tree(pid)
+            raise RunHung(f"a run took longer than {HOST_TIME_MAX:.0f} s")
+    finally:
+        os.close(reader)
+        _, status = os.waitpid(pid, 0)
+    if len(data) < _OUTCOME_HEADER_SIZE:
+        raise TaskFailed(f"the process of the kernel ended with wait status {status:#x}")
+    outcome: Outcome = pickle.loads(data[_OUTCOME_HEADER_SIZE:])  # noqa: S301 (from our own child)
+    return outcome
+
+
+def _work_and_exit(work: Callable[[], Outcome], writer: int, user: int | None) -> NoReturn:
+    try:
+        if user is not None:
+            drop_to(user)
+        try:
+            outcome = work()
+        except BaseException:  # noqa: BLE001 (nothing may unwind into pytest's copy in the child)
+            outcome = Outcome(failures=[traceback.format_exc()])
+        try:
+            data = pickle.dumps(outcome)
+        except Exception:  # noqa: BLE001 (a result that cannot be pickled is the test's failure)
+            data = pickle.dumps(Outcome(failures=[traceback.format_exc()]))
+        left = memoryview(len(data).to_bytes(_OUTCOME_HEADER_SIZE, "little") + data)
+        while left:
+            left = left[os.write(writer, left) :]
+    finally:
+        os._exit(0)
+
+
+def _read_outcome(reader: int, deadline: int) -> bytes | None:
+    """Header and outcome, less if the writer died first, None if time ran out.
+
+    Counted bytes and not end of file end it: without hardening services hold the pipe, too.
+    """
+    data = b""
+    while True:
+        size = _OUTCOME_HEADER_SIZE
+        if len(data) >= size:
+            size += int.from_bytes(data[:size], "little")
+        if len(data) == size:
+            return data
+        left = (deadline - time.monotonic_ns()) / 1e9
+        if left <= 0 or not select.select([reader], [], [], left)[0]:
+            return None
+        chunk = os.read(reader, min(size - len(data), 1 << 16))
+        if not chunk:
+            return b""
+        data += chunk
+
+
+def drop_to(user: int) -> None:
+    """Become an ordinary user for good, as a login would: no groups, no capabilities."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    # Changing ids makes a process undumpable; one started by that user would not be.
+    _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def children_of(pid: int) -> list[int]:
+    """The direct children of a process, from /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue  # it ended while we looked
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process of ours and all that it started, parents first so that none respawns."""
+    os.kill(pid, signal.SIGSTOP)
+    children = children_of(pid)
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        try:
+            kill_tree(child)
+        except ProcessLookupError:
+            continue  # the death of its parent has already ended it

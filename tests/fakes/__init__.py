@@ -1,0 +1,1 @@
+"""Small true implementations that tests use in place of the real thing."""

@@ -1,0 +1,89 @@
+"""Each import contract of pyproject.toml breaks when what it forbids is done."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+
+MODULES: Final = (
+    "abi",
+    "cli",
+    "init",
+    "ipc",
+    "kernel",
+    "kernel/core",
+    "kernel/linux",
+    "kernel/sim",
+    "kernel/sim/watchdog",
+    "proof",
+    "protocols",
+    "runtime",
+    "services",
+    "services/demo",
+    "services/demo/interactive",
+    "services/demo/testsvc",
+    "services/selftest",
+    "services/timed",
+    "testing",
+    "wire",
+)
+VIOLATIONS: Final = {
+    "layers": ("abi", "import nexus.wire"),
+    "services": ("services/timed", "import nexus.services.selftest"),
+    "demo-services": ("services/demo/testsvc", "import nexus.services.demo.interactive"),
+    "kernels": ("kernel/linux", "import nexus.kernel.sim"),
+    "kernel-core": ("kernel/core", "import nexus.kernel.linux"),
+    "kernel-carries-bytes": ("kernel/linux", "import nexus.wire"),
+    "pure": ("ipc", "import time"),
+    "abi-only": ("services/timed", "import socket"),
+    "sim-is-closed": ("kernel/sim", "import os"),
+    "testing": ("runtime", "import nexus.testing"),
+}
+
+
+def contracts() -> dict[str, str]:
+    """Id to name, of every contract."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    return {entry["id"]: entry["name"] for entry in settings["tool"]["importlinter"]["contracts"]}
+
+
+def broken(folder: Path, planted: dict[str, str]) -> set[str]:
+    """The names of the contracts that a package with these lines breaks."""
+    # The watchdog's two imports are named in the contract, and must be there to be ignored.
+    lines = {"kernel/sim/watchdog": "import signal\nimport threading"} | planted
+    for module in ("", *MODULES):
+        path = folder / "nexus" / module / "__init__.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""x."""\n{lines.get(module, "")}\n', "utf-8")
+    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Contracts: " in done.stdout, done.stdout + done.stderr
+    return set(re.findall(r"^(.*) BROKEN", done.stdout, re.MULTILINE))
+
+
+def test_a_package_that_follows_the_map_breaks_none(tmp_path: Path) -> None:
+    assert broken(tmp_path, {}) == set()
+
+
+@pytest.mark.parametrize("contract", sorted(VIOLATIONS))
+def test_a_planted_import_breaks_its_contract(tmp_path: Path, contract: str) -> None:
+    module, line = VIOLATIONS[contract]
+
+    assert contracts()[contract] in broken(tmp_path, {module: line})
+
+
+def test_every_contract_has_a_violation_planted_for_it() -> None:
+    assert set(contracts()) == set(VIOLATIONS)

@@ -1,0 +1,760 @@
+"""init-lite on the simulated kernel: what it starts, answers, restarts and ends."""
+
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import pytest
+
+from nexus.abi import (
+    INIT_NAME,
+    NEVER,
+    AbiError,
+    BootImage,
+    CapClose,
+    Event,
+    EventKind,
+    ExitInfo,
+    Nanos,
+    Now,
+    Program,
+    Recv,
+    Send,
+    SetTaskQos,
+    SleepUntil,
+    Slot,
+    Status,
+    Trap,
+    service_id,
+)
+from nexus.init import plan as plan_module
+from nexus.init.ground import init_program, limits_of
+from nexus.init.plan import Plan, make_plan
+from nexus.init.programs import PROGRAMS, ProgramSource, load_program
+from nexus.init.supervisor import REAP_MAX, STOP_MAX
+from nexus.init.system import parse
+from nexus.ipc import CallFailure, Client, Exchange, Peers, Refused, RetryBudget
+from nexus.kernel.sim.kernel import SimKernel
+from nexus.protocols.init import PROTOCOL as PROTOCOLS_INIT
+from nexus.protocols.init import (
+    AuditRows,
+    AwaitReady,
+    GetAudit,
+    GetLinks,
+    GetResources,
+    GetRouteCounts,
+    GetService,
+    GetTasks,
+    Health,
+    InitStatus,
+    LinkRows,
+    Ready,
+    Resources,
+    Restart,
+    Restarting,
+    Route,
+    RouteCounts,
+    Routed,
+    ServiceRecord,
+    Shutdown,
+    ShuttingDown,
+    TaskRows,
+    TaskState,
+)
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.meta import GetStatus, Stop
+from nexus.protocols.testsvc import PROTOCOL as TESTSVC
+from nexus.protocols.timed import PROTOCOL as TIMED
+from nexus.protocols.timed import Seen, Whoami
+from nexus.runtime import Server, ServiceConfig, serve
+from nexus.wire import HEADER_SIZE, ReplyStatus, Request, answer, nonce_of
+
+MS: Final = 1_000_000
+SECOND: Final = 1_000 * MS
+HEALTH: Final = 100 * MS
+ReplyT = TypeVar("ReplyT")
+Main = Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
+
+SYSTEM = """
+[system]
+name = "test"
+total_size = "8MiB"
+owner_size = "256KiB"
+ends_with = "driver"
+
+[service.timed]
+program = "timed"
+restart = { backoff = "50ms" }
+"""
+DRIVER = """
+[service.driver]
+program = "driver"
+capabilities = ["proof.control"]
+uses = [{ name = "timed" }]
+"""
+OTHER = """
+[service.other]
+program = "other"
+restart = { backoff = "30ms" }
+health = { deadline = "100ms" }
+"""
+
+
+class Nothing:
+    """A service that answers meta requests and knows no request of its own."""
+
+    def handle(self, _call: Any, _request: Any) -> Any:
+        raise AssertionError("nobody asks")
+
+
+async def idle(boot: BootImage) -> int:
+    """A service that does nothing well."""
+    return await serve(Nothing(), TESTSVC, boot)
+
+
+class Driver:
+    """A client with `proof.control`: the test's hands inside the system."""
+
+    def __init__(self, boot: BootImage) -> None:
+        self.boot = boot
+        self.peers = Peers(boot, bytes(16))
+        self.server = Server(Nothing(), TESTSVC, boot, self.peers.caller)
+        self.control: Exchange
+        self.clients: dict[str, Client] = {}
+
+    async def begin(self, *, ready: bool = True) -> None:
+        """Answer the echo, take the planned links, wait for the system."""
+        until = await self.ahead(5 * SECOND)
+        _ = await self.server.step(until)
+        control = await self.peers.control(until)
+        assert isinstance(control, Exchange), control
+        self.control = control
+        for name in ServiceConfig.of(self.boot).uses:
+            await self.connect(name)
+        if ready:
+            started = await control.start(AwaitReady(), until)
+            _ = await self.server.step(until)
+            assert isinstance(await control.finish(started), Ready)
+
+    async def connect(self, name: str) -> None:
+        budget = RetryBudget(
+            attempts_max=30, backoff=Nanos(MS), deadline=await self.ahead(5 * SECOND)
+        )
+        client = await self.peers.connect(name, PROTOCOLS[name], budget)
+        assert isinstance(client, Client), client
+        self.clients[name] = client
+
+    async def ahead(self, span: int) -> Nanos:
+        return Nanos(await Now() + span)
+
+    async def ask(self, request: Request[Any], wait: int = SECOND) -> Any:
+        return await self.control.call(request, await self.ahead(wait))
+
+    async def reply(self, request: Request[ReplyT], kind: type[ReplyT]) -> ReplyT:
+        outcome = await self.ask(request)
+        assert isinstance(outcome, kind), outcome
+        return outcome
+
+    async def pause(self, span: int) -> None:
+        _ = await SleepUntil(await self.ahead(span))
+
+    async def record(self, name: str) -> ServiceRecord:
+        return await self.reply(GetService(name), ServiceRecord)
+
+
+PROTOCOLS = {"timed": TIMED, "other": TESTSVC}
+
+
+@dataclass
+class Run:
+    """How a system ran: the plan, root's exit, the events, and what the driver returned."""
+
+    plan: Plan
+    ended: ExitInfo
+    events: list[Event]
+    result: Any
+
+    def lines(self, prefix: str = "") -> list[str]:
+        return [
+            str(event.fields["line"])
+            for event in self.events
+            if event.kind is EventKind.CONSOLE and str(event.fields["line"]).startswith(prefix)
+        ]
+
+    def evidence(self, line: str) -> dict[str, Any]:
+        (found,) = [event for event in self.events if event.fields.get("line") == line]
+        evidence: Any = found.fields["evidence"]
+        return dict(json.loads(evidence) if isinstance(evidence, str | bytes) else evidence)
+
+    def time(self, line: str) -> int:
+        return next(event.time for event in self.events if event.fields.get("line") == line)
+
+    def spawns(self, name: str) -> list[Event]:
+        return [
+            event
+            for event in self.events
+            if event.kind is EventKind.SPAWN and event.fields["name"] == name
+        ]
+
+
+@pytest.fixture
+def boot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Boots a system of timed, a driver and, with OTHER in the text, another service."""
+    sources = {
+        name: ProgramSource(
+            name=name, module="nexus.services.timed", protocols=("nexus.protocols.testsvc",)
+        )
+        for name in ("driver", "other", "absent")
+    }
+    monkeypatch.setattr(plan_module, "PROGRAMS", {**PROGRAMS, **sources})
+
+    def boot_it(
+        driver: Callable[[Driver], Coroutine[Trap[Any], Any, Any]],
+        *,
+        text: str = SYSTEM + DRIVER,
+        other: Main = idle,
+        ready: bool = True,
+        crashes: int = 0,
+        seconds: int = 30,
+    ) -> Run:
+        results: list[Any] = []
+
+        async def driver_main(boot: BootImage) -> int:
+            hands = Driver(boot)
+            await hands.begin(ready=ready)
+            results.append(await driver(hands))
+            return 0
+
+        plan = make_plan(parse(text.encode(), Path("test.toml")))
+        programs = {
+            "timed": load_program(PROGRAMS["timed"]),
+            "driver": Program(name="driver", main=driver_main, digest=""),
+            "other": Program(name="other", main=other, digest=""),
+        }
+        events: list[Event] = []
+        kernel = SimKernel(programs, seed=1, recorder=events.append, limits=limits_of(plan))
+        ended = kernel.run(init_program(plan, 1), b"", until=Nanos(kernel.now + seconds * SECOND))
+        assert len(kernel.crashes) == crashes, kernel.crashes
+        return Run(plan, ended, events, results[0] if results else None)
+
+    return boot_it
+
+
+Boot = Callable[..., Run]
+
+
+async def nothing(_driver: Driver) -> None:
+    """A driver that only waits for the system."""
+
+
+# ---------------------------------------------------------------- the boot
+
+
+def test_a_system_boots_in_order_and_ends_cleanly(boot: Boot) -> None:
+    run = boot(nothing)
+
+    assert run.ended.code == 0
+    lines = [line for line in run.lines("init: ") if " health " not in line]
+    assert lines == [
+        "init: start",
+        "init: start timed",
+        "init: start driver",
+        "init: up timed",
+        "init: up driver",
+        "init: ready",
+        "init: stopped",
+    ]
+
+
+def test_the_lines_carry_evidence_that_others_can_check(boot: Boot) -> None:
+    run = boot(nothing)
+
+    assert run.evidence("init: start") == {"digest": run.plan.digest, "services": 2}
+    (spawned,) = run.spawns("timed")
+    start = run.evidence("init: start timed")
+    assert start == {"program": "timed", "digest": spawned.fields["digest"]}
+    up = run.evidence("init: up timed")
+    assert (up["pid"], up["service"]) == (spawned.pid, f"0x{service_id('timed'):016x}")
+    assert (up["generation"], up["echo_nonce"]) == (1, 1)
+    (link,) = run.plan.links
+    terms = ["driver", "timed", link.depth, link.size, link.delegations]
+    assert run.evidence("init: ready") == {"links": [[*terms, 1, 1]], "grants": []}
+    health = run.evidence("init: health timed ok")
+    assert (health["generation"], health["facts"]["timers"]) == (1, 0)
+    assert run.evidence("init: stopped")["exits"] == {"timed": [0, 0], "driver": [0, 0]}
+
+
+def test_init_is_not_ready_before_every_planned_link_exists(boot: Boot) -> None:
+    async def lazy(driver: Driver) -> str:
+        await driver.pause(500 * MS)
+        return "done"
+
+    async def other(boot: BootImage) -> int:
+        await SleepUntil(Nanos(await Now() + 300 * MS))
+        driver = Driver(boot)
+        await driver.begin(ready=False)
+        return await driver.server.run()
+
+    text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
+    run = boot(lazy, text=text, other=other)
+
+    assert run.time("init: ready") - run.time("init: start") >= 300 * MS
+
+
+def test_two_boots_of_one_seed_are_equal(boot: Boot) -> None:
+    assert boot(nothing).events == boot(nothing).events
+
+
+def test_a_program_that_cannot_be_started_is_tried_again_after_its_backoff(boot: Boot) -> None:
+    async def driver(driver: Driver) -> ServiceRecord:
+        await driver.pause(200 * MS)
+        return await driver.record("other")
+
+    text = SYSTEM + DRIVER + OTHER.replace('program = "other"', 'program = "absent"')
+    run = boot(driver, text=text, ready=False)
+
+    assert run.result.state is TaskState.BACKING_OFF
+    assert 5 <= run.result.spawn_refused <= 8
+    assert run.result.spawn_reason == 5
+    assert run.lines("init: ready") == []
+    assert "init: no start of other" in run.lines()
+    assert run.ended.code == 0
+
+
+# ---------------------------------------------------------------- routes
+
+
+def test_routes_are_counted_by_outcome(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[list[Any], RouteCounts]:
+        outcomes = [
+            await driver.ask(Route(name)) for name in ("@reply", "nobody", "other", "driver")
+        ]
+        return outcomes, await driver.reply(GetRouteCounts("driver"), RouteCounts)
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER)
+    (own, nobody, other, itself), counts = run.result
+
+    assert (own.service, own.generation, own.size) == (service_id("driver"), 1, 0)
+    assert nobody == Refused(InitStatus.ROUTE_NOT_FOUND)
+    assert other == Refused(InitStatus.ROUTE_DENIED)
+    assert itself == Refused(InitStatus.ROUTE_DENIED)
+    assert (counts.ok, counts.not_found, counts.denied, counts.down) == (2, 1, 2, 0)
+
+
+def test_a_route_gives_the_planned_terms_and_a_working_link(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[Routed, Any, LinkRows]:
+        answer = await driver.control.ask(Route("timed"), await driver.ahead(SECOND))
+        seen = await driver.clients["timed"].call(Whoami(1, "x"), await driver.ahead(SECOND))
+        assert answer.cap is not None
+        await Send(answer.cap, b"\x01")
+        return answer.reply, seen, await driver.reply(GetLinks(0), LinkRows)
+
+    run = boot(driver)
+    routed, seen, links = run.result
+
+    (link,) = run.plan.links
+    assert (routed.depth, routed.size, routed.delegations) == (8, 16384, 0)
+    assert (routed.reply_depth, routed.reply_size) == (link.reply_depth, link.reply_size)
+    assert isinstance(seen, Seen)
+    (row,) = links.rows
+    assert (links.total, row.client, row.server, row.taken) == (1, "driver", "timed", 2)
+
+
+def test_a_client_that_takes_links_without_end_meets_busy_and_not_the_others_share(
+    boot: Boot,
+) -> None:
+    async def greedy(driver: Driver) -> list[Any]:
+        outcomes: list[Any] = []
+        for _ in range(60):
+            answer = await driver.control.ask(Route("timed"), await driver.ahead(SECOND))
+            outcomes.append(answer)
+        return outcomes
+
+    async def modest(boot: BootImage) -> int:
+        await SleepUntil(Nanos(await Now() + 500 * MS))
+        driver = Driver(boot)
+        await driver.begin(ready=False)
+        return await driver.server.run()
+
+    text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
+    run = boot(greedy, text=text, other=modest, ready=False)
+
+    refused = [each for each in run.result if isinstance(each, Refused)]
+    assert refused
+    assert set(refused) == {Refused(ReplyStatus.BUSY)}
+    timed = run.plan.by_name["timed"]
+    taken = len(run.result) - len(refused)
+    assert timed.reserved_size + taken * 16384 <= timed.owner_size
+
+
+def test_everything_but_route_needs_the_capability(boot: Boot) -> None:
+    requests: list[Request[Any]] = [
+        AwaitReady(),
+        GetTasks(),
+        GetLinks(0),
+        GetRouteCounts("timed"),
+        Restart("timed"),
+        GetService("timed"),
+        GetAudit(0),
+        GetResources("timed"),
+        Shutdown(),
+    ]
+
+    async def driver(driver: Driver) -> list[Any]:
+        return [await driver.ask(request) for request in requests]
+
+    text = SYSTEM + DRIVER.replace('capabilities = ["proof.control"]\n', "")
+    run = boot(driver, text=text, ready=False)
+
+    assert run.result == [Refused(ReplyStatus.DENIED)] * len(requests)
+    assert len(run.spawns("timed")) == 1
+
+
+def test_names_that_do_not_exist_are_not_found(boot: Boot) -> None:
+    async def driver(driver: Driver) -> list[Any]:
+        return [
+            await driver.ask(request)
+            for request in (
+                GetRouteCounts("x"),
+                Restart("x"),
+                GetService("x"),
+                GetResources("x"),
+            )
+        ]
+
+    assert boot(driver).result == [Refused(InitStatus.ROUTE_NOT_FOUND)] * 4
+
+
+def test_malformed_and_unknown_frames_are_answered_and_counted(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[list[tuple[int, int]], RouteCounts]:
+        route = PROTOCOLS_INIT.codecs[Route].prefix
+        far = (await driver.ahead(SECOND)).to_bytes(8, "little")
+        rest = far + bytes(24)
+        frames = [
+            (route + (900).to_bytes(8, "little") + rest + b"\xc0"),  # no array
+            (route + (901).to_bytes(8, "little") + rest + b"\x91\xa1x\x00"),  # a trailing byte
+            (route[:2] + b"\x7e" + route[3:] + (902).to_bytes(8, "little") + rest),  # no such op
+            (route[:1] + b"\x09" + route[2:] + (903).to_bytes(8, "little") + rest),  # version 9
+            (route + (904).to_bytes(8, "little")),  # cut behind the nonce
+            (META.codecs[Stop].prefix + (905).to_bytes(8, "little") + rest + b"\x90"),
+            (route + (906).to_bytes(8, "little") + bytes(7) + b"\0" * 25 + b"\x91\xa1x"),
+        ]
+        peer = driver.control.peer
+        answers = []
+        for frame in frames:
+            await Send(peer.slot, frame)
+            message = await Recv((peer.inbox,), await driver.ahead(SECOND), link=peer.link)
+            answers.append((nonce_of(message.data), message.data[6]))
+        return answers, await driver.reply(GetRouteCounts("driver"), RouteCounts)
+
+    answers, counts = boot(driver).result
+
+    assert answers == [
+        (900, ReplyStatus.MALFORMED),
+        (901, ReplyStatus.MALFORMED),
+        (902, ReplyStatus.UNSUPPORTED),
+        (903, ReplyStatus.UNSUPPORTED),
+        (904, ReplyStatus.MALFORMED),
+        (905, ReplyStatus.UNSUPPORTED),
+        (906, ReplyStatus.EXPIRED),
+    ]
+    assert counts.malformed == 6
+
+
+def test_an_answer_sent_to_init_as_a_request_is_never_answered(boot: Boot) -> None:
+    async def driver(driver: Driver) -> Any:
+        peer = driver.control.peer
+        request = PROTOCOLS_INIT.codecs[Route].prefix + bytes(HEADER_SIZE - 8) + b"\x91\xa1x"
+        await Send(peer.slot, bytes(answer(request, 0)))
+        try:
+            await Recv((peer.inbox,), await driver.ahead(50 * MS), link=peer.link)
+        except AbiError as error:
+            return error.status
+        return None
+
+    assert boot(driver).result is Status.TIMED_OUT
+
+
+# ---------------------------------------------------------------- restarts
+
+
+def test_a_killed_service_comes_back_after_its_backoff_with_the_next_generation(
+    boot: Boot,
+) -> None:
+    async def driver(driver: Driver) -> tuple[Any, ...]:
+        before = await driver.record("timed")
+        killed_at = await Now()
+        restarting = await driver.reply(Restart("timed"), Restarting)
+        await driver.pause(10 * MS)
+        down = await driver.ask(Route("timed"))
+        during = await driver.record("timed")
+        await driver.pause(200 * MS)
+        link = driver.clients["timed"]
+        stale = await link.call(Whoami(0, ""), await driver.ahead(SECOND))
+        again = await link.call(Whoami(0, ""), await driver.ahead(SECOND))
+        return (
+            before,
+            killed_at,
+            restarting,
+            down,
+            during,
+            stale,
+            again,
+            await driver.record("timed"),
+        )
+
+    run = boot(driver)
+    before, killed_at, restarting, down, during, stale, again, after = run.result
+
+    assert (before.generation, restarting.generation) == (1, 1)
+    assert restarting.pid == before.pid
+    assert down == Refused(InitStatus.ROUTE_DOWN)
+    assert (during.state, during.pid) == (TaskState.BACKING_OFF, 0)
+    assert (during.exit_signal, during.reason) == (9, "asked")
+    assert killed_at < during.died < killed_at + 5 * MS
+    assert isinstance(stale, CallFailure)
+    assert isinstance(again, Seen)
+    assert (after.state, after.generation, after.restarts) == (TaskState.UP, 2, 1)
+    assert after.health is Health.OK
+    assert after.pid != before.pid
+    first, second = run.spawns("timed")
+    assert 50 * MS <= second.time - during.died < 55 * MS
+    assert first.time < second.time
+    assert run.ended.code == 0
+
+
+def test_a_restart_prints_no_marker_twice(boot: Boot) -> None:
+    async def driver(driver: Driver) -> None:
+        _ = await driver.reply(Restart("timed"), Restarting)
+        await driver.pause(300 * MS)
+
+    run = boot(driver)
+
+    lines = run.lines()
+    assert lines.count("init: start timed") == lines.count("init: up timed") == 1
+    assert lines.count("timed: ready") == lines.count("init: ready") == 1
+    assert "init: restart timed" in lines
+    assert run.evidence("init: back timed")["generation"] == 2
+
+
+def test_a_service_that_is_down_cannot_be_killed_again(boot: Boot) -> None:
+    async def driver(driver: Driver) -> Any:
+        _ = await driver.reply(Restart("timed"), Restarting)
+        await driver.pause(10 * MS)
+        return await driver.ask(Restart("timed"))
+
+    assert boot(driver).result == Refused(InitStatus.ROUTE_DOWN)
+
+
+def test_a_service_that_ends_again_and_again_is_restarted_at_the_declared_pace(
+    boot: Boot,
+) -> None:
+    async def short_lived(boot: BootImage) -> int:
+        server = Server(Nothing(), TESTSVC, boot)
+        _ = await server.step(NEVER)
+        return 3
+
+    async def driver(driver: Driver) -> ServiceRecord:
+        await driver.pause(SECOND)
+        return await driver.record("other")
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=short_lived, ready=False)
+
+    starts = run.spawns("other")
+    assert 25 <= len(starts) <= 34
+    gaps = [later.time - earlier.time for earlier, later in zip(starts, starts[1:], strict=False)]
+    assert min(gaps) >= 30 * MS
+    assert (run.result.exit_code, run.result.reason) == (3, "exit")
+    assert [event.fields["generation"] for event in starts] == list(range(1, len(starts) + 1))
+    assert run.ended.code == 0
+
+
+def test_a_service_that_never_answers_the_echo_is_killed_and_restarted(boot: Boot) -> None:
+    async def deaf(_boot: BootImage) -> int:
+        await SleepUntil(NEVER)
+        return 0
+
+    async def driver(driver: Driver) -> ServiceRecord:
+        await driver.pause(500 * MS)
+        return await driver.record("other")
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=deaf, ready=False)
+
+    assert run.result.reason == "no echo"
+    assert 3 <= len(run.spawns("other")) <= 5
+    assert "init: up other" not in run.lines()
+
+
+def test_a_service_that_closes_its_control_link_is_ended(boot: Boot) -> None:
+    async def loner(boot: BootImage) -> int:
+        server = Server(Nothing(), TESTSVC, boot)
+        _ = await server.step(NEVER)
+        await CapClose(Slot(0))
+        return await server.run()
+
+    async def driver(driver: Driver) -> tuple[ServiceRecord, int]:
+        await driver.pause(2 * REAP_MAX)
+        return await driver.record("other"), len((await driver.reply(GetTasks(), TaskRows)).rows)
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=loner, ready=False)
+
+    record, rows = run.result
+    assert record.reason == "control link closed"
+    assert record.exit_signal == 9
+    assert rows == 4
+
+
+def test_a_service_that_is_not_ready_in_time_is_late_and_later_ok(boot: Boot) -> None:
+    class Slow(Nothing):
+        """Ready only some time after its start."""
+
+        def __init__(self, at: int) -> None:
+            self.at = at
+            self.now = 0
+
+        def ready(self) -> bool:
+            return self.now >= self.at
+
+        def next_time(self) -> Nanos | None:
+            return Nanos(self.at) if self.now < self.at else None
+
+        def on_time(self, now: Nanos) -> None:
+            self.now = now
+
+    async def slow(boot: BootImage) -> int:
+        return await serve(Slow(boot.now + 250 * MS), TESTSVC, boot)
+
+    async def driver(driver: Driver) -> tuple[ServiceRecord, ServiceRecord]:
+        late = await driver.record("other")
+        await driver.pause(400 * MS)
+        return late, await driver.record("other")
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=slow)
+
+    late, later = run.result
+    assert (late.health, later.health) == (Health.LATE, Health.OK)
+    assert run.time("init: health other late") - run.time("init: ready") >= HEALTH
+    assert run.time("other: ready") > run.time("init: health other late")
+
+
+# ---------------------------------------------------------------- what init tells
+
+
+def test_the_task_list_is_the_kernels(boot: Boot) -> None:
+    async def driver(driver: Driver) -> TaskRows:
+        return await driver.reply(GetTasks(), TaskRows)
+
+    run = boot(driver)
+
+    rows = {row.name: row for row in run.result.rows}
+    assert list(rows) == [INIT_NAME, "timed", "driver"]
+    assert run.result.live == 3
+    for name, row in rows.items():
+        (spawned,) = run.spawns(name)
+        assert (row.pid, row.generation, row.state) == (spawned.pid, 1, TaskState.UP)
+        assert row.service == service_id(name)
+
+
+def test_audit_lines_of_the_kernel_are_kept_and_paged(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[AuditRows, AuditRows]:
+        for _ in range(20):
+            with pytest.raises(AbiError):
+                await SetTaskQos(None, 2)
+        first = await driver.reply(GetAudit(0), AuditRows)
+        return first, await driver.reply(GetAudit(len(first.lines)), AuditRows)
+
+    first, second = boot(driver).result
+
+    assert (first.first, first.total, len(first.lines)) == (0, 20, 16)
+    assert (second.first, len(second.lines), second.dropped) == (16, 4, 0)
+    assert "reason=unauthorized_escalation" in first.lines[0]
+
+
+def test_accounts_are_those_at_ready_and_now(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[Resources, Resources]:
+        own = await driver.reply(GetResources(INIT_NAME), Resources)
+        return own, await driver.reply(GetResources("timed"), Resources)
+
+    own, timed = boot(driver).result
+
+    assert own.ready.generation == own.now.generation == 1
+    assert own.ready.counters[:4] == own.now.counters[:4]
+    assert timed.ready.generation == timed.now.generation == 1
+    assert {fact.name: fact.value for fact in timed.now.facts}["timers"] == 0
+    assert timed.ready.counters[:4] == timed.now.counters[:4]
+    assert (own.tasks_ready, own.tasks_now) == (3, 3)
+
+
+def test_the_account_of_a_service_that_does_not_answer_is_empty_in_time(boot: Boot) -> None:
+    async def driver(driver: Driver) -> tuple[Resources, int]:
+        before = await Now()
+        resources = await driver.reply(GetResources("driver"), Resources)
+        return resources, await Now() - before
+
+    resources, took = boot(driver).result
+
+    assert resources.now.generation == 0
+    assert 500 * MS <= took < 510 * MS
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_shutdown_stops_the_services_in_reverse_order(boot: Boot) -> None:
+    async def driver(driver: Driver) -> None:
+        down = await driver.reply(Shutdown(), ShuttingDown)
+        assert down.services == 3
+        await driver.server.run()
+
+    run = boot(driver, text=SYSTEM + OTHER + DRIVER)
+
+    exits = [event.fields["name"] for event in run.events if event.kind is EventKind.EXIT]
+    assert exits == ["driver", "other", "timed", INIT_NAME]
+    stopped = run.evidence("init: stopped")
+    assert stopped["dirty"] == []
+    assert stopped["tasks"] == 1
+    assert (stopped["links"], stopped["queued"]) == (0, 0)
+    assert run.ended.code == 0
+
+
+def test_a_service_that_ignores_stop_is_killed_after_the_bound_and_the_run_is_dirty(
+    boot: Boot,
+) -> None:
+    async def stubborn(boot: BootImage) -> int:
+        server = Server(Nothing(), TESTSVC, boot)
+        for _ in range(3):
+            _ = await server.step(NEVER)
+        await SleepUntil(NEVER)
+        return 0
+
+    text = SYSTEM + DRIVER + OTHER.replace("100ms", "3s")
+    run = boot(nothing, text=text, other=stubborn)
+
+    assert run.ended.code == 1
+    stopped = run.evidence("init: stopped")
+    assert stopped["dirty"] == ["other"]
+    assert stopped["exits"]["other"][1] == 9
+    driver_end = next(e.time for e in run.events if e.kind is EventKind.EXIT)
+    assert STOP_MAX <= run.time("init: stopped") - driver_end < STOP_MAX + 50 * MS
+
+
+def test_the_exit_code_of_the_last_service_is_the_systems(boot: Boot) -> None:
+    async def fail(_driver: Driver) -> None:
+        raise RuntimeError("planned by the test")
+
+    run = boot(fail, crashes=1)
+
+    assert run.ended.code == 1
+    assert run.evidence("init: stopped")["dirty"] == ["driver"]
+
+
+def test_the_status_of_a_service_reaches_its_client_too(boot: Boot) -> None:
+    async def driver(driver: Driver) -> Any:
+        return await driver.clients["timed"].call(GetStatus(), await driver.ahead(SECOND))
+
+    status = boot(driver).result
+
+    assert status.generation == 1
+    assert len(status.counters) == 21

@@ -1,0 +1,370 @@
+"""Each check of a kernel's or init's line: true evidence passes, each way to lie is red."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nexus.abi import (
+    HEAP_SIZE,
+    INIT_NAME,
+    Event,
+    EventKind,
+    Nanos,
+    Pid,
+    QosClass,
+    service_id,
+)
+from nexus.init.plan import Plan, PlannedLink, PlannedService
+from nexus.proof.checks import CHECKS
+from nexus.proof.expected import Scope
+from nexus.proof.trace import Trace
+from nexus.proof.verdict import Case, Mismatch
+from nexus.protocols.ladder import KERNEL, RUNGS, SELFTEST, Ground, rung
+
+ZERO = {"request": 0, "sent": 0, "taken": 0, "acknowledged": 0}
+
+
+def _service(name: str, *uses: PlannedLink) -> PlannedService:
+    return PlannedService(
+        name=name,
+        service=service_id(name),
+        program=name,
+        program_digest=f"digest of {name}",
+        qos=QosClass.NORMAL,
+        cpu=None,
+        budget=0,
+        owner_size=0,
+        endpoints=2,
+        capabilities=(),
+        uses=uses,
+        backoff=Nanos(1),
+        health_deadline=Nanos(1_000_000),
+        settings=(),
+        reserved_size=0,
+        slots=0,
+        delegations=0,
+    )
+
+
+LINK = PlannedLink(
+    client=SELFTEST,
+    server="timed",
+    depth=8,
+    size=4096,
+    delegations=2,
+    reply_depth=8,
+    reply_size=4096,
+)
+PLAN = Plan(
+    name="test",
+    smp=2,
+    total_size=0,
+    root_size=0,
+    ends_with=None,
+    services=(_service("timed"), _service(SELFTEST, LINK)),
+)
+
+
+class Bench:
+    """One rung with what a true run would leave behind, to be falsified in one place."""
+
+    def __init__(self, number: int, evidence: dict[str, Any], *before: Event) -> None:
+        self.number = number
+        self.evidence = evidence
+        self.events = list(before)
+        self.after: list[Event] = []
+        self.ground = Ground.SIM
+        self.printer_pid = Pid(1)
+
+    def check(self) -> None:
+        row = rung(self.number)
+        fields: dict[str, object] = {"line": row.marker, "evidence": self.evidence}
+        if row.printer == KERNEL:
+            line = Event(Nanos(100), EventKind.KERNEL, Pid(0), fields)
+        else:
+            fields |= {"name": row.printer, "generation": 1}
+            line = Event(Nanos(100), EventKind.CONSOLE, self.printer_pid, fields)
+        trace = Trace((*self.events, line, *self.after))
+        scope = Scope(ground=self.ground, smp=2, services=("timed", SELFTEST))
+        case = Case(scope=scope, plan=PLAN, checks=CHECKS)
+        printed = next(each for each in trace.lines if each.text == row.marker)
+        CHECKS[self.number](case, trace, printed)
+
+
+def _event(kind: EventKind, pid: int = 0, **fields: object) -> Event:
+    return Event(Nanos(10), kind, Pid(pid), fields)
+
+
+def _spawn(name: str, pid: int = 5) -> Event:
+    return _event(
+        EventKind.SPAWN,
+        pid,
+        name=name,
+        generation=1,
+        program=name,
+        digest=f"digest of {name}",
+        service=f"{service_id(name):016x}",
+    )
+
+
+def _bench(number: int) -> Bench:
+    """True evidence of each rung."""
+    match number:
+        case 1:
+            refused = [
+                _event(EventKind.SPAWN_FAILED, name="x", program="x", reason=reason)
+                for reason in ("oom", 2, "endpoint-quota", "MAP_FAILED", "invalid_payload")
+            ]
+            told = {"reasons": [1, 2, 3, 4, 5], "again": [0] * 5, "tasks_before": 1}
+            return Bench(1, told | {"tasks_after": 1}, *refused)
+        case 2:
+            cycles = [
+                _event(kind, pid, name="probe", generation=pid, code=0, signal=0)
+                for pid in range(64)
+                for kind in (EventKind.SPAWN, EventKind.EXIT)
+            ]
+            counters = {"slots": 2, "endpoints": 1, "queued_size": 0, "tasks": 1}
+            told = {"slots": 96, "endpoints": 96, "cycles": 64}
+            return Bench(2, told | {"before": counters, "after": dict(counters)}, *cycles)
+        case 3:
+            report = {
+                "heap_budget_used": 1000,
+                "heap_budget_free": HEAP_SIZE - 1000,
+                "heap_budget_total": HEAP_SIZE,
+                "size": HEAP_SIZE,
+                "align": 4096,
+            }
+            own = {"requested": HEAP_SIZE, "requested_align": 4096, "account": 1000, "granted": 64}
+            return Bench(3, report | own, _event(EventKind.HEAP, **report))
+        case 4:
+            told = {"status": "QUEUE_FULL", "interactive": 64, "class_before": 1}
+            told |= {"class_after": 1, "index_before": 1, "index_after": 1}
+            return Bench(4, told | {"order_before": [4, 5, 6], "order_after": [4, 5, 6]})
+        case 39:
+            return Bench(39, {"cpu": 1, "ticks_before": 3, "ticks_after": 9})
+        case 40:
+            return Bench(40, {"mask": 3, "cpu": 1})
+        case 41:
+            after = ZERO | {"request": 1}
+            return Bench(41, {"before": dict(ZERO), "after": after, "ticks": 200_000})
+        case 42:
+            after = dict.fromkeys(ZERO, 1)
+            order = ["request", "sent", "taken", "acknowledged"]
+            told = {"before": dict(ZERO), "after": after, "order": order, "cpus": [0, 0, 1, 1]}
+            return Bench(42, told)
+        case 43:
+            told = {"target": 4, "status": "INVALID_ARGUMENT", "online": 3}
+            return Bench(43, told | {"before": dict(ZERO), "after": dict(ZERO)})
+        case 44:
+            told = {"target": 3, "status": "INVALID_ARGUMENT", "online": 3}
+            return Bench(44, told | {"before": dict(ZERO), "after": dict(ZERO)})
+        case 45:
+            told = {"steals_before": 0, "steals_after": 1, "queued_cpu": 1, "ran_cpu": 0}
+            return Bench(45, told | {"pid": 7})
+        case 46:
+            return Bench(46, {"queued": 2, "ticks": 1, "left": 1})
+        case 47:
+            told = {"victim": [2, 2], "limit": 1, "left_before": 2, "left_after": 2}
+            return Bench(47, told | {"steals_before": 1, "steals_after": 1})
+        case 5:
+            return Bench(5, {"digest": PLAN.digest, "services": 2})
+        case 13:
+            bench = Bench(13, {"seen": 1})
+            bench.after.append(_spawn("timed"))
+            return bench
+        case 14:
+            told = {"pid": 5, "service": f"{service_id('timed'):016x}", "generation": 1}
+            return Bench(14, told | {"echo_nonce": 77}, _spawn("timed"))
+        case 29:
+            made = _event(EventKind.LINK, owner="timed", holder=SELFTEST, depth=8, size=4096)
+            started = (_spawn("timed"), _spawn(SELFTEST, 6))
+            row = [SELFTEST, "timed", 8, 4096, 2, 1, 1]
+            return Bench(29, {"links": [row], "grants": []}, *started, made)
+        case 32:
+            bench = Bench(32, {"seen": 1}, _spawn("timed"))
+            bench.printer_pid = Pid(5)
+            answered = {"generation": 1, "nonce": 9, "facts": {"timers": 0}}
+            fields: dict[str, object] = {"name": INIT_NAME, "generation": 1}
+            fields |= {"line": "init: health timed ok", "evidence": answered}
+            bench.after.append(_event(EventKind.CONSOLE, 1, **fields))
+            return bench
+        case 143:
+            account = {"slots": 4, "endpoints": 2}
+            bench = Bench(143, {"timed": {"ready": account, "now": dict(account)}}, _spawn("timed"))
+            bench.after.append(_event(EventKind.EXIT, 5, name="timed", code=0, signal=0))
+            return bench
+    raise AssertionError(number)
+
+
+SHOWN = (1, 2, 3, 4, 5, 13, 14, 29, 32, *range(39, 48), 143)
+
+
+@pytest.mark.parametrize("number", SHOWN)
+def test_true_evidence_passes(number: int) -> None:
+    _bench(number).check()
+
+
+Lie = Callable[[dict[str, Any]], object]
+
+
+def _set(path: str, value: object) -> Lie:
+    """A lie: the value at `path`, keys and indices joined by dots, is another one."""
+
+    def lie(evidence: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        target: Any = evidence
+        for key in parents:
+            target = target[int(key)] if isinstance(target, list) else target[key]
+        target[int(last) if isinstance(target, list) else last] = value
+
+    return lie
+
+
+LIES: tuple[tuple[int, Lie], ...] = (
+    (1, _set("reasons.1", 5)),
+    (1, _set("again.0", 1)),
+    (1, _set("tasks_after", 2)),
+    (2, _set("slots", 95)),
+    (2, _set("endpoints", 97)),
+    (2, _set("after.endpoints", 2)),
+    (2, lambda evidence: [evidence[key].pop("tasks") for key in ("before", "after")]),
+    (3, _set("account", 1256)),
+    (3, _set("heap_budget_used", 999)),
+    (3, _set("size", 1)),
+    (3, _set("granted", 0)),
+    (4, _set("index_after", 2)),
+    (4, _set("order_after", [4, 6, 5])),
+    (4, _set("class_after", 2)),
+    (4, _set("interactive", 63)),
+    (4, _set("status", "OK")),
+    (5, _set("digest", "")),
+    (5, _set("services", 3)),
+    (14, _set("pid", 6)),
+    (14, _set("generation", 2)),
+    (14, _set("echo_nonce", 0)),
+    (14, _set("service", f"{service_id('logd'):016x}")),
+    (29, _set("links", [])),
+    (29, _set("links.0.4", 1)),
+    (29, _set("links.0.6", 2)),
+    (29, _set("grants", [1])),
+    (39, _set("ticks_after", 3)),
+    (39, _set("cpu", 2)),
+    (40, _set("mask", 1)),
+    (40, _set("cpu", 0)),
+    (41, _set("after.sent", 1)),
+    (41, _set("after.request", 0)),
+    (41, _set("ticks", 10)),
+    (42, _set("after.acknowledged", 0)),
+    (42, _set("cpus", [0, 0, 1, 0])),
+    (42, _set("cpus", [0, 0, 0, 0])),
+    (42, _set("order.1", "taken")),
+    (43, _set("target", 5)),
+    (43, _set("status", "OK")),
+    (43, _set("after.request", 1)),
+    (44, _set("target", 1)),
+    (44, _set("status", "OK")),
+    (44, _set("after.request", 1)),
+    (45, _set("steals_after", 0)),
+    (45, _set("ran_cpu", 1)),
+    (46, _set("left", 0)),
+    (47, _set("left_after", 1)),
+    (47, _set("steals_after", 2)),
+    (47, _set("victim.0", 1)),
+    (143, _set("timed.now.slots", 5)),
+)
+
+
+@pytest.mark.parametrize(("number", "lie"), LIES)
+def test_each_lie_in_the_evidence_is_found(number: int, lie: Lie) -> None:
+    bench = _bench(number)
+    bench.evidence = copy.deepcopy(bench.evidence)
+    lie(bench.evidence)
+
+    with pytest.raises(Mismatch):
+        bench.check()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 14, 29, 32])
+def test_evidence_that_the_kernels_own_record_does_not_show_is_found(number: int) -> None:
+    bench = _bench(number)
+    bench.events.clear()
+
+    with pytest.raises(Mismatch):
+        bench.check()
+
+
+def test_a_start_that_never_follows_its_line_is_found() -> None:
+    bench = _bench(13)
+    bench.after.clear()
+
+    with pytest.raises(Mismatch, match="no start of timed"):
+        bench.check()
+
+
+def test_a_start_before_its_line_is_found() -> None:
+    bench = _bench(13)
+    bench.events, bench.after = bench.after, []
+
+    with pytest.raises(Mismatch, match="before the line"):
+        bench.check()
+
+
+def test_a_program_that_is_not_the_plans_is_found() -> None:
+    bench = _bench(13)
+    fields = dict(bench.after[0].fields) | {"digest": "another"}
+    bench.after[0] = bench.after[0]._replace(fields=fields)
+
+    with pytest.raises(Mismatch, match="program digest"):
+        bench.check()
+
+
+def test_a_readiness_that_init_has_not_seen_is_found() -> None:
+    bench = _bench(32)
+    bench.after.clear()
+
+    with pytest.raises(Mismatch, match="no answer"):
+        bench.check()
+
+
+def test_a_readiness_after_its_deadline_is_found() -> None:
+    bench = _bench(32)
+    bench.events[0] = bench.events[0]._replace(time=Nanos(-10_000_000))
+
+    with pytest.raises(Mismatch, match="deadline"):
+        bench.check()
+
+
+def test_a_readiness_said_by_another_task_is_found() -> None:
+    bench = _bench(32)
+    bench.printer_pid = Pid(6)
+
+    with pytest.raises(Mismatch, match="pid"):
+        bench.check()
+
+
+def test_a_task_that_never_ended_is_left_behind() -> None:
+    bench = _bench(143)
+    bench.after.clear()
+
+    with pytest.raises(Mismatch, match="never ended"):
+        bench.check()
+
+
+def test_on_linux_the_sentinel_counts_descriptors_and_children_too() -> None:
+    bench = _bench(2)
+    bench.ground = Ground.LINUX
+
+    with pytest.raises(Mismatch, match="not counted"):
+        bench.check()
+
+
+def test_every_rung_of_this_issue_that_is_not_selftests_has_a_check() -> None:
+    issue = (*range(1, 6), 13, 14, 27, 28, 29, 32, *range(39, 48))
+
+    assert all(number in CHECKS for number in issue)
+    assert all(rung(number).printer != SELFTEST or number == 143 for number in CHECKS), (
+        "a selftest line carries its own evidence"
+    )
+    assert len(RUNGS) == 144

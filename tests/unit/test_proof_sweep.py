@@ -1,0 +1,159 @@
+"""What a saboteur must do, where a watched run ends, and how two logs are compared."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from nexus.abi import Event, EventKind, Nanos, Pid
+from nexus.init.plan import Plan
+from nexus.proof import compare, saboteurs
+from nexus.proof.compare import Allowed, compare_logs, normalise
+from nexus.proof.expected import Scope, not_run
+from nexus.proof.prove import Watcher
+from nexus.proof.report import spans
+from nexus.proof.saboteurs import NoSuchSaboteur, Saboteur, find
+from nexus.proof.sweep import problem_of
+from nexus.proof.trace import Trace
+from nexus.proof.verdict import Case, RungResult, State, Verdict
+from nexus.protocols.ladder import KERNEL, RUNGS, Ground, Phase
+
+PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with=None, services=())
+SIM_LINUX = (Ground.SIM, Ground.LINUX)
+
+
+def _verdict(red: Sequence[int], blocked: Sequence[int] = ()) -> Verdict:
+    def state(number: int) -> State:
+        if number in red:
+            return State.RED
+        return State.BLOCKED if number in blocked else State.PASSED
+
+    results = tuple(RungResult(number=row.number, state=state(row.number)) for row in RUNGS)
+    return Verdict(results=results, findings=(), last_phase=Phase.END)
+
+
+def test_a_saboteur_that_turns_exactly_its_rung_red_is_a_good_one() -> None:
+    assert problem_of(13, _verdict([13], blocked=[14, 29, 144])) == ""
+
+
+@pytest.mark.parametrize("red", [[], [14], [13, 14]])
+def test_a_saboteur_that_does_less_or_more_is_not(red: list[int]) -> None:
+    assert problem_of(13, _verdict(red)) != ""
+
+
+def test_a_saboteur_is_found_by_rung_and_ground(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = Saboteur(rung=1, grounds=frozenset({Ground.SIM}), plant=lambda: None)
+    monkeypatch.setattr(saboteurs, "SABOTEURS", (sim,))
+
+    assert find(1, Ground.SIM) is sim
+    with pytest.raises(NoSuchSaboteur, match="none can be planted on linux"):
+        find(1, Ground.LINUX)
+    with pytest.raises(NoSuchSaboteur, match="no such rung"):
+        find(145, Ground.SIM)
+
+
+def test_a_saboteur_of_something_that_was_renamed_is_refused() -> None:
+    with pytest.raises(AssertionError, match="aims at nothing"):
+        saboteurs.replace(Plan, "no_such_method", None)
+
+
+def _line(text: str) -> Event:
+    return Event(Nanos(0), EventKind.KERNEL, Pid(0), {"line": text, "evidence": {}})
+
+
+def _watcher(until: str | None, phase: Phase = Phase.END) -> Watcher:
+    scope = Scope(ground=Ground.LINUX, smp=1, services=("timed",), phase=phase)
+    return Watcher(Case(scope=scope, plan=PLAN, checks={}, until=until))
+
+
+def _expected(phase: Phase = Phase.END) -> list[str]:
+    outside = not_run(Scope(ground=Ground.LINUX, smp=1, services=("timed",), phase=phase))
+    return [row.marker for row in RUNGS if row.number not in outside]
+
+
+def test_a_run_without_a_stop_marker_goes_on_after_the_last_rung() -> None:
+    watcher = _watcher(None)
+
+    assert not any(watcher(_line(marker)) for marker in _expected())
+
+
+def test_a_run_stops_where_the_last_expected_rung_is_decided_failed_ones_included() -> None:
+    watcher = _watcher("")
+    *others, last = _expected()
+
+    assert not any(watcher(_line(marker)) for marker in others)
+    assert watcher(_line(f"{last.removesuffix(' ok')} FAIL why"))
+
+
+def test_a_run_of_a_phase_stops_when_the_rungs_up_to_it_are_decided() -> None:
+    watcher = _watcher(None, Phase.BRING_UP)
+
+    assert [watcher(_line(marker)) for marker in _expected(Phase.BRING_UP)][-1]
+
+
+def test_a_run_stops_at_a_whole_line_only() -> None:
+    watcher = _watcher("init: ready")
+
+    assert not watcher(_line("init: ready now"))
+    assert watcher(_line("init: ready"))
+
+
+def test_spans_of_numbers() -> None:
+    assert spans([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
+
+
+# ---------------------------------------------------------------- compare
+
+
+def _trace(*traps: tuple[str, str, int]) -> Trace:
+    spawn = Event(Nanos(0), EventKind.SPAWN, Pid(5), {"name": "server", "generation": 1})
+    events = [
+        Event(Nanos(at), EventKind.TRAP, Pid(5), {"trap": trap, "status": status, "size": size})
+        for at, (trap, status, size) in enumerate(traps)
+    ]
+    return Trace((spawn, *events))
+
+
+def test_two_equal_logs_are_the_same_whatever_the_times_and_pids() -> None:
+    left = normalise(_trace(("Send", "OK", 3)))
+    right = normalise(
+        Trace(
+            tuple(
+                event._replace(time=Nanos(event.time + 7), pid=Pid(9))
+                for event in _trace(("Send", "OK", 3)).events
+            )
+        )
+    )
+
+    assert left == right
+    assert compare_logs(left, right, SIM_LINUX).exit_code == 0
+
+
+@pytest.mark.parametrize("other", [("Send", "QUEUE_FULL", 3), ("Send", "OK", 4), ("Recv", "OK", 3)])
+def test_a_different_status_size_or_trap_fails_the_comparison(other: tuple[str, str, int]) -> None:
+    left, right = normalise(_trace(("Send", "OK", 3))), normalise(_trace(other))
+
+    result = compare_logs(left, right, SIM_LINUX)
+
+    assert result.exit_code == 1
+    assert "server generation 1" in compare.as_text(result)
+
+
+def test_a_task_that_exists_on_one_ground_only_fails_the_comparison() -> None:
+    assert compare_logs(normalise(_trace(("Send", "OK", 3))), {}, SIM_LINUX).exit_code == 1
+
+
+def test_an_allowed_difference_is_counted_and_one_never_seen_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allowed = Allowed(what="sizes", why="a test", hide=lambda entry: entry.replace("4", "3"))
+    monkeypatch.setattr(compare, "ALLOWED", (allowed,))
+    one, other = normalise(_trace(("Send", "OK", 3))), normalise(_trace(("Send", "OK", 4)))
+
+    needed, idle = compare_logs(one, other, SIM_LINUX), compare_logs(one, one, SIM_LINUX)
+
+    assert (needed.exit_code, needed.used) == (0, {"sizes": 1})
+    assert (idle.exit_code, idle.unused) == (1, ("sizes",))
+
+
+def test_the_smp_rows_are_all_the_kernels_own() -> None:
+    assert {row.printer for row in RUNGS if row.phase is Phase.SMP} == {KERNEL}

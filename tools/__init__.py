@@ -1,0 +1,1 @@
+"""Checks of this tree, and the pages that are written from it."""
