@@ -12,7 +12,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes \
        --only-binary :all: -r
-TREES := src tests tools fuzz bench
+TREES := $(wildcard src tests tools fuzz bench)
 
 # A tree that was moved or copied, or whose Python was removed, gets its .venv made anew.
 VENV_WORKS := $(shell test "$$(cat .venv/.made 2>/dev/null)" = "$(CURDIR)" && \
@@ -24,7 +24,7 @@ endif
 .PHONY: help
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
-	    while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	    while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 # ---------------------------------------------------------------- the virtual environment
 
@@ -63,6 +63,11 @@ pytest: .venv/.dev
 	@echo '== tests'
 	@$(BIN)/pytest
 
+.PHONY: coverage
+coverage: .venv/.dev ## branch coverage of the pure packages, shown and not gated
+	@$(BIN)/coverage run -m pytest tests/unit tests/stateful
+	@$(BIN)/coverage report --skip-covered
+
 .PHONY: prove
 prove: .venv/.dev ## both grounds, and the comparison of their event logs
 	@echo '== proof: simulated kernel'
@@ -95,12 +100,14 @@ lint: .venv/.dev ## format, lint, words, the rules of the tree, who may import w
 .PHONY: types
 types: .venv/.dev ## mypy strict, and basedpyright for results that nobody looks at
 	@echo '== types'
-	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary $(TREES)
 	@$(BIN)/basedpyright --level error > .venv/types.log || { cat .venv/types.log; exit 1; }
 
 .PHONY: drift
 drift: .venv/.dev ## generated pages, claims and statuses agree with the code
 	@echo '== drift'
+	@for file in systems/*.toml; do $(BIN)/nexus check $$file > /dev/null || exit; done
+	@$(BIN)/python -m nexus.testing.golden tests/golden
 	@$(BIN)/python -m tools.pages --check
 	@$(BIN)/python -m tools.claims
 	@$(BIN)/python -m tools.statuses
@@ -108,6 +115,10 @@ drift: .venv/.dev ## generated pages, claims and statuses agree with the code
 .PHONY: docs
 docs: .venv/.dev ## write the generated pages
 	@$(BIN)/python -m tools.pages
+
+.PHONY: golden
+golden: .venv/.dev ## write the golden frames of new protocols, and of those with a new version
+	@$(BIN)/python -m nexus.testing.golden --write tests/golden
 
 # ---------------------------------------------------------------- upkeep
 

@@ -1,8 +1,11 @@
-"""What every test shares: the hypothesis profiles."""
+"""What every test shares: the hypothesis profiles, and assertions that tell what they compared."""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("nexus.testing")  # the suite we ship is tests too
 
 settings.register_profile(
     "ci",

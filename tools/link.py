@@ -12,8 +12,11 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
+# The shell reads the first lines, Python all but the first: a path may hold spaces, or be long.
 SCRIPT: Final = """\
-#!{python}
+#!/bin/sh
+'''exec' "{python}" "$0" "$@"
+' '''
 import sys
 
 from {module} import {function}

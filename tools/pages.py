@@ -16,8 +16,9 @@ from typing import Any, Final
 import msgspec
 
 from nexus.init.system import schema_text
+from nexus.testing.golden import protocols
 from nexus.wire import HEADER_SIZE, Protocol, ReplyStatus, RequestInfo
-from tools.statuses import Evidence, Refusal, declared, evidence, protocols
+from tools.statuses import Evidence, Refusal, declared, evidence
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 WRITTEN: Final = "<!-- Written by `make docs` from {source}; edit that instead. -->"

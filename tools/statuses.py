@@ -9,9 +9,7 @@ climbs it, whose docstring begins with `#66:`, names it.
 """
 
 import ast
-import importlib
 import inspect
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -20,10 +18,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-import nexus.protocols
 from nexus.abi import Status
 from nexus.ipc import BulkFault, outcome
-from nexus.wire import Protocol, ReplyStatus
+from nexus.testing.golden import protocols
+from nexus.wire import ReplyStatus
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TESTS: Final = ("tests", "src/nexus/testing")
@@ -61,15 +59,6 @@ class Evidence:
     tests: dict[str, list[str]]
     rungs: dict[str, list[int]]
     unknown: list[str]  # declared by a test, but no such status
-
-
-def protocols() -> list[Protocol]:
-    """Every protocol of the tree, by number."""
-    found: list[Protocol] = []
-    for entry in pkgutil.iter_modules(nexus.protocols.__path__):
-        module = importlib.import_module(f"nexus.protocols.{entry.name}")
-        found.extend(value for value in vars(module).values() if isinstance(value, Protocol))
-    return sorted(set(found), key=lambda protocol: protocol.number)
 
 
 def declared() -> list[Refusal]:

@@ -15,7 +15,6 @@ import pytest
 from nexus.abi import BootImage, Send
 from nexus.testing.conformance.steps import ended, start, take
 from nexus.testing.rig import Rig, linux_rig
-
 from tests.attack.hostile import call, report, reporting_back, result
 
 pytestmark = pytest.mark.linux

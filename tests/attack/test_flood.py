@@ -28,7 +28,6 @@ from nexus.kernel.linux.frames import TRAILER_SIZE
 from nexus.kernel.linux.truesize import TRUESIZE_SLACK
 from nexus.testing.conformance.steps import ended_well, start, take
 from nexus.testing.rig import Rig
-
 from tests.attack.hostile import errno_of, socket_of
 
 pytestmark = pytest.mark.linux

@@ -30,11 +30,16 @@ from nexus.abi import (
     TaskCounters,
     TaskStats,
 )
-from nexus.kernel.linux.frames import FRAME_ATTACH, FRAME_DETACH, pack_attach, pack_trailer
-from nexus.kernel.linux.frames import TRAILER_SIZE, Trailer
+from nexus.kernel.linux.frames import (
+    FRAME_ATTACH,
+    FRAME_DETACH,
+    TRAILER_SIZE,
+    Trailer,
+    pack_attach,
+    pack_trailer,
+)
 from nexus.testing.conformance.steps import ended_well, gone, refused, start, take
 from nexus.testing.rig import Rig, Run, linux_rig
-
 from tests.attack.hostile import driver, errno_of, socket_of, with_descriptors
 
 pytestmark = pytest.mark.linux

@@ -19,10 +19,10 @@ from nexus.abi import (
 )
 from nexus.testing.conformance.steps import control, ended_well, start, take
 from nexus.testing.rig import Rig, linux_rig
-
 from tests.attack.hostile import forged, reporting_back, socket_of
 
 pytestmark = pytest.mark.linux
+
 
 async def _prey(boot: BootImage) -> None:
     await take(boot.endpoint)

@@ -17,7 +17,6 @@ from nexus.abi import BootImage, Send, VmoCreate, VmoMap, VmoSeal, VmoWrite
 from nexus.kernel.linux.native import F_SEAL_FUTURE_WRITE
 from nexus.testing.conformance.steps import ended, ended_well, start, take, tell
 from nexus.testing.rig import Rig, linux_rig
-
 from tests.attack.hostile import (
     call,
     driver,
@@ -328,6 +327,7 @@ def _list_descriptors(_boot: BootImage, _told: Mapping[str, Any]) -> dict[str, A
 
 def _descriptors(rig: Rig) -> tuple[dict[str, Any], list[int]]:
     """What a service has open when init had files, pipes, sockets and directories open."""
+
     async def root(boot: BootImage) -> Any:
         planted = [os.open("/etc/passwd", os.O_RDONLY), os.open("/", os.O_RDONLY)]
         planted += os.pipe()

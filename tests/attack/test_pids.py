@@ -174,6 +174,7 @@ def test_without_burned_numbers_the_test_hears_the_wrong_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The control experiment: a table whose rows follow the number at once misattributes."""
+
     def publish_over(table: Any, sender: Sender, uid: int, gid: int) -> None:
         if original_burned(table, sender.pid):
             table.clear(sender.pid)

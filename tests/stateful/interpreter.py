@@ -370,4 +370,3 @@ def conductor(reader: int, writer: int) -> Callable[[BootImage], Coroutine[Any, 
             await Wait(spawned.pid, Nanos(await Now() + PATIENCE))
 
     return root
-

@@ -7,8 +7,7 @@ import sys
 import traceback
 
 from nexus.kernel.core.limits import SystemLimits
-from nexus.testing.rig import Rig, drop_to, kill_tree
-
+from nexus.testing.rig import Rig, kill_tree
 from tests.stateful.interpreter import PROGRAM, Operation, child, conductor, encoded
 
 ANSWER_TIME_MAX = 20.0  # seconds; a correct kernel needs milliseconds
@@ -40,8 +39,6 @@ class Session:
     def _live(self, rig: Rig, reader: int, writer: int, failure: int) -> None:
         text = ""
         try:
-            if rig.user is not None:
-                drop_to(rig.user)
             here = dataclasses.replace(rig, forked=False)
             outcome = here.run_here(
                 conductor(reader, writer), {PROGRAM: child}, SystemLimits(), b""

@@ -19,7 +19,6 @@ from hypothesis.stateful import (
 
 from nexus.abi import MESSAGE_SIZE_MAX, NO_WAIT, PAGE_SIZE, SLOTS_MAX
 from nexus.testing.rig import Rig, linux_rig, sim_rig
-
 from tests.stateful.interpreter import PAST, Operation
 from tests.stateful.session import Session
 

@@ -239,7 +239,7 @@ def test_a_table_of_capabilities_that_would_overflow_is_refused() -> None:
 
     assert error.line == 5
     assert "at most 96 capability slots" in error.expected
-    assert error.found == '107 for "timed"'
+    assert error.found == '115 for "timed"'
 
 
 def test_two_names_with_one_identity_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

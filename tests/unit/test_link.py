@@ -8,7 +8,7 @@ from tools.link import link
 
 
 def test_the_command_runs_the_function_that_the_project_names(tmp_path: Path) -> None:
-    root, site, scripts = (tmp_path / name for name in ("tree", "site", "bin"))
+    root, site, scripts = (tmp_path / name for name in ("a tree", "site", "bin"))
     for folder in (root / "src", site, scripts):
         folder.mkdir(parents=True)
     (root / "pyproject.toml").write_text(

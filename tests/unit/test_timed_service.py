@@ -312,7 +312,7 @@ def test_the_window_is_that_of_the_class_the_kernel_holds() -> None:
     async def client(boot: BootImage) -> None:
         link = await taken_link(boot)
         deadline = await Now() + 20 * MS + MS // 2
-        timer = await link.call(Register(deadline), Nanos(deadline + SECOND))
+        timer: Any = await link.call(Register(deadline), Nanos(deadline + SECOND))
         results.append((deadline, timer))
 
     async def test(rig: Rig) -> None:
@@ -332,8 +332,9 @@ def test_a_dead_client_leaves_no_timer_behind_and_cannot_be_cancelled_for() -> N
         link = await taken_link(boot)
         far = Nanos(await Now() + SECOND)
         for _ in range(3):
-            assert isinstance(await link.call(Register(far), far), Timer)
-        assert isinstance(await link.start(Sleep(far - 500 * MS), far), object)
+            timer: Any = await link.call(Register(far), far)
+            assert isinstance(timer, Timer)
+        _ = await link.start(Sleep(far - 500 * MS), far)
         await SleepUntil(Nanos(await Now() + 50 * MS))
 
     async def test(rig: Rig) -> tuple[dict[str, int], Any, dict[str, int]]:
@@ -357,7 +358,8 @@ def test_a_link_that_is_closed_frees_the_timers_set_over_it() -> None:
         link: NewLink = await LinkCreate(rig.spawned.slot, TERMS)
         second = await bound(rig.boot, link.slot, 1)
         far = Nanos(await Now() + SECOND)
-        assert isinstance(await second.call(Register(far), far), Timer)
+        timer: Any = await second.call(Register(far), far)
+        assert isinstance(timer, Timer)
         before = await rig.facts()
         await CapClose(link.slot)
         await SleepUntil(Nanos(await Now() + 10 * MS))

@@ -74,7 +74,6 @@ from nexus.wire import (
     ReplyStatus,
     answer,
     encode,
-    status_of,
     unpack_header,
 )
 
@@ -183,12 +182,11 @@ class Desk:
     def _decoded(self, record: Record, message: Message, codec: Codec | None) -> InitRequest:
         data = message.data
         header = unpack_header(data)
-        if codec is None or codec.request_type not in PROTOCOL.codecs:
+        if header is None or codec is None or codec.request_type not in PROTOCOL.codecs:
             record.routes.malformed += 1
-            short = header is None or header.kind != FRAME_KIND or status_of(data)
-            is_bind = codec is not None and codec.request_type is Bind
-            raise Refused(ReplyStatus.MALFORMED if short or is_bind else ReplyStatus.UNSUPPORTED)
-        assert header is not None, "a known prefix may still be a short frame"
+            broken = header is None or header.kind != FRAME_KIND or header.status
+            is_bind = codec is not None and codec.request_type is Bind  # without its capability
+            raise Refused(ReplyStatus.MALFORMED if broken or is_bind else ReplyStatus.UNSUPPORTED)
         try:
             request: InitRequest = codec.decode_request(data[HEADER_SIZE:])
         except RemoteProtocolError as error:
@@ -249,7 +247,7 @@ class Desk:
                 raise
             tally.down += 1  # it is ending, or has not yet seen the end of its former clients
             raise Refused(InitStatus.ROUTE_DOWN) from error
-        self._init.links.on_taken(row, asker.generation, provider.generation)
+        self._init.links.on_taken(row, terms, asker.generation, provider.generation)
         tally.ok += 1
         reply = Routed(
             service=provider.planned.service,

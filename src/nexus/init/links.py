@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 
+from nexus.abi import LinkTerms
 from nexus.init.plan import Plan, PlannedLink
 
 
 @dataclass(slots=True)
 class LinkState:
-    """A planned link and how often the present instances took it; 0 is that it is not there."""
+    """A planned link and how often the present instances took it; 0 is that it is not there.
+
+    `terms` are those of the link that was made, None as long as none was.
+    """
 
     planned: PlannedLink
+    terms: LinkTerms | None = None
     client_generation: int = 0
     server_generation: int = 0
     taken: int = 0
@@ -57,8 +62,11 @@ class LinkTable:
         count = sum(max(0, other.taken - 1) for other in extra)
         return size + row.planned.share <= self._spare[server] and count < self._delegations[server]
 
-    def on_taken(self, row: LinkState, client_generation: int, server_generation: int) -> None:
-        """A link was made and moved to the client."""
+    def on_taken(
+        self, row: LinkState, terms: LinkTerms, client_generation: int, server_generation: int
+    ) -> None:
+        """A link was made for the client."""
+        row.terms = terms
         row.client_generation = client_generation
         row.server_generation = server_generation
         row.taken += 1
@@ -68,6 +76,7 @@ class LinkTable:
         for row in self._rows.values():
             if name in {row.planned.client, row.planned.server}:
                 row.taken = 0
+                row.terms = None
 
 
 def planned_rows(plan: Plan) -> list[LinkState]:

@@ -223,7 +223,9 @@ def _service(
 ) -> PlannedService:
     if service.cpu is not None and service.cpu >= system.smp:
         raise system.wrong(
-            (*service.path, "cpu"), f"a CPU below {system.smp}, the smp of the system", str(service.cpu)
+            (*service.path, "cpu"),
+            f"a CPU below {system.smp}, the smp of the system",
+            str(service.cpu),
         )
     if len(into) + 1 > BINDS_MAX:
         raise system.wrong(

@@ -259,13 +259,12 @@ class Supervisor:
             [
                 row.planned.client,
                 row.planned.server,
-                row.planned.depth,
-                row.planned.size,
-                row.planned.delegations,
+                *row.terms,
                 row.client_generation,
                 row.server_generation,
             ]
             for row in self.links.rows
+            if row.terms is not None
         ]
         evidence: dict[str, Any] = {"links": links, "grants": []}
         if len(_json(evidence)) <= EVIDENCE_SIZE_MAX:
@@ -465,6 +464,7 @@ class Supervisor:
 
     async def _end(self) -> int:
         """Say how everything ended; the exit code."""
+        await self._drain()
         await self.take_audit()
         stats = await TaskStats()
         exits = {
@@ -490,6 +490,21 @@ class Supervisor:
             lines_lost=self.lines_lost,
         )
         return EXIT_DIRTY if self.dirty else EXIT_CLEAN
+
+    async def _drain(self) -> None:
+        """Receive what the ended services left behind: the ends of their links, late words."""
+        recv = Recv((self.boot.endpoint, self._inbox), NO_WAIT)
+        for _ in range(2 * len(self.records) * LINK_DEPTH_DEFAULT):
+            try:
+                message = await recv
+            except PeerGone:
+                continue
+            except AbiError as error:
+                if error.status is not Status.QUEUE_EMPTY:
+                    raise
+                return
+            if message.cap is not None:
+                await CapClose(message.cap)
 
     # ------------------------------------------------------------------ time
 

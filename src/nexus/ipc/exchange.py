@@ -56,7 +56,6 @@ from nexus.wire import (
     ReplyStatus,
     Request,
     encode,
-    encode_into,
     nonce_of,
     status_of,
 )
@@ -64,12 +63,13 @@ from nexus.wire import Protocol as WireProtocol
 
 CALL_MISMATCHES: Final = NonceMismatchBudget(64)  # per wait; twice the largest queue of strays
 BATCH_FRAME_PREFIX: Final = HEADER_SIZE + BATCH_PREFIX_SIZE_MAX
-CALL_HEADER: Final = struct.Struct("<8sQQ24s")  # prefix, nonce, deadline, trace and span
+ECHO: Final = struct.Struct("<QQ24s")  # nonce, deadline, trace and span: what a reply returns
 RECENT_MASK: Final = RECENT_COUNT - 1
 
-assert CALL_HEADER.size == HEADER_SIZE
+assert PREFIX_SIZE + ECHO.size == HEADER_SIZE
 
 ReplyT = TypeVar("ReplyT")
+ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
 
 class Parent(Protocol):
@@ -111,7 +111,7 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
-class Started(Generic[ReplyT]):
+class Started(Generic[ReplyT_co]):
     """A call in flight. Give it to `finish`, or to `forget` if its answer no longer matters."""
 
     pending: Pending
@@ -126,15 +126,14 @@ class Exchange:
         self._take_nonce = caller.correlator.nonces.take
         self._recent = caller.correlator.recent
         self._codecs: dict[type, Codec] = {**META.codecs, **protocol.codecs}
-        self._frame = bytearray(MESSAGE_SIZE_MAX)
         self.protocol = protocol
         self.peer = peer
-        self._trap = CallTrap(peer.slot, self._frame, peer.inbox, peer.link, Nanos(0))
+        self._trap = CallTrap(peer.slot, b"", peer.inbox, peer.link, Nanos(0))
 
     def use(self, peer: Peer) -> None:
         """Go on over another link to the same service."""
         self.peer = peer
-        self._trap = CallTrap(peer.slot, self._frame, peer.inbox, peer.link, Nanos(0))
+        self._trap = CallTrap(peer.slot, b"", peer.inbox, peer.link, Nanos(0))
 
     @property
     def generation(self) -> int:
@@ -158,23 +157,21 @@ class Exchange:
             peer = self.peer
         codec = self._codecs[type(request)]
         nonce = self._take_nonce()
-        frame = self._frame
-        encode_into(request, frame, HEADER_SIZE)
-        CALL_HEADER.pack_into(frame, 0, codec.prefix, nonce, deadline, trail)
+        echo = ECHO.pack(nonce, deadline, trail)
         self._recent[nonce & RECENT_MASK] = peer
         trap = self._trap
+        trap.data = codec.prefix + echo + encode(request)
         trap.deadline = deadline
         try:
             message = await trap
         except AbiError as error:
             ended: ReplyT | Refused | CallFailure = await self._call_interrupted(
-                error, nonce, codec, deadline
+                error, Pending(nonce, peer, codec, deadline, echo, 0)
             )
             return ended
         data, sender, _, cap, _, _ = message
         if (
-            data[:PREFIX_SIZE] == codec.reply_prefix
-            and data[PREFIX_SIZE:HEADER_SIZE] == frame[PREFIX_SIZE:HEADER_SIZE]
+            data[:HEADER_SIZE] == codec.reply_prefix + echo
             and sender[0] == peer.service
             and sender[2] == peer.generation
             and cap is None
@@ -186,7 +183,7 @@ class Exchange:
                 return Malformed()
             return reply
         outcome: ReplyT | Refused | CallFailure = await self._settle(
-            message, self._pending(nonce, codec, deadline, 0)
+            message, Pending(nonce, peer, codec, deadline, echo, 0)
         )
         return outcome
 
@@ -267,17 +264,14 @@ class Exchange:
                 return [failure] * (len(requests) - first)
         codec = self._codecs[type(requests[first])]
         count, body = self._batch(requests, first, codec)
-        nonce = self._take_nonce()
-        frame = self._frame
-        frame[HEADER_SIZE:] = body
-        CALL_HEADER.pack_into(frame, 0, codec.batch_prefix, nonce, deadline, trail)
-        pending = self._pending(nonce, codec, deadline, count)
+        pending = self._pending(codec, deadline, trail, count)
         trap = self._trap
+        trap.data = codec.batch_prefix + pending.echo + body
         trap.deadline = deadline
         try:
             message = await trap
         except AbiError as error:
-            outcome: Any = await self._call_interrupted(error, nonce, codec, deadline, count)
+            outcome: Any = await self._call_interrupted(error, pending)
         else:
             outcome = await self._settle(message, pending)
         return outcome if isinstance(outcome, list) else [outcome] * count
@@ -306,8 +300,10 @@ class Exchange:
             context = context or parent.context
         return deadline, caller.trail if context is None else context.trail
 
-    def _pending(self, nonce: int, codec: Codec, deadline: Nanos, count: int) -> Pending:
-        echo = bytes(self._frame[PREFIX_SIZE:HEADER_SIZE])
+    def _pending(self, codec: Codec, deadline: Nanos, trail: bytes, count: int = 0) -> Pending:
+        """A new call, not yet sent."""
+        nonce = self._take_nonce()
+        echo = ECHO.pack(nonce, deadline, trail)
         return Pending(nonce, self.peer, codec, deadline, echo, count)
 
     async def _revive(self, _deadline: Nanos) -> CallFailure | None:
@@ -325,23 +321,20 @@ class Exchange:
         codec = self._codecs[type(request)]
         deadline, trail = self._inherit(deadline, context)
         failure = None if self.peer.alive else await self._revive(deadline)
-        nonce = self._take_nonce()
-        encode_into(request, self._frame, HEADER_SIZE)
-        CALL_HEADER.pack_into(self._frame, 0, codec.prefix, nonce, deadline, trail)
-        pending = self._pending(nonce, codec, deadline, 0)
+        pending = self._pending(codec, deadline, trail)
         if failure is not None:
             pending.early = failure
         elif len(self._correlator.in_flight) >= PENDING_COUNT_MAX:
             pending.early = Refused(ReplyStatus.BUSY)
         else:
-            await self._post(pending, move)
+            await self._post(pending, codec.prefix + pending.echo + encode(request), move)
         return pending
 
-    async def _post(self, pending: Pending, move: Slot | None) -> None:
-        """Send the frame, waiting for room until the deadline."""
+    async def _post(self, pending: Pending, frame: bytes, move: Slot | None) -> None:
+        """Send, waiting for room until the deadline."""
         self._correlator.on_sent(pending)
         try:
-            await Send(self.peer.slot, bytes(self._frame), move=move, deadline=pending.deadline)
+            await Send(self.peer.slot, frame, move=move, deadline=pending.deadline)
         except AbiError as error:
             self._correlator.on_ended(pending)
             failure = self._not_sent(error)
@@ -358,15 +351,12 @@ class Exchange:
             case _:
                 raise error
 
-    async def _call_interrupted(
-        self, error: AbiError, nonce: int, codec: Codec, deadline: Nanos, count: int = 0
-    ) -> Any:
+    async def _call_interrupted(self, error: AbiError, pending: Pending) -> Any:
         """The Call trap was refused: before or after the request left."""
-        pending = self._pending(nonce, codec, deadline, count)
         if not self._trap.sent:
             if error.status not in (Status.QUEUE_FULL, Status.NO_SPACE):
                 return self._not_sent(error)
-            await self._post(pending, None)
+            await self._post(pending, bytes(self._trap.data), None)
             return await self._conclude(pending)
         self._correlator.on_sent(pending)
         self._on_refused_receive(error, pending)

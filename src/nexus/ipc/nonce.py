@@ -20,9 +20,17 @@ class NonceGen:
     def take(self) -> int:
         """A nonce that no call in flight has."""
         nonce = self._upcoming
+        self._upcoming = nonce + 1
+        if nonce in self._in_flight or nonce > NONCE_MASK:
+            return self._take_another()
+        return nonce
+
+    def _take_another(self) -> int:
+        """The rare case: the next number is taken, or beyond 64 bits."""
+        nonce = (self._upcoming - 1) & NONCE_MASK
         while nonce in self._in_flight:
             nonce = (nonce + 1) & NONCE_MASK
-        self._upcoming = (nonce + 1) & NONCE_MASK
+        self._upcoming = nonce + 1
         return nonce
 
     def age(self, nonce: int) -> int:

@@ -32,7 +32,7 @@ from nexus.proof import workload
 
 FAULTS_SPAN: Final = Nanos(400_000_000)  # ns of virtual time in which faults fire
 SWEEP_SPAN: Final = Nanos(60_000_000)  # ns; one failure is planned, and early
-HEALTHY_WITHIN: Final = Nanos(2_000_000_000)  # ns after the faults; back-off, echo, rebind
+HEALTHY_WITHIN: Final = Nanos(5_000_000_000)  # ns after the faults; a start is tried for 3 s
 RUN_LIMIT: Final = Nanos(20_000_000_000)  # ns of virtual time; a run that needs it hangs
 SWEEP_NTH_MAX: Final = 60  # occurrences failed one by one; a later one is like an earlier one
 PROBLEMS_SHOWN_MAX: Final = 20
@@ -54,15 +54,18 @@ ends_with = "campaign.judge"
 
 [service.timed]
 program = "timed"
+health = {{ deadline = "500ms" }}
 
 [service."demo.testsvc"]
 program = "demo.testsvc"
+health = {{ deadline = "500ms" }}
 endpoints = 16
 uses = [{{ name = "timed" }}]
 """
 _CLIENT: Final = """
 [service."{name}"]
 program = "selftest-client"
+health = {{ deadline = "500ms" }}
 capabilities = ["proof.control"]
 uses = [{{ name = "timed" }}, {{ name = "demo.testsvc" }}]
 settings = {{ judge = {judge}, faults = {faults}, healthy_within = {healthy} }}
@@ -81,6 +84,9 @@ CHANCES: Final[Mapping[FaultPoint, tuple[int, int]]] = {
 }
 """Parts of a million per reach of a point, least and most; each run draws within."""
 
+INJECTED: Final = "injected"  # how the text of an injected refusal ends
+GAVE_UP: Final = "task that gave up at an injected refusal, ended and started again"
+
 RECOVERIES: Final = (
     "service restarted",
     "spawn refused, tried again",
@@ -89,6 +95,7 @@ RECOVERIES: Final = (
     "deadline met an unanswered call",
     "call cut off by a death told as Unknown",
     "forged identity refused",
+    GAVE_UP,
     "healthy after the faults",
 )
 
@@ -212,9 +219,12 @@ def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> 
     else:
         if ended.code or ended.signal:
             problems.append(f"init ended with code {ended.code}, signal {ended.signal}")
+    crashes = [crash.strip().rpartition("\n")[2] for crash in kernel.crashes]
+    problems += [crash for crash in crashes if not crash.endswith(INJECTED)]
     problems += _leaks(kernel)
     problems += unaccounted(kernel.log_lines(), forged=bool(faults_plan.forge))
     seen = _Seen(observer.events)
+    seen.recoveries[GAVE_UP] += sum(crash.endswith(INJECTED) for crash in crashes)
     problems += seen.problems
     counts = faults.counts()
     return RunReport(

@@ -40,7 +40,7 @@ from nexus.runtime import Call, Server, ServiceConfig
 from nexus.wire import ReplyStatus
 
 CALL_WAIT: Final = Nanos(100_000_000)  # ns; deadline of each call
-CONNECT_WAIT: Final = Nanos(500_000_000)  # ns; deadline of finding a service
+CONNECT_WAIT: Final = Nanos(200_000_000)  # ns; deadline of finding a service
 BACKOFF: Final = Nanos(5_000_000)  # ns; first pause of a retry
 ATTEMPTS_MAX: Final = 12
 LATE_MAX: Final = Nanos(40_000_000)
@@ -155,11 +155,12 @@ class Workload:
 
     async def _held(self) -> object:
         """Two calls in flight, the first answered only because of the second."""
+        token = self._boot.pid << 16 | self._round & 0xFFFF
         deadline = await self._ahead()
-        held = await self._testsvc.start(Hold(self._round), deadline)
+        held = await self._testsvc.start(Hold(token), deadline)
         if isinstance(held, CallFailure):
             return held
-        released = await self._testsvc.call(Release([self._round]), deadline)
+        released = await self._testsvc.call(Release([token]), deadline)
         if not isinstance(released, Released):
             self._testsvc.forget(held)
             return self._expect(released, Released, False, "release")

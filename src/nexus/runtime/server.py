@@ -71,7 +71,6 @@ from nexus.wire import (
     ReplyStatus,
     answer,
     encode,
-    encode_into,
     status_of,
 )
 from nexus.wire import Protocol as WireProtocol
@@ -80,7 +79,7 @@ BINDS_MAX: Final = 56  # reply links kept, one per link into the endpoint
 ONE_SHOTS_MAX: Final = 8  # reply links of deferred one-shot requests
 OWN_SLOTS: Final = 32  # of the table for the service itself, and one message on its way
 REMARKS_MAX: Final = 32  # refused calls remembered with their notes
-DEADLINE: Final = struct.Struct("<Q")
+DEADLINE: Final = struct.Struct(f"<{DEADLINE_OFFSET}xQ")
 INIT: Final = service_id(INIT_NAME)
 
 assert BINDS_MAX + ONE_SHOTS_MAX + OWN_SLOTS <= SLOTS_MAX
@@ -144,10 +143,9 @@ class Server:
         self._dispatch = protocol.dispatch
         self._replies: dict[LinkId, Slot] = {}
         self._one_shots: dict[Slot, Deferred] = {}
-        self._outbox: list[tuple[Deferred, bytearray]] = []
+        self._outbox: list[tuple[Deferred, bytes | bytearray]] = []
         self._call = Call(self._caller.spans, self._post)
         self._trap = ReplyRecv((boot.endpoint,), NEVER)
-        self._frame = bytearray(MESSAGE_SIZE_MAX)
         self._announced = False
         self._announcing = False
         self._latest = boot.now
@@ -189,7 +187,6 @@ class Server:
         dispatch = self._dispatch
         handle = self._handle
         awaits = self._awaits
-        frame = self._frame
         next_time = self._hooks.next_time
         forever = deadline == NEVER
         trap.deadline = deadline
@@ -207,7 +204,8 @@ class Server:
                 self._check_sent()
             trap.slot = None
             data, sender, link, cap, now, _ = message
-            self._latest = now
+            if next_time is not None:
+                self._latest = now
             codec = dispatch.get(data[:PREFIX_SIZE])
             slot = replies.get(link)
             if codec is None or slot is None or cap is not None:
@@ -220,7 +218,7 @@ class Server:
             except RemoteProtocolError:
                 _ = await self._send(slot, self._refusal(message, ReplyStatus.MALFORMED))
                 return True
-            (until,) = DEADLINE.unpack_from(data, DEADLINE_OFFSET)
+            (until,) = DEADLINE.unpack_from(data)
             if until <= now:
                 _ = await self._send(slot, self._refusal(message, ReplyStatus.EXPIRED))
                 return True
@@ -238,9 +236,7 @@ class Server:
             if type(reply) is not codec.reply_type or call.moving is not None:
                 await self._conclude(slot, self._framed(reply))
                 return True
-            encode_into(reply, frame, HEADER_SIZE)
-            frame[:HEADER_SIZE] = data[:HEADER_SIZE]
-            frame[OP_INDEX] |= REPLY_BIT
+            frame = codec.reply_prefix + data[PREFIX_SIZE:HEADER_SIZE] + encode(reply)
             if not forever:
                 _ = await self._send(slot, frame)
                 return True
@@ -368,7 +364,7 @@ class Server:
         except RemoteProtocolError:
             await close_if_any(message.cap if codec.moves else None)
             return self._refusal(message, ReplyStatus.MALFORMED)
-        (until,) = DEADLINE.unpack_from(message.data, DEADLINE_OFFSET)
+        (until,) = DEADLINE.unpack_from(message.data)
         if until <= message.now:
             await close_if_any(message.cap if codec.moves else None)
             return self._refusal(message, ReplyStatus.EXPIRED)
@@ -406,7 +402,7 @@ class Server:
             requests = codec.decode_requests(message.data[HEADER_SIZE:])
         except RemoteProtocolError:
             return self._refusal(message, ReplyStatus.MALFORMED)
-        (until,) = DEADLINE.unpack_from(message.data, DEADLINE_OFFSET)
+        (until,) = DEADLINE.unpack_from(message.data)
         if until <= message.now:
             return self._refusal(message, ReplyStatus.EXPIRED)
         call.begin(message, codec, until)
@@ -465,7 +461,7 @@ class Server:
         self.remarks.append(Remark(message.sender, name, status, self._call.notes_of(message)))
 
     async def _send(
-        self, slot: Slot, frame: bytearray, *, move: Slot | None = None, close: bool = False
+        self, slot: Slot, frame: bytes | bytearray, *, move: Slot | None = None, close: bool = False
     ) -> bool:
         """Send without waiting; what cannot be sent is lost, counted and forgotten."""
         assert len(frame) <= MESSAGE_SIZE_MAX, "a reply exceeds its bounds"
@@ -481,7 +477,7 @@ class Server:
             await CapClose(slot)
         return sent
 
-    def _post(self, deferred: Deferred, frame: bytearray) -> None:
+    def _post(self, deferred: Deferred, frame: bytes | bytearray) -> None:
         """A deferred reply is given: it is sent before the next wait."""
         self._outbox.append((deferred, frame))
 

@@ -37,6 +37,7 @@ from nexus.abi import (
 )
 from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.linux.harden import preload
 from nexus.kernel.sim import SimKernel
 
 RUN_TIME_MAX: Final = Nanos(20_000_000_000)  # of the kernel's clock; a case takes well under 5 s
@@ -192,9 +193,7 @@ def sim_rig(*, seed: int, cpu_count: int) -> Rig:
     """The simulated kernel; its clock moves only by what it models, so lateness is its own."""
 
     def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
-        return SimKernel(
-            programs, seed=seed, recorder=recorder, cpu_count=cpu_count, limits=limits
-        )
+        return SimKernel(programs, seed=seed, recorder=recorder, cpu_count=cpu_count, limits=limits)
 
     return Rig(
         name=f"sim-smp{cpu_count}-seed{seed}", make_kernel=make, lateness_max=SIM_LATENESS_MAX
@@ -300,6 +299,7 @@ def _in_a_fork(work: Callable[[], Outcome], *, user: int | None) -> Outcome:
 def _work_and_exit(work: Callable[[], Outcome], writer: int, user: int | None) -> NoReturn:
     try:
         if user is not None:
+            preload()  # the interpreter's own files may be root's alone
             drop_to(user)
         try:
             outcome = work()

@@ -37,9 +37,8 @@ from nexus.wire.protocol import (
     ReplyStatus,
     Request,
     RequestInfo,
-    decode_strict,
     encode,
-    encode_into,
+    strict_decoder,
 )
 
 INLINE_SIZE_MAX = BODY_SIZE_MAX - 16  # bytes of one Blob; 16 covers its array and length prefixes
@@ -84,12 +83,11 @@ __all__ = [
     "RequestInfo",
     "Text",
     "answer",
-    "decode_strict",
     "encode",
-    "encode_into",
     "encoded_size_max",
     "nonce_of",
     "pack_header",
     "status_of",
+    "strict_decoder",
     "unpack_header",
 ]

@@ -119,31 +119,33 @@ class Request(Message, Generic[ReplyT]):
     INFO: ClassVar[RequestInfo]
 
 
-_ENCODER: Final = msgspec.msgpack.Encoder()
-encode: Final = _ENCODER.encode
-encode_into: Final = _ENCODER.encode_into
+encode: Final = msgspec.msgpack.Encoder().encode
 
 
 DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError)
 
 
-def decode_strict(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    """Decode exactly what the encoder produces; RemoteProtocolError for anything else.
+def strict_decoder(declared: Any) -> Callable[[bytes], Any]:
+    """A function that decodes exactly what the encoder produces for the type `declared`.
 
-    Encoding the value again refuses in one comparison what a decoder lets through: integers and
-    lengths in a longer form than needed, an integer where a float belongs, left-out defaults.
+    It raises RemoteProtocolError for anything else. Encoding the value again refuses in one
+    comparison what a decoder lets through: integers and lengths in a longer form than needed, an
+    integer where a float belongs, left-out defaults. A closure, because each call runs it twice.
     """
-    try:
-        value = decode(body)
-    except DECODE_ERRORS as error:
-        raise RemoteProtocolError(str(error)) from error
-    if encode(value) != body:
-        raise RemoteProtocolError("not in the form the encoder produces")
-    return value
+    decode = msgspec.msgpack.Decoder(declared).decode
+    encode_again = encode
+    errors = DECODE_ERRORS
 
+    def decode_strict(body: bytes) -> Any:
+        try:
+            value = decode(body)
+        except errors as error:
+            raise RemoteProtocolError(str(error)) from error
+        if encode_again(value) != body:
+            raise RemoteProtocolError("not in the form the encoder produces")
+        return value
 
-def _decoder(declared: Any) -> Callable[[bytes], Any]:
-    return msgspec.msgpack.Decoder(declared).decode
+    return decode_strict
 
 
 class Codec:
@@ -151,17 +153,18 @@ class Codec:
 
     A prefix is the first 8 bytes of a header, which name everything but the call itself: a
     frame whose first 8 bytes are known needs no further look at its protocol, version or op.
+    `decode_request` and `decode_reply` take a body and raise RemoteProtocolError.
     """
 
     __slots__ = (
         "_decode_items",
         "_decode_replies",
-        "_decode_reply",
-        "_decode_request",
         "_decode_requests",
         "batch_count_max",
         "batch_prefix",
         "batch_reply_prefix",
+        "decode_reply",
+        "decode_request",
         "idempotent",
         "info",
         "moves",
@@ -188,11 +191,11 @@ class Codec:
         self.reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, 0, number, 0)
         self.batch_prefix = PREFIX.pack(FRAME_KIND, version, info.op, FLAG_BATCH, number, 0)
         self.batch_reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, FLAG_BATCH, number, 0)
-        self._decode_request = _decoder(info.request)
-        self._decode_reply = _decoder(info.reply)
-        self._decode_requests = _decoder(list[info.request])  # type: ignore[name-defined]
-        self._decode_replies = _decoder(list[info.reply])  # type: ignore[name-defined]
-        self._decode_items = _decoder(list[info.reply | int])  # type: ignore[name-defined]
+        self.decode_request = strict_decoder(info.request)
+        self.decode_reply = strict_decoder(info.reply)
+        self._decode_requests = strict_decoder(list[info.request])  # type: ignore[name-defined]
+        self._decode_replies = strict_decoder(list[info.reply])  # type: ignore[name-defined]
+        self._decode_items = strict_decoder(list[info.reply | int])  # type: ignore[name-defined]
         self.request_size_max = min(encoded_size_max(info.request), BODY_SIZE_MAX)
         self.reply_size_max = min(encoded_size_max(info.reply), BODY_SIZE_MAX)
         self.reply_item_size_max = max(self.reply_size_max, STATUS_ITEM_SIZE_MAX)
@@ -206,28 +209,20 @@ class Codec:
             status: status for status in (*ReplyStatus, *(info.refuses or ()))
         }
 
-    def decode_request(self, body: bytes) -> Any:
-        """The request, or RemoteProtocolError."""
-        return decode_strict(self._decode_request, body)
-
-    def decode_reply(self, body: bytes) -> Any:
-        """The reply, or RemoteProtocolError."""
-        return decode_strict(self._decode_reply, body)
-
     def decode_requests(self, body: bytes) -> list[Any]:
         """The requests of a batch, 1 to `batch_count_max`, or RemoteProtocolError."""
-        requests: list[Any] = decode_strict(self._decode_requests, body)
+        requests: list[Any] = self._decode_requests(body)
         if not 1 <= len(requests) <= self.batch_count_max:
             raise RemoteProtocolError(f"a batch of {len(requests)} requests")
         return requests
 
     def decode_replies(self, body: bytes, count: int) -> list[Any]:
         """One reply per request of a batch, or RemoteProtocolError."""
-        return self._counted(decode_strict(self._decode_replies, body), count)
+        return self._counted(self._decode_replies(body), count)
 
     def decode_items(self, body: bytes, count: int) -> list[Any]:
         """One reply or declared status (an IntEnum) per request, or RemoteProtocolError."""
-        items = self._counted(decode_strict(self._decode_items, body), count)
+        items = self._counted(self._decode_items(body), count)
         return [
             item if type(item) is self.reply_type else self._item_status(item) for item in items
         ]

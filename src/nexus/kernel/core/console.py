@@ -30,9 +30,7 @@ def check_console(line: str, evidence: bytes) -> Mapping[str, object]:
 def parse_evidence(evidence: bytes) -> Mapping[str, object]:
     """The object that evidence bytes hold. Refuses: InvalidArgument."""
     try:
-        parsed = json.loads(
-            evidence.decode("utf-8"), parse_constant=_not_json, parse_float=_finite
-        )
+        parsed = json.loads(evidence.decode("utf-8"), parse_constant=_not_json, parse_float=_finite)
     except (ValueError, RecursionError):
         raise _refusal("evidence is not JSON") from None
     if not isinstance(parsed, dict):

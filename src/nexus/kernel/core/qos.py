@@ -1,6 +1,6 @@
 """Who may set whose scheduling class, and the audit line of each decision (core.md 1.2)."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 from nexus.abi import INIT_NAME, Pid, QosClass, ServiceId, Status, service_id
@@ -8,7 +8,7 @@ from nexus.abi import INIT_NAME, Pid, QosClass, ServiceId, Status, service_id
 QOS_PRIVILEGED: Final = frozenset(service_id(name) for name in (INIT_NAME, "execd", "policyd"))
 
 
-class QosReason(str, Enum):
+class QosReason(StrEnum):
     """Why a request to set a class was decided as it was."""
 
     INVALID_QOS_CLASS = "invalid_qos_class"

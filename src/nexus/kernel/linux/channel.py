@@ -170,7 +170,7 @@ class InitIsGone(Exception):
 class TaskPort:
     """A service's side of its kernel channel."""
 
-    root: Final = False
+    root = False
 
     def __init__(self, sock: socket.socket) -> None:
         self.fileno = sock.fileno()
@@ -178,7 +178,7 @@ class TaskPort:
         self._sock = sock
         self._traces = TraceBuffer(self._put_patiently)
         self._unconfirmed: list[int] = []
-        self._answer: int | None = None
+        self._answers: list[int] = []
 
     def serve(self) -> None:
         """Take what init has sent; never blocks."""
@@ -199,7 +199,7 @@ class TaskPort:
         if frame[0] == PEER_DEAD:
             self.peer_dead(PID_FRAME.unpack(frame)[1])
         elif frame[0] == QOS_ANSWER:
-            self._answer = frame[1]
+            self._answers.append(frame[1])
 
     def _put(self, frame: bytes) -> bool:
         try:
@@ -228,12 +228,13 @@ class TaskPort:
         # A number that is no class or no pid stays one when it is cut.
         number = raw if raw in _INT64 else -1
         target = pid if pid in _INT64 else -1
-        self._answer = None
-        self._sock.send(QOS_FRAME.pack(SET_QOS, target, number))
-        while self._answer is None:
+        answers = self._answers
+        answers.clear()
+        _ = self._sock.send(QOS_FRAME.pack(SET_QOS, target, number))
+        while not answers:
             self._take(self._sock.recv(FRAME_SIZE_MAX))
-        if self._answer:
-            raise AbiError(Status(self._answer))
+        if answers[0]:
+            raise AbiError(Status(answers[0]))
 
     def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
         """Have an event recorded, if there is room."""

@@ -12,6 +12,7 @@ from nexus.abi import (
     BootImage,
     LinkTerms,
     Nanos,
+    Pid,
     Program,
     Rights,
     Sender,
@@ -39,10 +40,7 @@ class Birth(NamedTuple):
     program: Program
     me: Sender
     spawner: ServiceId
-    channel: int
-    control: int
-    endpoint: int
-    identity: int
+    descriptors: tuple[int, ...]  # kernel channel, control link, own endpoint's link, identity
     confinement: Confinement
     share: OwnerShare
     truesize: Truesize
@@ -100,7 +98,7 @@ def _driver(
     birth: Birth, port: TaskPort, view: IdentityView, control: int, endpoint: int
 ) -> Driver:
     driver = Driver(
-        me=birth.me._replace(pid=os.getpid()),
+        me=birth.me._replace(pid=Pid(os.getpid())),
         view=view,
         port=port,
         share=birth.share,

@@ -13,13 +13,13 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from time import monotonic_ns
 from typing import Any, Final, NoReturn, Protocol
 
 from nexus.abi import (
     LINK_DEPTH_MAX,
-    MESSAGE_KIND_RESERVED,
+    MESSAGE_KIND_RESERVED as RESERVED,
     MESSAGE_SIZE_MAX,
     NEVER,
     NO_WAIT,
@@ -148,8 +148,6 @@ RECEIVE_FAR: Final = 2 * RECEIVE_STEP  # a later deadline waits in recvmsg, a ne
 SELECT_MAX: Final = 1024  # FD_SETSIZE
 ROOM_STEP: Final = 1  # milliseconds between two looks for room in a full link
 
-NEVER_ARMED: Final = 1 << 63
-
 assert DESCRIPTORS_MAX <= SELECT_MAX, "select takes no higher descriptors"
 
 # Room for credentials and one descriptor exactly; a second one would fit CMSG_SPACE's padding.
@@ -172,6 +170,8 @@ GONE_ERRORS: Final = frozenset(
     (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN)
 )
 
+_new_message: Final = tuple.__new__  # a third of the time of Message(...)
+
 Ancillary = list[tuple[int, int, bytes]]
 Handler = Callable[[Any], Any]
 
@@ -188,7 +188,7 @@ class Port(Protocol):
     def console(self, line: str, evidence: bytes) -> None:
         """Print a checked line. Refuses: QueueFull."""
 
-    def set_qos(self, pid: Pid | None, raw: int) -> None:
+    def set_qos(self, pid: Pid, raw: int) -> None:
         """Refuses as SetTaskQos."""
 
     def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
@@ -227,6 +227,45 @@ class Handlers(dict[type, Handler]):
 class Driver:
     """Holds a task's table, endpoints and accounts, and runs its coroutine."""
 
+    __slots__ = (
+        "_armed",
+        "_careful",
+        "_cells",
+        "_epoch",
+        "_fired",
+        "_idle",
+        "_inboxes",
+        "_next_link",
+        "_notes",
+        "_port",
+        "_received",
+        "_received_size",
+        "_receivers",
+        "_refused",
+        "_senders",
+        "_sent",
+        "_sent_size",
+        "_tight",
+        "_timeouts",
+        "_timer",
+        "_trace",
+        "_truesize",
+        "_turn",
+        "_undrained",
+        "_view",
+        "_vmo_size",
+        "_wait_sets",
+        "budget",
+        "control",
+        "endpoint",
+        "handlers",
+        "links",
+        "me",
+        "share",
+        "table",
+        "wall",
+    )
+
     def __init__(
         self,
         *,
@@ -254,7 +293,7 @@ class Driver:
         self._trace = trace
         self._next_link = 1
         self._timer = timerfd()
-        self._armed = NEVER_ARMED
+        self._armed: int = NEVER
         self._idle = select.epoll(flags=select.EPOLL_CLOEXEC)
         for descriptor in (self._timer, port.fileno):
             self._idle.register(descriptor, select.EPOLLIN)
@@ -266,6 +305,7 @@ class Driver:
         self._receivers: dict[int, Endpoint] = {}
         self._inboxes: dict[tuple[int, int], OwnerLink] = {}
         self._tight = False  # a capability might not fit: look before taking a message
+        self._careful = trace  # tight, tracing, or a dead task's messages to be counted
         # Dead tasks whose queued messages are not all received: bytes left, by descriptor.
         self._undrained: dict[int, dict[int, int]] = {}
         self._notes = 0
@@ -367,7 +407,7 @@ class Driver:
         """Give every descriptor back: for the root task, whose process goes on."""
         for slot in list(self.table.slots()):
             if slot in self.table.entries:
-                self._drop(slot)
+                self.drop(slot)
         for wait_set in self._wait_sets.values():
             wait_set.close()
         self._idle.close()
@@ -401,6 +441,7 @@ class Driver:
         """Note whether any capability that might arrive would fit."""
         largest = SLOT_SIZE + LINK_END_SIZE + VMO_SIZE_MAX
         self._tight = self.table.full or self.budget.free < largest
+        self._careful = self._tight or self._trace or bool(self._undrained)
 
     def _empty(self, slot: Slot) -> Named:
         """Empty a slot; what it named stays open."""
@@ -415,7 +456,7 @@ class Driver:
         self._measure()
         return named
 
-    def _drop(self, slot: Slot) -> None:
+    def drop(self, slot: Slot) -> None:
         """Empty a slot, and end what it named if that was the last one."""
         named = self._empty(slot)
         if self.table.aliases(named):
@@ -473,16 +514,15 @@ class Driver:
             link = self._sender_link(trap.slot)
         data = trap.data
         size = len(data)
-        if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= MESSAGE_KIND_RESERVED:
+        if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= RESERVED:
             _ = check_data(data)
         queue = link.queue
         if len(queue) >= link.depth or link.queued_size + size > link.size:
             link.make_room(size)
         try:
-            link.send(data, DONT_WAIT)
+            _ = link.send(data, DONT_WAIT)
         except OSError as error:
             raise self._send_refusal(error) from None
-        queue = link.queue
         queue.append(size)
         link.queued_size += size
         link.used = True
@@ -493,47 +533,24 @@ class Driver:
 
     def _receive_one(self, link: OwnerLink, deadline: int) -> Message:
         """Wait for a message of one link: in recvmsg while the deadline is far."""
-        if (
-            not link.timed
-            or self._tight
-            or self._trace
-            or deadline - time.monotonic_ns() < RECEIVE_FAR
-        ):
+        if deadline - monotonic_ns() < RECEIVE_FAR or self._careful or not link.timed:
             return self._receive_near(link, deadline)
-        recvmsg = link.recvmsg
-        while True:
-            try:
-                data, ancillary, flags, _ = recvmsg(RECEIVE_SIZE, CONTROL_SIZE, WAITING)
-            except BlockingIOError:
-                return self._receive_near(link, deadline)
-            except ConnectionResetError:
-                continue
-            if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
-                sender = link.known.get(ancillary[0][2])
-                if (
-                    sender is not None
-                    and data
-                    and data[0] < MESSAGE_KIND_RESERVED
-                    and len(data) <= MESSAGE_SIZE_MAX
-                    and not self._undrained
-                ):
-                    self._received += 1
-                    self._received_size += len(data)
-                    return tuple.__new__(
-                        Message,
-                        (
-                            data,
-                            sender,
-                            link.link,
-                            None,
-                            time.monotonic_ns(),
-                            link.endpoint.slot,
-                        ),
-                    )
-            message = self._admit(link, data, ancillary, flags)
-            if message is not None:
-                return message
+        try:
+            data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, WAITING)
+        except (BlockingIOError, ConnectionResetError):
             return self._receive_near(link, deadline)
+        if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
+            sender = link.known.get(ancillary[0][2])
+            size = len(data)
+            if sender is not None and 0 < size <= MESSAGE_SIZE_MAX and data[0] < RESERVED:
+                self._received += 1
+                self._received_size += size
+                # The tuple is what Message(...) makes, without its constructor.
+                return _new_message(
+                    Message, (data, sender, link.link, None, monotonic_ns(), link.source)
+                )
+        message = self._admit(link, data, ancillary, flags)
+        return self._receive_near(link, deadline) if message is None else message
 
     def _reply_recv(self, trap: ReplyRecv) -> Message:
         sources = trap.sources
@@ -550,7 +567,7 @@ class Driver:
                 link = self._senders.get(slot)
                 if link is None:
                     link = self._sender_link(slot)
-                if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= MESSAGE_KIND_RESERVED:
+                if not 0 < size <= MESSAGE_SIZE_MAX or data[0] >= RESERVED:
                     _ = check_data(data)
                 if len(link.queue) >= link.depth or link.queued_size + size > link.size:
                     link.make_room(size)
@@ -572,43 +589,47 @@ class Driver:
 
     def _receive_from(self, endpoint: Endpoint, deadline: int) -> Message:
         """One message of one endpoint, in rotation."""
-        if self._tight or self._trace:
+        if self._careful:
             return self._receive((endpoint.slot,), deadline, MESSAGE_SIZE_MAX)
         rounds = 0
         while True:
-            while endpoint.batch:
+            if endpoint.batch:
                 link = endpoint.batch.pop()
-                try:
-                    data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, AT_ONCE)
-                except BlockingIOError:
-                    if self._undrained:
-                        self._emptied(link)
+            elif deadline < self._armed or deadline == NO_WAIT or rounds:
+                self._poll(endpoint, deadline, rounds)
+                rounds += 1
+                continue
+            else:
+                events = endpoint.poll(-1, EVENTS_PER_POLL)
+                found = endpoint.links.get(events[0][0]) if len(events) == 1 else None
+                if found is None:
+                    self._polled(endpoint, deadline, events)
+                    rounds += 1
                     continue
-                except ConnectionResetError:
-                    endpoint.batch.append(link)
-                    continue
-                if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
-                    sender = link.known.get(ancillary[0][2])
-                    if (
-                        sender is not None
-                        and data
-                        and data[0] < MESSAGE_KIND_RESERVED
-                        and len(data) <= MESSAGE_SIZE_MAX
-                        and not self._undrained
-                    ):
-                        self._received += 1
-                        self._received_size += len(data)
-                        return tuple.__new__(
-                            Message,
-                            (data, sender, link.link, None, time.monotonic_ns(), endpoint.slot),
-                        )
-                message = self._admit(link, data, ancillary, flags)
-                if message is None:
-                    message = self._take(link)
-                if message is not None:
-                    return message
+                link = found
+            try:
+                data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, AT_ONCE)
+            except BlockingIOError:
+                self._emptied(link)
+                continue
+            except ConnectionResetError:
+                endpoint.batch.append(link)
+                continue
+            if flags == CLEAN and len(ancillary) == 1 and self._cells[EPOCH] == self._epoch:
+                sender = link.known.get(ancillary[0][2])
+                size = len(data)
+                if sender is not None and 0 < size <= MESSAGE_SIZE_MAX and data[0] < RESERVED:
+                    self._received += 1
+                    self._received_size += size
+                    return _new_message(
+                        Message, (data, sender, link.link, None, monotonic_ns(), link.source)
+                    )
+            message = self._admit(link, data, ancillary, flags)
+            if message is None:
+                message = self._take(link)
+            if message is not None:
+                return message
             rounds += 1
-            self._poll(endpoint, deadline, rounds)
 
     # ------------------------------------------------------------------ receiving
 
@@ -660,7 +681,7 @@ class Driver:
             if deadline == NO_WAIT:
                 if not found or late:
                     raise self._expired(deadline)
-            elif late and time.monotonic_ns() >= deadline:
+            elif late and monotonic_ns() >= deadline:
                 raise self._expired(deadline)
             if not found:
                 self._arm(deadline)
@@ -707,17 +728,14 @@ class Driver:
             wait = 0
         else:
             wait = -1
-            if deadline < self._armed:
-                self._arm(deadline)
-        if rounds > FRAMES_PER_TURN and time.monotonic_ns() >= deadline:
+            self._arm(deadline)
+        if rounds > FRAMES_PER_TURN and monotonic_ns() >= deadline:
             raise self._expired(deadline)
-        events = endpoint.epoll.poll(wait, EVENTS_PER_POLL)
+        self._polled(endpoint, deadline, endpoint.poll(wait, EVENTS_PER_POLL))
+
+    def _polled(self, endpoint: Endpoint, deadline: int, events: list[tuple[int, int]]) -> None:
+        """Make a batch of what a poll found. Refuses: QueueEmpty, TimedOut."""
         links = endpoint.links
-        if len(events) == 1:
-            link = links.get(events[0][0])
-            if link is not None:
-                endpoint.batch.append(link)
-                return
         ready = []
         fired = False
         for descriptor, _ in events:
@@ -732,7 +750,7 @@ class Driver:
         if ready:
             ready.reverse()
             endpoint.batch = ready
-        elif wait == 0 or (fired and time.monotonic_ns() >= deadline):
+        elif deadline == NO_WAIT or (fired and monotonic_ns() >= deadline):
             raise self._expired(deadline)
 
     def _arm(self, deadline: int) -> None:
@@ -747,7 +765,7 @@ class Driver:
             _ = os.read(self._timer, 8)
         except BlockingIOError:
             return
-        self._armed = NEVER_ARMED
+        self._armed = NEVER
 
     def _expired(self, deadline: int) -> AbiError:
         """The refusal of a receive that found nothing in time."""
@@ -772,7 +790,7 @@ class Driver:
                 return message
             if self.links.get(link.link) is not link:
                 raise AbiError(Status.NO_SUCH_ENDPOINT, f"link {link.link} is closed")
-            if deadline == NO_WAIT or time.monotonic_ns() >= deadline:
+            if deadline == NO_WAIT or monotonic_ns() >= deadline:
                 raise self._expired(deadline)
             self._port.flush()
             self._wait_for(link.fileno, deadline)
@@ -782,7 +800,7 @@ class Driver:
         """Wait until a descriptor is readable, the kernel has news, a deadline passes, or for
         `step` milliseconds."""
         if step < 0 and descriptor < SELECT_MAX and not self._port.root:
-            left = max(deadline - time.monotonic_ns(), 0) / 1_000_000_000
+            left = max(deadline - monotonic_ns(), 0) / 1_000_000_000
             _ = select.select((descriptor, self._port.fileno), (), (), left)
             return
         self._arm(deadline)
@@ -806,7 +824,7 @@ class Driver:
             data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, LOOK_SIZE, LOOKING)
         except (BlockingIOError, ConnectionResetError):
             return True
-        if not data or not ancillary or data[0] >= MESSAGE_KIND_RESERVED:
+        if not data or not ancillary or data[0] >= RESERVED:
             return True
         if flags & socket.MSG_TRUNC or self._identify(link, ancillary[0][2]) is None:
             return True  # to be refused when taken
@@ -873,7 +891,8 @@ class Driver:
                 whole = len(content) - len(content) % DESCRIPTOR.size
                 descriptors += [number for (number,) in DESCRIPTOR.iter_unpack(content[:whole])]
         if credentials is None and not data:
-            return self._gone(link)
+            self._gone(link)
+            return None
         if self._undrained:
             self._drained(link, len(data))
         fresh, link.fresh = link.fresh, False
@@ -885,7 +904,7 @@ class Driver:
             reason = "several_caps"
         elif flags & socket.MSG_TRUNC or not data:
             reason = "oversize"
-        elif data[0] >= MESSAGE_KIND_RESERVED:
+        elif data[0] >= RESERVED:
             self._kernel_frame(link, sender, data, descriptors, fresh=fresh)
             return None
         elif descriptors:
@@ -902,8 +921,8 @@ class Driver:
     ) -> Message:
         self._received += 1
         self._received_size += len(data)
-        now = Nanos(time.monotonic_ns())
-        return Message(data, sender, link.link, cap, now, link.endpoint.slot)
+        now = Nanos(monotonic_ns())
+        return Message(data, sender, link.link, cap, now, link.source)
 
     def _identify(self, link: OwnerLink, credentials: bytes) -> Sender | None:
         sender = link.known.get(credentials)
@@ -1033,7 +1052,7 @@ class Driver:
         self.links[owned.link] = owned
         return owned
 
-    def _disown(self, link: OwnerLink) -> None:
+    def disown(self, link: OwnerLink) -> None:
         """Close a far end and give back what it had reserved."""
         self._emptied(link)
         link.endpoint.remove(link)
@@ -1059,7 +1078,7 @@ class Driver:
         Refuses: PeerGone, unless nobody ever had the link.
         """
         void = link.void
-        self._disown(link)
+        self.disown(link)
         if not void:
             raise PeerGone(link.link)
 
@@ -1073,6 +1092,7 @@ class Driver:
             if unread:
                 marks[link.fileno] = unread
         self._undrained[pid] = marks
+        self._careful = True
         self._confirmable(pid)
 
     def _drained(self, link: OwnerLink, size: int) -> None:
@@ -1093,6 +1113,7 @@ class Driver:
     def _confirmable(self, pid: int) -> None:
         if not self._undrained[pid]:
             del self._undrained[pid]
+            self._measure()
             self._port.confirm(pid)
 
     # ------------------------------------------------------------------ sending
@@ -1139,7 +1160,7 @@ class Driver:
         self._await_step(link, deadline, refusal)
 
     def _await_step(self, link: HolderLink, deadline: int, refusal: AbiError) -> None:
-        if time.monotonic_ns() >= deadline:
+        if monotonic_ns() >= deadline:
             self._timeouts += 1
             raise AbiError(Status.TIMED_OUT, str(refusal))
         self._port.flush()
@@ -1278,42 +1299,43 @@ class Driver:
         held = self.table.require(trap.slot, Rights.MANAGE)
         if not isinstance(held.object, Endpoint):
             raise AbiError(Status.INVALID_ARGUMENT, f"slot {trap.slot} is no endpoint")
-        self._drop(trap.slot)
+        self.drop(trap.slot)
 
     def _close_endpoint(self, endpoint: Endpoint) -> None:
         endpoint.closed = True
         for sources in [key for key in self._wait_sets if endpoint.slot in key]:
             self._wait_sets.pop(sources).close()
         for link in list(endpoint.links.values()):
-            self._disown(link)
+            self.disown(link)
         endpoint.epoll.close()
         self.share.endpoints.give(1)
 
     def _link_create(self, trap: LinkCreate) -> NewLink:
         held = self.table.get(trap.slot)
         named = held.object
+        derived: OwnerLink | None
         if isinstance(named, Endpoint):
             if not held.rights & Rights.MANAGE:
                 raise AbiError(Status.PERMISSION_DENIED, "no MANAGE on the endpoint")
             check_terms(trap.terms)
             self.check_room()
             self._check_budget()
-            link, owned = self._own_link(named, trap.terms)
+            link, derived = self._own_link(named, trap.terms)
         elif isinstance(named, HolderLink) and held.rights & Rights.SEND:
             check_terms(trap.terms)
             if not held.rights & Rights.MANAGE:
                 check_derived(trap.terms, named.terms)
             self.check_room()
             self._check_budget()
-            near, owned = self._derive(named, trap.terms)
-            link = self.hold(near, named.owner, trap.terms, owned)
+            near, derived = self._derive(named, trap.terms)
+            link = self.hold(near, named.owner, trap.terms, derived)
         else:
             raise AbiError(Status.PERMISSION_DENIED, f"no link comes from slot {trap.slot}")
         slot = self.put(link, Rights.SEND)
         self._port.note(
             EventKind.LINK, {"owner": link.owner, "depth": link.depth, "size": link.size}
         )
-        return NewLink(slot, None if owned is None else owned.link)
+        return NewLink(slot, None if derived is None else derived.link)
 
     def _check_budget(self) -> None:
         """See that one more link can be charged. Refuses: NoSpace."""
@@ -1412,7 +1434,7 @@ class Driver:
 
     def _cap_close(self, trap: CapClose) -> None:
         _ = self.table.get(trap.slot)
-        self._drop(trap.slot)
+        self.drop(trap.slot)
 
     def _cap_query(self, trap: CapQuery) -> CapInfo:
         held = self.table.require(trap.slot, Rights.MAP)
@@ -1498,10 +1520,10 @@ class Driver:
         self._port.set_qos(self.me.pid if trap.pid is None else trap.pid, trap.qos)
 
     def _now(self, trap: Now) -> Nanos:  # noqa: ARG002
-        return Nanos(time.monotonic_ns())
+        return Nanos(monotonic_ns())
 
     def _sleep_until(self, trap: SleepUntil) -> Nanos:
-        while (now := time.monotonic_ns()) < trap.deadline:
+        while (now := monotonic_ns()) < trap.deadline:
             self._arm(trap.deadline)
             self._port.flush()
             events = self._idle.poll(-1)
@@ -1578,7 +1600,7 @@ class Driver:
                 data, _, flags, _ = link.recvmsg(RECEIVE_SIZE, LOOK_SIZE, LOOKING)
                 if not data:
                     break
-                if data[0] < MESSAGE_KIND_RESERVED:
+                if data[0] < RESERVED:
                     count += 1
                     size += len(data) - (TRAILER_SIZE if flags & socket.MSG_CTRUNC else 0)
         except (BlockingIOError, ConnectionResetError):

@@ -173,7 +173,7 @@ class Hardening:
         if confinement.enabled:
             for number in range(3):
                 os.dup2(confinement.null, number)
-        close_descriptors_except(confinement.keep)
+        close_descriptors_except((*confinement.keep, *confinement.namespaces))
         moved = []
         for number in confinement.keep:
             # Low numbers, whatever init's table looks like: select takes none above 1023.
@@ -200,6 +200,7 @@ class Hardening:
             raise OSError("no namespaces of our own")
         for descriptor in self.confinement.namespaces:
             setns(descriptor)
+            os.close(descriptor)
 
     def _ids(self) -> None:
         uid = self.confinement.uid

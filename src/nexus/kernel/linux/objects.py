@@ -53,6 +53,8 @@ class HolderLink:
     """
 
     __slots__ = (
+        "_answer",
+        "_fileno",
         "attached",
         "delegations",
         "depth",
@@ -71,6 +73,8 @@ class HolderLink:
         self, sock: socket.socket, owner: ServiceId, terms: LinkTerms, truesize: Truesize
     ) -> None:
         self.sock = sock
+        self._fileno = sock.fileno()
+        self._answer = bytearray(4)
         self.owner = owner
         self.depth, self.size, self.delegations = terms
         self.truesize = truesize
@@ -106,10 +110,14 @@ class HolderLink:
 
     def _account(self) -> int:
         """Forget what has been read; returns how many of the task's messages are queued."""
-        answer = bytearray(4)
-        _ = fcntl.ioctl(self.sock.fileno(), SIOCOUTQ, answer)
+        answer = self._answer
+        _ = fcntl.ioctl(self._fileno, SIOCOUTQ, answer)
         unread = int.from_bytes(answer, "little")
         queue = self.queue
+        if unread == 0:
+            queue.clear()
+            self.queued_size = 0
+            return 0
         kept: deque[int] = deque()
         messages = size = 0
         while unread > 0 and queue:
@@ -121,7 +129,8 @@ class HolderLink:
                 continue
             messages += 1
             size += wire_size - TRAILER_SIZE if entry & WITH_CAP else wire_size
-        self.queue = kept
+        queue.clear()
+        queue.extend(kept)
         self.queued_size = size
         return messages
 
@@ -145,6 +154,7 @@ class OwnerLink:
         "recvmsg",
         "size",
         "sock",
+        "source",
         "timed",
         "void",
     )
@@ -156,6 +166,7 @@ class OwnerLink:
         self.fileno = sock.fileno()
         self.link = link
         self.endpoint = endpoint
+        self.source = endpoint.slot
         self.depth, self.size, self.delegations = terms
         self.attached = 0  # links derived from this one that are alive
         self.parent: OwnerLink | None = None  # the link it was derived from
@@ -181,10 +192,11 @@ class Endpoint:
     `batch` holds the links a poll found ready, the next one last.
     """
 
-    __slots__ = ("batch", "closed", "epoll", "links", "slot")
+    __slots__ = ("batch", "closed", "epoll", "links", "poll", "slot")
 
     def __init__(self) -> None:
         self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self.poll = self.epoll.poll
         self.slot = Slot(-1)
         self.links: dict[int, OwnerLink] = {}  # by descriptor
         self.batch: list[OwnerLink] = []

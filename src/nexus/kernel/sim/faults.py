@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from random import Random  # noqa: TID251 (handed in: the run's seeded stream of faults)
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ DELIVERY_DELAY_MAX: Final = Nanos(5_000_000)  # 5 ms before a sent message can b
 CHANCE_ONE: Final = 1_000_000  # probabilities are given in parts of a million
 
 
-class FaultPoint(str, Enum):
+class FaultPoint(StrEnum):
     """The named points."""
 
     NTH = "nth"  # a planned failure of the Nth occurrence of a trap
@@ -118,6 +118,7 @@ class Faults:
         self.reached: dict[FaultPoint, int] = dict.fromkeys(FaultPoint, 0)
         self.fired: dict[FaultPoint, int] = dict.fromkeys(FaultPoint, 0)
         self.stop_at = plan.stop_at
+        self.paused = False  # while the kernel's self tests run
         self._source: Random | None = None
         self._occurred = [0] * len(plan.nth)
         self._sent = [0] * len(plan.forge)
@@ -132,7 +133,7 @@ class Faults:
     def fires(self, point: FaultPoint, now: Nanos) -> bool:
         """Whether a fault fires here and now. Counts the reach, and the firing."""
         chance = self.plan.chances.get(point, 0)
-        if not chance:
+        if not chance or self.paused:
             return False
         self.reached[point] += 1
         assert self._source is not None, "begin() comes first"
@@ -155,6 +156,8 @@ class Faults:
     ) -> Status | None:
         """The planned status for this occurrence of a trap, None if it may go on."""
         answer: Status | None = None
+        if self.paused:
+            return answer
         for index, failure in enumerate(self.plan.nth):
             counts = name == failure.task if failure.task is not None else not root
             if failure.trap is not trap or not counts:
@@ -175,6 +178,8 @@ class Faults:
     def forged_pids(self, name: str, receiver: str) -> list[Pid]:
         """The pids under which a copy of this message is to be queued behind it."""
         pids: list[Pid] = []
+        if self.paused:
+            return pids
         for index, forge in enumerate(self.plan.forge):
             if name != forge.task or forge.receiver not in (None, receiver):
                 continue

@@ -62,9 +62,7 @@ class FaultyScheduler(Scheduler):
 
     __slots__ = ("faults",)
 
-    def __init__(
-        self, cpu_count: int, clock: Clock, event_log: EventLog, faults: Faults
-    ) -> None:
+    def __init__(self, cpu_count: int, clock: Clock, event_log: EventLog, faults: Faults) -> None:
         super().__init__(cpu_count, clock, event_log)
         self.faults = faults
 
@@ -104,9 +102,7 @@ class FaultyIpc(Ipc):
         on_refused: OnRefused,
         faults: Faults,
     ) -> None:
-        super().__init__(
-            clock, scheduler, heap, event_log, on_link=on_link, on_refused=on_refused
-        )
+        super().__init__(clock, scheduler, heap, event_log, on_link=on_link, on_refused=on_refused)
         self.faults = faults
 
     def send(

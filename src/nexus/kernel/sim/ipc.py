@@ -72,6 +72,7 @@ class Ipc:
     __slots__ = (
         "account",
         "clock",
+        "endpoints_alive",
         "event_log",
         "heap",
         "identities",
@@ -99,6 +100,7 @@ class Ipc:
         self.event_log = event_log
         self.on_link = on_link
         self.on_refused = on_refused
+        self.endpoints_alive = 0
         self.serial = 0  # links ever made, for the log
         # Rows are overwritten when a pid is given again, never deleted: what a dead task had
         # sent is still received under its identity.
@@ -124,6 +126,7 @@ class Ipc:
             task.share.endpoints.give(1)
             raise
         task.endpoints[endpoint.slot] = endpoint
+        self.endpoints_alive += 1
         return endpoint
 
     def close_endpoint(self, endpoint: Endpoint) -> None:
@@ -134,6 +137,7 @@ class Ipc:
         """Drop an endpoint's queues and give back what it had; the tasks to wake."""
         task = endpoint.owner
         endpoint.alive = False
+        self.endpoints_alive -= 1
         del task.endpoints[endpoint.slot]
         woken: list[Task] = []
         for link in list(endpoint.links.values()):

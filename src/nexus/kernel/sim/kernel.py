@@ -8,9 +8,10 @@ that never reaches a trap is stopped by the host-side watchdog and reported as a
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from nexus.abi import (
+    BUDGET_SIZE_DEFAULT,
     CONTROL_LINK_SIZE,
     ENTROPY_SIZE_MAX,
     HEAP_SIZE,
@@ -159,6 +160,15 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
 )
 
 
+class RootTerms(NamedTuple):
+    """What a root task gets; the fields mean what they mean in a SpawnSpec."""
+
+    qos: QosClass = QosClass.NORMAL
+    cpu: int | None = None
+    size: int | None = None  # None: SystemLimits.root_size
+    budget: int = BUDGET_SIZE_DEFAULT
+
+
 class SimKernel:
     """The ABI over a simulated device. One object serves one run.
 
@@ -200,6 +210,8 @@ class SimKernel:
         self.root: Task | None = None
         self.root_end: ExitInfo | None = None
         self.spawns = self.exits = 0
+        self.testing = False  # the self tests run: of their events only KERNEL is evidence
+        self.tested: Event | None = None  # the last event kept back while they run
         self._record = recorder
         self._trace = trace
         self._started = False
@@ -237,18 +249,19 @@ class SimKernel:
         self._started = True
         self.scheduler.start()
         if self.selftest:
+            # Here, since the self tests drive this very kernel and so import it.
             from nexus.kernel.sim.selftest import run_selftest
 
             run_selftest(self)
         return self.run_root(root, argument, until=until)
 
     def run_root(
-        self, root: Program, argument: bytes, *, until: Nanos, qos: QosClass = QosClass.NORMAL
+        self, root: Program, argument: bytes, *, until: Nanos, terms: RootTerms | None = None
     ) -> ExitInfo:
         """Boot one root task and drive the system until it has exited and all is recycled."""
         with self._watchdog:
             try:
-                self._boot(root, argument, qos)
+                self._boot(root, argument, terms if terms is not None else RootTerms())
                 self.drive(until)
             finally:
                 self._end_all()
@@ -321,17 +334,17 @@ class SimKernel:
                     continue
                 status = task.took if value.__class__ is Message else 0
                 go_on = task.send
+            if now >= cpu.slice_end and scheduler.requeue(cpu, task):
+                cpu.task = None
+                task.value, task.error = (None, value) if status < 0 else (value, None)
+                task.resume = self._resume_value
+                continue
             records += (now, task.tag | cpu.tag | code, status)
             if len(records) >= CHUNK_LENGTH:
                 self.event_log.pack()
                 self.steps += 1
             if trace:
                 self._trace_trap(task, value, status)
-            if now >= cpu.slice_end and scheduler.requeue(cpu, task):
-                cpu.task = None
-                task.value, task.error = (None, value) if status < 0 else (value, None)
-                task.resume = self._resume_value
-                continue
             try:
                 task.trap = go_on(value)
             except StopIteration as stop:
@@ -386,6 +399,9 @@ class SimKernel:
     def record(self, kind: EventKind, pid: Pid, fields: dict[str, object]) -> None:
         """Record an event: to the recorder, to `log`, and as text into the event log."""
         event = Event(self.clock.now, kind, pid, fields)
+        if self.testing and kind is not EventKind.KERNEL:
+            self.tested = event
+            return
         if self.events < KEPT_EVENTS_MAX:
             self.log.append(event)
         self.event_log.event(event, self.events)
@@ -427,13 +443,12 @@ class SimKernel:
 
     # ---- tasks begin
 
-    def _boot(self, root: Program, argument: bytes, qos: QosClass) -> None:
-        limits = self.limits
+    def _boot(self, root: Program, argument: bytes, terms: RootTerms) -> None:
+        size = self.limits.root_size if terms.size is None else terms.size
         self.root_end = None
         self.shares.tasks.take(1)
-        task = self._new_task(
-            INIT_NAME, root, qos, self.shares.reserve(limits.root_size, limits.root_endpoints), None
-        )
+        share = self.shares.reserve(size, self.limits.root_endpoints)
+        task = self._new_task(INIT_NAME, root, terms.qos, share, terms.cpu, terms.budget)
         self.root = task
         self.heap.account.charge(TASK_CHARGE)
         endpoint = self.ipc.create_endpoint(task, at=ROOT_SLOT)
@@ -447,7 +462,7 @@ class SimKernel:
         qos: QosClass,
         share: OwnerShare,
         cpu: int | None,
-        budget: int | None = None,
+        budget: int,
     ) -> Task:
         task = Task(
             pid=self.free_pid(),
@@ -457,7 +472,7 @@ class SimKernel:
             qos=QosClass(qos),
             program=program,
             share=share,
-            budget=HEAP_SIZE if budget is None else budget,
+            budget=budget,
         )
         task.cpu = self.scheduler.place(cpu)
         task.pinned = cpu is not None
@@ -505,9 +520,7 @@ class SimKernel:
         task.code = len(TRAPS)
         self.tasks[task.pid] = task
         self.generations[task.name] = task.generation
-        self.ipc.identities[task.pid] = Sender(
-            task.service, task.pid, task.generation, task.qos
-        )
+        self.ipc.identities[task.pid] = Sender(task.service, task.pid, task.generation, task.qos)
         task.cpu.tasks += 1
         self.spawns += 1
         self.record(
@@ -1042,7 +1055,7 @@ class SimKernel:
             "tasks": len(tasks),
             "unreaped": len(self.tasks) - len(tasks),
             "slots": sum(task.table.used for task in tasks),
-            "endpoints": sum(len(task.endpoints) for task in tasks),
+            "endpoints": self.ipc.endpoints_alive,
             "links": len(links),
             "queued": sum(len(link.queue) for link in links),
             "queued_size": sum(link.queued_size for link in links),

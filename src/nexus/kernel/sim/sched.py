@@ -234,7 +234,7 @@ class Scheduler:
 
     def _steal_one(self, thief: Cpu) -> Task | None:
         for victim in self.smp:
-            if victim is thief or not victim.online:
+            if victim is thief or not victim.mask or not victim.online:
                 continue
             for qos in range(CLASS_COUNT - 1, -1, -1):
                 queue = victim.queues[qos]

@@ -1,10 +1,11 @@
 """demo.interactive: a task of class Interactive that uses timed when it is told to.
 
 Owns nothing. It exists so that the proof ladder sees timed treat two classes differently; the
-class is its entry's in the system file, and timed learns it from the kernel.
+class is its entry's in the system file, and timed learns it from the kernel. It also waits on
+demo.testsvc over a link it is given, so that a death has a second witness.
 """
 
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
 
 from nexus.abi import BootImage, CapClose, LinkTerms, Nanos, Now, TaskQos, service_id
 from nexus.ipc import (
@@ -15,6 +16,7 @@ from nexus.ipc import (
     Peers,
     Refused,
     RetryBudget,
+    Stale,
     Unknown,
     deadline_after,
 )
@@ -34,11 +36,14 @@ from nexus.protocols.testsvc import Hold
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Cancel, Register, Sleep
 from nexus.runtime import Call, Refusal, Server, ServiceConfig
+from nexus.wire import Request
 
 CONNECT_ATTEMPTS_MAX: Final = 20  # with doubling pauses from CONNECT_BACKOFF on
 CONNECT_BACKOFF: Final = Nanos(2_000_000)
 CONNECT_MAX: Final = Nanos(2_000_000_000)  # ns; the reference's route deadline
 EXIT_NO_TIMED: Final = 1
+
+ReplyT = TypeVar("ReplyT")
 
 
 class Interactive:
@@ -67,19 +72,23 @@ class Interactive:
                 assert_never(request)
 
     async def _register(self, call: Call, request: RegisterFor) -> Registered:
-        timer = await self._found(call).call(Register(request.deadline), call.deadline)
-        if isinstance(timer, Refused | CallFailure):
-            raise self._refusal(call, timer)
-        cancelled = await self._found(call).call(Cancel(timer.timer_id), call.deadline)
-        if isinstance(cancelled, Refused | CallFailure):
-            raise self._refusal(call, cancelled)
+        timer = await self._at_timed(call, Register(request.deadline))
+        _ = await self._at_timed(call, Cancel(timer.timer_id))
         return Registered(qos=await TaskQos(), timer_id=timer.timer_id, deadline=timer.deadline)
 
     async def _sleep(self, call: Call, request: SleepFor) -> Slept:
-        woken = await self._found(call).call(Sleep(request.deadline), call.deadline)
-        if isinstance(woken, Refused | CallFailure):
-            raise self._refusal(call, woken)
+        woken = await self._at_timed(call, Sleep(request.deadline))
         return Slept(qos=await TaskQos(), deadline=woken.deadline, woken=woken.now, now=await Now())
+
+    async def _at_timed(self, call: Call, request: Request[ReplyT]) -> ReplyT:
+        """timed's answer. After Stale nothing was sent, and the next call finds its new instance."""
+        timed = self._found(call)
+        outcome = await timed.call(request, call.deadline)
+        if isinstance(outcome, Stale):
+            outcome = await timed.call(request, call.deadline)
+        if isinstance(outcome, Refused | CallFailure):
+            raise self._refusal(call, outcome)
+        return outcome
 
     async def _hold_at(self, call: Call, request: HoldAt) -> HoldEnded:
         slot = call.take_cap()
@@ -122,11 +131,9 @@ async def main(boot: BootImage) -> int:
     peers = Peers(boot, config.trace_seed)
     service = Interactive(peers)
     server = Server(service, PROTOCOL, boot, peers.caller)
-    deadline = deadline_after(boot.now, CONNECT_MAX)
-    _ = await server.step(deadline)
-    budget = RetryBudget(
-        attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=deadline
-    )
+    until = deadline_after(boot.now, CONNECT_MAX)
+    _ = await server.step(until)
+    budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
     timed = await peers.connect("timed", TIMED, budget)
     if not isinstance(timed, Client):
         return EXIT_NO_TIMED

@@ -26,7 +26,16 @@ from nexus.abi import (
     Status,
     service_id,
 )
-from nexus.ipc import GENERATION_ANY, CallFailure, Client, Exchange, Peers, Refused, RetryBudget
+from nexus.ipc import (
+    GENERATION_ANY,
+    CallFailure,
+    Client,
+    Exchange,
+    Peers,
+    Refused,
+    RetryBudget,
+    call_until,
+)
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
     PROTOCOL,
@@ -90,7 +99,7 @@ class Testsvc:
         """How many answers are held back."""
         return {"held": len(self._held)}
 
-    async def handle(self, call: Call, request: TestsvcRequest) -> Any:  # noqa: PLR0911 (a match)
+    async def handle(self, call: Call, request: TestsvcRequest) -> Any:
         match request:
             case Echo():
                 return Echoed(request.data)
@@ -189,7 +198,7 @@ class Testsvc:
         return SeenBy(seen.pid, seen.service, seen.generation)
 
     async def _flood_timed(self, call: Call, request: FloodTimed) -> FloodReport:
-        timed = self._timed(call)
+        timed = await self._timed(call)
         flood = Send(timed.peer.slot, _stray_frame(Whoami(0, "flood")))
         until = call.now + request.duration_ms * MILLISECOND
         met = {Status.QUEUE_FULL: 0, Status.NO_SPACE: 0}
@@ -224,7 +233,7 @@ class Testsvc:
         )
 
     async def _forge(self, call: Call, request: Forge) -> ForgeReport:
-        timed = self._timed(call)
+        timed = await self._timed(call)
         claim = Whoami(request.claimed_pid, request.claimed_name)
         seen = await timed.call(claim, call.deadline, call.context)
         if not isinstance(seen, Seen):
@@ -242,8 +251,14 @@ class Testsvc:
             raise call.refuse(TestsvcStatus.NO_SUCH_ATTACK)
         return await attack(Pid(request.target_pid))
 
-    def _timed(self, call: Call) -> Client:
-        if self.timed is None or not self.timed.peer.alive:
+    async def _timed(self, call: Call) -> Client:
+        """The client of timed, bound to its present instance."""
+        if self.timed is None:
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        budget = RetryBudget(
+            attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=call.deadline
+        )
+        if not isinstance(await call_until(self.timed, Whoami(0, ""), budget), Seen):
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
         return self.timed
 

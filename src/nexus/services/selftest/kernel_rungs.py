@@ -85,7 +85,7 @@ async def payload_roundtrip(climb: "Climb") -> Evidence:
     return {"sizes": list(PAYLOAD_SIZES), "bytes": total, "oversize": oversize.name}
 
 
-async def deadline_timeout(climb: "Climb") -> Evidence:
+async def deadline_timeout(_climb: "Climb") -> Evidence:
     """#59: a past deadline is TimedOut at once on an empty queue, and a message wins over it."""
     endpoint, link = await _loopback(LinkTerms())
     before = await TaskStats()
@@ -127,7 +127,7 @@ async def deadline_fires(climb: "Climb") -> Evidence:
     return {"ahead_ns": DEADLINE_AHEAD, "late_ns": late}
 
 
-async def cap_move_rollback(climb: "Climb") -> Evidence:
+async def cap_move_rollback(_climb: "Climb") -> Evidence:
     """#66: a moving send that fails leaves the capability where it was, with its rights."""
     endpoint, full = await _loopback(LinkTerms(depth=1))
     other_endpoint, other = await _loopback(LinkTerms())
@@ -160,14 +160,13 @@ async def cap_move_rollback(climb: "Climb") -> Evidence:
     return {"refusals": [queue_full.name, timed_out.name, closed.name], "slots": after.slots}
 
 
-async def full_table_keeps_message(climb: "Climb") -> Evidence:
+async def full_table_keeps_message(_climb: "Climb") -> Evidence:
     """#67: at 96 slots a message with a capability stays first; small buffers lose nothing."""
     endpoint, link = await _loopback(LinkTerms())
     moved_endpoint, moved = await _loopback(LinkTerms())
     await Send(link.slot, b"\x01carries a capability", move=moved.slot)
-    filler: list[Slot] = []
-    for _ in range(SLOTS_MAX - (await TaskStats()).slots):
-        filler.append(await CapClone(link.slot))
+    free = SLOTS_MAX - (await TaskStats()).slots
+    filler = [await CapClone(link.slot) for _ in range(free)]
 
     queued = (await TaskStats()).queued
     no_space = await refusal(Recv((endpoint,), NO_WAIT))

@@ -55,7 +55,12 @@ def test_vmo_sizes_outside_the_limits_are_refused(rig: Rig) -> None:
 def test_writes_outside_the_length_are_refused(rig: Rig) -> None:
     async def root(boot: BootImage) -> None:
         vmo = await VmoCreate(PAGE_SIZE)
-        for offset, data in ((-1, b"x"), (PAGE_SIZE, b"x"), (PAGE_SIZE - 1, b"xy"), (1 << 40, b"x")):
+        for offset, data in (
+            (-1, b"x"),
+            (PAGE_SIZE, b"x"),
+            (PAGE_SIZE - 1, b"xy"),
+            (1 << 40, b"x"),
+        ):
             await refused(VmoWrite(vmo, offset, data), Status.INVALID_ARGUMENT)
         await VmoWrite(vmo, PAGE_SIZE - 1, b"x")
         await VmoWrite(vmo, 0, b"start")

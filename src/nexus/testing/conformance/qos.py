@@ -1,7 +1,9 @@
 """Scheduling classes: who may set whose, in which order it is checked, and the audit lines."""
 
 from nexus.abi import (
+    AUDIT_LINES_MAX,
     INIT_NAME,
+    AuditLog,
     BootImage,
     EventKind,
     Pid,
@@ -14,7 +16,6 @@ from nexus.abi import (
     TaskTable,
     service_id,
 )
-from nexus.abi import AUDIT_LINES_MAX, AuditLog
 from nexus.testing.conformance.steps import ended_well, refused, start, take, tell
 from nexus.testing.rig import Rig, Run
 

@@ -112,6 +112,11 @@ async def holdings() -> TaskCounters:
     """The caller's account without what only ever grows."""
     stats = await TaskStats()
     return stats._replace(
-        sent=0, sent_size=0, received=0, received_size=0, timeouts=0, refused_size=0,
+        sent=0,
+        sent_size=0,
+        received=0,
+        received_size=0,
+        timeouts=0,
+        refused_size=0,
         refused_align=0,
     )

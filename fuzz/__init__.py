@@ -1,0 +1,1 @@
+"""One entry per decoder that reads what others have written."""

@@ -1,0 +1,1020 @@
+"""The Linux kernel backend: init's process, the tasks it forked, and what init alone decides.
+
+The calling process becomes init: it drives the root task's coroutine, forks every spawned
+program, stamps identities, keeps the shares and the classes, reads the kernel channels between
+the root's traps and while it waits, and never blocks on a service.
+
+Decisions a test must be able to break are small methods looked up at each use:
+`_next_generation`, `_spawn_reason`, `_give_back`, `_may_reuse`, `_decide_qos`, `_forget_ends`.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Final
+
+from nexus.abi import (
+    AUDIT_LINES_MAX,
+    CONSOLE_LINE_SIZE_MAX,
+    ENTROPY_SIZE_MAX,
+    EVIDENCE_SIZE_MAX,
+    HEAP_SIZE,
+    INIT_NAME,
+    NO_WAIT,
+    AbiError,
+    AuditLines,
+    AuditLog,
+    BootImage,
+    Entropy,
+    Event,
+    EventKind,
+    ExitInfo,
+    Kill,
+    Nanos,
+    Pid,
+    Program,
+    Programs,
+    QosClass,
+    Recorder,
+    Rights,
+    Sender,
+    Slot,
+    Spawn,
+    Spawned,
+    SpawnLastError,
+    SpawnReason,
+    SpawnSpec,
+    Status,
+    TaskInfo,
+    TaskTable,
+    Wait,
+    service_id,
+)
+from nexus.kernel.core import (
+    QOS_STATUS,
+    Account,
+    OwnerShare,
+    QosReason,
+    QosRequest,
+    RunOver,
+    SpawnRefused,
+    SystemLimits,
+    SystemShares,
+    audit_line,
+    check_console,
+    check_spec,
+    decide,
+)
+from nexus.kernel.linux import channel as wire
+from nexus.kernel.linux.child import CONTROL_TERMS, Birth, live
+from nexus.kernel.linux.driver import (
+    AT_ONCE,
+    CONTROL_SIZE,
+    DESCRIPTOR,
+    Driver,
+    Exited,
+)
+from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
+from nexus.kernel.linux.identity import CREDENTIALS, ROWS, IdentityTable, IdentityView
+from nexus.kernel.linux.native import timerfd, timerfd_arm
+from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
+from nexus.kernel.linux.truesize import Truesize
+
+ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
+FORKS_MAX: Final = 32  # tries to get a number that is not burned
+FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations may come
+PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a child may take to confine itself
+FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
+MUTED_TIME: Final = 10_000_000  # nanoseconds a channel is left alone that had more than that
+LAST_FRAMES_MAX: Final = 4096  # taken from the channel of a dead task; its buffer holds fewer
+EVENTS_PER_POLL: Final = 64
+KILL_TIME: Final = 5_000_000_000  # nanoseconds until a killed task must be reapable
+KERNEL_PID: Final = Pid(0)
+
+# Nice values of the classes. Not SCHED_FIFO or SCHED_RR: a class must not starve the others.
+NICE: Final = {
+    QosClass.IDLE: 0,
+    QosClass.NORMAL: 0,
+    QosClass.INTERACTIVE: -5,
+    QosClass.PERF_BURST: -10,
+}
+
+
+class Child:
+    """A task that was spawned: its process, its channel, what it had reserved."""
+
+    __slots__ = (
+        "channel",
+        "exit",
+        "frames",
+        "name",
+        "outbox",
+        "pid",
+        "pidfd",
+        "program",
+        "qos",
+        "sender",
+        "share",
+        "traceback",
+    )
+
+    def __init__(
+        self, spec: SpawnSpec, sender: Sender, pidfd: int, channel: socket.socket, share: OwnerShare
+    ) -> None:
+        self.name = spec.name
+        self.program = spec.program
+        self.pid = sender.pid
+        self.sender = sender
+        self.qos = sender.qos
+        self.pidfd = pidfd
+        self.channel: socket.socket | None = channel
+        self.share = share
+        self.exit: ExitInfo | None = None
+        self.outbox: deque[bytes] = deque()  # at most one frame per burned number, and answers
+        self.frames = 0  # taken from its channel
+        self.traceback = ""
+
+
+class RootPort:
+    """The root task's way to the kernel: the kernel is in its process."""
+
+    root = True
+
+    def __init__(self, kernel: "LinuxKernel", fileno: int) -> None:
+        self.fileno = fileno
+        self._kernel = kernel
+
+    def serve(self) -> None:
+        """Do what waits."""
+        self._kernel.serve()
+
+    def console(self, line: str, evidence: bytes) -> None:
+        """Record a checked line."""
+        self._kernel.console(self._kernel.root, line, evidence)
+
+    def set_qos(self, pid: Pid, raw: int) -> None:
+        """Decide at once. Refuses as SetTaskQos."""
+        self._kernel.set_qos(self._kernel.root, pid, raw)
+
+    def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
+        """Record an event about the root task."""
+        self._kernel.note(self._kernel.root, kind, fields)
+
+    def confirm(self, pid: int) -> None:
+        """Nothing of a dead task is queued at the root."""
+        self._kernel.confirmed(self._kernel.root.pid, pid)
+
+    def trace(self, trap: type, status: int, size: int) -> None:
+        """Record a trap of the root task."""
+        root = self._kernel.root
+        self._kernel.traced(root, INIT_NAME, wire.TRAP_NUMBER[trap], status, size)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+class LinuxKernel:
+    """The ABI over Linux processes. One object serves one run.
+
+    `cpus` is the set of processors for everything; SpawnSpec.cpu picks within it, modulo its
+    size. With `harden` False children keep their ids and limits, for debugging.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        recorder: Recorder,
+        limits: SystemLimits | None = None,
+        cpus: tuple[int, ...] | None = None,
+        harden: bool = True,
+        trace: bool = False,
+        selftest: bool = False,
+    ) -> None:
+        self.programs: Programs = programs
+        self.limits = limits if limits is not None else SystemLimits()
+        self.cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus is None else cpus
+        self.harden = harden
+        self.trace = trace
+        self.selftest = selftest
+        self.shares = SystemShares(self.limits)
+        self.children: dict[int, Child] = {}  # live ones, and dead ones nobody has waited for
+        self.generations: dict[str, int] = {}
+        self.names: dict[int, str] = {}  # of services, by id
+        self.burned: dict[int, set[int]] = {}  # dead task's pid -> pids that have not confirmed
+        self.forks_discarded = 0
+        self.refused_frames = 0  # on kernel channels
+        self._record = recorder
+        self._started = False
+        self._spawn_error = SpawnReason.NONE
+        self._audit: deque[str] = deque()
+        self._audit_dropped = 0
+        self._muted: dict[int, int] = {}  # pid -> time its channel is listened to again
+        self._by_descriptor: dict[int, Child] = {}
+        self._may_renice = False
+
+    @property
+    def now(self) -> Nanos:
+        """The kernel clock: CLOCK_MONOTONIC."""
+        return Nanos(time.monotonic_ns())
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self, root: Program, argument: bytes, *, until: Nanos) -> ExitInfo:
+        """Become init and drive everything to the root task's exit; other tasks are killed.
+
+        `until` is a time of the kernel clock, such as `kernel.now` plus a span. Raises RunOver
+        when the clock passes it. All children are reaped and all descriptors closed on return,
+        however it comes about.
+        """
+        assert not self._started, "a kernel serves one run"
+        self._started = True
+        with ExitStack() as stack:
+            self._enter(stack, until)
+            _ = stack.callback(self._end_all)
+            if self.selftest:
+                from nexus.kernel.linux.selftest import run_selftest  # noqa: PLC0415 (uses us)
+
+                run_selftest(self)
+            return self.run_root(root, argument)
+
+    def run_root(
+        self, root: Program, argument: bytes, *, qos: QosClass = QosClass.NORMAL
+    ) -> ExitInfo:
+        """Drive one root task in a kernel that has been entered, and end what it left behind."""
+        with ExitStack() as stack:
+            coroutine_of = root.main
+            boot = self._boot(root, argument, qos, stack)
+            _ = stack.callback(self._kill_children)
+            code, number = self.driver.run(coroutine_of(boot))
+            self._event(
+                EventKind.EXIT,
+                boot.pid,
+                {
+                    "name": INIT_NAME,
+                    "generation": boot.generation,
+                    "code": code,
+                    "signal": number,
+                },
+            )
+            return ExitInfo(boot.pid, code, number)
+
+    def _enter(self, stack: ExitStack, until: Nanos) -> None:
+        """Make what init needs for the run, each with its undoing."""
+        preload()
+        self.until = until
+        affinity = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cpus)
+        _ = stack.callback(os.sched_setaffinity, 0, affinity)
+        enabled = gc.isenabled()
+        gc.disable()
+        gc.freeze()
+        _ = stack.callback(gc.unfreeze)
+        if enabled:
+            _ = stack.callback(gc.enable)
+        self.truesize = Truesize()
+        self._may_renice = _may_renice()
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        _ = stack.callback(os.close, self._null)
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        _ = stack.callback(self._epoll.close)
+        self._timer = timerfd()
+        _ = stack.callback(os.close, self._timer)
+        self._epoll.register(self._timer, select.EPOLLIN)
+        timerfd_arm(self._timer, until)
+        self.table = IdentityTable()
+        _ = stack.callback(self.table.close)
+        self.view = IdentityView(self.table.descriptor)
+        _ = stack.callback(self.view.close)
+        self.namespaces: tuple[int, ...] = ()
+        if self.harden and os.geteuid() == 0:
+            namespaces = Namespaces()
+            _ = stack.callback(namespaces.close)
+            self.namespaces = namespaces.descriptors
+
+    def _boot(
+        self, root: Program, argument: bytes, qos: QosClass, stack: ExitStack
+    ) -> BootImage:
+        pid = Pid(os.getpid())
+        generation = self._next_generation(INIT_NAME)
+        self.generations[INIT_NAME] = generation
+        self.root = Sender(service_id(INIT_NAME), pid, generation, qos)
+        self.names[self.root.service] = INIT_NAME
+        self.table.publish(self.root, os.getuid(), os.getgid())
+        _ = stack.callback(self.table.clear, pid)
+        self.shares.tasks.take(1)
+        _ = stack.callback(self.shares.tasks.give, 1)
+        share = self.shares.reserve(self.limits.root_size, self.limits.root_endpoints)
+        _ = stack.callback(self.shares.release, share)
+        self.driver = Driver(
+            me=self.root,
+            view=self.view,
+            port=RootPort(self, self._epoll.fileno()),
+            share=share,
+            budget=Account(f"budget of {INIT_NAME}", HEAP_SIZE),
+            truesize=self.truesize,
+            trace=self.trace,
+        )
+        _ = stack.callback(self.driver.close)
+        self.driver.handlers.update(
+            {
+                Spawn: self._spawn,
+                SpawnLastError: self._spawn_last_error,
+                Wait: self._wait,
+                Kill: self._kill,
+                TaskTable: self._task_table,
+                Entropy: self._entropy,
+                AuditLog: self._audit_log,
+            }
+        )
+        share.endpoints.take(1)
+        self.driver.endpoint = self.driver.place(Endpoint(), ROOT_SLOT)
+        self._event(
+            EventKind.SPAWN,
+            pid,
+            {
+                "name": INIT_NAME,
+                "generation": generation,
+                "program": root.name,
+                "digest": root.digest,
+                "qos": int(qos),
+                "service": f"{self.root.service:016x}",
+            },
+        )
+        return BootImage(
+            name=INIT_NAME,
+            service=self.root.service,
+            pid=pid,
+            generation=generation,
+            control=None,
+            endpoint=self.driver.endpoint,
+            now=self.now,
+            argument=argument,
+        )
+
+    def _kill_children(self) -> None:
+        """End and reap every task; their last lines are recorded."""
+        for child in self.children.values():
+            if child.exit is None:
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+        for child in list(self.children.values()):
+            if child.exit is None:
+                _ = _await_readable(child.pidfd, KILL_TIME)
+                self._died(child)
+            _ = self._reap(child)
+        self._muted.clear()
+
+    def _end_all(self) -> None:
+        assert not self.children, "the root's end has reaped every task"
+
+    # ------------------------------------------------------------------ the evidence stream
+
+    def _event(self, kind: EventKind, pid: Pid, fields: Mapping[str, object]) -> None:
+        self._record(Event(self.now, kind, pid, fields))
+
+    def kernel_line(self, line: str, evidence: Mapping[str, object]) -> None:
+        """Record a line of the kernel's own, with the evidence for it."""
+        self._event(EventKind.KERNEL, KERNEL_PID, {"line": line, "evidence": dict(evidence)})
+
+    def console(self, sender: Sender, line: str, evidence: bytes) -> None:
+        """Record a line of a task. Refuses: InvalidArgument."""
+        parsed = check_console(line, evidence)
+        self._event(
+            EventKind.CONSOLE,
+            sender.pid,
+            {
+                "name": self.names[sender.service],
+                "generation": sender.generation,
+                "line": line,
+                "evidence": parsed,
+            },
+        )
+
+    def note(self, sender: Sender, kind: EventKind, fields: Mapping[str, object]) -> None:
+        """Record what a task's driver noticed."""
+        name = self.names[sender.service]
+        if kind is EventKind.LINK:
+            owner = fields.get("owner")
+            known = self.names.get(owner) if isinstance(owner, int) else None
+            fields = {**fields, "owner": known, "holder": name}
+        elif kind is EventKind.REFUSED:
+            fields = {**fields, "owner": name}
+        self._event(kind, sender.pid, fields)
+
+    def traced(self, sender: Sender, name: str, number: int, status: int, size: int) -> None:
+        """Record a trap."""
+        self._event(
+            EventKind.TRAP,
+            sender.pid,
+            {
+                "name": name,
+                "generation": sender.generation,
+                "trap": wire.TRAPS[number].__name__,
+                "status": Status(status).name if status else "OK",
+                "size": size,
+            },
+        )
+
+    # ------------------------------------------------------------------ serving the tasks
+
+    def serve(self) -> None:
+        """Take what waits on the kernel channels, a bounded part of it, and note deaths.
+
+        Raises RunOver.
+        """
+        if self._muted:
+            self._listen_again()
+        for descriptor, events in self._epoll.poll(0, EVENTS_PER_POLL):
+            if descriptor == self._timer:
+                self._on_timer()
+                continue
+            child = self._by_descriptor.get(descriptor)
+            if child is None:
+                continue  # it ended while this batch was served
+            if descriptor == child.pidfd:
+                self._died(child)
+                continue
+            if events & select.EPOLLOUT:
+                self._send_out(child)
+            if events & ~select.EPOLLOUT:
+                self._read_channel(child)
+
+    def _on_timer(self) -> None:
+        if time.monotonic_ns() >= self.until:
+            raise RunOver(self.until)
+        self._arm()
+
+    def _arm(self) -> None:
+        timerfd_arm(self._timer, min([self.until, *self._muted.values()]))
+
+    def _mute(self, child: Child) -> None:
+        """Leave a channel alone for a while that had more frames than one turn takes."""
+        assert child.channel is not None, "it has just been read"
+        self._epoll.unregister(child.channel.fileno())
+        self._muted[child.pid] = time.monotonic_ns() + MUTED_TIME
+        self._arm()
+
+    def _listen_again(self) -> None:
+        now = time.monotonic_ns()
+        for pid in [pid for pid, at in self._muted.items() if at <= now]:
+            del self._muted[pid]
+            child = self.children[pid]
+            if child.channel is not None:
+                self._epoll.register(child.channel.fileno(), self._interest(child))
+
+    def _interest(self, child: Child) -> int:
+        return select.EPOLLIN | select.EPOLLOUT if child.outbox else select.EPOLLIN
+
+    def _tell(self, child: Child, frame: bytes) -> None:
+        """Queue a frame for a task and send what goes at once."""
+        child.outbox.append(frame)
+        self._send_out(child)
+
+    def _send_out(self, child: Child) -> None:
+        if child.channel is None:
+            child.outbox.clear()
+            return
+        waited = len(child.outbox)
+        while child.outbox:
+            try:
+                _ = child.channel.send(child.outbox[0], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                child.outbox.clear()  # it is dead; its pidfd says so
+                break
+            _ = child.outbox.popleft()
+        if child.pid not in self._muted and (waited > 1 or child.outbox):
+            self._epoll.modify(child.channel.fileno(), self._interest(child))
+
+    def _read_channel(self, child: Child) -> None:
+        for _ in range(FRAMES_PER_TURN):
+            if not self._read_frame(child):
+                return
+        self._mute(child)
+
+    def _read_frame(self, child: Child) -> bool:
+        """Take one frame from a task; False when there is none now."""
+        channel = child.channel
+        if channel is None:
+            return False
+        try:
+            data, ancillary, flags, _ = channel.recvmsg(wire.FRAME_SIZE_MAX, CONTROL_SIZE, AT_ONCE)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
+        stamp = None
+        for _, kind, content in ancillary:
+            if kind == socket.SCM_CREDENTIALS:
+                stamp = CREDENTIALS.unpack(content)[0]
+            elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
+                os.close(DESCRIPTOR.unpack_from(content)[0])
+        if stamp is None and not data:
+            self._close_channel(child)
+            return False
+        child.frames += 1
+        whole = not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+        if not (whole and data and stamp == child.pid and self._take_frame(child, data)):
+            self.refused_frames += 1
+        return True
+
+    def _close_channel(self, child: Child) -> None:
+        channel, child.channel = child.channel, None
+        if channel is None:
+            return
+        if self._muted.pop(child.pid, None) is None:
+            self._epoll.unregister(channel.fileno())
+        del self._by_descriptor[channel.fileno()]
+        channel.close()
+
+    def _take_frame(self, child: Child, data: bytes) -> bool:
+        """Act on a frame from a task, which may be hostile; False if it is malformed."""
+        kind = data[0]
+        if kind == wire.CONSOLE:
+            return self._take_console(child, data)
+        if kind == wire.SET_QOS and len(data) == wire.QOS_FRAME.size:
+            _, pid, raw = wire.QOS_FRAME.unpack(data)
+            self._answer_qos(child, Pid(pid), raw)
+            return True
+        if kind == wire.CONFIRM and len(data) == wire.PID_FRAME.size:
+            self.confirmed(child.pid, wire.PID_FRAME.unpack(data)[1])
+            return True
+        if kind == wire.TRACE and self.trace:
+            return self._take_traces(child, data)
+        if kind == wire.CRASH:
+            child.traceback = data[1 : wire.CRASH_SIZE_MAX + 1].decode(errors="replace")
+            return True
+        return kind == wire.NOTE and self._take_note(child, data)
+
+    def _take_console(self, child: Child, data: bytes) -> bool:
+        if len(data) < wire.CONSOLE_HEAD.size:
+            return False
+        size = wire.CONSOLE_HEAD.unpack_from(data)[1]
+        text = data[wire.CONSOLE_HEAD.size :]
+        if size > min(len(text), CONSOLE_LINE_SIZE_MAX) or len(text) - size > EVIDENCE_SIZE_MAX:
+            return False
+        try:
+            self.console(child.sender, text[:size].decode(), text[size:])
+        except (AbiError, UnicodeDecodeError):
+            return False
+        return True
+
+    def _take_traces(self, child: Child, data: bytes) -> bool:
+        body = len(data) - wire.TRACE_HEAD.size
+        if body < 0 or body % wire.TRACE_RECORD.size:
+            return False
+        records = wire.TRACE_RECORD.iter_unpack(data[wire.TRACE_HEAD.size :])
+        for number, status, size in records:
+            if number >= len(wire.TRAPS) or status > max(Status):
+                return False
+            self.traced(child.sender, child.name, number, status, size)
+        lost = wire.TRACE_HEAD.unpack_from(data)[1]
+        if lost:
+            self.kernel_line(f"KTRACE: {child.name} lost {lost}", {"lost": lost})
+        return True
+
+    def _take_note(self, child: Child, data: bytes) -> bool:
+        if not 2 < len(data) <= wire.NOTE_SIZE_MAX + 2 or data[1] >= len(wire.NOTABLE):
+            return False
+        try:
+            fields = json.loads(data[2:])
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(fields, dict):
+            return False
+        self.note(child.sender, wire.NOTABLE[data[1]], fields)
+        return True
+
+    # ------------------------------------------------------------------ deaths and burned numbers
+
+    def _died(self, child: Child) -> None:
+        """A task's process has ended: record it, give back, and let its number rest."""
+        for _ in range(LAST_FRAMES_MAX):
+            if not self._read_frame(child):
+                break
+        self._close_channel(child)
+        self._epoll.unregister(child.pidfd)
+        del self._by_descriptor[child.pidfd]
+        result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        assert result is not None, "the pidfd was readable"
+        exited = result.si_code == os.CLD_EXITED
+        code, number = (result.si_status, 0) if exited else (0, result.si_status)
+        child.exit = ExitInfo(child.pid, code, number)
+        fields: dict[str, object] = {
+            "name": child.name,
+            "generation": child.sender.generation,
+            "code": code,
+            "signal": number,
+        }
+        if child.traceback:
+            fields["crash"] = child.traceback
+        self._event(EventKind.EXIT, child.pid, fields)
+        self._give_back(child)
+        self._burn(child)
+
+    def _give_back(self, child: Child) -> None:
+        """What a task had reserved is free again."""
+        self.shares.release(child.share)
+
+    def _burn(self, child: Child) -> None:
+        """Let nobody have the number until everyone alive now has read what it had sent."""
+        alive = {other.pid for other in self.children.values() if other.exit is None}
+        self.burned[child.pid] = {*alive, self.root.pid}
+        for pid in list(self.burned):
+            self.confirmed(child.pid, pid)  # a dead task reads nothing any more
+        frame = wire.PID_FRAME.pack(wire.PEER_DEAD, child.pid)
+        for other in self.children.values():
+            if other.exit is None:
+                self._tell(other, frame)
+        self.table.pulse()
+        self.driver.peer_dead(child.pid)
+
+    def confirmed(self, by: int, pid: int) -> None:
+        """A task has read everything that a dead one can have sent to it."""
+        waiting = self.burned.get(pid)
+        if waiting is None:
+            return
+        waiting.discard(by)
+        if not waiting:
+            del self.burned[pid]
+            self.table.clear(pid)
+
+    def _may_reuse(self, pid: int) -> bool:
+        """Whether a number that Linux offers means nobody else. A row in use by another number
+        counts as burned too."""
+        return not self.table.burned(pid)
+
+    def _reap(self, child: Child) -> ExitInfo:
+        assert child.exit is not None, "only the dead are reaped"
+        _ = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+        os.close(child.pidfd)
+        del self.children[child.pid]
+        self.shares.tasks.give(1)
+        return child.exit
+
+    # ------------------------------------------------------------------ spawn
+
+    def _next_generation(self, name: str) -> int:
+        """The number of this start of a service, from 1."""
+        return self.generations.get(name, 0) + 1
+
+    def _spawn(self, trap: Spawn) -> Spawned:
+        spec = trap.spec
+        self.serve()
+        try:
+            return self._start(spec)
+        except SpawnRefused as refusal:
+            self._spawn_error = self._spawn_reason(refusal)
+            self._event(
+                EventKind.SPAWN_FAILED,
+                self.root.pid,
+                {
+                    "name": spec.name,
+                    "program": spec.program,
+                    "reason": self._spawn_error.name.lower(),
+                    "detail": str(refusal),
+                },
+            )
+            raise
+
+    def _spawn_reason(self, refusal: SpawnRefused) -> SpawnReason:
+        """The reason kept for SpawnLastError."""
+        return refusal.reason
+
+    def _spawn_last_error(self, trap: SpawnLastError) -> SpawnReason:  # noqa: ARG002
+        reason, self._spawn_error = self._spawn_error, SpawnReason.NONE
+        return reason
+
+    def _start(self, spec: SpawnSpec) -> Spawned:
+        live_names = {child.name for child in self.children.values() if child.exit is None}
+        program = check_spec(spec, self.programs, live_names | {INIT_NAME})
+        held = self.driver.table.entries.get(spec.control)
+        if held is None or not isinstance(held.object, Endpoint):
+            raise SpawnRefused(
+                SpawnReason.INVALID_PAYLOAD, f"slot {spec.control} is no endpoint of the spawner"
+            )
+        if not self.shares.tasks.free:
+            raise SpawnRefused(SpawnReason.OOM, f"{self.shares.tasks.total} tasks")
+        if self.driver.table.full:
+            raise SpawnRefused(SpawnReason.CAP_TABLE_FULL, "no slot for the link to the child")
+        if spec.endpoints > self.shares.endpoints.free:
+            raise SpawnRefused(SpawnReason.ENDPOINT_QUOTA, f"{spec.endpoints} endpoints")
+        with ExitStack() as undo:
+            try:
+                spawned = self._start_within(spec, program, held.object, undo)
+            except SpawnRefused:
+                raise
+            except AbiError as refusal:
+                raise SpawnRefused(SpawnReason.OOM, str(refusal)) from None
+            _ = undo.pop_all()
+        return spawned
+
+    def _start_within(
+        self, spec: SpawnSpec, program: Program, control: Endpoint, undo: ExitStack
+    ) -> Spawned:
+        self.shares.tasks.take(1)
+        _ = undo.callback(self.shares.tasks.give, 1)
+        share = self.shares.reserve(spec.owner_size, spec.endpoints)
+        _ = undo.callback(self.shares.release, share)
+        service = service_id(spec.name)
+        down = CONTROL_TERMS._replace(delegations=spec.delegations)
+        near, far = make_pair(down, wall=True)
+        link = HolderLink(near, service, down, self.truesize)
+        try:
+            slot = self.driver.put(link, Rights.SEND | Rights.MANAGE)
+        except AbiError:
+            near.close()
+            far.close()
+            raise
+        _ = undo.callback(self.driver.drop, slot)
+        _ = undo.callback(far.close)
+        up_near, up_far = make_pair(CONTROL_TERMS, wall=True)
+        _ = undo.callback(up_near.close)
+        try:
+            upward = self.driver.own(control, CONTROL_TERMS, up_far)
+        except AbiError:
+            up_far.close()
+            raise
+        _ = undo.callback(self._unsee, upward)
+        sender = Sender(service, Pid(0), self._next_generation(spec.name), QosClass(spec.qos))
+        child, degraded = self._fork(spec, program, sender, (up_near, far), share)
+        self._forget_ends(up_near, far)
+        for owner, holder, terms in (
+            (INIT_NAME, spec.name, CONTROL_TERMS),
+            (spec.name, INIT_NAME, down),
+        ):
+            fields = {"owner": owner, "holder": holder, "depth": terms.depth, "size": terms.size}
+            self._event(EventKind.LINK, child.pid, fields)
+        self.children[child.pid] = child
+        self.generations[spec.name] = child.sender.generation
+        self._event(
+            EventKind.SPAWN,
+            child.pid,
+            {
+                "name": spec.name,
+                "generation": child.sender.generation,
+                "program": program.name,
+                "digest": program.digest,
+                "qos": int(child.qos),
+                "service": f"{service:016x}",
+                "degraded": list(degraded),
+            },
+        )
+        return Spawned(child.pid, service, child.sender.generation, slot, upward.link)
+
+    def _unsee(self, link: OwnerLink) -> None:
+        """Undo of a spawn: the spawner hears no PeerGone of a link it never heard of."""
+        self.driver.disown(link)
+
+    def _forget_ends(self, *ends: socket.socket) -> None:
+        """Close init's copies of what the child has: a copy would hide the child's death."""
+        for end in ends:
+            end.close()
+
+    def _fork(
+        self,
+        spec: SpawnSpec,
+        program: Program,
+        sender: Sender,
+        ends: tuple[socket.socket, socket.socket],
+        share: OwnerShare,
+    ) -> tuple[Child, tuple[str, ...]]:
+        """Fork until Linux gives a number that means nobody else, prepare the child, enter it
+        into the table, and let it go. Refuses: SpawnRefused (oom, map-failed)."""
+        for attempt in range(FORKS_MAX):
+            if attempt:
+                self._pause()
+            mine, its = make_pair(CONTROL_TERMS, wall=False)
+            try:
+                pid = self._fork_once(spec, program, sender, (its, *ends), share)
+            except OSError as error:
+                mine.close()
+                its.close()
+                raise SpawnRefused(SpawnReason.OOM, f"fork: {error}") from None
+            its.close()
+            pidfd = os.pidfd_open(pid)
+            if not self._may_reuse(pid):
+                self.forks_discarded += 1
+                _discard(pidfd, mine)
+                continue
+            prepared = self._prepared(mine, pidfd)
+            if prepared.failed:
+                _discard(pidfd, mine)
+                raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
+            sender = sender._replace(pid=Pid(pid))
+            child = Child(spec, sender, pidfd, mine, share)
+            self.names[sender.service] = spec.name
+            self.table.publish(sender, prepared.uid, prepared.gid)
+            degraded = prepared.degraded
+            if not self._apply_qos(pid, sender.qos):
+                degraded = (*degraded, "qos")
+            self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
+            self._epoll.register(pidfd, select.EPOLLIN)
+            self._epoll.register(mine.fileno(), select.EPOLLIN)
+            self._tell(child, bytes((wire.GO,)))
+            return child, degraded
+        raise SpawnRefused(SpawnReason.OOM, f"{FORKS_MAX} numbers in a row are burned")
+
+    def _pause(self) -> None:
+        """Give burned numbers a moment to be confirmed."""
+        _ = self._epoll.poll(FORK_PAUSE / 1000, 1)
+        self.serve()
+
+    def _fork_once(
+        self,
+        spec: SpawnSpec,
+        program: Program,
+        sender: Sender,
+        ends: tuple[socket.socket, ...],
+        share: OwnerShare,
+    ) -> int:
+        """fork(2); the child never returns from here. Raises OSError."""
+        parent = os.getpid()
+        keep = (*(end.fileno() for end in ends), self.table.descriptor)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        me = sender._replace(pid=Pid(os.getpid()))
+        if spec.cpu is not None:
+            os.sched_setaffinity(0, (self.cpus[spec.cpu % len(self.cpus)],))
+        return live(
+            Birth(
+                spec=spec,
+                program=program,
+                me=me,
+                spawner=self.root.service,
+                descriptors=keep,
+                confinement=Confinement(
+                    parent=parent,
+                    uid=self._uid_of(me.pid),
+                    keep=keep,
+                    null=self._null,
+                    namespaces=self.namespaces,
+                    enabled=self.harden,
+                ),
+                share=share,
+                truesize=self.truesize,
+                trace=self.trace,
+            )
+        )
+
+    def _uid_of(self, pid: int) -> int | None:
+        """The id a service runs under; None where init cannot give it one of its own."""
+        return UID_FIRST + pid % ROWS if os.geteuid() == 0 else None
+
+    def _prepared(self, channel: socket.socket, pidfd: int) -> wire.Prepared:
+        """Wait for a child to have confined itself."""
+        if not _await_readable(channel.fileno(), PREPARE_TIME):
+            return wire.Prepared(0, 0, (), "the child did not confine itself in time")
+        frame = channel.recv(wire.FRAME_SIZE_MAX)
+        if not frame:
+            _ = _await_readable(pidfd, PREPARE_TIME)
+            return wire.Prepared(0, 0, (), "the child ended before it was confined")
+        return wire.unpack_prepared(frame)
+
+    # ------------------------------------------------------------------ the root's other traps
+
+    def _wait(self, trap: Wait) -> ExitInfo:
+        while True:
+            self.serve()
+            child = self.children.get(trap.pid)
+            if child is None:
+                raise AbiError(
+                    Status.INVALID_ARGUMENT, f"pid {trap.pid} is no child, or was reaped"
+                )
+            if child.exit is not None:
+                return self._reap(child)
+            if trap.deadline == NO_WAIT:
+                raise AbiError(Status.QUEUE_EMPTY, f"pid {trap.pid} is alive")
+            if time.monotonic_ns() >= trap.deadline:
+                raise self.driver.timed_out()
+            self.driver.idle_until(trap.deadline)
+
+    def _kill(self, trap: Kill) -> None:
+        if trap.pid == self.root.pid:
+            raise Exited(0, int(signal.SIGKILL))
+        child = self.children.get(trap.pid)
+        if child is None:
+            raise AbiError(Status.INVALID_ARGUMENT, f"no task {trap.pid}")
+        if child.exit is None:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+
+    def _task_table(self, trap: TaskTable) -> tuple[TaskInfo, ...]:  # noqa: ARG002
+        self.serve()
+        root = self.root
+        rows = [TaskInfo(root.pid, INIT_NAME, root.service, root.generation, root.qos)]
+        for child in self.children.values():
+            if child.exit is None:
+                sender = child.sender
+                rows.append(
+                    TaskInfo(
+                        child.pid, child.name, sender.service, sender.generation, child.qos
+                    )
+                )
+        return tuple(sorted(rows))
+
+    def _entropy(self, trap: Entropy) -> bytes:
+        if not 1 <= trap.size <= ENTROPY_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"{trap.size} bytes of entropy")
+        return os.urandom(trap.size)
+
+    def _audit_log(self, trap: AuditLog) -> AuditLines:  # noqa: ARG002
+        self.serve()
+        taken = AuditLines(tuple(self._audit), self._audit_dropped)
+        self._audit.clear()
+        self._audit_dropped = 0
+        return taken
+
+    # ------------------------------------------------------------------ classes
+
+    def set_qos(self, caller: Sender, target: Pid, raw: int) -> None:
+        """Decide a request, record the audit line, apply it. Refuses as SetTaskQos."""
+        child = self.children.get(target)
+        current = None
+        if target == self.root.pid:
+            current = self.root.qos
+        elif child is not None and child.exit is None:
+            current = child.qos
+        request = QosRequest(caller.service, caller.pid, target, raw, current)
+        reason = self._decide_qos(request)
+        line = audit_line(request, reason)
+        fields: dict[str, object] = {"line": line}
+        if reason is QosReason.APPLIED and not self._apply_class(target, child, QosClass(raw)):
+            fields["degraded"] = ["qos"]
+        if len(self._audit) == AUDIT_LINES_MAX:
+            _ = self._audit.popleft()
+            self._audit_dropped += 1
+        self._audit.append(line)
+        self._event(EventKind.QOS, caller.pid, fields)
+        if reason is not QosReason.APPLIED:
+            raise AbiError(QOS_STATUS[reason], reason.value)
+
+    def _decide_qos(self, request: QosRequest) -> QosReason:
+        return decide(request)
+
+    def _apply_class(self, target: Pid, child: Child | None, qos: QosClass) -> bool:
+        """Note a task's class in the identity table; whether Linux schedules it so as well."""
+        if child is None:
+            self.root = self.root._replace(qos=qos)
+        else:
+            child.qos = qos
+            child.sender = child.sender._replace(qos=qos)
+        self.table.set_qos(target, qos)
+        return self._apply_qos(target, qos)
+
+    def _answer_qos(self, child: Child, target: Pid, raw: int) -> None:
+        status = 0
+        try:
+            self.set_qos(child.sender, target, raw)
+        except AbiError as refusal:
+            status = int(refusal.status)
+        self._tell(child, bytes((wire.QOS_ANSWER, status)))
+
+    def _apply_qos(self, pid: int, qos: QosClass) -> bool:
+        """Have Linux schedule a process by its class. Without the privilege nothing is done:
+        an ordinary user could lower a process and never raise it again."""
+        if not self._may_renice:
+            return qos is QosClass.NORMAL
+        policy = os.SCHED_IDLE if qos is QosClass.IDLE else os.SCHED_OTHER
+        try:
+            os.sched_setscheduler(pid, policy, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, pid, NICE[qos])
+        except OSError:
+            return False
+        return True
+
+
+def _may_renice() -> bool:
+    """Whether this process may raise a priority it has lowered, tried on itself."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice - 1)
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    except OSError:
+        return False
+    return True
+
+
+def _await_readable(descriptor: int, span: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(span / 1_000_000))
+
+
+def _discard(pidfd: int, channel: socket.socket) -> None:
+    """End a child that has not run anything of a service."""
+    channel.close()
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    _ = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)

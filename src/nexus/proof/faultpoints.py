@@ -1,0 +1,69 @@
+"""The runner's own fault points: what no task of the system can bring about by itself.
+
+Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages that are to arrive
+with a sender no kernel may accept, and the receiver's kernel has to refuse and count them.
+"""
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from nexus.abi import Pid
+from nexus.proof.saboteurs import replace
+from nexus.protocols.ladder import Ground
+from nexus.services.selftest.identity_rungs import FORGED_SENDERS
+
+CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+PID_NOBODY_HAS: Final = (1 << 22) + 1  # above the largest pid_max of Linux
+FORGED_PIDS: Final = {FORGED_SENDERS[0]: Pid(0), FORGED_SENDERS[1]: Pid(PID_NOBODY_HAS)}
+
+
+def plant_forged_senders(ground: Ground) -> None:
+    """Give the messages of FORGED_SENDERS their forged pid on their way."""
+    if ground is Ground.SIM:
+        _plant_sim()
+    else:
+        _plant_linux()
+
+
+def _plant_sim() -> None:
+    from nexus.kernel.sim.ipc import Ipc
+    from nexus.kernel.sim.objects import Link
+
+    def deliver(ipc: Ipc, link: Link) -> None:
+        data, pid, cap = link.queue[-1]
+        link.queue[-1] = (data, FORGED_PIDS.get(data, pid), cap)
+        original(ipc, link)
+
+    original = replace(Ipc, "deliver", deliver)
+
+
+def _plant_linux() -> None:
+    from nexus.kernel.linux.driver import Driver
+    from nexus.kernel.linux.objects import OwnerLink
+
+    def own(driver: Driver, *arguments: Any) -> OwnerLink:
+        link: OwnerLink = original(driver, *arguments)
+        link.recvmsg = _forging(link.recvmsg)
+        return link
+
+    original = replace(Driver, "own", own)
+
+
+def _forging(recvmsg: Callable[..., Any]) -> Callable[..., Any]:
+    """recvmsg, with the credentials of the marked messages exchanged."""
+
+    def forged(*arguments: int) -> Any:
+        data, ancillary, flags, address = recvmsg(*arguments)
+        pid = FORGED_PIDS.get(data)
+        if pid is not None:
+            ancillary = [
+                (level, kind, CREDENTIALS.pack(pid, 0, 0))
+                if kind == socket.SCM_CREDENTIALS
+                else (level, kind, content)
+                for level, kind, content in ancillary
+            ]
+        return data, ancillary, flags, address
+
+    return forged
