@@ -5,8 +5,8 @@ hands on what the client measured. It reads the CPU time of both when the client
 a confined task cannot do itself.
 
 The client of the bare exchange and its server await ABI traps and nothing else. The typed ones
-are a service and its client as in production: runtime and ipc, with nothing switched off. Their
-calls share one absolute deadline, which travels and is checked at both ends like any other.
+are a service and its client as in production: runtime and ipc, with nothing switched off. The
+calls of a run share one absolute deadline, which is checked at both ends like any other.
 """
 
 import time
@@ -49,7 +49,6 @@ from nexus.runtime import Call as RuntimeCall
 from nexus.runtime import Server
 
 TERMS: Final = LinkTerms()  # depth 8 and the largest share, as a link of a plan has by default
-CALL_NS: Final = 2_000_000_000  # ns; deadline of one call, far enough to be no hurry
 SETUP_NS: Final = 20_000_000_000  # ns; a machine under load still starts two tasks within it
 BATCH_COUNT: Final = 64  # requests of one packet
 TRACE_SEED: Final = bytes(16)
@@ -110,16 +109,16 @@ async def bare_client(boot: BootImage) -> int:
     call = Call(go.cap, payload, boot.endpoint, reply.link, Nanos(0))
     clock = time.perf_counter_ns
     end = clock() + WARMUP_NS
-    call.deadline = Nanos(await Now() + CALL_NS)
+    call.deadline = run_deadline(await Now(), order.seconds)
     while clock() < end:
-        call.deadline = Nanos((await call).now + CALL_NS)
+        await call
     samples: list[int] = []
     keep = samples.append
     await tell(boot, b"start")
     start = last = clock()
     end = start + int(order.seconds * 1e9)
     while last < end:
-        call.deadline = Nanos((await call).now + CALL_NS)  # of the next
+        await call
         now = clock()
         keep(now - last)
         last = now

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from tools.service_loops import loops
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 CODE: Final = ("src", "tests", "tools", "fuzz", "bench")
 LINE_LENGTH_MAX: Final = 100  # characters; ruff's formatter breaks what it can at the same number
@@ -217,32 +219,11 @@ def ground_tests(tree: Tree) -> Iterator[Fault]:
 
 
 def service_loops(tree: Tree) -> Iterator[Fault]:
-    """Retry and polling belong to ipc and runtime: a service that sleeps in a loop has its own."""
+    """Retry and polling belong to ipc and runtime; tools/service_loops.py finds them."""
     for path in tree.modules:
         if path.startswith(SERVICES):
-            for node in ast.walk(tree.parse(path)):
-                if isinstance(node, ast.While | ast.For | ast.AsyncFor) and (why := _retries(node)):
-                    yield Fault(path, node.lineno, f"a loop of its own that {why}: use nexus.ipc")
-
-
-def _retries(loop: ast.While | ast.For | ast.AsyncFor) -> str | None:
-    """What makes this loop a retry or a poll: it sleeps, or goes on after a refused await."""
-    for node in ast.walk(loop):
-        if isinstance(node, ast.Await) and _callee(node.value) in {"SleepUntil", "Sleep"}:
-            return "sleeps"
-        if isinstance(node, ast.Try) and any(
-            isinstance(part, ast.Await) for part in ast.walk(node)
-        ):
-            for handler in node.handlers:
-                if all(isinstance(part, ast.Pass | ast.Continue) for part in handler.body):
-                    return "tries again"
-    return None
-
-
-def _callee(value: ast.expr) -> str:
-    if isinstance(value, ast.Call):
-        return _callee(value.func)
-    return value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", "")
+            for line, reason in loops((tree.root / path).read_text("utf-8")):
+                yield Fault(path, line, f"a loop of its own that {reason}: use nexus.ipc")
 
 
 def contracts_complete(tree: Tree) -> Iterator[Fault]:

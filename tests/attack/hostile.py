@@ -25,6 +25,17 @@ LIBC: Final = ctypes.CDLL(None, use_errno=True)
 DESCRIPTORS_LOOKED_AT: Final = 2048
 REPORT_SIZE: Final = 3000  # bytes of a report per message of the control link
 
+FSTAT: Final = 5  # x86_64
+MODE_AT: Final = 24  # offset of st_mode in struct stat of x86_64
+KINDS: Final = {
+    stat.S_IFSOCK: "socket",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFREG: "file",
+    stat.S_IFCHR: "device",
+    stat.S_IFDIR: "directory",
+    stat.S_IFBLK: "disk",
+}
+
 UCRED: Final = struct.Struct("=iII")
 INTS: Final = struct.Struct("=ii")
 
@@ -72,18 +83,17 @@ def result(number: int, *arguments: Any) -> tuple[int, int]:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Every open descriptor and what it is, without /proc."""
+    """Every open descriptor and what it is, without /proc and without libc's fstat, which asks
+    by path: that call is refused, and a refusal is not "closed"."""
     found = {}
     for descriptor in range(DESCRIPTORS_LOOKED_AT):
-        try:
-            mode = os.fstat(descriptor).st_mode
-        except OSError:
+        status = ctypes.create_string_buffer(256)
+        error = call(FSTAT, descriptor, status)
+        if error == errno.EBADF:
             continue
-        kind = {
-            stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe", stat.S_IFREG: "file",
-            stat.S_IFCHR: "device", stat.S_IFDIR: "directory", stat.S_IFBLK: "disk",
-        }.get(stat.S_IFMT(mode), "anonymous")  # fmt: skip
-        found[descriptor] = kind
+        assert error == 0, f"fstat of {descriptor}: {errno.errorcode[error]}"
+        mode = int.from_bytes(status.raw[MODE_AT : MODE_AT + 4], "little")
+        found[descriptor] = KINDS.get(stat.S_IFMT(mode), "anonymous")
     return found
 
 

@@ -247,6 +247,7 @@ def _attach(terms: LinkTerms, *, count: int = 1) -> Attack:
         error = 0
         for _ in range(count):
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             error = error or with_descriptors(sock, pack_attach(terms), [far.fileno()])
             far.close()
             _KEPT.append(near)

@@ -11,7 +11,7 @@ from nexus.protocols.init import InitStatus, Route, Routed
 from nexus.runtime import Call, Server
 from tests.fakes.adder import ADDER, Adder
 from tests.fakes.pair import SEED, TERMS
-from tests.fakes.tinykernel import Task, TinyKernel
+from tests.fakes.tinykernel import Link, Task, TinyKernel
 
 
 class RouteInit:
@@ -22,6 +22,7 @@ class RouteInit:
         self.asked: Counter[str] = Counter()
         self.down: Counter[str] = Counter()  # so many answers are ROUTE_DOWN
         self.denied: set[str] = set()
+        self.dying: Counter[str] = Counter()  # so many routes lead to an instance that dies
 
     def handle(self, call: Call, request: Route) -> Routed:
         name = request.name
@@ -36,6 +37,10 @@ class RouteInit:
         server = self._system.services[name]
         kernel = self._system.kernel
         call.give_cap(kernel.link(kernel.endpoint_of(server), self._system.init, TERMS))
+        if self.dying[name]:
+            self.dying[name] -= 1
+            self._system.kill(name)
+            self._system.start(name)
         return Routed(
             server.sender.service, server.sender.generation, *TERMS, TERMS.depth, TERMS.size
         )
@@ -68,6 +73,14 @@ class System:
 
     def kill(self, name: str) -> None:
         self.kernel.end(self.services[name])
+
+    def close_reply_links(self, name: str) -> None:
+        """Let a service lose its ways back, as one that cheats could."""
+        task = self.services[name]
+        for slot, cap in list(task.table.items()):
+            if isinstance(cap.target, Link) and cap.target.endpoint.owner is not self.init:
+                self.kernel.close(task, slot)
+        self.servers[name]._replies.clear()
 
     def add_client(self, body: Callable[[Peers], Awaitable[Any]], name: str = "client") -> Task:
         task = self.kernel.task(name)

@@ -191,7 +191,7 @@ class TinyKernel:
         if task.program is not None:
             task.program.close()
         for slot in list(task.table):
-            self._close(task, slot)
+            self.close(task, slot)
 
     def inject(self, sender: Task, endpoint: Endpoint, data: bytes | bytearray) -> LinkId:
         """Let `sender` put a message into `endpoint` over a link of its own."""
@@ -299,7 +299,7 @@ class TinyKernel:
                 cap.target.slots += 1
                 return task.put(Cap(cap.target, cap.rights))
             case CapClose():
-                return self._close(task, trap.slot)
+                return self.close(task, trap.slot)
             case CapQuery():
                 vmo = task.get(trap.slot, Rights.MAP)
                 return CapInfo(CapKind.VMO, task.table[trap.slot].rights, len(vmo.data))
@@ -392,7 +392,7 @@ class TinyKernel:
                     raise PeerGone(link.id)
         raise Blocked
 
-    def _close(self, task: Task, slot: Slot) -> None:
+    def close(self, task: Task, slot: Slot) -> None:
         if slot not in task.table:
             raise AbiError(Status.INVALID_ARGUMENT, f"slot {slot}")
         target = task.table.pop(slot).target

@@ -21,7 +21,7 @@ from nexus.wire import (
 
 CODECS = [codec for protocol in protocols() for codec in protocol.codecs.values()]
 NAMES = [codec.request_type.__qualname__ for codec in CODECS]
-EXAMPLES = settings(max_examples=30)  # per codec; there are dozens of them
+EXAMPLES = settings(max_examples=15)  # per codec; there are dozens of them
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=NAMES)
 
 

@@ -28,8 +28,8 @@ class Session:
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
-            for mine in (self._writer, self._reader, self._failure_reader):
-                os.close(mine)
+            # Also the pipes of other sessions: a copy here would keep those from ending.
+            _close_all_but(inner, outer, failure)
             self._live(rig, inner, outer, failure)
         for theirs in (inner, outer, failure):
             os.close(theirs)
@@ -94,3 +94,10 @@ class Session:
             if not chunk:
                 return words.decode()
             words += chunk
+
+
+def _close_all_but(*kept: int) -> None:
+    low = 3
+    for descriptor in (*sorted(kept), 4096):
+        os.closerange(low, descriptor)
+        low = descriptor + 1

@@ -192,7 +192,11 @@ class TwoKernels(RuleBasedStateMachine):
                 session.close()
 
 
-SIMS = (sim_rig(seed=11, cpu_count=1), sim_rig(seed=12, cpu_count=2))
+# An allowed difference: only the simulator has one heap for all tasks. Here it does not run out.
+HEAP = 64 << 20
+SIMS = tuple(
+    sim_rig(seed=seed, cpu_count=cpu_count, heap_size=HEAP) for seed, cpu_count in ((11, 1), (12, 2))
+)
 
 
 @pytest.mark.linux
@@ -225,9 +229,8 @@ def _script() -> list[tuple[int, Operation]]:
     ]
 
 
-@pytest.mark.parametrize("rigs", [SIMS], ids=["sim"])
-def test_two_seeds_and_cpu_counts_of_the_simulator_do_the_same(rigs: tuple[Rig, Rig]) -> None:
-    sessions = [Session(rig) for rig in rigs]
+def test_two_seeds_and_cpu_counts_of_the_simulator_do_the_same() -> None:
+    sessions = [Session(rig) for rig in SIMS]
 
     for who, operation in _script():
         answers = {session.do(who, operation) for session in sessions}

@@ -100,3 +100,22 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"nexus {__version__}\n"
+
+
+def test_prove_is_handed_to_the_proof_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def prove(argv: list[str]) -> int:
+        seen.append(argv)
+        return 1
+
+    monkeypatch.setattr("nexus.proof.command.main", prove)
+
+    assert main(["prove", "--ground", "sim", "--help"]) == 1
+    assert seen == [["--ground", "sim", "--help"]]
+
+
+def test_the_schema_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--schema"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["title"] == "Nexus system file"

@@ -15,9 +15,11 @@ from nexus.abi import (
     AbiError,
     BootImage,
     CapClose,
+    ConsoleWrite,
     Event,
     EventKind,
     ExitInfo,
+    LinkCreate,
     Nanos,
     Now,
     Program,
@@ -26,8 +28,10 @@ from nexus.abi import (
     SetTaskQos,
     SleepUntil,
     Slot,
+    Spawn,
     Status,
     Trap,
+    Wait,
     service_id,
 )
 from nexus.init import plan as plan_module
@@ -37,6 +41,8 @@ from nexus.init.programs import PROGRAMS, ProgramSource, load_program
 from nexus.init.supervisor import REAP_MAX, STOP_MAX
 from nexus.init.system import parse
 from nexus.ipc import Answer, CallFailure, Client, Exchange, Peers, Refused, RetryBudget
+from nexus.kernel.sim.faults import FAILURES, Faults, NthFailure
+from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.init import PROTOCOL as PROTOCOLS_INIT
 from nexus.protocols.init import (
@@ -759,3 +765,54 @@ def test_the_status_of_a_service_reaches_its_client_too(boot: Boot) -> None:
 
     assert status.generation == 1
     assert len(status.counters) == 21
+
+
+# ---------------------------------------------------------------- the Nth failure of every trap
+
+
+SWEPT: Final = [
+    (trap, status)
+    for trap, statuses in FAILURES.items()
+    for status in statuses
+    if trap in {LinkCreate, Send, Recv, Spawn, Wait, ConsoleWrite}
+]
+DRIVER_PROGRAM: Final = ('program = "driver"', 'program = "demo.testsvc"')
+OCCURRENCES: Final = 14  # of each trap in a small boot with one restart; the last ones are past it
+
+
+@pytest.mark.parametrize("nth", range(1, OCCURRENCES + 1))
+@pytest.mark.parametrize(
+    ("trap", "status"), SWEPT, ids=[f"{trap.__name__}-{status.name}" for trap, status in SWEPT]
+)
+def test_init_survives_the_failure_of_any_of_its_traps(
+    trap: type[Trap[Any]], status: Status, nth: int
+) -> None:
+    async def driver(boot: BootImage) -> int:
+        hands = Driver(boot)
+        try:
+            await hands.begin(ready=False)
+        except AssertionError:
+            return 3  # an answer of init's was lost; what matters here is init
+        _ = await hands.ask(Restart("timed"))
+        await hands.pause(100 * MS)
+        _ = await hands.ask(Shutdown())
+        return 0
+
+    plan = make_plan(parse((SYSTEM + DRIVER).replace(*DRIVER_PROGRAM).encode(), Path("test.toml")))
+    programs = {
+        "timed": load_program(PROGRAMS["timed"]),
+        "demo.testsvc": Program(name="demo.testsvc", main=driver, digest=""),
+    }
+    failure = NthFailure(trap=trap, nth=nth, status=status, task=INIT_NAME)
+    kernel = SimKernel(
+        programs,
+        seed=1,
+        recorder=lambda _event: None,
+        limits=limits_of(plan),
+        faults=Faults(FaultPlan(nth=(failure,))),
+    )
+
+    ended = kernel.run(init_program(plan, 1), b"", until=Nanos(kernel.now + 30 * SECOND))
+
+    assert kernel.crashes == []
+    assert ended.code in {0, 1}

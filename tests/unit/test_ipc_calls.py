@@ -371,6 +371,34 @@ def test_a_restarted_service_is_stale_once_and_then_found_again() -> None:
     assert system.router.asked["adder"] == 2
 
 
+def test_a_reply_link_that_ended_while_another_was_waited_for_is_not_waited_on() -> None:
+    system = System("left", "right")
+
+    async def body(peers: Peers) -> Any:
+        left = await peers.connect("left", ADDER, BUDGET)
+        right = await peers.connect("right", ADDER, BUDGET)
+        assert isinstance(left, Client)
+        assert isinstance(right, Client)
+        slow = await right.start(Later(1, 5_000_000), FAR)
+        system.close_reply_links("left")
+        waited = await right.finish(slow)
+        return waited, left.peer.alive, await left.call(Add(1, 2), FAR), left.rebinds
+
+    assert system.client(body) == (Sum(1), False, Sum(3), 1)
+
+
+def test_a_route_that_dies_before_the_bind_is_asked_for_again() -> None:
+    system = System("adder")
+    system.router.dying["adder"] = 1
+
+    async def body(peers: Peers) -> Any:
+        client = await peers.connect("adder", ADDER, BUDGET)
+        assert isinstance(client, Client)
+        return await client.call(Add(1, 2), FAR), client.generation
+
+    assert system.client(body) == (Sum(3), 2)
+
+
 def test_the_search_for_a_restarted_service_is_bounded() -> None:
     system = System("adder")
 

@@ -109,6 +109,8 @@ def _spawn(name: str, pid: int = 5) -> Event:
 
 def _bench(number: int) -> Bench:
     """True evidence of each rung."""
+    counters: dict[str, Any]
+    told: dict[str, Any]
     match number:
         case 1:
             reasons = ("oom", "cap_table_full", "endpoint_quota", "map_failed", "invalid_payload")
@@ -182,7 +184,8 @@ def _bench(number: int) -> Bench:
             bench = Bench(143, {"timed": {"ready": account, "now": dict(account)}}, _spawn("timed"))
             bench.after.append(_event(EventKind.EXIT, 5, name="timed", code=0, signal=0))
             return bench
-    raise AssertionError(number)
+        case _:
+            raise AssertionError(number)
 
 
 SHOWN = (1, 2, 3, 4, 5, 13, 14, 29, 32, *range(39, 48), 143)

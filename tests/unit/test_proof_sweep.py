@@ -6,12 +6,13 @@ import pytest
 
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.init.plan import Plan
-from nexus.proof import compare, saboteurs
-from nexus.proof.compare import Allowed, compare_logs, normalise
+from nexus.proof import compare, sabotage, saboteurs
+from nexus.proof.compare import compare_logs, normalise
 from nexus.proof.expected import Scope, not_run
 from nexus.proof.prove import Watcher
 from nexus.proof.report import spans
-from nexus.proof.saboteurs import NoSuchSaboteur, Saboteur, find
+from nexus.proof.sabotage import NoSuchSaboteur, Saboteur
+from nexus.proof.saboteurs import SABOTEURS, find
 from nexus.proof.sweep import problem_of
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, RungResult, State, Verdict
@@ -53,7 +54,24 @@ def test_a_saboteur_is_found_by_rung_and_ground(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_saboteur_of_something_that_was_renamed_is_refused() -> None:
     with pytest.raises(AssertionError, match="aims at nothing"):
-        saboteurs.replace(Plan, "no_such_method", None)
+        sabotage.replace(Plan, "no_such_method", None)
+
+
+def test_a_rung_has_at_most_one_saboteur_per_ground() -> None:
+    planted = [(saboteur.rung, ground) for saboteur in SABOTEURS for ground in saboteur.grounds]
+
+    assert len(planted) == len(set(planted))
+
+
+@pytest.mark.parametrize("ground", SIM_LINUX)
+def test_the_rungs_of_init_and_the_kernels_have_a_saboteur_on_each_of_their_grounds(
+    ground: Ground,
+) -> None:
+    numbers = (*range(1, 6), 13, 14, 27, 28, 29, 32, *range(39, 48))
+
+    for number in numbers:
+        if ground in RUNGS[number - 1].grounds:
+            assert find(number, ground).rung == number
 
 
 def _line(text: str) -> Event:
@@ -104,55 +122,70 @@ def test_spans_of_numbers() -> None:
 # ---------------------------------------------------------------- compare
 
 
-def _trace(*traps: tuple[str, str, int]) -> Trace:
+def _trace(*traps: tuple[str, str, int], killed: bool = False) -> Trace:
     spawn = Event(Nanos(0), EventKind.SPAWN, Pid(5), {"name": "server", "generation": 1})
     events = [
         Event(Nanos(at), EventKind.TRAP, Pid(5), {"trap": trap, "status": status, "size": size})
         for at, (trap, status, size) in enumerate(traps)
     ]
-    return Trace((spawn, *events))
+    ended = {"name": "server", "code": 0, "signal": 9 if killed else 0}
+    return Trace((spawn, *events, Event(Nanos(99), EventKind.EXIT, Pid(5), ended)))
 
 
-def test_two_equal_logs_are_the_same_whatever_the_times_and_pids() -> None:
-    left = normalise(_trace(("Send", "OK", 3)))
-    right = normalise(
-        Trace(
-            tuple(
-                event._replace(time=Nanos(event.time + 7), pid=Pid(9))
-                for event in _trace(("Send", "OK", 3)).events
-            )
-        )
-    )
+def _log(*traps: tuple[str, str, int], killed: bool = False) -> compare.Log:
+    return normalise(_trace(*traps, killed=killed))
 
-    assert left == right
-    assert compare_logs(left, right, SIM_LINUX).exit_code == 0
+
+def test_two_equal_logs_are_the_same_whatever_the_times_and_pids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compare, "ALLOWED", ())
+    left = _trace(("Send", "OK", 3))
+    moved = [
+        event._replace(time=Nanos(event.time + 7), pid=Pid(event.pid + 4)) for event in left.events
+    ]
+
+    result = compare_logs(normalise(left), normalise(Trace(tuple(moved))), SIM_LINUX)
+
+    assert result.exit_code == 0
 
 
 @pytest.mark.parametrize("other", [("Send", "QUEUE_FULL", 3), ("Send", "OK", 4), ("Recv", "OK", 3)])
-def test_a_different_status_size_or_trap_fails_the_comparison(other: tuple[str, str, int]) -> None:
-    left, right = normalise(_trace(("Send", "OK", 3))), normalise(_trace(other))
+def test_a_different_status_size_or_trap_fails_the_comparison(
+    other: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "ALLOWED", ())
 
-    result = compare_logs(left, right, SIM_LINUX)
+    result = compare_logs(_log(("Send", "OK", 3)), _log(other), SIM_LINUX)
 
     assert result.exit_code == 1
     assert "server generation 1" in compare.as_text(result)
 
 
-def test_a_task_that_exists_on_one_ground_only_fails_the_comparison() -> None:
-    assert compare_logs(normalise(_trace(("Send", "OK", 3))), {}, SIM_LINUX).exit_code == 1
-
-
-def test_an_allowed_difference_is_counted_and_one_never_seen_is_reported(
+def test_a_task_that_exists_on_one_ground_only_fails_the_comparison(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    allowed = Allowed(what="sizes", why="a test", hide=lambda entry: entry.replace("4", "3"))
-    monkeypatch.setattr(compare, "ALLOWED", (allowed,))
-    one, other = normalise(_trace(("Send", "OK", 3))), normalise(_trace(("Send", "OK", 4)))
+    monkeypatch.setattr(compare, "ALLOWED", ())
 
-    needed, idle = compare_logs(one, other, SIM_LINUX), compare_logs(one, one, SIM_LINUX)
+    assert compare_logs(_log(("Send", "OK", 3)), {}, SIM_LINUX).exit_code == 1
 
-    assert (needed.exit_code, needed.used) == (0, {"sizes": 1})
-    assert (idle.exit_code, idle.unused) == (1, ("sizes",))
+
+def test_an_allowed_difference_is_counted_and_one_never_seen_is_reported() -> None:
+    whole = _log(("Recv", "OK", 1), ("Send", "OK", 1), killed=True)
+    cut = _log(("Recv", "OK", 1), killed=True)
+
+    needed, idle = compare_logs(whole, cut, SIM_LINUX), compare_logs(whole, whole, SIM_LINUX)
+
+    assert (needed.exit_code, list(needed.used.values())) == (0, [1])
+    assert idle.exit_code == 1
+    assert idle.unused == ("the last traps of a killed task",)
+
+
+def test_what_a_killed_task_did_see_must_be_equal() -> None:
+    whole = _log(("Recv", "OK", 1), ("Send", "OK", 1), killed=True)
+
+    assert compare_logs(whole, _log(("Recv", "OK", 2), killed=True), SIM_LINUX).diffs
+    assert compare_logs(whole, _log(("Recv", "OK", 1)), SIM_LINUX).diffs
 
 
 def test_the_smp_rows_are_all_the_kernels_own() -> None:

@@ -150,12 +150,5 @@ def test_work_left_for_later_is_allowed_with_its_issue(tmp_path: Path) -> None:
     assert list(tidy.unfinished(tree)) == []
 
 
-def test_a_loop_that_neither_sleeps_nor_repeats_is_a_services_own_business(tmp_path: Path) -> None:
-    text = "async def drain(box):\n    while box.full:\n        await box.take()\n"
-    tree = plant(tmp_path, {"src/nexus/services/__init__.py": text})
-
-    assert list(tidy.service_loops(tree)) == []
-
-
 def test_this_tree_is_tidy() -> None:
     assert tidy.faults(tidy.Tree(tidy.ROOT)) == []

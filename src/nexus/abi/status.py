@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 class Status(IntEnum):
     """Why a trap was refused. Closed: the kernels raise no other."""
 
-    PERMISSION_DENIED = 1
-    NO_SUCH_ENDPOINT = 2
-    QUEUE_FULL = 3
-    QUEUE_EMPTY = 4
-    NO_SPACE = 5
-    TIMED_OUT = 6
-    INVALID_ARGUMENT = 7
-    UNSUPPORTED = 8
+    PERMISSION_DENIED = 1  # the capability lacks the right, or the task the authority
+    NO_SUCH_ENDPOINT = 2  # closed, or its owner is gone
+    QUEUE_FULL = 3  # the link holds as many messages as its depth
+    QUEUE_EMPTY = 4  # nothing is queued, and the caller does not wait
+    NO_SPACE = 5  # bytes, slots, budgets, delegations: a bound is reached
+    TIMED_OUT = 6  # the deadline has passed
+    INVALID_ARGUMENT = 7  # a size, slot, number or name that cannot be
+    UNSUPPORTED = 8  # this kernel cannot do it
 
 
 class SpawnReason(IntEnum):

@@ -42,7 +42,8 @@ class Trap(Generic[T_co]):
     __slots__ = ()
 
     def __await__(self) -> "Generator[Trap[Any], Any, T_co]":
-        return (yield self)
+        result: T_co = yield self
+        return result
 
 
 class Message(NamedTuple):

@@ -9,7 +9,6 @@ from nexus import __version__
 from nexus.cli.check import add_check, check
 from nexus.init.errors import SystemFileError
 
-EXIT_GREEN: Final = 0
 EXIT_USAGE: Final = 2
 
 DESCRIPTION: Final = "Start, check and prove systems of Nexus services."
@@ -52,6 +51,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, SystemFileError) as error:
         print(f"nexus: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except BrokenPipeError:  # the reader of our output has had enough
-        sys.stderr.close()
-        return EXIT_GREEN

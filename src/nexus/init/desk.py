@@ -7,7 +7,7 @@ waiting: one that its caller has no room for is lost and counted.
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, assert_never
 
 from nexus.abi import (
     INIT_NAME,
@@ -26,6 +26,7 @@ from nexus.abi import (
     TaskTable,
     service_id,
 )
+from nexus.init.links import LinkState
 from nexus.init.record import NO_ACCOUNT, Record
 from nexus.protocols.init import (
     AUDIT_LINE_SIZE_MAX,
@@ -94,6 +95,14 @@ class Refused(Exception):
         self.status = status
 
 
+class Grant(NamedTuple):
+    """The answer to a Route, the link that moves with it, and the row that it fills."""
+
+    reply: Routed
+    slot: Slot | None
+    row: LinkState | None
+
+
 @dataclass(slots=True)
 class Held:
     """An answer that waits: for everybody's readiness, or for the account of `about`."""
@@ -147,7 +156,7 @@ class Desk:
             _ = codec.decode_request(message.data[HEADER_SIZE:])
         except RemoteProtocolError:
             record.routes.malformed += 1
-            await self._send(message.cap, answer(message.data, ReplyStatus.MALFORMED))
+            _ = await self._send(message.cap, answer(message.data, ReplyStatus.MALFORMED))
             await CapClose(message.cap)
             return
         if record.replies is not None:
@@ -160,24 +169,39 @@ class Desk:
         self, record: Record, message: Message, codec: Codec | None, back: Slot
     ) -> None:
         """Decode, authorise, act, answer."""
-        move: Slot | None = None
-        reply: object | None
+        if codec is not None and codec.request_type is Route:
+            await self._serve_route(record, message, codec, back)
+            return
         try:
             request = self._decoded(record, message, codec)
-            if isinstance(request, Route):
-                reply, move = await self._route(record, request)
-            else:
-                self._authorise(record)
-                reply = await self._answered(record, message, request)
+            self._authorise(record)
+            reply = await self._answered(record, message, request)
         except Refused as refused:
-            frame = answer(message.data, refused.status)
+            _ = await self._send(back, answer(message.data, refused.status))
+            return
+        if reply is not None:
+            _ = await self._send(back, answer(message.data, ReplyStatus.OK, encode(reply)))
+
+    async def _serve_route(
+        self, record: Record, message: Message, codec: Codec, back: Slot
+    ) -> None:
+        """As `_serve`, with a fresh link that moves with the answer, or is closed again."""
+        try:
+            request = self._decoded(record, message, codec)
+            assert isinstance(request, Route), "the prefix named it"
+            grant = await self._route(record, request)
+        except Refused as refused:
+            _ = await self._send(back, answer(message.data, refused.status))
+            return
+        frame = answer(message.data, ReplyStatus.OK, encode(grant.reply))
+        sent = await self._send(back, frame, move=grant.slot)
+        if grant.row is None or grant.slot is None:
+            return
+        if sent:
+            terms = LinkTerms(grant.reply.depth, grant.reply.size, grant.reply.delegations)
+            self._init.links.on_taken(grant.row, terms, record.generation, grant.reply.generation)
         else:
-            if reply is None:
-                return
-            frame = answer(message.data, ReplyStatus.OK, encode(reply))
-        sent = await self._send(back, frame, move=move)
-        if not sent and move is not None:
-            await CapClose(move)
+            await CapClose(grant.slot)
 
     def _decoded(self, record: Record, message: Message, codec: Codec | None) -> InitRequest:
         data = message.data
@@ -220,12 +244,12 @@ class Desk:
 
     # ------------------------------------------------------------------ routes
 
-    async def _route(self, asker: Record, request: Route) -> tuple[Routed, Slot | None]:
-        """A route, and the fresh link that moves with it."""
+    async def _route(self, asker: Record, request: Route) -> Grant:
+        """A route: the answer, and the fresh link that is to move with it."""
         tally = asker.routes
         if request.name == REPLY_NAME:
             tally.ok += 1
-            return self._own_route(asker), None
+            return Grant(self._own_route(asker), None, None)
         provider = self.find(request.name)
         refusal = self.route_refusal(asker, provider)
         if refusal is not None:
@@ -247,7 +271,6 @@ class Desk:
                 raise
             tally.down += 1  # it is ending, or has not yet seen the end of its former clients
             raise Refused(InitStatus.ROUTE_DOWN) from error
-        self._init.links.on_taken(row, terms, asker.generation, provider.generation)
         tally.ok += 1
         reply = Routed(
             service=provider.planned.service,
@@ -258,7 +281,7 @@ class Desk:
             reply_depth=planned.reply_depth,
             reply_size=planned.reply_size,
         )
-        return reply, link.slot
+        return Grant(reply, link.slot, row)
 
     def find(self, name: str) -> Record | None:
         """The service of that name."""
@@ -345,7 +368,7 @@ class Desk:
     async def _await_ready(self, record: Record, message: Message) -> Ready | None:
         if self._init.baseline_done:
             return self._ready()
-        self._hold(record, message, about=None, due=None)
+        _ = self._hold(record, message, about=None, due=None)
         return None
 
     def _ready(self) -> Ready:
@@ -530,4 +553,9 @@ class Desk:
                 await self._give_account(held, None)
 
 
-_LOST: Final = (Status.QUEUE_FULL, Status.NO_SPACE, Status.NO_SUCH_ENDPOINT)
+_LOST: Final = (
+    Status.QUEUE_FULL,
+    Status.NO_SPACE,
+    Status.NO_SUCH_ENDPOINT,
+    Status.TIMED_OUT,
+)

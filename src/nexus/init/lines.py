@@ -50,14 +50,19 @@ class KeyLines:
 
     def _note(self, path: KeyPath, line: int) -> None:
         for length in range(1, len(path) + 1):
-            self._lines.setdefault(path[:length], line)
+            _ = self._lines.setdefault(path[:length], line)
 
-    def _skip(self, pattern: re.Pattern[str]) -> str:
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        """What matches here, and go on behind it; the empty string if nothing does."""
         match = pattern.match(self._text, self._at)
         if match is None:
             return ""
         self._at = match.end()
         return match.group()
+
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        """Go on behind what matches here."""
+        _ = self._take(pattern)
 
     def _scan(self) -> None:
         table: KeyPath = ()
@@ -103,8 +108,8 @@ class KeyLines:
         keys: list[str | int] = []
         while True:
             self._skip(_BLANK)
-            string = self._skip(_STRING)
-            key = _unquoted(string) if string else self._skip(_BARE)
+            string = self._take(_STRING)
+            key = _unquoted(string) if string else self._take(_BARE)
             if not string and not key:
                 return tuple(keys)
             keys.append(key)
@@ -127,7 +132,7 @@ class KeyLines:
         opening = self._text[self._at : self._at + 1]
         if opening in {"[", "{"}:
             self._nested(path, "]" if opening == "[" else "}")
-        elif not self._skip(_STRING):
+        elif not self._take(_STRING):
             self._skip(_SCALAR)
 
     def _nested(self, path: KeyPath, closing: str) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 
 from nexus.abi import (
     CONTROL_LINK_SIZE,
+    ENDPOINTS_PER_OWNER_MAX,
     ENDPOINTS_TOTAL_MAX,
     INIT_NAME,
     LINK_DEPTH_DEFAULT,
@@ -33,7 +34,7 @@ from nexus.protocols.meta import PROTOCOL as META
 from nexus.runtime import BINDS_MAX, ONE_SHOTS_MAX
 
 SLOTS_SPARE: Final = ONE_SHOTS_MAX + 4  # one-shot links; a link made, moved in, or replaced
-ROOT_ENDPOINTS: Final = 4  # control, reply inbox, and two for a kernel's self-test
+ROOT_ENDPOINTS: Final = ENDPOINTS_PER_OWNER_MAX  # what one owner may have; a self-test shows it
 ROOT_LINKS_SPARE: Final = 4  # control links of instances whose end is not yet received
 EXTRA_LINKS_MAX: Final = 32  # links beyond the planned ones that one provider may have
 

@@ -122,7 +122,7 @@ class Supervisor:
                 self.now = await Now()
                 await self._on_gone(gone.link)
             except AbiError as error:
-                if error.status is not Status.TIMED_OUT:
+                if error.status not in _WOKEN:
                     raise
                 self.now = await Now()
             else:
@@ -212,7 +212,13 @@ class Supervisor:
 
     async def _bind(self, record: Record) -> None:
         """Move a link into the reply inbox to the new instance; Bound is its control echo."""
-        link = await LinkCreate(self._inbox, CONTROL_TERMS)
+        try:
+            link = await LinkCreate(self._inbox, CONTROL_TERMS)
+        except AbiError as error:
+            if error.status not in _NOT_NOW:
+                raise
+            await self._kill(record, REASON_NO_ECHO)
+            return
         assert link.link is not None, "the inbox is init's own"
 
         async def on_bound(reply: Any, nonce: int) -> None:
@@ -439,7 +445,7 @@ class Supervisor:
             if not record.lives:
                 record.state = TaskState.STOPPED
                 record.due = None
-                self._stopping.pop()
+                _ = self._stopping.pop()
                 self._stop_due = None
                 continue
             if self._stop_due is None:
@@ -452,7 +458,7 @@ class Supervisor:
             if record.kill_reason == REASON_STOP:
                 self.dirty.append(record.name)
                 await self.say(f"init: no end of {record.name}", pid=record.pid)
-                self._stopping.pop()
+                _ = self._stopping.pop()
                 self._stop_due = None
                 continue
             await self._kill(record, REASON_STOP)
@@ -500,7 +506,7 @@ class Supervisor:
             except PeerGone:
                 continue
             except AbiError as error:
-                if error.status is not Status.QUEUE_EMPTY:
+                if error.status not in (Status.QUEUE_EMPTY, *_WOKEN):
                     raise
                 return
             if message.cap is not None:
@@ -615,7 +621,13 @@ class Supervisor:
             self.lines_lost += 1
 
 
-_NOT_NOW: Final = (Status.QUEUE_FULL, Status.NO_SPACE, Status.NO_SUCH_ENDPOINT)
+_NOT_NOW: Final = (
+    Status.QUEUE_FULL,
+    Status.NO_SPACE,
+    Status.NO_SUCH_ENDPOINT,
+    Status.TIMED_OUT,
+)
+_WOKEN: Final = (Status.TIMED_OUT, Status.NO_SPACE)  # a full table empties with the next look
 
 
 async def _nothing(_reply: Any, _nonce: int) -> None:

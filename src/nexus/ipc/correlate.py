@@ -11,7 +11,7 @@ than the one asked, is foreign. None of them is ever taken for the answer; each 
 from enum import Enum
 from typing import Final
 
-from nexus.abi import LinkId, LinkTerms, Message, Nanos, ServiceId, Slot
+from nexus.abi import LinkId, LinkTerms, Message, Nanos, Sender, ServiceId, Slot
 from nexus.ipc.buffer import ReplyBuffer
 from nexus.ipc.nonce import NonceGen
 from nexus.ipc.outcome import CallFailure, Refused, Stale, Unknown
@@ -40,6 +40,7 @@ class Peer:
         "link",
         "name",
         "reply_terms",
+        "sender",
         "service",
         "slot",
         "terms",
@@ -66,6 +67,14 @@ class Peer:
         self.terms = terms
         self.reply_terms = reply_terms
         self.alive = True
+        self.sender: Sender | None = None  # the last one recognised; kernels give it again
+
+    def is_sent_by(self, sender: Sender) -> bool:
+        """Whether the kernel's stamp is that of the instance this link leads to."""
+        if sender.service != self.service or sender.generation != self.generation:
+            return False
+        self.sender = sender
+        return True
 
 
 class Pending:
@@ -111,6 +120,7 @@ class Correlator:
 
     def __init__(self, start: int = NONCE_START) -> None:
         self.in_flight: dict[int, Pending] = {}
+        self.peers: dict[LinkId, Peer] = {}
         self.nonces = NonceGen(start, self.in_flight)
         self.buffer = ReplyBuffer(BUFFER_COUNT_MAX, BUFFER_SIZE_MAX)
         self.recent: list[Peer | None] = [None] * RECENT_COUNT
@@ -119,6 +129,10 @@ class Correlator:
         self.foreign = 0
         self.malformed = 0
         self._abandoned: dict[int, None] = {}
+
+    def on_bound(self, peer: Peer) -> None:
+        """Replies of `peer` arrive on its link from now on."""
+        self.peers[peer.link] = peer
 
     def on_sent(self, pending: Pending) -> None:
         """The call is in flight."""
@@ -143,10 +157,12 @@ class Correlator:
             pending.early = failure
 
     def on_gone(self, link: LinkId) -> None:
-        """The peer of a reply link is gone: whoever waits for it learns that now."""
+        """The peer of a reply link is gone: whoever waits for it, or asks it next, learns that."""
+        peer = self.peers.pop(link, None)
+        if peer is not None:
+            peer.alive = False
         for pending in self.in_flight.values():
             if pending.peer.link == link and pending.nonce not in self.buffer:
-                pending.peer.alive = False
                 self.on_failed(pending, Unknown())
 
     def judge(self, message: Message) -> Verdict:

@@ -6,9 +6,10 @@ carry a capability either way. Results are values; nothing here retries.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import coroutine
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from nexus.abi import (
@@ -23,6 +24,7 @@ from nexus.abi import (
     Send,
     Slot,
     Status,
+    Trap,
 )
 from nexus.abi import Call as CallTrap
 from nexus.ipc.context import Context, Spans
@@ -128,11 +130,13 @@ class Exchange:
         self._codecs: dict[type, Codec] = {**META.codecs, **protocol.codecs}
         self.protocol = protocol
         self.peer = peer
+        self._correlator.on_bound(peer)
         self._trap = CallTrap(peer.slot, b"", peer.inbox, peer.link, Nanos(0))
 
     def use(self, peer: Peer) -> None:
         """Go on over another link to the same service."""
         self.peer = peer
+        self._correlator.on_bound(peer)
         self._trap = CallTrap(peer.slot, b"", peer.inbox, peer.link, Nanos(0))
 
     @property
@@ -140,9 +144,12 @@ class Exchange:
         """Which start of the service this link leads to."""
         return self.peer.generation
 
-    async def call(
+    # A generator and not an async def: yielding the trap instead of awaiting it saves the
+    # iterator that each await makes, 0.15 us of a call of 15.
+    @coroutine
+    def call(
         self, request: Request[ReplyT], deadline: Nanos, context: Context | None = None
-    ) -> ReplyT | Refused | CallFailure:
+    ) -> Generator[Trap[Any], Any, ReplyT | Refused | CallFailure]:
         """Send one request and wait for its answer, at most until `deadline` (absolute, ns)."""
         caller = self._caller
         if caller.parent is None and context is None:
@@ -151,7 +158,7 @@ class Exchange:
             deadline, trail = self._inherit(deadline, context)
         peer = self.peer
         if not peer.alive:
-            failure = await self._revive(deadline)
+            failure = yield from self._revive(deadline).__await__()
             if failure is not None:
                 return failure
             peer = self.peer
@@ -163,17 +170,16 @@ class Exchange:
         trap.data = codec.prefix + echo + encode(request)
         trap.deadline = deadline
         try:
-            message = await trap
+            message: Message = yield trap
         except AbiError as error:
-            ended: ReplyT | Refused | CallFailure = await self._call_interrupted(
-                error, Pending(nonce, peer, codec, deadline, echo, 0)
-            )
+            pending = Pending(nonce, peer, codec, deadline, echo, 0)
+            ended: ReplyT | Refused | CallFailure
+            ended = yield from self._call_interrupted(error, pending).__await__()
             return ended
         data, sender, _, cap, _, _ = message
         if (
             data[:HEADER_SIZE] == codec.reply_prefix + echo
-            and sender[0] == peer.service
-            and sender[2] == peer.generation
+            and (sender is peer.sender or peer.is_sent_by(sender))
             and cap is None
         ):
             try:
@@ -182,9 +188,9 @@ class Exchange:
                 self._correlator.malformed += 1
                 return Malformed()
             return reply
-        outcome: ReplyT | Refused | CallFailure = await self._settle(
-            message, Pending(nonce, peer, codec, deadline, echo, 0)
-        )
+        pending = Pending(nonce, peer, codec, deadline, echo, 0)
+        outcome: ReplyT | Refused | CallFailure
+        outcome = yield from self._settle(message, pending).__await__()
         return outcome
 
     async def start(

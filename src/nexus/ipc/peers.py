@@ -38,6 +38,7 @@ from nexus.wire import Protocol
 
 CONTROL_TERMS: Final = LinkTerms(8, CONTROL_LINK_SIZE, 0)  # of links to and from init
 REBIND_ATTEMPTS_MAX: Final = 8  # with doubling pauses: 5 ms to 0.64 s, about a restart's back-off
+BIND_ATTEMPTS_MAX: Final = 3  # routes that die between init's answer and the Bind
 REBIND_BACKOFF: Final = Nanos(5_000_000)
 
 
@@ -114,9 +115,23 @@ class Peers:
         control = await self.control(budget.deadline)
         if not isinstance(control, Exchange):
             return control if isinstance(control, TimedOut) else Closed()
-        routed = await route_with_nonce_budgeted(control, name, budget, ROUTE_MISMATCHES, tokens)
-        if not isinstance(routed, Routed):
-            return routed
+        for _ in range(BIND_ATTEMPTS_MAX):
+            routed = await route_with_nonce_budgeted(
+                control, name, budget, ROUTE_MISMATCHES, tokens
+            )
+            if not isinstance(routed, Routed):
+                return routed
+            bound = await self._bind_routed(name, protocol, routed, budget.deadline)
+            if isinstance(bound, Exchange):
+                return bound.peer
+            if isinstance(bound, TimedOut):
+                return bound
+        return Closed()
+
+    async def _bind_routed(
+        self, name: str, protocol: Protocol, routed: Routed, deadline: Nanos
+    ) -> Exchange | CallFailure:
+        """Bind a fresh route; if that fails the route is closed."""
         assert routed.slot is not None, "@reply is no service to connect to"
         bound = await self.bind(
             routed.slot,
@@ -126,12 +141,11 @@ class Peers:
             generation=routed.generation,
             terms=routed.terms,
             reply_terms=routed.reply_terms,
-            deadline=budget.deadline,
+            deadline=deadline,
         )
-        if isinstance(bound, Exchange):
-            return bound.peer
-        await CapClose(routed.slot)
-        return bound if isinstance(bound, TimedOut) else Closed()
+        if not isinstance(bound, Exchange):
+            await CapClose(routed.slot)
+        return bound
 
     async def bind(
         self,

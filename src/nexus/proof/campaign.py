@@ -32,8 +32,8 @@ from nexus.proof import workload
 
 FAULTS_SPAN: Final = Nanos(400_000_000)  # ns of virtual time in which faults fire
 SWEEP_SPAN: Final = Nanos(60_000_000)  # ns; one failure is planned, and early
-HEALTHY_WITHIN: Final = Nanos(5_000_000_000)  # ns after the faults; a start is tried for 3 s
-RUN_LIMIT: Final = Nanos(20_000_000_000)  # ns of virtual time; a run that needs it hangs
+HEALTHY_WITHIN: Final = Nanos(12_000_000_000)  # ns after the faults; testsvc tries 10 s to start
+RUN_LIMIT: Final = Nanos(40_000_000_000)  # ns of virtual time; a run that needs it hangs
 SWEEP_NTH_MAX: Final = 60  # occurrences failed one by one; a later one is like an earlier one
 PROBLEMS_SHOWN_MAX: Final = 20
 SHRINK: Final = 6  # problems kept of one run
@@ -50,7 +50,6 @@ name = "campaign"
 smp = 2
 total_size = "8MiB"
 owner_size = "512KiB"
-ends_with = "campaign.judge"
 
 [service.timed]
 program = "timed"
@@ -372,6 +371,7 @@ def sweep_rows() -> list[SweepRow]:
         SweepRow(task=INIT_NAME, trap=trap, status=status)
         for trap in INIT_TRAPS
         for status in FAILURES[trap]
+        if (trap, status) != (abi_traps.Send, Status.TIMED_OUT)  # init never waits for room
     ]
 
 

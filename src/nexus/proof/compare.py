@@ -1,16 +1,17 @@
 """Two grounds, one scenario, and every difference between what each task saw.
 
-Each task's own traps (class, status, size) and lines (text, evidence) are put in its own order;
-times, pids and digests are left out. Tasks are not ordered against each other: they run
-concurrently. A difference is either named in ALLOWED, or it fails the comparison.
+Each task's traps (class, status, size), lines (text, evidence) and end are put in its own order;
+times, pids and digests are left out. Tasks are not ordered against each other, nor a task's lines
+against its traps: on linux they travel apart. A difference is either named in ALLOWED, or it
+fails the comparison.
 """
 
 import difflib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 from nexus.abi import INIT_NAME, EventKind, Pid
 from nexus.proof.prove import SIM_LIMIT
@@ -20,23 +21,33 @@ from nexus.proof.trace import Trace
 from nexus.protocols.ladder import Ground
 
 DIFF_LINES_MAX: Final = 80  # shown per task; the first ones tell
+KILLED: Final = '"signal":9'  # in the end of a task that did not end by itself
 
 TaskKey = tuple[str, int]
 """Name and generation of a task."""
 
-Log = dict[TaskKey, list[str]]
+
+class Seen(NamedTuple):
+    """What one task saw."""
+
+    traps: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    end: str = ""
+
+
+Log = dict[TaskKey, Seen]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allowed:
-    """A difference that is no difference: `hide` gives the entry without it.
+    """A difference that is no difference, by name and reason.
 
-    `what` is a name for the report, `why` says which promise makes it harmless.
+    `settle` is given what a task saw on both grounds and returns it without the difference.
     """
 
     what: str
     why: str
-    hide: Callable[[str], str]
+    settle: Callable[[Seen, Seen], tuple[Seen, Seen]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +59,7 @@ class Result:
     diffs: Mapping[TaskKey, Sequence[str]]
     used: Mapping[str, int]
     endings: tuple[str, ...] = ()
-    unused: tuple[str, ...] = field(default=())
+    unused: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -56,7 +67,23 @@ class Result:
         return 1 if self.diffs or self.endings or self.unused else 0
 
 
-ALLOWED: Final[tuple[Allowed, ...]] = ()
+def _cut_when_killed(left: Seen, right: Seen) -> tuple[Seen, Seen]:
+    if left.end != right.end or KILLED not in left.end:
+        return left, right
+    length = min(len(left.traps), len(right.traps))
+    return left._replace(traps=left.traps[:length]), right._replace(traps=right.traps[:length])
+
+
+ALLOWED: Final = (
+    Allowed(
+        what="the last traps of a killed task",
+        why=(
+            "on linux a task hands its trace over in parts and SIGKILL takes the last one with "
+            "it; what was handed over must be equal"
+        ),
+        settle=_cut_when_killed,
+    ),
+)
 
 
 def compare(comparison: Comparison) -> Result:
@@ -80,17 +107,18 @@ def compare_logs(
     used: Counter[str] = Counter()
     diffs: dict[TaskKey, Sequence[str]] = {}
     for key in sorted(left.keys() | right.keys()):
-        first, second = left.get(key, []), right.get(key, [])
-        if first == second:
-            continue
-        hidden = [_hide(first, used), _hide(second, used)]
-        if hidden[0] != hidden[1]:
+        first, second = left.get(key, Seen()), right.get(key, Seen())
+        for allowed in ALLOWED:
+            settled = allowed.settle(first, second)
+            used[allowed.what] += settled != (first, second)
+            first, second = settled
+        if first != second:
             one, other = (ground.value for ground in grounds)
-            diff = difflib.unified_diff(hidden[0], hidden[1], one, other, n=3, lineterm="")
-            diffs[key] = list(diff)
+            entries = _entries(first), _entries(second)
+            diffs[key] = list(difflib.unified_diff(*entries, one, other, n=3, lineterm=""))
     return Result(
         grounds=grounds,
-        entries=sum(len(entries) for entries in left.values()),
+        entries=sum(len(_entries(seen)) for seen in left.values()),
         diffs=diffs,
         used=dict(used),
         endings=endings,
@@ -100,22 +128,30 @@ def compare_logs(
 
 def normalise(trace: Trace) -> Log:
     """What each task saw, in its own order, without what differs from run to run."""
-    log: Log = defaultdict(list)
+    traps: dict[TaskKey, list[str]] = defaultdict(list)
+    lines: dict[TaskKey, list[str]] = defaultdict(list)
+    ends: dict[TaskKey, str] = {}
     tasks: dict[Pid, TaskKey] = {}
     for event in trace.events:
-        fields = event.fields
+        fields: Mapping[str, Any] = event.fields
         if event.kind is EventKind.SPAWN:
-            tasks[event.pid] = (str(fields["name"]), int(fields["generation"]))  # type: ignore[call-overload]
+            tasks[event.pid] = (fields["name"], fields["generation"])
         key = tasks.get(event.pid, (INIT_NAME, 1))
         if event.kind is EventKind.TRAP:
             entry = {"status": fields["status"], "size": fields.get("size", 0)}
-            log[key].append(f"{fields['trap']} {_json(entry)}")
+            traps[key].append(f"{fields['trap']} {_json(entry)}")
         elif event.kind is EventKind.CONSOLE:
-            log[key].append(f"line {fields['line']} {_json(fields.get('evidence'))}")
+            lines[key].append(f"line {fields['line']} {_json(fields.get('evidence') or {})}")
         elif event.kind is EventKind.EXIT:
-            entry = {"code": fields["code"], "signal": fields["signal"]}
-            log[key].append(f"exit {_json(entry)}")
-    return dict(log)
+            ends[key] = f"end {_json({'code': fields['code'], 'signal': fields['signal']})}"
+    return {
+        key: Seen(tuple(traps[key]), tuple(lines[key]), ends.get(key, ""))
+        for key in traps.keys() | lines.keys() | ends.keys()
+    }
+
+
+def _entries(seen: Seen) -> list[str]:
+    return [*seen.traps, *seen.lines, seen.end]
 
 
 def as_text(result: Result) -> str:
@@ -173,18 +209,6 @@ def _problems(trace: Trace) -> Iterator[str]:
         yield "events were lost"
     if trace.output:
         yield f"output: {trace.output[-2000:]}"
-
-
-def _hide(entries: Sequence[str], used: Counter[str]) -> list[str]:
-    return [_hide_one(entry, used) for entry in entries]
-
-
-def _hide_one(entry: str, used: Counter[str]) -> str:
-    for allowed in ALLOWED:
-        hidden = allowed.hide(entry)
-        used[allowed.what] += hidden != entry
-        entry = hidden
-    return entry
 
 
 def _json(value: object) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from nexus.abi import Pid
-from nexus.proof.saboteurs import replace
+from nexus.proof.sabotage import replace
 from nexus.protocols.ladder import Ground
 from nexus.services.selftest.identity_rungs import FORGED_SENDERS
 

@@ -17,7 +17,8 @@ from nexus.proof.expected import Scope, not_run
 from nexus.proof.record import RecordWriter, default_path
 from nexus.proof.request import Request, UsageError, check_smp
 from nexus.proof.runner import Job, run_boot
-from nexus.proof.saboteurs import NoSuchSaboteur, find
+from nexus.proof.sabotage import NoSuchSaboteur
+from nexus.proof.saboteurs import find
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
 from nexus.protocols.ladder import RUNGS, Ground, Phase, rung

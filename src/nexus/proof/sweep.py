@@ -13,7 +13,8 @@ from typing import Any
 
 from nexus.proof.prove import Outcome, prove
 from nexus.proof.request import Request
-from nexus.proof.saboteurs import NoSuchSaboteur, find
+from nexus.proof.sabotage import NoSuchSaboteur
+from nexus.proof.saboteurs import find
 from nexus.proof.verdict import State, Verdict
 from nexus.protocols.ladder import Ground, rung
 

@@ -240,7 +240,8 @@ class _Judge:
         for pattern in CRASH_PATTERNS:
             match = next((m for m in map(pattern.search, texts) if m is not None), None)
             if match is not None:
-                found(f"crash in the output: {match[0]!r}")
+                last = trace.output.strip().rpartition("\n")[2]
+                found(f"crash in the output: {match[0]!r}, at its end {last!r}")
         for text in trace.output.splitlines():
             if FAIL_WORD.search(text):
                 found(f"FAIL in the output: {text!r}")

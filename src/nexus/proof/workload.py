@@ -31,7 +31,7 @@ from nexus.ipc import (
     call_until,
     deadline_after,
 )
-from nexus.protocols.init import GetTasks, TaskRows, TaskState
+from nexus.protocols.init import GetTasks, Shutdown, TaskRows, TaskState
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Echo, Echoed, Hold, Release, Released
 from nexus.protocols.timed import PROTOCOL as TIMED
@@ -258,7 +258,18 @@ async def _judge(task: Task) -> int:
         await _tell_outcomes("outcomes", task.workload)
     after = await Now() - faults_end
     await _tell("healthy" if good == JUDGE_ROUNDS else "not healthy", after=after)
+    await _end_the_run(task)
     return 0
+
+
+async def _end_the_run(task: Task) -> None:
+    """Have init stop every service, this one too, which answers until it is asked."""
+    while not task.server.stopping:
+        deadline = deadline_after(await Now(), CALL_WAIT)
+        control = await task.peers.control(deadline)
+        if not isinstance(control, CallFailure):
+            _ = await control.call(Shutdown(), deadline)
+        _ = await task.server.step(deadline)
 
 
 async def _all_up(task: Task) -> bool:

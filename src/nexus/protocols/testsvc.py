@@ -21,11 +21,11 @@ SESSION_WAIT_MAX_MS: Final = 5_000
 class TestsvcStatus(IntEnum):
     """Why demo.testsvc refuses. The numbers are wire format and are never reused."""
 
-    TOO_MANY_HELD = 16
-    NOT_HELD = 17
-    NO_CAPABILITY = 18
-    SESSION_BROKEN = 19
-    NO_SUCH_ATTACK = 20
+    TOO_MANY_HELD = 16  # every place is taken, or the token is held already
+    NOT_HELD = 17  # a token that no held request has
+    NO_CAPABILITY = 18  # the request came without its link
+    SESSION_BROKEN = 19  # a step was refused by the kernel, or timed cannot be reached
+    NO_SUCH_ATTACK = 20  # unknown, or this ground has no system calls
 
 
 class Step(IntEnum):

@@ -14,8 +14,9 @@ import hashlib
 import inspect
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from enum import IntEnum
+from types import coroutine
 from typing import Any, Final, NamedTuple, Protocol
 
 from nexus.abi import (
@@ -39,6 +40,7 @@ from nexus.abi import (
     Slot,
     Status,
     TaskStats,
+    Trap,
     service_id,
 )
 from nexus.ipc import Caller, Peers, Spans
@@ -173,7 +175,9 @@ class Server:
         """The way back of a bound link, which stays the runtime's."""
         return self._replies.get(link)
 
-    async def _turn(self, deadline: Nanos) -> bool:
+    # A generator and not an async def, as ipc's Exchange.call and for the same reason.
+    @coroutine
+    def _turn(self, deadline: Nanos) -> Generator[Trap[Any], Any, bool]:
         """Serve messages while they are plain; return after one that is not, or a wake-up.
 
         Whether a message was served. With a deadline other than NEVER it is one at most.
@@ -192,14 +196,17 @@ class Server:
         trap.deadline = deadline
         while True:
             if next_time is not None:
-                trap.deadline = await self._next_wake(next_time, deadline)
+                due = next_time()
+                if due is not None and due <= self._latest:
+                    due = yield from self._ring(next_time).__await__()
+                trap.deadline = deadline if due is None else min(due, deadline)
             if self._outbox:
-                await self._flush()
+                yield from self._flush().__await__()
             try:
-                message = await trap
+                message: Message = yield trap
             except AbiError as error:
                 self._check_sent()
-                return await self._on_refused_receive(error)
+                return (yield from self._on_refused_receive(error).__await__())
             if trap.reply_status is not None:
                 self._check_sent()
             trap.slot = None
@@ -209,36 +216,36 @@ class Server:
             codec = dispatch.get(data[:PREFIX_SIZE])
             slot = replies.get(link)
             if codec is None or slot is None or cap is not None:
-                await self._serve(message)
+                yield from self._serve(message).__await__()
                 return True
             row = senders.get(sender[0]) or account.row(sender[0])
             row[0] += 1
             try:
                 request = codec.decode_request(data[HEADER_SIZE:])
             except RemoteProtocolError:
-                _ = await self._send(slot, self._refusal(message, ReplyStatus.MALFORMED))
-                return True
+                return (yield from self._refuse(slot, message, ReplyStatus.MALFORMED).__await__())
             (until,) = DEADLINE.unpack_from(data)
             if until <= now:
-                _ = await self._send(slot, self._refusal(message, ReplyStatus.EXPIRED))
-                return True
+                return (yield from self._refuse(slot, message, ReplyStatus.EXPIRED).__await__())
             call.message = message
             call.codec = codec
             call.deadline = until
             caller.parent = call
             try:
-                reply = await handle(call, request) if awaits else handle(call, request)
+                reply = handle(call, request)
+                if awaits:
+                    reply = yield from reply.__await__()
             except Refusal as refusal:
                 caller.parent = None
-                _ = await self._send(slot, self._refusal(message, refusal.status, request))
-                return True
+                status = refusal.status
+                return (yield from self._refuse(slot, message, status, request).__await__())
             caller.parent = None
             if type(reply) is not codec.reply_type or call.moving is not None:
-                await self._conclude(slot, self._framed(reply))
+                yield from self._conclude(slot, self._framed(reply)).__await__()
                 return True
             frame = codec.reply_prefix + data[PREFIX_SIZE:HEADER_SIZE] + encode(reply)
             if not forever:
-                _ = await self._send(slot, frame)
+                _ = yield from self._send(slot, frame).__await__()
                 return True
             account.replies += 1
             trap.slot = slot
@@ -254,16 +261,14 @@ class Server:
         trap.reply_status = None
         trap.slot = None
 
-    async def _next_wake(self, next_time: Callable[[], Nanos | None], deadline: Nanos) -> Nanos:
-        """When to stop waiting; a time that has come is told to the service first."""
+    async def _ring(self, next_time: Callable[[], Nanos | None]) -> Nanos | None:
+        """Tell the service that its time has come; its next one."""
+        on_time = self._hooks.on_time
+        assert on_time is not None
+        await _settled(on_time(self._latest))
         due = next_time()
-        if due is not None and due <= self._latest:
-            on_time = self._hooks.on_time
-            assert on_time is not None
-            await _settled(on_time(self._latest))
-            due = next_time()
-            assert due is None or due > self._latest, "on_time has left its time standing"
-        return deadline if due is None else min(due, deadline)
+        assert due is None or due > self._latest, "on_time has left its time standing"
+        return due
 
     async def _on_refused_receive(self, error: AbiError) -> bool:
         """A wake-up without a message; what only a bug can cause is raised, never waited out."""
@@ -335,6 +340,10 @@ class Server:
             _ = BIND.decode_request(message.data[HEADER_SIZE:])
         except RemoteProtocolError:
             await self._refuse_bind(message, cap, ReplyStatus.MALFORMED, close=True)
+            return
+        (until,) = DEADLINE.unpack_from(message.data)
+        if until <= message.now:
+            await self._refuse_bind(message, cap, ReplyStatus.EXPIRED, close=True)
             return
         former = self._replies.get(link)
         if former is None and len(self._replies) >= BINDS_MAX:
@@ -447,6 +456,13 @@ class Server:
         """The frame that refuses, counted."""
         self._on_refused(message, status, request)
         return answer(message.data, status)
+
+    async def _refuse(
+        self, slot: Slot, message: Message, status: IntEnum, request: Any = None
+    ) -> bool:
+        """Refuse a request; it was served."""
+        _ = await self._send(slot, self._refusal(message, status, request))
+        return True
 
     def _on_refused(self, message: Message, status: IntEnum, request: Any) -> None:
         account = self.account

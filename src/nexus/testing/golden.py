@@ -148,7 +148,7 @@ def check(folder: Path, *, write: bool, declared: Sequence[Protocol] = ()) -> li
             faults += changed
         elif not is_complete(protocol, recorded):
             if write:
-                path.write_text("\n".join(lines(protocol)) + "\n", "ascii")
+                _ = path.write_text("\n".join(lines(protocol)) + "\n", "ascii")
             else:
                 faults.append(f"{protocol.name}: new frames are not recorded: --write them")
     return faults
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     """Compare or write; 1 if something is wrong."""
     folder = Path(next((each for each in arguments if not each.startswith("-")), "tests/golden"))
     faults = check(folder, write="--write" in arguments)
-    sys.stdout.writelines(f"golden: {fault}\n" for fault in faults)
+    _ = sys.stdout.write("".join(f"golden: {fault}\n" for fault in faults))
     return 1 if faults else 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 
 from nexus.abi import (
+    HEAP_SIZE,
     INIT_NAME,
     AbiError,
     BootImage,
@@ -189,11 +190,21 @@ class Rig:
         return outcome
 
 
-def sim_rig(*, seed: int, cpu_count: int) -> Rig:
-    """The simulated kernel; its clock moves only by what it models, so lateness is its own."""
+def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
+    """The simulated kernel; its clock moves only by what it models, so lateness is its own.
+
+    `heap_size` bounds all tasks together, which no other kernel does.
+    """
 
     def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
-        return SimKernel(programs, seed=seed, recorder=recorder, cpu_count=cpu_count, limits=limits)
+        return SimKernel(
+            programs,
+            seed=seed,
+            recorder=recorder,
+            cpu_count=cpu_count,
+            limits=limits,
+            heap_size=heap_size,
+        )
 
     return Rig(
         name=f"sim-smp{cpu_count}-seed{seed}", make_kernel=make, lateness_max=SIM_LATENESS_MAX

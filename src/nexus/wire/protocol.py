@@ -49,7 +49,7 @@ class ReplyStatus(IntEnum):
 OWN_STATUS_MIN: Final = 16  # first number of a protocol's own statuses
 STATUS_MAX: Final = 0xFFFF
 
-ReplyT = TypeVar("ReplyT")
+ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
 
 class RequestInfo:
@@ -113,7 +113,7 @@ class Message(
     """Base of every message: an array on the wire, exactly as many elements as fields."""
 
 
-class Request(Message, Generic[ReplyT]):
+class Request(Message, Generic[ReplyT_co]):
     """Base of every request; `Request[Reply]` names what is returned."""
 
     INFO: ClassVar[RequestInfo]

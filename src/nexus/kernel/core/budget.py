@@ -76,20 +76,26 @@ class Account:
         assert 0 <= size <= self.used, "only what was charged is given back"
         self.used -= size
 
+    def reported_used(self) -> int:
+        """The bytes in use, as a report tells them."""
+        return self.used
+
     def report(self) -> str:
         """The diagnostic line of an exhausted budget."""
+        used = self.reported_used()
         return (
             f"{self.name}: req_size=0x{self.refused_size:x} req_align=0x{self.refused_align:x} "
-            f"heap_budget_used=0x{self.used:x} heap_budget_free=0x{self.free:x} "
+            f"heap_budget_used=0x{used:x} heap_budget_free=0x{self.total - used:x} "
             f"heap_budget_total=0x{self.total:x}"
         )
 
     def fields(self) -> dict[str, object]:
         """The same as fields of an event of kind HEAP."""
+        used = self.reported_used()
         return {
             "account": self.name,
-            "heap_budget_used": self.used,
-            "heap_budget_free": self.free,
+            "heap_budget_used": used,
+            "heap_budget_free": self.total - used,
             "heap_budget_total": self.total,
             "size": self.refused_size,
             "align": self.refused_align,

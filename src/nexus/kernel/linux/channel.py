@@ -110,8 +110,6 @@ TRAPS: Final[tuple[type, ...]] = (
 )
 TRAP_NUMBER: Final = {kind: number for number, kind in enumerate(TRAPS)}
 
-_INT64: Final = range(-(1 << 63), 1 << 63)
-
 assert TRACE_HEAD.size + TRACES_PER_FRAME * TRACE_RECORD.size <= FRAME_SIZE_MAX
 
 
@@ -226,8 +224,8 @@ class TaskPort:
     def set_qos(self, pid: Pid, raw: int) -> None:
         """Ask init, and wait for its answer. Refuses as SetTaskQos."""
         # A number that is no class or no pid stays one when it is cut.
-        number = raw if raw in _INT64 else -1
-        target = pid if pid in _INT64 else -1
+        number = int(raw) if abs(raw) < 1 << 63 else -1
+        target = int(pid) if abs(pid) < 1 << 63 else -1
         answers = self._answers
         answers.clear()
         _ = self._sock.send(QOS_FRAME.pack(SET_QOS, target, number))

@@ -893,10 +893,10 @@ class Driver:
         if credentials is None and not data:
             self._gone(link)
             return None
-        if self._undrained:
-            self._drained(link, len(data))
         fresh, link.fresh = link.fresh, False
         sender = None if credentials is None else self._identify(link, credentials)
+        # Not before the sender is known: the confirmation may free its row.
+        self._drained(link, len(data))
         reason = None
         if sender is None:
             reason = "identity"

@@ -99,9 +99,9 @@ EVENTS_PER_POLL: Final = 64
 KILL_TIME: Final = 5_000_000_000  # nanoseconds until a killed task must be reapable
 KERNEL_PID: Final = Pid(0)
 
-# Nice values of the classes. Not SCHED_FIFO or SCHED_RR: a class must not starve the others.
+# Nice values of the classes. Not SCHED_FIFO, SCHED_RR or SCHED_IDLE: no class starves another.
 NICE: Final = {
-    QosClass.IDLE: 0,
+    QosClass.IDLE: 10,
     QosClass.NORMAL: 0,
     QosClass.INTERACTIVE: -5,
     QosClass.PERF_BURST: -10,
@@ -986,9 +986,7 @@ class LinuxKernel:
         an ordinary user could lower a process and never raise it again."""
         if not self._may_renice:
             return qos is QosClass.NORMAL
-        policy = os.SCHED_IDLE if qos is QosClass.IDLE else os.SCHED_OTHER
         try:
-            os.sched_setscheduler(pid, policy, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, pid, NICE[qos])
         except OSError:
             return False

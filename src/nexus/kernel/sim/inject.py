@@ -6,6 +6,7 @@ A kernel without a plan is built from the plain parts and runs none of this.
 from typing import TYPE_CHECKING, Any, Final
 
 from nexus.abi import (
+    MESSAGE_SIZE_MAX,
     NEVER,
     NO_WAIT,
     AbiError,
@@ -204,13 +205,13 @@ class Injector:
         if isinstance(trap, ReplyRecv):
             # A refused send does not refuse this trap: it goes on to receive.
             trap.reply_status = int(status)
-            ipc.listen(task, trap.sources, None, task.size_max)
+            ipc.listen(task, trap.sources, None, MESSAGE_SIZE_MAX)
             task.deadline = trap.deadline
             return ipc.receive(task)
         if isinstance(trap, Call):
             trap.sent = False
             if status is Status.TIMED_OUT:
-                ipc.listen(task, (trap.inbox,), trap.link, task.size_max)
+                ipc.listen(task, (trap.inbox,), trap.link, MESSAGE_SIZE_MAX)
                 ipc.send(task, trap.slot, trap.data)
                 trap.sent = True
         if status is Status.TIMED_OUT and _has_time(trap):

@@ -16,6 +16,7 @@ from nexus.abi import (
     ENTROPY_SIZE_MAX,
     HEAP_SIZE,
     INIT_NAME,
+    MESSAGE_SIZE_MAX,
     NO_WAIT,
     VMO_SIZE_MAX,
     AbiError,
@@ -770,10 +771,10 @@ class SimKernel:
         link = task.links.get(trap.link)
         inbox = task.entries.get(trap.inbox)
         if link is None or inbox is None or inbox.object is not link.endpoint:
-            ipc.listen(task, (trap.inbox,), trap.link, _NO_SIZE_MAX)  # says what is wrong
+            ipc.listen(task, (trap.inbox,), trap.link, MESSAGE_SIZE_MAX)  # says what is wrong
             raise AssertionError("a link of this endpoint, and yet not")
         task.filter = link
-        task.size_max = _NO_SIZE_MAX
+        task.size_max = MESSAGE_SIZE_MAX
         ipc.send(task, trap.slot, trap.data)
         trap.sent = True
         task.deadline = trap.deadline
@@ -783,7 +784,7 @@ class SimKernel:
 
     def _reply_recv(self, task: Task, trap: ReplyRecv) -> Message | Blocked:
         ipc = self.ipc
-        ipc.listen(task, trap.sources, None, _NO_SIZE_MAX)
+        ipc.listen(task, trap.sources, None, MESSAGE_SIZE_MAX)
         trap.reply_status = None
         if trap.slot is not None:
             try:
@@ -1093,4 +1094,3 @@ def _ended(*_: object) -> NoReturn:
     raise AssertionError("the task has ended")
 
 
-_NO_SIZE_MAX: Final = 1 << 20  # larger than any message: Call and ReplyRecv take them all

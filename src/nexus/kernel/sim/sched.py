@@ -118,7 +118,7 @@ class Scheduler:
         task.state = READY
         task.queued_at = self.clock.now
         queue = cpu.queues[task.qos]
-        if len(queue) < QUEUE_COUNT_MAX:
+        if len(queue) < QUEUE_COUNT_MAX and not cpu.overflow:
             queue.append(task)
             cpu.mask |= 1 << task.qos
         else:
@@ -133,13 +133,13 @@ class Scheduler:
         return len(cpu.queues[qos]) < QUEUE_COUNT_MAX
 
     def requeue(self, cpu: Cpu, task: Task) -> bool:
-        """End a task's turn: to the tail of its queue. False, and it stays, if that is full."""
-        if not cpu.mask or not self.has_room(cpu, task.qos):
+        """End a task's turn: to the tail of its queue. False if no other task waits here."""
+        if not cpu.mask:
             return False
         task.state = READY
         task.queued_at = self.clock.now
-        cpu.queues[task.qos].append(task)
-        cpu.mask |= 1 << task.qos
+        cpu.overflow.append(task)  # behind those that met a full queue before it
+        self._drain(cpu)
         self.note(log.YIELD, cpu, task.pid)
         return True
 

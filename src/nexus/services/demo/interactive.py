@@ -81,7 +81,7 @@ class Interactive:
         return Slept(qos=await TaskQos(), deadline=woken.deadline, woken=woken.now, now=await Now())
 
     async def _at_timed(self, call: Call, request: Request[ReplyT]) -> ReplyT:
-        """timed's answer. After Stale nothing was sent, and the next call finds its new instance."""
+        """timed's answer. After Stale nothing was sent; the next call finds the new instance."""
         timed = self._found(call)
         outcome = await timed.call(request, call.deadline)
         if isinstance(outcome, Stale):

@@ -91,8 +91,12 @@ async def _climb(climb: Climb) -> int:
     """Every rung whose services this system has, in order; the others are the runner's to name."""
     rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
     climb.planned = [rung.number for rung in rungs[:-1]]
+    behind: set[int] = set()  # failed, or blocked by one that failed
     for rung in rungs:
-        await _try(climb, rung)
+        if behind.intersection(row_of(rung.number).after):
+            behind.add(rung.number)
+        elif not await _holds(climb, rung):
+            behind.add(rung.number)
     return EXIT_RED if climb.failed else 0
 
 
@@ -100,7 +104,8 @@ def _is_in_system(row: Row, climb: Climb) -> bool:
     return all(name in climb.clients for name in row.needs)
 
 
-async def _try(climb: Climb, rung: Rung) -> None:
+async def _holds(climb: Climb, rung: Rung) -> bool:
+    """Climb one rung and report it; whether it held."""
     row = row_of(rung.number)
     try:
         evidence = await rung.check(climb)
@@ -111,9 +116,10 @@ async def _try(climb: Climb, rung: Rung) -> None:
     else:
         climb.passed.append(rung.number)
         await report(row, evidence)
-        return
+        return True
     climb.failed.append(rung.number)
     await _fail(row.marker.removesuffix(" ok").removeprefix("SELFTEST: "), why)
+    return False
 
 
 async def report(row: Row, evidence: Evidence) -> None:

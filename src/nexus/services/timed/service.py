@@ -33,8 +33,6 @@ class Timed:
 
     def __init__(self) -> None:
         self._table: TimerTable[Deferred] = TimerTable()
-        self._fired = 0
-        self._forgotten_links = 0
 
     def handle(
         self, call: Call, request: TimedRequest
@@ -66,19 +64,16 @@ class Timed:
 
     def on_gone(self, link: LinkId) -> None:
         """The holder of a link is gone: what it asked for over that link is freed."""
-        self._forgotten_links += 1
         self._table.forget_link(link)
 
     def facts(self) -> dict[str, int]:
-        """The table in numbers."""
+        """What the table holds, and what it had to drop."""
         return {
             "timers": len(self._table),
             "sleepers": self._table.sleepers,
             "owners": self._table.owners,
             "kept": self._table.kept,
             "pushed_out": self._table.pushed_out,
-            "fired": self._fired,
-            "links_gone": self._forgotten_links,
         }
 
     def ready(self) -> bool:
@@ -141,7 +136,6 @@ class Timed:
 
     def _fire(self, entry: Entry[Deferred], now: Nanos) -> None:
         """Answer who waits; keep the firing for a later Wait if nobody does any more."""
-        self._fired += 1
         waiter = entry.waiter
         if waiter is None or waiter.deadline <= now:
             if not entry.sleeps:

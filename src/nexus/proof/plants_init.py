@@ -1,0 +1,80 @@
+"""Saboteurs of what init prints and of `timed: ready`: 5, 13, 14, 27-29, 32."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from nexus.abi import Pid, Sender, service_id
+from nexus.init import links
+from nexus.init.plan import PlannedService
+from nexus.init.supervisor import Supervisor
+from nexus.kernel.linux.identity import IdentityView
+from nexus.kernel.sim.ipc import Ipc
+from nexus.proof.sabotage import Saboteur, replace
+from nexus.protocols.ladder import SELFTEST, Ground
+from nexus.services.timed import Timed
+
+BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+PROBES_UNREADY: Final = 150  # of 20 ms each: past the readiness deadline of 2 s
+
+Lookup = Callable[[Pid], Sender | None]
+
+
+def _plan_unchecked() -> None:
+    _ = replace(Supervisor, "checked_digest", lambda _supervisor: "")
+
+
+def _missing(name: str) -> None:
+    def faulty(supervisor: Supervisor) -> tuple[PlannedService, ...]:
+        services: tuple[PlannedService, ...] = original(supervisor)
+        return tuple(service for service in services if service.name != name)
+
+    original = replace(Supervisor, "start_list", faulty)
+
+
+def _withheld(name: str) -> None:
+    """Nobody finds the task in the identity table, so its messages are refused."""
+    withheld = service_id(name)
+
+    def known(sender: Sender | None) -> Sender | None:
+        return None if sender is not None and sender.service == withheld else sender
+
+    def make_lookup(ipc: Ipc) -> Lookup:
+        lookup: Lookup = original_lookup(ipc)
+        return lambda pid: known(lookup(pid))
+
+    def sender_of(view: IdentityView, credentials: bytes) -> Sender | None:
+        return known(original_sender(view, credentials))
+
+    original_lookup = replace(Ipc, "make_lookup", make_lookup)
+    original_sender = replace(IdentityView, "sender_of", sender_of)
+
+
+def _link_left_out() -> None:
+    _ = replace(links, "planned_rows", _all_but_the_last(links.planned_rows))
+
+
+def _all_but_the_last(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    return lambda plan: original(plan)[:-1]
+
+
+def _ready_late() -> None:
+    probes = 0
+
+    def faulty(_timed: Timed) -> bool:
+        nonlocal probes
+        probes += 1
+        return probes > PROBES_UNREADY
+
+    _ = replace(Timed, "ready", faulty)
+
+
+SABOTEURS: Final = (
+    Saboteur(rung=5, grounds=BOTH, plant=_plan_unchecked),
+    Saboteur(rung=13, grounds=BOTH, plant=partial(_missing, "timed")),
+    Saboteur(rung=14, grounds=BOTH, plant=partial(_withheld, "timed")),
+    Saboteur(rung=27, grounds=BOTH, plant=partial(_missing, SELFTEST)),
+    Saboteur(rung=28, grounds=BOTH, plant=partial(_withheld, SELFTEST)),
+    Saboteur(rung=29, grounds=BOTH, plant=_link_left_out),
+    Saboteur(rung=32, grounds=BOTH, plant=_ready_late),
+)

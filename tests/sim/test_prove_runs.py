@@ -1,0 +1,174 @@
+"""Real proof runs on the simulated kernel: verdict, cuts, determinism, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexus.proof.lock import run_lock
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "import sys; from nexus.proof.command import main; sys.exit(main(sys.argv[1:]))"
+GREEN_LINE = 'exit_code=0 first_failed_phase="" missing_marker=""'
+
+pytestmark = [pytest.mark.sim, pytest.mark.slow]
+
+
+def _prove(directory: Path, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("RUN_", "SMP"))}
+    source = {"PYTHONPATH": str(ROOT / "src"), "NEXUS_RUNTIME_DIR": str(directory)}
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, "--ground", "sim", *arguments],
+        cwd=ROOT,
+        env=own | source | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _json(directory: Path, *arguments: str, **environ: str) -> dict[str, Any]:
+    report = json.loads(_prove(directory, "--json", *arguments, **environ).stdout)
+    assert isinstance(report, dict)
+    return report
+
+
+def test_the_selftest_system_is_green_on_two_simulated_cpus(tmp_path: Path) -> None:
+    done = _prove(tmp_path, SMP="2", REQUIRE_SMP="1")
+
+    assert done.stdout.splitlines()[-1] == GREEN_LINE, done.stdout
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("smp", [1, 3, 4])
+def test_the_selftest_system_is_green_on_any_number_of_cpus(tmp_path: Path, smp: int) -> None:
+    report = _json(tmp_path, "--smp", str(smp), "--seed", str(smp))
+
+    assert report["exit_code"] == 0, report
+    smp_rungs = [rung for rung in report["rungs"] if 39 <= rung["number"] <= 47]
+    assert bool(smp_rungs) == (smp > 1)
+
+
+def test_the_json_verdict_holds_what_a_script_needs(tmp_path: Path) -> None:
+    report = _json(tmp_path, "--seed", "7", SMP="2")
+
+    assert (report["ground"], report["seed"], report["smp"]) == ("sim", 7, 2)
+    assert sum(len(group["rungs"]) for group in report["not_run"]) + len(report["rungs"]) == 144
+    assert all(group["reason"] for group in report["not_run"])
+    record = Path(report["record"]).read_text(encoding="utf-8").splitlines()
+    kinds = [json.loads(line)["kind"] for line in record]
+    assert (kinds[0], kinds[-1]) == ("run", "verdict")
+    assert kinds.count("rung") == 144
+
+
+def test_a_phase_cuts_the_run_and_leaves_the_rest_not_run(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_PHASE="bring-up")
+
+    assert report["exit_code"] == 0, report
+    assert report["stopped"]
+    behind = [g for g in report["not_run"] if g["reason"] == "behind RUN_PHASE=bring-up"]
+    assert 144 in behind[0]["rungs"]
+
+
+def test_a_run_stops_at_a_line(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_UNTIL_MARKER="init: ready")
+
+    assert report["stopped"]
+    assert report["exit_code"] == 0, report
+
+
+def test_a_line_to_stop_at_that_never_comes_is_red(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_UNTIL_MARKER="init: never")
+
+    assert report["exit_code"] == 1
+    assert any("init: never" in finding for finding in report["findings"])
+
+
+def test_a_boot_that_takes_too_long_is_red_and_named(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_TIMEOUT="100ms")
+
+    assert report["exit_code"] == 1
+    assert report["missing_marker"] == "KSELFTEST: spawn reasons ok"
+    assert any("deadline" in finding for finding in report["findings"])
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"RUN_PHASE": "vfs"}, "no virtual file system"),
+        ({"RUN_PHASE": "x"}, "is no phase"),
+        ({"SMP": "9"}, "from 1 to 4"),
+        ({"SMP": "1", "REQUIRE_SMP": "1"}, "SMP=2 or more"),
+        ({"RUN_TIMEOUT": "now"}, "as in 190s"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, environ: dict[str, str], sentence: str
+) -> None:
+    done = _prove(tmp_path, **environ)
+
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_system_file_that_is_wrong_is_a_usage_error(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    _ = file.write_text('[system]\nname = "x"\n', encoding="utf-8")
+
+    done = _prove(tmp_path, "--system", str(file))
+
+    assert done.returncode == 2
+    assert "wrong.toml" in done.stderr
+
+
+def test_a_small_system_proves_what_it_has(tmp_path: Path) -> None:
+    report = _json(tmp_path, "--system", "systems/minimal.toml", RUN_PHASE="bring-up", SMP="1")
+
+    passed = {rung["number"] for rung in report["rungs"] if rung["state"] == "passed"}
+    assert {1, 2, 3, 5, 13, 14, 29, 32} <= passed, report
+    assert 27 not in passed
+
+
+def test_a_run_while_another_one_holds_the_lock_waits_for_it(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        with pytest.raises(subprocess.TimeoutExpired):
+            _ = subprocess.run(
+                [sys.executable, "-c", COMMAND, "--ground", "sim"],
+                env=os.environ
+                | {"PYTHONPATH": str(ROOT / "src"), "NEXUS_RUNTIME_DIR": str(tmp_path)},
+                capture_output=True,
+                cwd=ROOT,
+                timeout=3,
+                check=False,
+            )
+
+    assert not (tmp_path / "records").exists()
+
+
+def test_one_seed_gives_one_log_to_the_byte_whatever_the_hash_seed(tmp_path: Path) -> None:
+    logs = []
+    for hash_seed in ("1", "2"):
+        log = tmp_path / f"log-{hash_seed}"
+        _ = _prove(
+            tmp_path, "--smp", "2", "--seed", "11", "--log", str(log), PYTHONHASHSEED=hash_seed
+        )
+        logs.append(log.read_bytes())
+
+    assert len(logs[0]) > 100_000
+    assert logs[0] == logs[1]
+
+
+def test_another_seed_gives_another_log(tmp_path: Path) -> None:
+    logs = []
+    for seed in ("11", "12"):
+        log = tmp_path / f"log-{seed}"
+        _ = _prove(tmp_path, "--smp", "2", "--seed", seed, "--log", str(log))
+        logs.append(log.read_bytes())
+
+    assert logs[0] != logs[1]

@@ -1,0 +1,146 @@
+"""No service has a retry or polling loop of its own: those are nexus.ipc's and nexus.runtime's.
+
+`python -m tools.service_loops` prints one line per loop and exits 1 if there is one. A loop is a
+`while`, `for` or `async for` statement; functions defined inside it are looked at by themselves.
+It is one of its own if
+
+- POLLS: a `while` loop awaits Recv, ReplyRecv or Call, or any loop awaits SleepUntil (these
+  traps made in place or bound to a name in the same function);
+- TRIES AGAIN: it awaits inside a `try` whose handler goes on: no return, raise or break in it;
+- REPEATS: its own test, or a test that leads to `continue`, asks with isinstance or `is` what an
+  await in the loop has given.
+
+A `for` loop over given things that stops or fails at the first refusal is none of them; nor is
+reading page after page.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+SERVICES: Final = ROOT / "src" / "nexus" / "services"
+
+Loop = ast.While | ast.For | ast.AsyncFor
+RECEIVING: Final = frozenset({"Recv", "ReplyRecv", "Call"})
+SLEEPING: Final = frozenset({"SleepUntil"})
+INNER: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+
+
+def loops(source: str) -> Iterator[tuple[int, str]]:
+    """Line and reason of each loop of its own in the source of a module."""
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.AsyncFunctionDef):
+            traps = _named_traps(function)
+            for node in _within(function.body):
+                if isinstance(node, Loop) and (reason := _reason(node, traps)):
+                    yield node.lineno, reason
+
+
+def _within(body: list[ast.stmt] | list[ast.expr]) -> Iterator[ast.AST]:
+    """Every node below, without what functions and classes defined there hold."""
+    pending: list[ast.AST] = list(body)
+    while pending:
+        node = pending.pop()
+        yield node
+        pending.extend(
+            child for child in ast.iter_child_nodes(node) if not isinstance(child, INNER)
+        )
+
+
+def _named_traps(function: ast.AsyncFunctionDef) -> dict[str, str]:
+    """Names bound to a trap made in this function."""
+    return {
+        target.id: trap
+        for node in _within(function.body)
+        if isinstance(node, ast.Assign) and (trap := _made(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _made(value: ast.expr) -> str:
+    """The class a value is made from, by its name."""
+    if not isinstance(value, ast.Call):
+        return ""
+    made = value.func
+    return made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")
+
+
+def _reason(loop: Loop, traps: dict[str, str]) -> str | None:
+    nodes = list(_within(loop.body))
+    if isinstance(loop, ast.While):
+        nodes += _within([loop.test])
+    awaited = {_trap_of(node.value, traps) for node in nodes if isinstance(node, ast.Await)}
+    if awaited & SLEEPING or (isinstance(loop, ast.While) and awaited & RECEIVING):
+        return "polls"
+    if any(isinstance(node, ast.Try) and _goes_on(node) for node in nodes):
+        return "tries again"
+    results = _awaited_names(nodes)
+    if isinstance(loop, ast.While) and _asks_about(loop.test, results):
+        return "repeats until the outcome is right"
+    for node in nodes:
+        if isinstance(node, ast.If) and _asks_about(node.test, results) and _continues(node):
+            return "repeats until the outcome is right"
+    return None
+
+
+def _trap_of(value: ast.expr, traps: dict[str, str]) -> str:
+    return traps.get(value.id, "") if isinstance(value, ast.Name) else _made(value)
+
+
+def _goes_on(node: ast.Try) -> bool:
+    """Whether an await is tried, and some handler stays in the loop."""
+    tried = any(isinstance(part, ast.Await) for part in _within(node.body))
+    return tried and any(
+        not any(isinstance(part, ast.Return | ast.Raise | ast.Break) for part in _within(h.body))
+        for h in node.handlers
+    )
+
+
+def _awaited_names(nodes: list[ast.AST]) -> set[str]:
+    """Names that hold what an await in the loop gave."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Await):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.NamedExpr) and isinstance(node.value, ast.Await):
+            names.add(node.target.id)
+    return names
+
+
+def _asks_about(test: ast.expr, names: set[str]) -> bool:
+    """Whether a test asks of which kind one of these values is."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+            asked = node.args[0]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+            asked = node.left
+        else:
+            continue
+        if any(
+            (isinstance(part, ast.Name) and part.id in names) or isinstance(part, ast.Await)
+            for part in ast.walk(asked)
+        ):
+            return True
+    return False
+
+
+def _continues(node: ast.If) -> bool:
+    return any(isinstance(part, ast.Continue) for part in _within([*node.body, *node.orelse]))
+
+
+def main() -> int:
+    """Check every module of the services."""
+    count = 0
+    for path in sorted(SERVICES.rglob("*.py")):
+        for line, reason in loops(path.read_text("utf-8")):
+            count += 1
+            print(f"{path.relative_to(ROOT)}:{line}: a loop of its own that {reason}")
+    return 1 if count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
