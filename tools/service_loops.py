@@ -41,7 +41,7 @@ def loops(source: str) -> Iterator[tuple[int, str]]:
 
 def _within(body: list[ast.stmt] | list[ast.expr]) -> Iterator[ast.AST]:
     """Every node below, without what functions and classes defined there hold."""
-    pending: list[ast.AST] = list(body)
+    pending: list[ast.AST] = [node for node in body if not isinstance(node, INNER)]
     while pending:
         node = pending.pop()
         yield node

@@ -40,8 +40,9 @@ pytestmark = [
 
 PID_MAX_MINIMUM: Final = 301  # Linux refuses less: RESERVED_PIDS + 1
 SPAWNS: Final = 10 * PID_MAX_MINIMUM
-QUEUED_MAX: Final = 6  # dead tasks whose words wait, before root listens
-RUN_TIME: Final = Nanos(90_000_000_000)
+DEAF_TURNS: Final = 30  # spawns after which root does not listen: the next meets a burned number
+QUEUED_MAX: Final = 6  # dead tasks whose words wait, before root listens anyway
+RUN_TIME: Final = Nanos(150_000_000_000)
 
 CLONE_NEWPID: Final = 0x2000_0000
 CLONE_NEWNS: Final = 0x0002_0000
@@ -134,12 +135,14 @@ class _Listener:
         await CapClose(spawned.slot)
 
 
-def _walk(rig: Rig, pid_max: int, spawns: int) -> Mapping[str, Any]:
+def _walk(rig: Rig, pid_max: int, spawns: int, *, deaf_turns: int) -> Mapping[str, Any]:
+    """Spawn again and again; every `deaf_turns`th time leave the words of the dead queued."""
+
     async def root(boot: BootImage) -> Mapping[str, Any]:
         listener = _Listener(boot)
         for index in range(spawns):
             await listener.spawn(f"service{index % 7}")
-            if listener.queued >= QUEUED_MAX:
+            if index % deaf_turns or listener.queued > QUEUED_MAX:
                 await listener.listen()
         await listener.listen()
         return {
@@ -153,20 +156,21 @@ def _walk(rig: Rig, pid_max: int, spawns: int) -> Mapping[str, Any]:
     return outcome
 
 
+@pytest.mark.slow
 def test_a_reused_pid_at_the_least_pid_max_never_changes_who_spoke() -> None:
-    outcome = _walk(linux_rig(), PID_MAX_MINIMUM, SPAWNS)
+    outcome = _walk(linux_rig(), PID_MAX_MINIMUM, SPAWNS, deaf_turns=DEAF_TURNS)
 
     assert outcome["wrong"] == []
     assert outcome["heard"] == SPAWNS
-    assert outcome["refusals"] > SPAWNS // 20, "the burned number was met"
+    assert outcome["refusals"] >= (SPAWNS - PID_MAX_MINIMUM) // DEAF_TURNS - 1, "burned numbers"
     assert outcome["pids"] < PID_MAX_MINIMUM
 
 
-def test_a_few_numbers_are_enough_to_go_on_without_a_refusal() -> None:
-    outcome = _walk(linux_rig(), PID_MAX_MINIMUM + 60, 600)
+def test_a_few_numbers_more_are_enough_to_go_on_without_a_refusal() -> None:
+    outcome = _walk(linux_rig(), PID_MAX_MINIMUM + 20, 360, deaf_turns=1)
 
     assert outcome["wrong"] == []
-    assert outcome["heard"] == 600
+    assert outcome["heard"] == 360
     assert outcome["refusals"] == 0
 
 
@@ -175,16 +179,16 @@ def test_without_burned_numbers_the_test_hears_the_wrong_name(
 ) -> None:
     """The control experiment: a table whose rows follow the number at once misattributes."""
 
-    def publish_over(table: Any, sender: Sender, uid: int, gid: int) -> None:
-        if original_burned(table, sender.pid):
+    def publish_over(table: IdentityTable, sender: Sender, uid: int, gid: int) -> None:
+        if burned(table, sender.pid):
             table.clear(sender.pid)
-        original_publish(table, sender, uid, gid)
+        publish(table, sender, uid, gid)
 
-    original_burned = IdentityTable.burned
-    original_publish = IdentityTable.publish
-    monkeypatch.setattr(IdentityTable, "burned", lambda table, pid: False)
+    burned, publish = IdentityTable.burned, IdentityTable.publish
+    monkeypatch.setattr(IdentityTable, "burned", lambda _table, _pid: False)
     monkeypatch.setattr(IdentityTable, "publish", publish_over)
 
-    with pytest.raises(AssertionError):
-        outcome = _walk(linux_rig(), PID_MAX_MINIMUM, 400)
-        assert outcome["wrong"] == []
+    outcome = _walk(linux_rig(), PID_MAX_MINIMUM, 330, deaf_turns=2)
+
+    assert outcome["refusals"] == 0
+    assert len(outcome["wrong"]) >= 5

@@ -99,9 +99,9 @@ def test_a_heap_that_differs_from_its_objects_is_found_while_it_runs(
 ) -> None:
     original = Ipc.create_endpoint
 
-    def charging(ipc: Ipc, task: Any) -> Any:
+    def charging(ipc: Ipc, *arguments: Any, **options: Any) -> Any:
         ipc.heap.account.used += 32
-        return original(ipc, task)
+        return original(ipc, *arguments, **options)
 
     monkeypatch.setattr(Ipc, "create_endpoint", charging)
 

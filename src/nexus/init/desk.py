@@ -81,6 +81,7 @@ from nexus.wire import (
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
+SETTLE_TIME: Final = Nanos(5_000_000)  # ns; init takes what has just arrived before it counts
 HELD_MAX: Final = 32  # answers that wait for something
 RESOURCES_MAX: Final = Nanos(500_000_000)  # ns; then a silent service's account stays empty
 
@@ -105,7 +106,10 @@ class Grant(NamedTuple):
 
 @dataclass(slots=True)
 class Held:
-    """An answer that waits: for everybody's readiness, or for the account of `about`."""
+    """An answer that waits: for everybody's readiness, or until `due` for an account.
+
+    `about` is whose account; None with a `due` is init's own, taken when `due` comes.
+    """
 
     record: Record
     generation: int
@@ -473,7 +477,8 @@ class Desk:
     async def _resources(self, record: Record, message: Message, name: str) -> Resources | None:
         init = self._init
         if name == INIT_NAME:
-            return await self._accounts(init.own_at_ready, await init.own_account())
+            _ = self._hold(record, message, about=None, due=Nanos(init.now + SETTLE_TIME))
+            return None
         about = self._known(name)
         held = self._hold(record, message, about=about, due=Nanos(init.now + RESOURCES_MAX))
 
@@ -488,8 +493,12 @@ class Desk:
         return await self._accounts(about.at_ready, NO_ACCOUNT)
 
     async def _give_account(self, held: Held, status: ServiceStatus | None) -> None:
-        assert held.about is not None, "only accounts are given"
         self._held.remove(held)
+        init = self._init
+        if held.about is None:
+            accounts = await self._accounts(init.own_at_ready, await init.own_account())
+            await self._release(held, accounts)
+            return
         now = NO_ACCOUNT
         if status is not None:
             now = Account(
@@ -510,7 +519,7 @@ class Desk:
     @property
     def waiting_for_ready(self) -> set[str]:
         """The services that wait in AwaitReady, and so may not answer a probe."""
-        return {held.record.name for held in self._held if held.about is None}
+        return {held.record.name for held in self._held if held.due is None}
 
     def _hold(
         self, record: Record, message: Message, *, about: Record | None, due: Nanos | None
@@ -531,8 +540,8 @@ class Desk:
 
     async def on_ready(self) -> None:
         """Everybody who waits in AwaitReady gets the answer."""
-        waiting = [held for held in self._held if held.about is None]
-        self._held = [held for held in self._held if held.about is not None]
+        waiting = [held for held in self._held if held.due is None]
+        self._held = [held for held in self._held if held.due is not None]
         for held in waiting:
             await self._release(held, self._ready())
 
@@ -547,7 +556,7 @@ class Desk:
         return min((held.due for held in self._held if held.due is not None), default=None)
 
     async def on_time(self) -> None:
-        """Answer for services that did not tell their account in time."""
+        """Answer for services that did not tell their account in time, and for init itself."""
         for held in [each for each in self._held if each.due is not None]:
             if held.due is not None and held.due <= self._init.now:
                 await self._give_account(held, None)

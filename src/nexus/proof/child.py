@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nexus.proof.faultpoints import plant_forged_senders
+from nexus.proof.faultpoints import plant_fault_points
 from nexus.proof.grounds import boot_scenario, boot_system
 from nexus.proof.runner import Job
 from nexus.proof.saboteurs import find
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     sink = EventSink(int(argv[0]))
     job = Job(**json.loads(argv[1]))
     try:
-        plant_forged_senders(Ground(job.ground))
+        plant_fault_points(Ground(job.ground))
         if job.saboteur is not None:
             find(job.saboteur, Ground(job.ground)).plant()
         booted = boot_scenario(job, sink) if job.scenario else boot_system(job, sink)

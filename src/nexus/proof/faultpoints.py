@@ -1,7 +1,8 @@
 """The runner's own fault points: what no task of the system can bring about by itself.
 
 Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages that are to arrive
-with a sender no kernel may accept, and the receiver's kernel has to refuse and count them.
+with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; and
+demo.testsvc gets its attacks by raw system calls on grounds that have them.
 """
 
 import socket
@@ -10,21 +11,24 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from nexus.abi import Pid
+from nexus.proof.hostile import foreign_credentials
 from nexus.proof.sabotage import replace
 from nexus.protocols.ladder import Ground
-from nexus.services.selftest.identity_rungs import FORGED_SENDERS
+from nexus.services.demo import testsvc
+from nexus.services.selftest.identity_rungs import FOREIGN_CREDENTIALS, FORGED_SENDERS
 
 CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 PID_NOBODY_HAS: Final = (1 << 22) + 1  # above the largest pid_max of Linux
 FORGED_PIDS: Final = {FORGED_SENDERS[0]: Pid(0), FORGED_SENDERS[1]: Pid(PID_NOBODY_HAS)}
 
 
-def plant_forged_senders(ground: Ground) -> None:
-    """Give the messages of FORGED_SENDERS their forged pid on their way."""
+def plant_fault_points(ground: Ground) -> None:
+    """Give the messages of FORGED_SENDERS their forged pid, and demo.testsvc its attacks."""
     if ground is Ground.SIM:
         _plant_sim()
     else:
         _plant_linux()
+        _ = replace(testsvc, "ATTACKS", {FOREIGN_CREDENTIALS: foreign_credentials})
 
 
 def _plant_sim() -> None:

@@ -24,6 +24,7 @@ from nexus.init.desk import Desk
 from nexus.ipc import correlate, exchange
 from nexus.ipc.outcome import NotFound, Refused, RouteRetryOutcome
 from nexus.ipc.route import RouteAttempt
+from nexus.kernel.core import qos
 from nexus.kernel.core.qos import QosReason
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.kernel import LinuxKernel
@@ -190,7 +191,8 @@ def _first_holder_stamped_linux() -> None:
         maker = link.maker
         if maker is not None and maker.service != INIT:
             return maker
-        return original(driver, link, credentials)
+        stamped: Sender | None = original(driver, link, credentials)
+        return stamped
 
     original = replace(Driver, "_sender_of", sender_of)
 
@@ -384,7 +386,7 @@ def _escalation(original: Any) -> Any:
 
 def _own_class_raised_sim() -> None:
     """#75."""
-    _ = replace(sim_kernel, "decide", _escalation(sim_kernel.decide))
+    _ = replace(sim_kernel, "decide", _escalation(qos.decide))
 
 
 def _own_class_raised_linux() -> None:

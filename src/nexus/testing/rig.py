@@ -117,7 +117,8 @@ class Rig:
     `lateness_max` bounds how late the median of several waits may end on an idle CPU.
     `forked` kernels turn the calling process into init and get a process of their own;
     `user` is the uid and gid that process takes first, None to keep the test's own.
-    `time_max` bounds a run, in the kernel's own time.
+    `time_max` bounds a run, in the kernel's own time. Events of `kinds` are kept; a test that
+    measures memory keeps few.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Rig:
     forked: bool = False
     user: int | None = None
     time_max: Nanos = RUN_TIME_MAX
+    kinds: frozenset[EventKind] = frozenset(EventKind)
 
     def run(
         self,
@@ -173,8 +175,8 @@ class Rig:
 
         def record(event: Event) -> None:
             # A kernel may hand over mappings of its own making; plain dicts can be pickled.
-            event = event._replace(fields=dict(event.fields))
-            outcome.events.append(event)
+            if event.kind in self.kinds:
+                outcome.events.append(event._replace(fields=dict(event.fields)))
 
         table = {name: program(name, reporting(main)) for name, main in programs.items()}
         kernel = self.make_kernel(table, recorder=record, limits=limits)

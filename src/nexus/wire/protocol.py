@@ -76,7 +76,7 @@ class RequestInfo:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _Meta(msgspec.StructMeta):
-    """Takes op, idempotent, refuses and moves from a class statement, leaves the rest to msgspec."""
+    """Takes op, idempotent, refuses and moves from a class statement; the rest is msgspec's."""
 
     def __new__(
         mcls,

@@ -177,6 +177,8 @@ class Scheduler:
             self.come_online(cpu)
         if cpu.signal:
             self.take_signal(cpu)
+        elif cpu.pending:
+            cpu.pending = False  # its signal was lost; this look for work is what it asked for
         if cpu.overflow:
             self._drain(cpu)
         mask = cpu.mask

@@ -73,6 +73,8 @@ CONNECT_ATTEMPTS_MAX: Final = 64
 CONNECT_BACKOFF: Final = Nanos(1_000_000)
 FLOOD_SENDS_MAX: Final = 2_000_000  # tries of one flood; more than any kernel takes in 5 s
 FLOOD_CLOCK_EVERY: Final = 32  # tries between two looks at the clock
+FLOOD_ANSWERS_MAX: Final = 64  # more than both queues of the link hold
+FLOOD_QUIET: Final = Nanos(10_000_000)  # ns without an answer: the flood is answered
 FILL_SENDS_MAX: Final = 300  # more than the deepest link holds
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
 MILLISECOND: Final = 1_000_000  # ns
@@ -213,6 +215,7 @@ class Testsvc:
                 met[refused] += 1
             else:
                 raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        await _drop_answers(timed)
         return FloodReport(sent, met[Status.QUEUE_FULL], met[Status.NO_SPACE])
 
     async def _fill_link(self, call: Call, request: FillLink) -> FloodReport:
@@ -312,6 +315,16 @@ async def _refused(send: Send) -> Status | None:
     except AbiError as error:
         return error.status
     return None
+
+
+async def _drop_answers(timed: Client) -> None:
+    """Receive the answers to the flood that found room, until none comes any more."""
+    for _ in range(FLOOD_ANSWERS_MAX):
+        quiet = Nanos(await Now() + FLOOD_QUIET)
+        try:
+            _ = await Recv((timed.peer.inbox,), quiet, link=timed.peer.link)
+        except AbiError:
+            return
 
 
 def _stray_frame(request: Whoami) -> bytes:
