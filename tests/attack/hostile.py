@@ -8,7 +8,6 @@ the descriptor behind a slot, `call` makes a system call that no library allows 
 import ctypes
 import errno
 import json
-import os
 import socket
 import stat
 import struct

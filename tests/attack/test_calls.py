@@ -127,7 +127,10 @@ ATTEMPTS: Final[dict[str, tuple[Any, ...]]] = {
     "setsid": (112,),
     "acct": (163, b"/no-such-directory/x"),
 }
-FORKS: Final = {"fork": (57,), "vfork by clone": (56, 17, None, None, None, None)}
+FORKS: Final[dict[str, tuple[Any, ...]]] = {
+    "fork": (57,),
+    "vfork by clone": (56, 17, None, None, None, None),
+}
 
 
 def _attempts(_boot: BootImage, told: Mapping[str, Any]) -> dict[str, int]:
@@ -141,8 +144,8 @@ def _attempts(_boot: BootImage, told: Mapping[str, Any]) -> dict[str, int]:
     for name, (number, *arguments) in ATTEMPTS.items():
         given = [words.get(a, a) if isinstance(a, str) else a for a in arguments]
         outcome[name] = call(number, *given)
-    for name, (number, *arguments) in FORKS.items():
-        returned, error = result(number, *arguments)
+    for name, forking in FORKS.items():
+        returned, error = result(*forking)
         if returned == 0:
             os._exit(0)
         if returned > 0:

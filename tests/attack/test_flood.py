@@ -54,7 +54,8 @@ def test_the_wall_stops_a_raw_flood(linux: Rig, size: int) -> None:
 
     async def hostile(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
+        assert given.cap is not None
+        assert boot.control is not None
         sock = socket_of(given.cap)
         count, error = _flood(sock, size)
         again = errno_of(lambda: sock.send(b"x" * size, socket.MSG_DONTWAIT))
@@ -93,7 +94,8 @@ def test_the_wall_stops_a_raw_flood(linux: Rig, size: int) -> None:
 def _client_calls(calls: int) -> Any:
     async def client(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
+        assert given.cap is not None
+        assert boot.control is not None
         inbox = await LinkCreate(boot.endpoint)
         assert inbox.link is not None
         await Send(given.cap, b"inbox", move=inbox.slot)
@@ -120,7 +122,8 @@ def private_dirty() -> int:
 def test_a_lasting_raw_flood_delays_no_other_client_and_takes_no_memory(linux: Rig) -> None:
     async def hostile(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
+        assert given.cap is not None
+        assert boot.control is not None
         sock = socket_of(given.cap)
         end = time.monotonic_ns() + FLOOD_TIME
         sent = refusals = 0
@@ -193,8 +196,9 @@ def test_links_thrown_away_by_thousands_leave_nothing_behind(linux: Rig) -> None
 
     async def hostile(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
-        kept = []
+        assert given.cap is not None
+        assert boot.control is not None
+        kept: list[tuple[socket.socket, socket.socket]] = []
         error = 0
         while not error and len(kept) < 10_000:
             try:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -359,7 +360,7 @@ def test_raw_frames_the_other_way_reach_no_task(linux: Rig) -> None:
         held: Any = driver().table.entries[boot.endpoint].object
         for far in held.links.values():
             for frame in (b"hello", bytes([FRAME_DETACH]), bytes([FRAME_ATTACH]), b"\xff"):
-                errno_of(lambda f=frame, s=far.sock: s.send(f, socket.MSG_DONTWAIT))
+                errno_of(partial(far.sock.send, frame, socket.MSG_DONTWAIT))
         assert boot.control is not None
         await Send(boot.control, b"sent")
         await take(boot.endpoint)

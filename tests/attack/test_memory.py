@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +47,11 @@ PYBUF_FULL_RO: Final = 0x11C  # CPython's pybuffer.h
 
 
 class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]  # type: ignore[mutable-override]
+
+
+def _open(path: str) -> None:
+    os.close(os.open(path, os.O_RDONLY))
 
 
 def _raid(_boot: BootImage, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def _raid(_boot: BootImage, told: Mapping[str, Any]) -> dict[str, Any]:
     outcome["process_vm_writev"] = vm(PROCESS_VM_WRITEV)
     for name in ("mem", "maps", "environ", "fd/0", "ns/pid", "root"):
         path = f"/proc/{pid}/{name}"
-        outcome[f"open {name}"] = errno_of(lambda path=path: os.close(os.open(path, os.O_RDONLY)))
+        outcome[f"open {name}"] = errno_of(partial(_open, path))
     outcome["ptrace"] = call(PTRACE, PTRACE_SEIZE, pid, 0, 0)
     pidfd, outcome["pidfd_open"] = result(PIDFD_OPEN, pid, 0)
     outcome["pidfd_getfd"] = call(PIDFD_GETFD, pidfd, 0, 0)
@@ -135,7 +140,7 @@ def test_a_sibling_is_out_of_reach_for_any_process_of_its_user(linux: Rig) -> No
                     os.setgroups([])
                     os.setresgid(user, user, user)
                     os.setresuid(user, user, user)
-                if errno_of(lambda: os.close(os.open(f"/proc/{victim.pid}/mem", os.O_RDONLY))):
+                if errno_of(partial(_open, f"/proc/{victim.pid}/mem")):
                     code |= 1
                 pidfd = os.pidfd_open(victim.pid)
                 if call(PIDFD_GETFD, pidfd, 0, 0) == errno.EPERM:
@@ -195,12 +200,19 @@ def _table_mapping() -> tuple[int, int]:
 
 
 class _PyBuffer(ctypes.Structure):
-    _fields_ = (
-        ("buf", ctypes.c_void_p), ("obj", ctypes.py_object), ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t), ("readonly", ctypes.c_int), ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p), ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p), ("internal", ctypes.c_void_p),
-    )  # fmt: skip
+    _fields_ = [  # type: ignore[mutable-override]
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    ]
 
 
 def _address_of(view: memoryview) -> int:
@@ -231,9 +243,9 @@ def _tamper(_boot: BootImage, _told: Mapping[str, Any]) -> dict[str, Any]:
         "mremap": call(MREMAP, address, size, size * 2, 0),
     }
     for descriptor in _sealed_files():
-        outcome[f"write {descriptor}"] = errno_of(lambda d=descriptor: os.write(d, b"x"))
+        outcome[f"write {descriptor}"] = errno_of(partial(os.write, descriptor, b"x"))
         outcome[f"map {descriptor}"] = _map(descriptor, mmap.PROT_READ | mmap.PROT_WRITE)[1]
-        outcome[f"cut {descriptor}"] = errno_of(lambda d=descriptor: os.ftruncate(d, 0))
+        outcome[f"cut {descriptor}"] = errno_of(partial(os.ftruncate, descriptor, 0))
     mine = os.memfd_create("mine", os.MFD_ALLOW_SEALING)
     os.ftruncate(mine, 4096)
     own, outcome["control: read"] = _map(mine, mmap.PROT_READ)

@@ -137,7 +137,8 @@ class _Client:
             if message.data == b"stop":
                 return False
             message = await self.from_root()
-        assert message is not None and message.cap is not None
+        assert message is not None
+        assert message.cap is not None
         self.slot = message.cap
         inbox = await LinkCreate(self.boot.endpoint, LINK)
         self.inbox = inbox.link
@@ -157,7 +158,8 @@ class _Client:
         while bound:
             number += 1
             data = b"call %d of %s" % (number, self.boot.name.encode())
-            assert self.slot is not None and self.inbox is not None
+            assert self.slot is not None
+            assert self.inbox is not None
             deadline = Nanos(await Now() + CALL_DEADLINE)
             call = Call(self.slot, data, self.boot.endpoint, self.inbox, deadline)
             outcome = "answered"
@@ -311,7 +313,8 @@ def test_one_flooding_client_does_not_delay_another_nor_grow_memory(linux: Rig) 
 
     async def flooder(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
+        assert given.cap is not None
+        assert boot.control is not None
         sent = refusals = 0
         end = await Now() + 1_500_000_000
         while await Now() < end:
@@ -326,7 +329,8 @@ def test_one_flooding_client_does_not_delay_another_nor_grow_memory(linux: Rig) 
 
     async def client(boot: BootImage) -> None:
         given = await take(boot.endpoint)
-        assert given.cap is not None and boot.control is not None
+        assert given.cap is not None
+        assert boot.control is not None
         inbox = await LinkCreate(boot.endpoint, LINK)
         assert inbox.link is not None
         await Send(given.cap, b"answer here", move=inbox.slot)

@@ -68,7 +68,10 @@ def lines_of(seed: int, hash_seed: int) -> bytes:
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(source)}
     done = subprocess.run(
         [sys.executable, "-c", SCENE, str(seed)],
-        env=environment, capture_output=True, check=True, timeout=100,
+        env=environment,
+        capture_output=True,
+        check=True,
+        timeout=100,
     )
     assert done.stderr == b""
     return done.stdout
@@ -109,5 +112,9 @@ def test_tracing_adds_an_event_for_each_trap_in_order() -> None:
     traps = [event.fields for event in events if event.kind is EventKind.TRAP]
     assert len(traps) == 3000
     assert traps[0] == {
-        "name": "init-lite", "generation": 1, "trap": "Now", "status": "OK", "size": 0
+        "name": "init-lite",
+        "generation": 1,
+        "trap": "Now",
+        "status": "OK",
+        "size": 0,
     }

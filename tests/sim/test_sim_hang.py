@@ -1,7 +1,7 @@
 """A task that never reaches its next trap, and one that never stops making them."""
 
+import contextlib
 import signal
-from typing import Any
 
 import pytest
 
@@ -13,9 +13,7 @@ from nexus.kernel.sim import SimKernel
 async def spinning(boot: BootImage) -> None:
     await Now()
     while True:
-        try:
-            pass
-        except Exception:  # noqa: BLE001, S110 (even this does not keep it alive)
+        with contextlib.suppress(Exception):  # even this does not keep it alive
             pass
 
 
@@ -30,7 +28,9 @@ def test_a_task_that_never_traps_is_reported_as_a_hang() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
 
     with pytest.raises(Hang) as hang:
-        kernel.run(Program(name="r", main=spinning, digest=""), b"", until=Nanos(kernel.now + 10**9))
+        kernel.run(
+            Program(name="r", main=spinning, digest=""), b"", until=Nanos(kernel.now + 10**9)
+        )
 
     assert (hang.value.name, hang.value.pid) == ("init-lite", 1)
     assert [event.kind for event in events if event.kind is EventKind.HANG] == [EventKind.HANG]
@@ -58,6 +58,3 @@ def test_the_guard_leaves_no_trace_in_the_log() -> None:
         return list(kernel.log_lines())
 
     assert lines(0.01) == lines(100.0)
-
-
-_: Any = None

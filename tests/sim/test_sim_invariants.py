@@ -1,5 +1,6 @@
 """Random tasks do random things, faults or not: after every step the accounts must add up."""
 
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -47,7 +48,7 @@ from nexus.abi import (
 )
 from nexus.kernel.core import SystemLimits
 from nexus.kernel.sim import FaultPoint, Faults, Plan, SimKernel
-from nexus.kernel.sim.objects import DEAD, Link, Vmo
+from nexus.kernel.sim.objects import DEAD
 
 WORKERS = 6
 STEPS = 300
@@ -103,7 +104,9 @@ def check(kernel: SimKernel) -> None:
         assert task.table.used <= 96
         reserved += task.share.size.total
         cost = sum(32 for _ in task.entries)
-        cost += sum(held.cost for held in {id(h.object): h.object for h in task.entries.values()}.values())
+        cost += sum(
+            held.cost for held in {id(h.object): h.object for h in task.entries.values()}.values()
+        )
         held_ids = {id(held.object) for held in task.entries.values()}
         cost += sum(vmo.cost for key, (vmo, _) in task.maps.items() if key not in held_ids)
         assert cost == task.budget.used <= task.budget.total
@@ -176,10 +179,8 @@ def make_worker(kernel: list[SimKernel]) -> Callable[[BootImage], Coroutine[Trap
         dice = Dice(int.from_bytes(boot.argument, "little"))
         views: list[memoryview] = []
         for _ in range(STEPS):
-            try:
+            with contextlib.suppress(AbiError):
                 await act(dice, boot, views)
-            except AbiError:
-                pass
             check(kernel[0])
         counters = await TaskStats()
         assert counters.budget_used + counters.budget_free == counters.budget_total
@@ -196,8 +197,15 @@ def make_root(
         pids: list[Pid] = []
         for index in range(WORKERS):
             spec = SpawnSpec(
-                f"worker{index}", "worker", boot.endpoint, (seed * 64 + index).to_bytes(8, "little"),
-                qos=QosClass(dice.roll(4)), owner_size=16 * 1024, endpoints=4, budget=100_000, delegations=3,
+                f"worker{index}",
+                "worker",
+                boot.endpoint,
+                (seed * 64 + index).to_bytes(8, "little"),
+                qos=QosClass(dice.roll(4)),
+                owner_size=16 * 1024,
+                endpoints=4,
+                budget=100_000,
+                delegations=3,
             )
             try:
                 spawned = await Spawn(spec)
@@ -218,7 +226,11 @@ def make_root(
                     case 0:
                         await Recv((boot.endpoint,), Nanos(now + 50_000))
                     case 1:
-                        await Send(Slot(dice.roll(12)), b"x" * (1 + dice.roll(300)), move=Slot(dice.roll(12)))
+                        await Send(
+                            Slot(dice.roll(12)),
+                            b"x" * (1 + dice.roll(300)),
+                            move=Slot(dice.roll(12)),
+                        )
                     case 2:
                         await LinkCreate(Slot(dice.roll(12)), LinkTerms(2, 500, dice.roll(2)))
                     case 3:
@@ -251,7 +263,12 @@ def play(seed: int, cpu_count: int, faults: Faults | None) -> tuple[SimKernel, l
     programs = {"worker": Program(name="worker", main=make_worker(kernels), digest="w")}
     limits = SystemLimits(total_size=160 * 1024, root_size=64 * 1024, endpoints=120)
     kernel = SimKernel(
-        programs, seed=seed, recorder=events.append, cpu_count=cpu_count, limits=limits, faults=faults
+        programs,
+        seed=seed,
+        recorder=events.append,
+        cpu_count=cpu_count,
+        limits=limits,
+        faults=faults,
     )
     kernels.append(kernel)
     root = Program(name="root", main=make_root(kernels, seed), digest="r")
@@ -278,7 +295,9 @@ def test_accounts_add_up_under_every_fault_and_each_fault_fires(seed: int) -> No
     kernel, _ = play(seed, 2, faults)
 
     assert set(kernel.resources().values()) == {0}
-    assert all(reached for point, (reached, _) in faults.counts().items() if point not in ("nth", "forge"))
+    assert all(
+        reached for point, (reached, _) in faults.counts().items() if point not in ("nth", "forge")
+    )
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another() -> None:

@@ -121,12 +121,14 @@ class Actor:
     async def op_endpoint_close(self, slot: Slot) -> object:
         if self._needed(slot):
             return "needed"
-        return await EndpointClose(slot)
+        await EndpointClose(slot)
+        return "closed"
 
     async def op_close(self, slot: Slot) -> object:
         if self._needed(slot):
             return "needed"
-        return await CapClose(slot)
+        await CapClose(slot)
+        return "closed"
 
     async def op_clone(self, slot: Slot) -> object:
         return await CapClone(slot)
@@ -213,10 +215,12 @@ class Actor:
         return await VmoCreate(size)
 
     async def op_write(self, slot: Slot, offset: int, size: int) -> object:
-        return await VmoWrite(slot, offset, self.payload(size, 68))
+        await VmoWrite(slot, offset, self.payload(size, 68))
+        return "written"
 
     async def op_seal(self, slot: Slot) -> object:
-        return await VmoSeal(slot)
+        await VmoSeal(slot)
+        return "sealed"
 
     async def op_map(self, slot: Slot) -> object:
         view = await VmoMap(slot)

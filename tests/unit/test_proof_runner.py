@@ -1,5 +1,6 @@
 """The runner outlives what it runs: a crash, a hang, a flood, processes left behind."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,15 @@ def _run(script: str, timeout: float = 20.0, stop_at: str = "") -> Trace:
 
 def _gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
+
+
+def _state(pid: int) -> str:
+    """The process state letter of proc(5), X for one that has just gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return text.rpartition(")")[2].split()[0]
 
 
 def test_events_and_output_come_home_and_a_clean_end_is_seen() -> None:
@@ -129,6 +139,27 @@ def test_events_beyond_the_bound_are_counted_as_lost(monkeypatch: pytest.MonkeyP
 def test_a_line_that_is_no_event_is_refused_and_nothing_stays_behind() -> None:
     with pytest.raises(MalformedEvent):
         _run("os.write(events, b'nonsense\\n'); time.sleep(60)")
+
+
+def test_a_boot_dies_with_its_runner() -> None:
+    child = "import os, sys, time; from nexus.proof.runner import die_with_parent; "
+    child += "die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    script = (
+        "import os, signal, subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+        "print(child.stdout.readline().decode(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    pid = int(ran.stdout)
+
+    deadline = time.monotonic_ns() + 5 * 10**9
+    while not _gone(pid) and time.monotonic_ns() < deadline:
+        assert _state(pid) in {"Z", "R", "S", "X", "D"}
+        if _state(pid) == "Z":
+            break
+    assert _gone(pid) or _state(pid) in {"Z", "X"}
 
 
 def test_every_event_kind_passes_the_pipe() -> None:

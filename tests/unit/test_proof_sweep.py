@@ -1,5 +1,6 @@
 """What a saboteur must do, where a watched run ends, and how two logs are compared."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -18,7 +19,7 @@ from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, RungResult, State, Verdict
 from nexus.protocols.ladder import KERNEL, RUNGS, Ground, Phase
 
-PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with=None, services=())
+PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with="timed", services=())
 SIM_LINUX = (Ground.SIM, Ground.LINUX)
 
 
@@ -102,10 +103,28 @@ def test_a_run_stops_where_the_last_expected_rung_is_decided_failed_ones_include
     assert watcher(_line(f"{last.removesuffix(' ok')} FAIL why"))
 
 
+def test_a_statement_is_decided_by_inits_line_about_it() -> None:
+    watcher = _watcher("timed: ready")
+
+    assert not watcher(_line("timed: ready"))
+    assert watcher(_line("init: health timed ok"))
+
+
 def test_a_run_of_a_phase_stops_when_the_rungs_up_to_it_are_decided() -> None:
     watcher = _watcher(None, Phase.BRING_UP)
 
-    assert [watcher(_line(marker)) for marker in _expected(Phase.BRING_UP)][-1]
+    assert not any(watcher(_line(marker)) for marker in _expected(Phase.BRING_UP))
+    assert watcher(_line("init: health timed ok"))
+
+
+def test_a_system_that_never_ends_is_stopped_when_all_is_decided() -> None:
+    scope = Scope(ground=Ground.LINUX, smp=1, services=("timed",))
+    plan = dataclasses.replace(PLAN, ends_with=None)
+    watcher = Watcher(Case(scope=scope, plan=plan, checks={}))
+
+    lines = [*_expected(), "init: health timed ok"]
+
+    assert [watcher(_line(line)) for line in lines][-2:] == [False, True]
 
 
 def test_a_run_stops_at_a_whole_line_only() -> None:

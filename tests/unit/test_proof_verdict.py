@@ -246,6 +246,17 @@ def test_a_broken_edge_turns_the_later_rung_red() -> None:
     assert verdict.results[74].reason == "printed before #29"
 
 
+def test_an_edge_to_a_red_rung_is_not_charged_to_the_later_one() -> None:
+    def differ(_case: Case, _trace: Trace, _line: Line) -> None:
+        raise Mismatch("printed after the readiness deadline")
+
+    stream = _green(without=(32, 144))
+    stream.line("timed: ready", "timed")
+    stream.line("SELFTEST: end", SELFTEST)
+
+    assert _red(_judge(stream, _case(rung32=differ))) == [32]
+
+
 def test_order_is_not_checked_where_there_is_no_edge() -> None:
     stream = Stream()
     stream.climb(without=(75, 142, 143, 144))

@@ -1,13 +1,13 @@
 """The evidence stream: what a kernel itself records, the same kinds on every ground."""
 
 from collections.abc import Callable, Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from nexus.abi.types import Nanos, Pid
 
 
-class EventKind(str, Enum):
+class EventKind(StrEnum):
     """The closed set of recorded events."""
 
     SPAWN = "spawn"  # name, generation, program, digest, qos, service (hex id)

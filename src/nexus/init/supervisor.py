@@ -47,7 +47,7 @@ from nexus.abi import (
     Wait,
 )
 from nexus.init.asking import Asking, Done
-from nexus.init.desk import Desk
+from nexus.init.desk import SETTLE_TIME, Desk
 from nexus.init.links import LinkTable
 from nexus.init.plan import Plan, PlannedService
 from nexus.init.record import NO_ACCOUNT, NO_PID, Exit, Record, config_of
@@ -88,6 +88,7 @@ class Supervisor:
         self.ready_at: Nanos | None = None
         self.tasks_ready = 0
         self.baseline_done = False
+        self._baseline_due: Nanos | None = None
         self.own_at_ready = NO_ACCOUNT
         self.audit: deque[str] = deque(maxlen=AUDIT_KEPT_MAX)
         self.audit_total = 0
@@ -340,7 +341,10 @@ class Supervisor:
         )
 
     async def _check_baseline(self) -> None:
-        """Once every service is probed, keep init's own account and answer who waits."""
+        """Once every service is probed, keep init's own account and answer who waits.
+
+        The account is taken a little later, when init has received what was still on its way.
+        """
         if self.baseline_done or self.ready_at is None:
             return
         waiting = self._desk.waiting_for_ready
@@ -349,6 +353,11 @@ class Supervisor:
             for record in self.records.values()
         ):
             return
+        if self._baseline_due is None:
+            self._baseline_due = Nanos(self.now + SETTLE_TIME)
+        if self.now < self._baseline_due:
+            return
+        self._baseline_due = None
         self.baseline_done = True
         self.own_at_ready = await self.own_account()
         self.tasks_ready = len(await TaskTable())
@@ -537,7 +546,8 @@ class Supervisor:
     def _wake_time(self) -> Nanos:
         """The earliest time anything is due; later than now, or at once."""
         times = [time for record in self.records.values() for time in self._times(record)]
-        times += [time for time in (self._stop_due, self._desk.next_time()) if time is not None]
+        own = (self._stop_due, self._baseline_due, self._desk.next_time())
+        times += [time for time in own if time is not None]
         return min(times, default=NEVER)
 
     async def _on_time(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nexus.proof.faultpoints import plant_fault_points
 from nexus.proof.grounds import boot_scenario, boot_system
-from nexus.proof.runner import Job
+from nexus.proof.runner import Job, die_with_parent
 from nexus.proof.saboteurs import find
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Plant the saboteur if there is one, boot, and hand every event to the runner."""
     sink = EventSink(int(argv[0]))
     job = Job(**json.loads(argv[1]))
+    die_with_parent(job.runner)
     try:
         plant_fault_points(Ground(job.ground))
         if job.saboteur is not None:

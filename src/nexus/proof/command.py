@@ -43,10 +43,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 def say(text: str) -> None:
     """Write to standard output what the caller asked for."""
     _ = sys.stdout.write(text)
-    sys.stdout.flush()
+    _ = sys.stdout.flush()
 
 
 def complain(text: str) -> None:
     """Write a line for a person to standard error."""
     _ = sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    _ = sys.stderr.flush()

@@ -21,7 +21,7 @@ from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
-from nexus.protocols.ladder import RUNGS, Ground, Phase, rung
+from nexus.protocols.ladder import RUNGS, Ground, Phase, Rung, rung
 
 SIM_LIMIT: Final = 600 * 10**9  # ns of virtual time; a selftest run takes a few seconds of it
 
@@ -39,25 +39,42 @@ class Outcome:
 
 
 class Watcher:
-    """Watches a boot as it goes and says where to stop it."""
+    """Watches a boot as it goes and says where to stop it.
+
+    At the line asked for, or where the last expected rung is decided: if that was asked for, if
+    the run is cut at a phase, or if the system is not one that ends by itself. A service's statement is decided by init's line about it, which comes a little later.
+    """
 
     def __init__(self, case: Case) -> None:
         outside = not_run(case.scope)
         self._undecided = {row.number for row in RUNGS if row.number not in outside}
         self._line = case.until or None
-        self._at_decision = case.until == "" or case.scope.phase is not Phase.END
+        self._line_seen = False
+        ends = case.scope.phase is Phase.END and case.plan.ends_with is not None
+        self._at_decision = case.until == "" or not ends
+        self._awaited: set[str] = set()
 
     def __call__(self, event: Event) -> bool:
         """Whether the boot ends here."""
         if event.kind not in {EventKind.CONSOLE, EventKind.KERNEL}:
             return False
         text = str(event.fields.get("line", ""))
-        row = rung_of(text) or failed_rung_of(text)
-        if row is not None:
-            self._undecided.discard(row.number)
-        if self._line is not None:
-            return text == self._line
-        return self._at_decision and not self._undecided
+        self._awaited.discard(text)
+        printed, failed = rung_of(text), failed_rung_of(text)
+        if printed is not None:
+            self._undecided.discard(printed.number)
+            self._awaited |= _evidence_of(printed)
+        elif failed is not None:
+            self._undecided.discard(failed.number)
+        self._line_seen = self._line_seen or text == self._line
+        decided = self._line_seen if self._line is not None else not self._undecided
+        return decided and not self._awaited and (self._at_decision or self._line_seen)
+
+
+def _evidence_of(row: Rung) -> set[str]:
+    """The line of init's that the check of a statement compares."""
+    ready = row.marker == f"{row.printer}: ready"
+    return {f"init: health {row.printer} ok"} if ready else set()
 
 
 def plan_of(request: Request) -> Plan:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Event as Pause
 from typing import Final
 
@@ -27,7 +27,8 @@ READ_SIZE: Final = 256 * 1024
 EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
-PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,7 @@ class Job:
     smp: int
     seed: int
     limit: int
+    runner: int = 0  # process that started it, filled in by run_boot
     saboteur: int | None = None
     scenario: str | None = None
     trace: bool = False
@@ -71,10 +73,11 @@ def run_boot(
     `command` is given the descriptor of the event pipe and the job as JSON.
     """
     start = time.monotonic_ns()
+    started = replace(job, runner=os.getpid())
     become_subreaper()
     reader, writer = os.pipe()
     try:
-        arguments = [*command, str(writer), json.dumps(asdict(job))]
+        arguments = [*command, str(writer), json.dumps(asdict(started))]
         child = subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
             arguments,
             stdin=subprocess.DEVNULL,
@@ -100,8 +103,19 @@ def run_boot(
 
 def become_subreaper() -> None:
     """Have orphans of a boot become our children, so that they can be counted and reaped."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the runner `parent` dies: nobody reads it then."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if libc.prctl(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

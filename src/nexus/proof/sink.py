@@ -44,7 +44,7 @@ class EventSink:
             return
         self._waiting.append(line)
         self._waiting_size += len(line)
-        self._flush()
+        _ = self._flush()
 
     def close(self) -> None:
         """Hand over what still waits, say how much was lost, and close the pipe."""
@@ -54,7 +54,7 @@ class EventSink:
                 break
             _ = pause.wait(DRAIN_POLL)
         self._waiting.append(b'{"dropped":%d}\n' % self.dropped)
-        self._flush()
+        _ = self._flush()
         os.close(self._descriptor)
 
     def _flush(self) -> bool:

@@ -304,9 +304,10 @@ class _Judge:
                 yield str(mismatch)
 
     def _misordered(self, row: Rung, line: Line) -> Iterator[str]:
+        """Edges that this line breaks. One to a red rung is that rung's fault, not this one's."""
         for number in row.after:
             before = self._printed[number]
-            if number not in self._not_run and before and before[0].place > line.place:
+            if self._results[number].state is State.PASSED and before[0].place > line.place:
                 yield f"printed before #{number}"
 
     def _compare(self, row: Rung, line: Line) -> None:

@@ -65,9 +65,7 @@ class Hold(Request[Released], op=2, idempotent=False, refuses=TestsvcStatus):
 class Release(Request[Released], op=3, idempotent=False, refuses=TestsvcStatus):
     """Answer the held requests in the order given, then this one."""
 
-    tokens: Annotated[
-        list[Annotated[int, U32()]], List(count_max=HELD_COUNT_MAX, count_min=1)
-    ]
+    tokens: Annotated[list[Annotated[int, U32()]], List(count_max=HELD_COUNT_MAX, count_min=1)]
 
 
 class Placed(Message):

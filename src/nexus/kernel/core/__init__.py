@@ -34,6 +34,7 @@ from nexus.kernel.core.spawn import (
     DELEGATIONS_MAX,
     SPAWN_STATUS,
     SpawnRefused,
+    check_cpu,
     check_spec,
     name_is_valid,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "SystemShares",
     "audit_line",
     "check_console",
+    "check_cpu",
     "check_data",
     "check_derived",
     "check_spec",

@@ -1,8 +1,8 @@
 """What both kernels check before they start a task, and how a failed spawn is told.
 
-The order is the same on both: shape of the request (invalid-payload), number of tasks (oom), a
-slot for the spawner's link (cap-table-full), endpoints (endpoint-quota), link shares and
-budgets (oom), and the program itself (map-failed).
+The order is the same on both: shape of the request (invalid-payload), its placement
+(map-failed), number of tasks (oom), a slot for the spawner's link (cap-table-full), endpoints
+(endpoint-quota), link shares and budgets (oom), and the program itself (map-failed).
 """
 
 from collections.abc import Collection
@@ -62,6 +62,12 @@ def check_spec(spec: SpawnSpec, programs: Programs, live_names: Collection[str])
             return program
         problem = f"no program {spec.program!r}"
     raise SpawnRefused(SpawnReason.INVALID_PAYLOAD, problem)
+
+
+def check_cpu(spec: SpawnSpec, cpu_count: int) -> None:
+    """Refuse a declared placement this machine does not have: SpawnRefused with map-failed."""
+    if spec.cpu is not None and spec.cpu >= cpu_count:
+        raise SpawnRefused(SpawnReason.MAP_FAILED, f"CPU {spec.cpu} of {cpu_count}")
 
 
 def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:

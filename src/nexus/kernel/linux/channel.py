@@ -260,7 +260,8 @@ class TaskPort:
 
     def prepared(self, prepared: Prepared) -> None:
         """Say how the preparation went, then wait to be let go or not."""
-        _ = self._put(pack_prepared(prepared))
+        failed = prepared.failed[:NOTE_SIZE_MAX]
+        _ = self._put(pack_prepared(prepared._replace(failed=failed)))
         frame = self._sock.recv(FRAME_SIZE_MAX)
         if frame[:1] != bytes((GO,)):
             os._exit(0)  # this number is burned, or the spawn was given up: nothing has run

@@ -68,30 +68,33 @@ def _live(birth: Birth) -> int:
         os.close(identity)
         driver = _driver(birth, port, view, control, endpoint)
         hardening.finish()
-    except (OSError, MemoryError) as error:
+        coroutine = birth.program.main(_boot_image(birth, driver))
+    except Exception as error:  # noqa: BLE001 (a program that cannot be started is told as such)
         port.prepared(Prepared(0, 0, (), f"{type(error).__name__}: {error}"))
         return EXIT_CRASH
-    port.prepared(Prepared(os.getuid(), os.getgid(), tuple(hardening.degraded), ""))
-    me = birth.me
-    boot = BootImage(
-        name=birth.spec.name,
-        service=me.service,
-        pid=me.pid,
-        generation=me.generation,
-        control=driver.control,
-        endpoint=driver.endpoint,
-        now=Nanos(time.monotonic_ns()),
-        argument=birth.spec.argument,
-    )
+    port.prepared(Prepared(os.getuid(), os.getgid(), tuple(hardening.why), ""))
     code = EXIT_CRASH
     try:
-        code, _ = driver.run(birth.program.main(boot))
+        code, _ = driver.run(coroutine)
     except InitIsGone:
         raise
     except BaseException:  # noqa: BLE001 (the process ends here, whatever the program raised)
         port.crashed(traceback.format_exc())
     port.flush()
     return code
+
+
+def _boot_image(birth: Birth, driver: Driver) -> BootImage:
+    return BootImage(
+        name=birth.spec.name,
+        service=driver.me.service,
+        pid=driver.me.pid,
+        generation=driver.me.generation,
+        control=driver.control,
+        endpoint=driver.endpoint,
+        now=Nanos(time.monotonic_ns()),
+        argument=birth.spec.argument,
+    )
 
 
 def _driver(

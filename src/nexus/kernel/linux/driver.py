@@ -19,7 +19,6 @@ from typing import Any, Final, NoReturn, Protocol
 
 from nexus.abi import (
     LINK_DEPTH_MAX,
-    MESSAGE_KIND_RESERVED as RESERVED,
     MESSAGE_SIZE_MAX,
     NEVER,
     NO_WAIT,
@@ -75,6 +74,9 @@ from nexus.abi import (
     VmoSeal,
     VmoWrite,
     Wait,
+)
+from nexus.abi import (
+    MESSAGE_KIND_RESERVED as RESERVED,
 )
 from nexus.kernel.core import (
     ENDPOINT_SIZE,
@@ -166,8 +168,10 @@ DESCRIPTOR: Final = struct.Struct("=i")
 COOKIE_SIZE: Final = 8
 
 # What a send to a peer that closed or died may say.
-GONE_ERRORS: Final = frozenset(
-    (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN)
+GONE_ERRORS: Final = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN))
+
+SHORT_ERRORS: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 )
 
 _new_message: Final = tuple.__new__  # a third of the time of Message(...)
@@ -253,6 +257,7 @@ class Driver:
         "_turn",
         "_undrained",
         "_view",
+        "_viewed",
         "_vmo_size",
         "_wait_sets",
         "budget",
@@ -316,37 +321,40 @@ class Driver:
         self._timeouts = 0
         self._refused = {"identity": 0, "several_caps": 0, "oversize": 0, "excess_link": 0}
         self._vmo_size = 0
-        self.handlers = Handlers({
-            ReplyRecv: self._reply_recv,
-            Call: self._call,
-            Recv: self._recv,
-            Send: self._send,
-            EndpointCreate: self._endpoint_create,
-            EndpointClose: self._endpoint_close,
-            LinkCreate: self._link_create,
-            CapClone: self._cap_clone,
-            CapDerive: self._cap_derive,
-            CapClose: self._cap_close,
-            CapQuery: self._cap_query,
-            VmoCreate: self._vmo_create,
-            VmoWrite: self._vmo_write,
-            VmoSeal: self._vmo_seal,
-            VmoMap: self._vmo_map,
-            Spawn: self._root_only,
-            SpawnLastError: self._spawn_last_error,
-            Wait: self._root_only,
-            Kill: self._root_only,
-            TaskTable: self._root_only,
-            AuditLog: self._root_only,
-            Entropy: self._root_only,
-            Exit: self._exit,
-            TaskQos: self._task_qos,
-            SetTaskQos: self._set_task_qos,
-            Now: self._now,
-            SleepUntil: self._sleep_until,
-            ConsoleWrite: self._console_write,
-            TaskStats: self._task_stats,
-        })
+        self._viewed: list[Vmo] = []  # no slot holds them any more, a view does
+        self.handlers = Handlers(
+            {
+                ReplyRecv: self._reply_recv,
+                Call: self._call,
+                Recv: self._recv,
+                Send: self._send,
+                EndpointCreate: self._endpoint_create,
+                EndpointClose: self._endpoint_close,
+                LinkCreate: self._link_create,
+                CapClone: self._cap_clone,
+                CapDerive: self._cap_derive,
+                CapClose: self._cap_close,
+                CapQuery: self._cap_query,
+                VmoCreate: self._vmo_create,
+                VmoWrite: self._vmo_write,
+                VmoSeal: self._vmo_seal,
+                VmoMap: self._vmo_map,
+                Spawn: self._root_only,
+                SpawnLastError: self._spawn_last_error,
+                Wait: self._root_only,
+                Kill: self._root_only,
+                TaskTable: self._root_only,
+                AuditLog: self._root_only,
+                Entropy: self._root_only,
+                Exit: self._exit,
+                TaskQos: self._task_qos,
+                SetTaskQos: self._set_task_qos,
+                Now: self._now,
+                SleepUntil: self._sleep_until,
+                ConsoleWrite: self._console_write,
+                TaskStats: self._task_stats,
+            }
+        )
 
     # ------------------------------------------------------------------ the loop
 
@@ -377,6 +385,8 @@ class Driver:
                     result = handlers[kind](trap)
             except AbiError as refusal:
                 trap = throw(refusal)
+            except OSError as error:
+                trap = throw(_closed_set(error))
             else:
                 trap = resume(result)
 
@@ -393,7 +403,11 @@ class Driver:
             try:
                 result = handlers[type(trap)](trap)
             except AbiError as error:
-                refusal, status = error, int(error.status)
+                refusal = error
+            except OSError as error:
+                refusal = _closed_set(error)
+            if refusal is not None:
+                status = int(refusal.status)
             if self._trace:
                 size = 0
                 if isinstance(result, Message):
@@ -472,7 +486,9 @@ class Driver:
         """No slot holds it any more; a view that is out keeps the memory."""
         os.close(vmo.descriptor)
         vmo.descriptor = -1
-        if not vmo.views:
+        if vmo.views:
+            self._viewed.append(vmo)
+        else:
             self._vmo_size -= vmo.length
 
     def _let_go(self, end: socket.socket) -> None:
@@ -916,9 +932,7 @@ class Driver:
             return None
         return self._message(link, sender, data, None)
 
-    def _message(
-        self, link: OwnerLink, sender: Sender, data: bytes, cap: Slot | None
-    ) -> Message:
+    def _message(self, link: OwnerLink, sender: Sender, data: bytes, cap: Slot | None) -> Message:
         self._received += 1
         self._received_size += len(data)
         now = Nanos(monotonic_ns())
@@ -1016,13 +1030,7 @@ class Driver:
         self, parent: OwnerLink, sender: Sender, terms: LinkTerms, far: socket.socket
     ) -> None:
         """Let a derived link join, if its parent's terms and this task's share allow it."""
-        try:
-            if parent.attached >= parent.delegations:
-                raise AbiError(Status.NO_SPACE, "more links than delegated")
-            if not parent.managed:
-                held = LinkTerms(parent.depth, parent.size, parent.delegations)
-                check_derived(terms, held)
-        except AbiError:
+        if not self._may_attach(parent, terms):
             far.close()
             self._refuse("excess_link", parent, [])
             return
@@ -1040,6 +1048,18 @@ class Driver:
             unread = owned.unread_size()
             if unread:
                 marks[owned.fileno] = unread
+
+    def _may_attach(self, parent: OwnerLink, terms: LinkTerms) -> bool:
+        """Whether the holder of a link may derive another one of these terms."""
+        if parent.attached >= parent.delegations:
+            return False
+        if parent.managed:
+            return True
+        try:
+            check_derived(terms, LinkTerms(parent.depth, parent.size, parent.delegations))
+        except AbiError:
+            return False
+        return True
 
     def own(self, endpoint: Endpoint, terms: LinkTerms, far: socket.socket) -> OwnerLink:
         """Let a far end join an endpoint. Refuses: NoSpace (share, links)."""
@@ -1146,11 +1166,12 @@ class Driver:
         while True:
             try:
                 link.make_room(size)
-                return
             except AbiError as refusal:
                 if deadline == NO_WAIT or size > link.size:
                     raise
                 self._await_step(link, deadline, refusal)
+            else:
+                return
 
     def _await_wall(self, link: HolderLink, deadline: int, error: OSError) -> None:
         """The kernel's own bound is narrower than the link's for this mix of sizes: wait."""
@@ -1373,9 +1394,7 @@ class Driver:
                 link.send = _local_send(owned.endpoint, link.sock)
                 return
 
-    def _derive(
-        self, held: HolderLink, terms: LinkTerms
-    ) -> tuple[socket.socket, OwnerLink | None]:
+    def _derive(self, held: HolderLink, terms: LinkTerms) -> tuple[socket.socket, OwnerLink | None]:
         """A fresh near end whose far end is with the owner of a held link.
 
         Refuses: NoSpace (delegations), NoSuchEndpoint.
@@ -1405,14 +1424,17 @@ class Driver:
     ) -> OwnerLink:
         parent = held.local
         assert parent is not None, "the caller has looked"
+        alive = self.links.get(parent.link) is parent
         try:
-            if self.links.get(parent.link) is not parent:
-                raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
-            owned = self.own(parent.endpoint, terms, far)
+            owned = self.own(parent.endpoint, terms, far) if alive else None
         except AbiError:
             near.close()
             far.close()
             raise
+        if owned is None:
+            near.close()
+            far.close()
+            raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
         owned.parent = parent
         owned.maker = self.me
         parent.attached += 1
@@ -1451,10 +1473,15 @@ class Driver:
         if not 1 <= trap.size <= VMO_SIZE_MAX:
             raise AbiError(Status.INVALID_ARGUMENT, f"a VMO of {trap.size} bytes")
         length = self._vmo_length(trap.size)
-        vmo = Vmo(-1, length, sealed=False)
-        slot = self.put(vmo, Rights.MAP | Rights.MANAGE, asked=trap.size)
-        vmo.descriptor = os.memfd_create("nexus-vmo", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-        os.ftruncate(vmo.descriptor, length)
+        self.check_room()
+        descriptor = os.memfd_create("nexus-vmo", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, length)
+            vmo = Vmo(descriptor, length, sealed=False)
+            slot = self.put(vmo, Rights.MAP | Rights.MANAGE, asked=trap.size)
+        except (AbiError, OSError):
+            os.close(descriptor)
+            raise
         self._vmo_size += length
         return slot
 
@@ -1496,6 +1523,7 @@ class Driver:
         """A mapping is gone; the last one of an object without a slot gives its pages back."""
         vmo.views -= 1
         if vmo.views == 0 and vmo.descriptor < 0:
+            self._viewed.remove(vmo)
             self._vmo_size -= vmo.length
             self.budget.refund(vmo.length)
             self._measure()
@@ -1589,6 +1617,15 @@ class Driver:
             vmo_size=self._vmo_size,
         )
 
+    def audit(self) -> int:
+        """What every object the task holds costs, counted one by one: what `budget` says."""
+        held = {id(entry.object): entry.object for entry in self.table.entries.values()}
+        return (
+            SLOT_SIZE * self.table.used
+            + sum(_cost(named) for named in held.values())
+            + sum(vmo.length for vmo in self._viewed)
+        )
+
     def _count_queued(self, link: OwnerLink) -> tuple[int, int]:
         """Messages and bytes that wait on a link, looked at one by one without taking them."""
         if not link.unread_size():
@@ -1622,6 +1659,12 @@ def _kind(named: Named) -> CapKind:
     return CapKind.LINK if isinstance(named, HolderLink) else CapKind.VMO
 
 
+def _closed_set(error: OSError) -> AbiError:
+    """A service sees the ABI's statuses alone: what Linux has run out of is NoSpace."""
+    status = Status.NO_SPACE if error.errno in SHORT_ERRORS else Status.UNSUPPORTED
+    return AbiError(status, str(error))
+
+
 def _is_link(descriptor: int) -> bool:
     """Whether a descriptor is a UNIX SEQPACKET socket, asked of the kernel."""
     try:
@@ -1638,9 +1681,7 @@ def _is_link(descriptor: int) -> bool:
     return (domain, kind) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _local_send(
-    endpoint: Endpoint, sock: socket.socket
-) -> Callable[[bytes | bytearray, int], int]:
+def _local_send(endpoint: Endpoint, sock: socket.socket) -> Callable[[bytes | bytearray, int], int]:
     """Send into an own endpoint: what a poll had found ready is not all any more."""
 
     def send(data: bytes | bytearray, flags: int) -> int:

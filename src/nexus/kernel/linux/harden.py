@@ -4,6 +4,7 @@ Steps that this machine or user cannot take are reported by name, never passed o
 Each step is a method looked up when it is taken.
 """
 
+import faulthandler
 import fcntl
 import gc
 import importlib
@@ -23,7 +24,9 @@ from nexus.kernel.linux.native import (
     PR_SET_DUMPABLE,
     PR_SET_PDEATHSIG,
     close_descriptors_except,
+    drop_capabilities,
     prctl,
+    set_name,
     setns,
     unshare,
 )
@@ -109,7 +112,7 @@ def _hold_namespaces(ready: int, told: int) -> None:
         _ = prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         unshare(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
         _ = os.write(told, b"1")
-        _ = signal.sigwait(set())
+        signal.pause()
     finally:
         os._exit(0)
 
@@ -123,14 +126,15 @@ class Confinement(NamedTuple):
     null: int  # descriptor of /dev/null
     namespaces: tuple[int, ...]
     enabled: bool  # False: only what correctness needs
+    name: str  # for ps
 
 
 class Hardening:
-    """Takes the steps; `degraded` names those that could not be taken."""
+    """Takes the steps; `why` names those that could not be taken, with the reason."""
 
     def __init__(self, confinement: Confinement) -> None:
         self.confinement = confinement
-        self.degraded: list[str] = []
+        self.why: dict[str, str] = {}
 
     def before_identity(self) -> tuple[int, ...]:
         """Signals, descriptors, limits, namespaces, ids; returns the kept descriptors under
@@ -141,11 +145,13 @@ class Hardening:
             self._try("limits", self._limits)
             self._try("namespaces", self._namespaces)
             self._try("ids", self._ids)
+            self._try("capabilities", drop_capabilities)
         self._die_with_parent()
         return kept
 
     def finish(self) -> None:
         """The rest, after what is still to be opened was opened."""
+        set_name(self.confinement.name)
         self._reseed()
         if self.confinement.enabled:
             self._try("not_dumpable", self._not_dumpable)
@@ -157,11 +163,13 @@ class Hardening:
     def _try(self, name: str, step: Callable[[], None]) -> None:
         try:
             step()
-        except (OSError, KeyError, ValueError):
-            self.degraded.append(name)
+        except (OSError, KeyError, ValueError) as error:
+            self.why[name] = str(error)
 
     def _signals(self) -> None:
-        """All blocked: an interrupted recvmsg would wait its whole time again (PEP 475)."""
+        """All blocked: an interrupted recvmsg would wait its whole time again (PEP 475). The
+        fault handler would write to a descriptor number that will be somebody's link."""
+        faulthandler.disable()
         _ = signal.set_wakeup_fd(-1)
         _ = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
@@ -228,7 +236,7 @@ class Hardening:
             raise OSError("no Landlock in this kernel")
         os.close(landlock.restrict(abi))
         if abi < landlock.SCOPE_SINCE:
-            self.degraded.append("landlock_scope")
+            self.why["landlock_scope"] = f"Landlock ABI {abi}, {landlock.SCOPE_SINCE} is needed"
 
     def _seccomp(self) -> None:
         seccomp.install()

@@ -11,6 +11,7 @@ Decisions a test must be able to break are small methods looked up at each use:
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -19,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 from nexus.abi import (
@@ -29,6 +31,7 @@ from nexus.abi import (
     HEAP_SIZE,
     INIT_NAME,
     NO_WAIT,
+    TASKS_MAX,
     AbiError,
     AuditLines,
     AuditLog,
@@ -79,6 +82,7 @@ from nexus.kernel.linux.driver import (
     AT_ONCE,
     CONTROL_SIZE,
     DESCRIPTOR,
+    DESCRIPTORS_MAX,
     Driver,
     Exited,
 )
@@ -88,6 +92,8 @@ from nexus.kernel.linux.native import timerfd, timerfd_arm
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
 from nexus.kernel.linux.truesize import Truesize
 
+# Four for each task (process, channel, both control links), and a service's own number.
+DESCRIPTORS_WANTED: Final = 4 * TASKS_MAX + DESCRIPTORS_MAX
 ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
 FORKS_MAX: Final = 32  # tries to get a number that is not burned
 FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations may come
@@ -213,6 +219,8 @@ class LinuxKernel:
         self.forks_discarded = 0
         self.refused_frames = 0  # on kernel channels
         self._record = recorder
+        self.testing = False  # while the self tests run
+        self.tested: list[Event] = []  # what they caused
         self._started = False
         self._spawn_error = SpawnReason.NONE
         self._audit: deque[str] = deque()
@@ -241,20 +249,28 @@ class LinuxKernel:
             self._enter(stack, until)
             _ = stack.callback(self._end_all)
             if self.selftest:
-                from nexus.kernel.linux.selftest import run_selftest  # noqa: PLC0415 (uses us)
+                from nexus.kernel.linux.selftest import run_selftest  # it runs roots of ours
 
                 run_selftest(self)
             return self.run_root(root, argument)
 
     def run_root(
-        self, root: Program, argument: bytes, *, qos: QosClass = QosClass.NORMAL
+        self,
+        root: Program,
+        argument: bytes,
+        *,
+        root_size: int | None = None,
+        budget: int = HEAP_SIZE,
     ) -> ExitInfo:
-        """Drive one root task in a kernel that has been entered, and end what it left behind."""
+        """Drive one root task in a kernel that has been entered, and end what it left behind.
+
+        `root_size` (bytes of link shares) and `budget` (bytes of objects) are the root's own.
+        """
         with ExitStack() as stack:
-            coroutine_of = root.main
-            boot = self._boot(root, argument, qos, stack)
+            size = self.limits.root_size if root_size is None else root_size
+            boot = self._boot(root, argument, size, budget, stack)
             _ = stack.callback(self._kill_children)
-            code, number = self.driver.run(coroutine_of(boot))
+            code, number = self.driver.run(root.main(boot))
             self._event(
                 EventKind.EXIT,
                 boot.pid,
@@ -271,6 +287,10 @@ class LinuxKernel:
         """Make what init needs for the run, each with its undoing."""
         preload()
         self.until = until
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = min(max(soft, DESCRIPTORS_WANTED), hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        _ = stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         affinity = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self.cpus)
         _ = stack.callback(os.sched_setaffinity, 0, affinity)
@@ -281,7 +301,7 @@ class LinuxKernel:
         if enabled:
             _ = stack.callback(gc.enable)
         self.truesize = Truesize()
-        self._may_renice = _may_renice()
+        self._may_renice = may_renice()
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         _ = stack.callback(os.close, self._null)
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
@@ -301,25 +321,26 @@ class LinuxKernel:
             self.namespaces = namespaces.descriptors
 
     def _boot(
-        self, root: Program, argument: bytes, qos: QosClass, stack: ExitStack
+        self, root: Program, argument: bytes, root_size: int, budget: int, stack: ExitStack
     ) -> BootImage:
         pid = Pid(os.getpid())
         generation = self._next_generation(INIT_NAME)
         self.generations[INIT_NAME] = generation
-        self.root = Sender(service_id(INIT_NAME), pid, generation, qos)
+        self.root = Sender(service_id(INIT_NAME), pid, generation, QosClass.NORMAL)
         self.names[self.root.service] = INIT_NAME
         self.table.publish(self.root, os.getuid(), os.getgid())
         _ = stack.callback(self.table.clear, pid)
+        _ = stack.callback(self._free_burned)
         self.shares.tasks.take(1)
         _ = stack.callback(self.shares.tasks.give, 1)
-        share = self.shares.reserve(self.limits.root_size, self.limits.root_endpoints)
+        share = self.shares.reserve(root_size, self.limits.root_endpoints)
         _ = stack.callback(self.shares.release, share)
         self.driver = Driver(
             me=self.root,
             view=self.view,
             port=RootPort(self, self._epoll.fileno()),
             share=share,
-            budget=Account(f"budget of {INIT_NAME}", HEAP_SIZE),
+            budget=Account(f"budget of {INIT_NAME}", budget),
             truesize=self.truesize,
             trace=self.trace,
         )
@@ -345,7 +366,7 @@ class LinuxKernel:
                 "generation": generation,
                 "program": root.name,
                 "digest": root.digest,
-                "qos": int(qos),
+                "qos": int(self.root.qos),
                 "service": f"{self.root.service:016x}",
             },
         )
@@ -378,7 +399,11 @@ class LinuxKernel:
     # ------------------------------------------------------------------ the evidence stream
 
     def _event(self, kind: EventKind, pid: Pid, fields: Mapping[str, object]) -> None:
-        self._record(Event(self.now, kind, pid, fields))
+        event = Event(self.now, kind, pid, fields)
+        if self.testing and kind is not EventKind.KERNEL:
+            self.tested.append(event)  # of a self test: no evidence about the system
+        else:
+            self._record(event)
 
     def kernel_line(self, line: str, evidence: Mapping[str, object]) -> None:
         """Record a line of the kernel's own, with the evidence for it."""
@@ -422,6 +447,19 @@ class LinuxKernel:
                 "size": size,
             },
         )
+
+    def resources(self) -> dict[str, int]:
+        """What is in use in init's process and in the kernel's books: all of it comes back."""
+        return {
+            "tasks": sum(1 for child in self.children.values() if child.exit is None),
+            "unreaped": sum(1 for child in self.children.values() if child.exit is not None),
+            "reserved_size": self.shares.size.used,
+            "reserved_endpoints": self.shares.endpoints.used,
+            "reserved_tasks": self.shares.tasks.used,
+            "burned": len(self.burned),
+            "descriptors": _entries("/proc/self/fd") - 1,  # without the one that looks
+            "children": _children_of_init(),
+        }
 
     # ------------------------------------------------------------------ serving the tasks
 
@@ -653,6 +691,12 @@ class LinuxKernel:
         counts as burned too."""
         return not self.table.burned(pid)
 
+    def _free_burned(self) -> None:
+        """Nobody is left who could read a message of a dead task."""
+        for pid in self.burned:
+            self.table.clear(pid)
+        self.burned.clear()
+
     def _reap(self, child: Child) -> ExitInfo:
         assert child.exit is not None, "only the dead are reaped"
         _ = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
@@ -713,7 +757,7 @@ class LinuxKernel:
                 spawned = self._start_within(spec, program, held.object, undo)
             except SpawnRefused:
                 raise
-            except AbiError as refusal:
+            except (AbiError, OSError) as refusal:
                 raise SpawnRefused(SpawnReason.OOM, str(refusal)) from None
             _ = undo.pop_all()
         return spawned
@@ -862,6 +906,7 @@ class LinuxKernel:
                     null=self._null,
                     namespaces=self.namespaces,
                     enabled=self.harden,
+                    name=spec.name,
                 ),
                 share=share,
                 truesize=self.truesize,
@@ -918,9 +963,7 @@ class LinuxKernel:
             if child.exit is None:
                 sender = child.sender
                 rows.append(
-                    TaskInfo(
-                        child.pid, child.name, sender.service, sender.generation, child.qos
-                    )
+                    TaskInfo(child.pid, child.name, sender.service, sender.generation, child.qos)
                 )
         return tuple(sorted(rows))
 
@@ -993,7 +1036,7 @@ class LinuxKernel:
         return True
 
 
-def _may_renice() -> bool:
+def may_renice() -> bool:
     """Whether this process may raise a priority it has lowered, tried on itself."""
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     try:
@@ -1002,6 +1045,16 @@ def _may_renice() -> bool:
     except OSError:
         return False
     return True
+
+
+def _entries(path: str) -> int:
+    return sum(1 for _ in Path(path).iterdir())
+
+
+def _children_of_init() -> int:
+    """Processes whose parent is init, as Linux lists them; -1 where it does not."""
+    listing = Path(f"/proc/self/task/{os.getpid()}/children")
+    return len(listing.read_text().split()) if listing.exists() else -1
 
 
 def _await_readable(descriptor: int, span: int) -> bool:

@@ -21,7 +21,7 @@ _CREATE_RULESET_VERSION: Final = 1
 
 
 class _Ruleset(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 (what ctypes asks for)
+    _fields_ = [  # type: ignore[mutable-override]
         ("handled_access_fs", ctypes.c_uint64),
         ("handled_access_net", ctypes.c_uint64),
         ("scoped", ctypes.c_uint64),

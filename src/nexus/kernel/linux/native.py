@@ -18,7 +18,10 @@ LIBC: Final = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG: Final = 1
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
 PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 # include/uapi/linux/sched.h
 CLONE_NEWUTS: Final = 0x0400_0000
@@ -49,6 +52,7 @@ NR_LANDLOCK_RESTRICT_SELF: Final = 446
 
 MACHINE: Final = platform.machine()
 
+_CAPABILITY_VERSION_3: Final = 0x2008_0522  # include/uapi/linux/capability.h
 _UINT_MAX: Final = 0xFFFF_FFFF
 _ITIMERSPEC: Final = struct.Struct("@qqqq")
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
@@ -99,6 +103,20 @@ def close_descriptors_except(keep: tuple[int, ...]) -> None:
 
 def _close_range(low: int, high: int) -> None:
     _ = syscall(NR_CLOSE_RANGE, ctypes.c_uint(low), ctypes.c_uint(high), 0)
+
+
+def drop_capabilities() -> None:
+    """Give up every capability of the calling process, and the way to any."""
+    _ = prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    none = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, high words
+    _ = _checked(LIBC.capset(header, none), "capset")
+
+
+def set_name(name: str) -> None:
+    """The name that ps shows; the kernel cuts it to 15 bytes."""
+    text = ctypes.create_string_buffer(name.encode())
+    _ = _checked(LIBC.prctl(PR_SET_NAME, text, 0, 0, 0), "PR_SET_NAME")
 
 
 def unshare(flags: int) -> None:

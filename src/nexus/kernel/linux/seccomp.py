@@ -131,7 +131,7 @@ Instruction = tuple[int, int, int, int]
 
 
 class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012 (ctypes)
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # type: ignore[mutable-override]
 
 
 def _one_of(index: int, values: tuple[int, ...]) -> list[Instruction]:

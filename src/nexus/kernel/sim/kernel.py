@@ -6,11 +6,13 @@ that never reaches a trap is stopped by the host-side watchdog and reported as a
 """
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Final, NamedTuple, NoReturn
 
 from nexus.abi import (
+    AUDIT_LINES_MAX,
     BUDGET_SIZE_DEFAULT,
     CONTROL_LINK_SIZE,
     ENTROPY_SIZE_MAX,
@@ -20,6 +22,8 @@ from nexus.abi import (
     NO_WAIT,
     VMO_SIZE_MAX,
     AbiError,
+    AuditLines,
+    AuditLog,
     BootImage,
     Call,
     CapClone,
@@ -88,6 +92,7 @@ from nexus.kernel.core import (
     SystemShares,
     audit_line,
     check_console,
+    check_cpu,
     check_spec,
     decide,
     derive,
@@ -158,6 +163,7 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
     Entropy,
     ConsoleWrite,
     TaskStats,
+    AuditLog,
 )
 
 
@@ -207,6 +213,8 @@ class SimKernel:
         self.shares = SystemShares(self.limits)
         self.tasks: dict[Pid, Task] = {}  # live, and dead ones nobody has waited for
         self.generations: dict[str, int] = {}
+        self.audit: deque[str] = deque(maxlen=AUDIT_LINES_MAX)
+        self.audit_dropped = 0
         self.crashes: list[str] = []  # tracebacks of tasks that ended by an exception
         self.root: Task | None = None
         self.root_end: ExitInfo | None = None
@@ -521,7 +529,7 @@ class SimKernel:
         task.code = len(TRAPS)
         self.tasks[task.pid] = task
         self.generations[task.name] = task.generation
-        self.ipc.identities[task.pid] = Sender(task.service, task.pid, task.generation, task.qos)
+        self.publish(task)
         task.cpu.tasks += 1
         self.spawns += 1
         self.record(
@@ -536,6 +544,11 @@ class SimKernel:
                 "service": f"{task.service:016x}",
             },
         )
+
+    def publish(self, task: Task) -> None:
+        """Enter a task's identity, before its first resume; messages are looked up there."""
+        identity = Sender(task.service, task.pid, task.generation, task.qos)
+        self.ipc.identities[task.pid] = identity
 
     def _spawn(self, task: Task, trap: Spawn) -> Spawned:
         self._require_root(task)
@@ -571,6 +584,7 @@ class SimKernel:
             raise SpawnRefused(
                 SpawnReason.INVALID_PAYLOAD, f"slot {spec.control} is no endpoint of the spawner"
             )
+        check_cpu(spec, len(self.scheduler.smp))
         if not self.shares.tasks.free:
             raise SpawnRefused(SpawnReason.OOM, f"{self.shares.tasks.total} tasks")
         if parent.table.full:
@@ -755,6 +769,7 @@ class SimKernel:
             Entropy: self._entropy,
             ConsoleWrite: self._console_write,
             TaskStats: self._task_stats,
+            AuditLog: self._audit_log,
         }
         assert set(handlers) == set(TRAPS), "every trap has a handler"
         return {trap: (handlers[trap], code) for code, trap in enumerate(TRAPS)}
@@ -784,7 +799,15 @@ class SimKernel:
 
     def _reply_recv(self, task: Task, trap: ReplyRecv) -> Message | Blocked:
         ipc = self.ipc
-        ipc.listen(task, trap.sources, None, MESSAGE_SIZE_MAX)
+        sources = trap.sources
+        held = task.entries.get(sources[0]) if len(sources) == 1 else None
+        if held is not None and held.object.__class__ is Endpoint:
+            endpoint: Endpoint = held.object
+            task.sources = (endpoint,)
+            task.filter = None
+            task.size_max = MESSAGE_SIZE_MAX
+        else:
+            ipc.listen(task, sources, None, MESSAGE_SIZE_MAX)
         trap.reply_status = None
         if trap.slot is not None:
             try:
@@ -792,6 +815,8 @@ class SimKernel:
             except AbiError as refusal:
                 trap.reply_status = int(refusal.status)
         task.deadline = trap.deadline
+        if len(sources) == 1 and not task.sources[0].ready:
+            return ipc.wait(task)
         return ipc.receive(task)
 
     def _recv(self, task: Task, trap: Recv) -> Message | Blocked:
@@ -990,9 +1015,23 @@ class SimKernel:
                 self.ipc.identities[target.pid] = identity._replace(qos=qos)
             else:
                 reason = QosReason.SCHEDULER_QUEUE_FULL
-        self.record(EventKind.QOS, task.pid, {"line": audit_line(request, reason)})
+        line = audit_line(request, reason)
+        self.record(EventKind.QOS, task.pid, {"line": line})
+        self._keep_audit(line)
         if reason is not QosReason.APPLIED:
             raise AbiError(QOS_STATUS[reason], reason.value)
+
+    def _keep_audit(self, line: str) -> None:
+        if len(self.audit) == AUDIT_LINES_MAX:
+            self.audit_dropped += 1
+        self.audit.append(line)  # the oldest one goes
+
+    def _audit_log(self, task: Task, trap: AuditLog) -> AuditLines:  # noqa: ARG002
+        self._require_root(task)
+        taken = AuditLines(tuple(self.audit), self.audit_dropped)
+        self.audit.clear()
+        self.audit_dropped = 0
+        return taken
 
     # devices and accounts
 
@@ -1092,5 +1131,3 @@ def _first_resume(_task: Task) -> None:
 
 def _ended(*_: object) -> NoReturn:
     raise AssertionError("the task has ended")
-
-

@@ -6,7 +6,6 @@ from typing import Any, Final, TypeAlias
 
 from nexus.abi import (
     NEVER,
-    PAGE_SIZE,
     CapKind,
     LinkId,
     LinkTerms,
@@ -138,7 +137,6 @@ class Vmo:
     kind: Final = CapKind.VMO
 
     def __init__(self, length: int) -> None:
-        assert length % PAGE_SIZE == 0, "memory comes in pages"
         self.data = bytearray(length)
         self.cost = length
         self.sealed = False

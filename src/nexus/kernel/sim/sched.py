@@ -161,11 +161,10 @@ class Scheduler:
     def place(self, wanted: int | None) -> Cpu:
         """The CPU for a new task: the declared one, or the online one with fewest tasks.
 
-        A declared CPU that this machine does not have is taken modulo the CPUs it has: a system
-        file for two CPUs also runs on one.
+        The declared one is known to exist.
         """
         if wanted is not None:
-            return self.smp[wanted % len(self.smp)]
+            return self.smp[wanted]
         return min(self.smp, key=lambda cpu: (not cpu.online, cpu.tasks, cpu.index))
 
     # ---- picking
@@ -238,6 +237,8 @@ class Scheduler:
         for victim in self.smp:
             if victim is thief or not victim.mask or not victim.online:
                 continue
+            if victim.task is None:
+                continue  # it is about to look for work itself: the task stays where it was
             for qos in range(CLASS_COUNT - 1, -1, -1):
                 queue = victim.queues[qos]
                 if not queue or not self.may_steal(thief, qos):

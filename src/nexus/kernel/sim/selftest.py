@@ -93,6 +93,7 @@ class Selftest:
         """All tests, in the order of the ladder's rungs."""
         kernel = self._kernel
         programs, generations = kernel.programs, dict(kernel.generations)
+        audit, dropped = list(kernel.audit), kernel.audit_dropped
         kernel.testing = True
         if kernel.faults is not None:
             kernel.faults.paused = True  # a plan is about the system, not about these tests
@@ -121,6 +122,9 @@ class Selftest:
         if kernel.faults is not None:
             kernel.faults.paused = False
         kernel.programs, kernel.generations = programs, generations
+        kernel.audit.clear()
+        kernel.audit.extend(audit)
+        kernel.audit_dropped = dropped
 
     def _one(self, name: str, test: Callable[[], Evidence]) -> None:
         kernel = self._kernel
@@ -226,6 +230,8 @@ class Selftest:
         async def main(boot: BootImage) -> int:
             spec = self._spec(boot, "kselftest.child", LEAVING)
             await failing(spec._replace(program="kselftest.none"), SpawnReason.INVALID_PAYLOAD)
+            absent = len(kernel.scheduler.smp)
+            await failing(spec._replace(cpu=absent), SpawnReason.MAP_FAILED)
             await failing(spec._replace(program=UNMAPPABLE), SpawnReason.MAP_FAILED)
             await failing(spec._replace(owner_size=kernel.limits.total_size), SpawnReason.OOM)
             await self._quota(boot, failing)

@@ -231,9 +231,7 @@ class Testsvc:
                 break
             sent += 1
         await CapClose(slot)
-        return FloodReport(
-            sent, int(refused is Status.QUEUE_FULL), int(refused is Status.NO_SPACE)
-        )
+        return FloodReport(sent, int(refused is Status.QUEUE_FULL), int(refused is Status.NO_SPACE))
 
     async def _forge(self, call: Call, request: Forge) -> ForgeReport:
         timed = await self._timed(call)
@@ -346,9 +344,7 @@ async def main(boot: BootImage) -> int:
     timed = await peers.connect(
         "timed",
         TIMED,
-        RetryBudget(
-            attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until
-        ),
+        RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until),
     )
     if not isinstance(timed, Client):
         return 1

@@ -4,6 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from nexus.abi import (
+    CapClone,
+    CapClose,
     EndpointClose,
     EndpointCreate,
     LinkCreate,
@@ -13,8 +15,6 @@ from nexus.abi import (
     Send,
     TaskCounters,
     TaskStats,
-    CapClose,
-    CapClone,
 )
 from nexus.ipc import (
     Client,
@@ -383,18 +383,21 @@ async def _send_malformed(climb: Climb, client: Client, protocol: "Protocol") ->
     deadline = await climb.ahead(CALL_WAIT)
 
     def frame(nonce: int, body: bytes, *, version: int = protocol.version) -> bytes:
-        return HEADER.pack(
-            FRAME_KIND,
-            version,
-            codec.op,
-            0,
-            protocol.number,
-            0,
-            nonce,
-            deadline,
-            climb.peers.caller.spans.root.trace,
-            climb.peers.caller.spans.root.span,
-        ) + body
+        return (
+            HEADER.pack(
+                FRAME_KIND,
+                version,
+                codec.op,
+                0,
+                protocol.number,
+                0,
+                nonce,
+                deadline,
+                climb.peers.caller.spans.root.trace,
+                climb.peers.caller.spans.root.span,
+            )
+            + body
+        )
 
     good = encode([1])
     frames = {
@@ -408,9 +411,7 @@ async def _send_malformed(climb: Climb, client: Client, protocol: "Protocol") ->
         await Send(client.peer.slot, data, deadline=deadline)
         reply = await Recv((client.peer.inbox,), deadline, link=client.peer.link)
         expect(nonce_of(reply.data), RAW_NONCE + index, f"nonce of the answer to: {what}")
-        wanted = (
-            ReplyStatus.UNSUPPORTED if what == "unknown version" else ReplyStatus.MALFORMED
-        )
+        wanted = ReplyStatus.UNSUPPORTED if what == "unknown version" else ReplyStatus.MALFORMED
         if status_of(reply.data) != wanted:
             raise RungFailed(f"{client.name}, {what}: status {status_of(reply.data)}")
         statuses.append(wanted.name)

@@ -90,9 +90,7 @@ async def forged_identity(climb: Climb) -> Evidence:
     before = await climb.status(climb.timed)
     strays = (correlator.stale, correlator.duplicate, correlator.foreign)
 
-    report = await climb.call(
-        climb.testsvc, Forge(climb.boot.pid, climb.boot.name, mine)
-    )
+    report = await climb.call(climb.testsvc, Forge(climb.boot.pid, climb.boot.name, mine))
     for message in FORGED_SENDERS:
         await Send(climb.timed.peer.slot, message, deadline=await climb.ahead(SEND_WAIT))
     raw = await climb.testsvc.call(

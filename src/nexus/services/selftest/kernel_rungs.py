@@ -78,7 +78,7 @@ async def payload_roundtrip(climb: "Climb") -> Evidence:
     oversize = await refusal(Send(session.slot, _frame(bytes(8193))))
     expect(oversize, Status.INVALID_ARGUMENT, "8193 bytes")
     after = await TaskStats()
-    await climb.end_session(session)
+    _ = await climb.end_session(session)
 
     expect(after.sent_size - before.sent_size, total, "kernel's count of bytes sent")
     expect(after.received_size - before.received_size, total, "kernel's count of bytes received")

@@ -26,7 +26,6 @@ from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, Run
 from nexus.services.selftest.rungs import RUNGS
 from nexus.wire import Protocol, ReplyStatus
 
-
 START_BUDGET: Final = Nanos(30_000_000_000)  # ns; a whole system starts in a second, CI in ten
 CONNECT_ATTEMPTS_MAX: Final = 200
 CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
@@ -68,17 +67,13 @@ async def main(boot: BootImage) -> int:
     return await _climb(climb)
 
 
-async def _connect(
-    boot: BootImage, peers: Peers, uses: list[str], until: Nanos
-) -> Climb | str:
+async def _connect(boot: BootImage, peers: Peers, uses: list[str], until: Nanos) -> Climb | str:
     """The clients of all planned uses, or why one is missing."""
     control = await peers.control(until)
     if not isinstance(control, Exchange):
         return f"no link to init: {control!r}"
     climb = Climb(boot, peers, control)
-    budget = RetryBudget(
-        attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until
-    )
+    budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
     for name in uses:
         client = await peers.connect(name, PROTOCOLS[name], budget)
         if not isinstance(client, Client):
@@ -93,9 +88,8 @@ async def _climb(climb: Climb) -> int:
     climb.planned = [rung.number for rung in rungs[:-1]]
     behind: set[int] = set()  # failed, or blocked by one that failed
     for rung in rungs:
-        if behind.intersection(row_of(rung.number).after):
-            behind.add(rung.number)
-        elif not await _holds(climb, rung):
+        blocked = behind.intersection(row_of(rung.number).after)
+        if blocked or not await _holds(climb, rung):
             behind.add(rung.number)
     return EXIT_RED if climb.failed else 0
 

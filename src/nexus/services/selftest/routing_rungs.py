@@ -56,9 +56,7 @@ async def _route(climb: Climb, name: str) -> RouteRetryOutcome:
     )
 
 
-async def _use_once(
-    climb: Climb, name: str, protocol: "Protocol", request: "Request[Any]"
-) -> int:
+async def _use_once(climb: Climb, name: str, protocol: "Protocol", request: "Request[Any]") -> int:
     """Resolve `name`, bind the link, make one call, let go; the generation that answered."""
     routed = expect_type(await _route(climb, name), Routed, f"route to {name}")
     assert routed.slot is not None, "only @reply has none"
@@ -159,9 +157,7 @@ async def _scripted(
     start = await climb.ahead(Nanos(0))
     deadline = Nanos(start + wait)
     budget = RetryBudget(attempts_max=1, backoff=ROUTE_BACKOFF, deadline=deadline)
-    outcome = await route_with_nonce_budgeted(
-        router, "timed", budget, mismatches, RetryTokens()
-    )
+    outcome = await route_with_nonce_budgeted(router, "timed", budget, mismatches, RetryTokens())
     end_time = await climb.ahead(Nanos(0))
     if end is not None:
         await Send(session.slot, end)

@@ -25,7 +25,7 @@ def expect(found: ResultT, wanted: object, what: str) -> None:
         raise RungFailed(f"{what}: expected {wanted!r}, found {found!r}")
 
 
-def require(holds: bool, what: str) -> None:  # noqa: FBT001 (reads as an assertion)
+def require(holds: bool, what: str) -> None:
     """Fail the rung unless `holds`."""
     if not holds:
         raise RungFailed(what)

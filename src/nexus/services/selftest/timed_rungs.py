@@ -87,6 +87,7 @@ async def _owner_dies(climb: Climb) -> None:
     _ = expect_type(outcome, CallFailure, "call of the killed sleeper")
     _ = await climb.up_again("demo.interactive", generation + 1)
     await _expect_live(climb, 0, "after the death of the sleeper")
+    _ = await climb.status(interactive)  # finds the new instance
 
 
 async def _expect_live(climb: Climb, count: int, when: str) -> None:

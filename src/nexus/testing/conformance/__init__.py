@@ -71,7 +71,12 @@ class Case:
         self.function(self.rig)
 
     def __str__(self) -> str:
-        return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
+        return case_name(self.function)
+
+
+def case_name(function: CaseFunction) -> str:
+    """The stable name of a case."""
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
 
 
 def case_functions() -> tuple[CaseFunction, ...]:

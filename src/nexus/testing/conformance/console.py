@@ -98,13 +98,16 @@ def test_many_lines_in_a_row_are_all_printed_or_refused_with_queue_full(rig: Rig
             except AbiError as error:
                 assert error.status is Status.QUEUE_FULL
         assert printed > 0
-        for _ in range(50):
-            try:
-                await ConsoleWrite(f"printed {printed}")
-                return
-            except AbiError as error:
-                assert error.status is Status.QUEUE_FULL
-                await _a_moment()
+        while not await _printed(f"printed {printed}"):
+            await SleepUntil(Nanos(await Now() + 20_000_000))
+
+    async def _printed(line: str) -> bool:
+        try:
+            await ConsoleWrite(line)
+        except AbiError as error:
+            assert error.status is Status.QUEUE_FULL
+            return False
+        return True
 
     async def root(boot: BootImage) -> None:
         await ended_well(await start(boot, "writer"))
@@ -113,7 +116,3 @@ def test_many_lines_in_a_row_are_all_printed_or_refused_with_queue_full(rig: Rig
 
     lines = [str(fields["line"]) for fields in run.fields(EventKind.CONSOLE)]
     assert lines[-1] == f"printed {len(lines) - 1}"
-
-
-async def _a_moment() -> None:
-    await SleepUntil(Nanos(await Now() + 20_000_000))

@@ -129,7 +129,7 @@ def test_init_execd_and_policyd_set_the_class_of_others(rig: Rig) -> None:
     async def waits(boot: BootImage) -> None:
         await take(boot.endpoint)
 
-    async def root(boot: BootImage) -> list[tuple[str, int, int]]:
+    async def root(boot: BootImage) -> list[tuple[str, Pid, Pid]]:
         other = await start(boot, "other", program="waits")
         asked = []
         for name in ("execd", "policyd"):

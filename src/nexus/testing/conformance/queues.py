@@ -92,10 +92,13 @@ def test_no_space_comes_at_exactly_the_size(rig: Rig) -> None:
 
 def test_a_message_larger_than_its_link_never_fits(rig: Rig) -> None:
     async def root(boot: BootImage) -> None:
-        link = await LinkCreate(boot.endpoint, LinkTerms(8, 1000, 0))
+        link = await LinkCreate(boot.endpoint, LinkTerms(1, 1000, 0))
 
         await refused(Send(link.slot, b"x" * 1001), Status.NO_SPACE)
         await Send(link.slot, b"x" * 1000)
+        # Not even when the queue is full as well, and no wait would help.
+        await refused(Send(link.slot, b"x" * 1001), Status.NO_SPACE)
+        await refused(Send(link.slot, b"x" * 1001, deadline=await soon()), Status.NO_SPACE)
 
         assert len((await take(boot.endpoint)).data) == 1000
 

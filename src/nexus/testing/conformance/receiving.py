@@ -34,6 +34,11 @@ from nexus.testing.conformance.steps import (
 from nexus.testing.rig import Rig
 
 
+def _sent(call: Call) -> bool:
+    """Read anew: a type checker believes that an attribute stays as it was compared."""
+    return call.sent
+
+
 def test_a_receive_into_too_small_a_buffer_loses_no_message(rig: Rig) -> None:
     async def root(boot: BootImage) -> None:
         link = await LinkCreate(boot.endpoint)
@@ -204,7 +209,7 @@ def test_a_call_returns_the_answer_on_its_own_link(rig: Rig) -> None:
 
         answer = await call
 
-        assert call.sent is True
+        assert _sent(call)
         assert answer.data == b"SHOUT"
         assert answer.link == spawned.link
         assert answer.source == boot.endpoint
@@ -222,13 +227,13 @@ def test_a_call_says_whether_it_was_sent(rig: Rig) -> None:
         call = Call(way.slot, b"x", boot.endpoint, answers.link, PAST)
 
         await refused(call, Status.TIMED_OUT)
-        assert call.sent is True
+        assert _sent(call)
         await refused(call, Status.QUEUE_FULL)
-        assert call.sent is False
+        assert not _sent(call)
         await take(target)
         call.data = b"x" * 11
         await refused(call, Status.NO_SPACE)
-        assert call.sent is False
+        assert not _sent(call)
         call.data = b""
         await refused(call, Status.INVALID_ARGUMENT)
         call.data, call.slot = b"x", Slot(90)
@@ -237,10 +242,10 @@ def test_a_call_says_whether_it_was_sent(rig: Rig) -> None:
         await refused(call, Status.PERMISSION_DENIED)
         call.slot = way.slot
         await refused(call, Status.TIMED_OUT)
-        assert call.sent is True
+        assert _sent(call)
         await EndpointClose(target)
         await refused(call, Status.NO_SUCH_ENDPOINT)
-        assert call.sent is False
+        assert not _sent(call)
 
     rig.run(root)
 
@@ -258,7 +263,7 @@ def test_a_call_to_a_server_that_ends_without_an_answer_is_told(rig: Rig) -> Non
             assert error.link == spawned.link
         else:
             raise AssertionError(f"a dead server answered {answer!r}")
-        assert call.sent is True
+        assert _sent(call)
         await ended_well(spawned)
 
     rig.run(root, programs={"mute": child})
