@@ -1,5 +1,6 @@
 """The runner outlives what it runs: a crash, a hang, a flood, processes left behind."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import nexus
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.proof import runner
 from nexus.proof.record import MalformedEvent, encode_event
@@ -150,7 +152,12 @@ def test_a_boot_dies_with_its_runner() -> None:
         "print(child.stdout.readline().decode(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(Path(nexus.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     pid = int(ran.stdout)
 

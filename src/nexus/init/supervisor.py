@@ -89,6 +89,7 @@ class Supervisor:
         self.tasks_ready = 0
         self.baseline_done = False
         self._baseline_due: Nanos | None = None
+        self._baseline_open: set[str] | None = None  # whose account is awaited, once asked for
         self.own_at_ready = NO_ACCOUNT
         self.audit: deque[str] = deque(maxlen=AUDIT_KEPT_MAX)
         self.audit_total = 0
@@ -246,19 +247,16 @@ class Supervisor:
             generation=record.generation,
             echo_nonce=nonce,
         )
-        if self.ready_at is not None:
-            await self._probe(record)
+        await self._probe(record)
 
     # ------------------------------------------------------------------ readiness and health
 
     async def _check_ready(self) -> None:
-        """Print `init: ready` once, the moment it is true; then probe every service."""
+        """Print `init: ready` once, the moment it is true."""
         if self.ready_at is not None or self._stopping is not None or not self.is_ready():
             return
         self.ready_at = self.now
         await self.say("init: ready", **self._ready_evidence())
-        for record in self.records.values():
-            await self._probe(record)
 
     def _ready_evidence(self) -> dict[str, Any]:
         """The tables that equal the plan, item by item, or their sizes if they do not fit."""
@@ -321,13 +319,11 @@ class Supervisor:
         )
 
     async def _on_first_status(self, record: Record, status: Any) -> None:
-        """The service answered its probe; what it holds now is its baseline if init is ready."""
+        """The service answered its probe and says how it is."""
         record.probing = False
         if not isinstance(status, ServiceStatus):
             record.probe_again = Nanos(self.now + PROBE_PAUSE)
             return
-        if not self.baseline_done:
-            record.at_ready = account_of(status)
         await self._on_healthy(record, {fact.name: fact.value for fact in status.facts})
 
     async def _on_healthy(self, record: Record, facts: dict[str, int]) -> None:
@@ -341,23 +337,47 @@ class Supervisor:
         )
 
     async def _check_baseline(self) -> None:
-        """Once every service is probed, keep init's own account and answer who waits.
+        """Once every service is probed, keep every account and answer who waits.
 
-        The account is taken a little later, when init has received what was still on its way.
+        The accounts are asked for a little later, when what was still on its way has arrived.
         """
         if self.baseline_done or self.ready_at is None:
+            return
+        if self._baseline_open is not None:
+            if not self._baseline_open:
+                await self._end_baseline()
             return
         waiting = self._desk.waiting_for_ready
         if any(
             record.health is Health.UNKNOWN and record.name not in waiting
             for record in self.records.values()
         ):
+            self._baseline_due = None
             return
         if self._baseline_due is None:
             self._baseline_due = Nanos(self.now + SETTLE_TIME)
         if self.now < self._baseline_due:
             return
         self._baseline_due = None
+        self._baseline_open = set()
+        for record in self.records.values():
+            if record.health is Health.OK and record.name not in waiting:
+                await self._ask_baseline(record, self._baseline_open)
+
+    async def _ask_baseline(self, record: Record, awaited: set[str]) -> None:
+        """Ask a service what it holds now that the system is ready."""
+
+        async def on_status(status: Any, _nonce: int) -> None:
+            awaited.discard(record.name)
+            if isinstance(status, ServiceStatus):
+                record.at_ready = account_of(status)
+
+        deadline = Nanos(self.now + record.planned.health_deadline)
+        if await self.ask(record, GetStatus(), deadline, on_status):
+            awaited.add(record.name)
+
+    async def _end_baseline(self) -> None:
+        """Every account is there: keep init's own with them, and answer who waits."""
         self.baseline_done = True
         self.own_at_ready = await self.own_account()
         self.tasks_ready = len(await TaskTable())

@@ -1,5 +1,7 @@
 """Saboteurs of the rungs that selftest-client climbs: 56-76 and 142-144."""
 
+import importlib
+import time
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +23,8 @@ from nexus.abi import (
     service_id,
 )
 from nexus.init.desk import Desk
+from nexus.init.record import Record
+from nexus.init.supervisor import Supervisor
 from nexus.ipc import correlate, exchange
 from nexus.ipc.outcome import NotFound, Refused, RouteRetryOutcome
 from nexus.ipc.route import RouteAttempt
@@ -33,25 +37,25 @@ from nexus.kernel.sim import kernel as sim_kernel
 from nexus.kernel.sim.clock import Clock
 from nexus.kernel.sim.heap import Heap
 from nexus.kernel.sim.ipc import Ipc
-from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.objects import Entry, Link, Task
 from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.init import InitStatus
+from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
+from nexus.protocols.interactive import RegisterFor
 from nexus.protocols.ladder import SELFTEST, Ground, Rung
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Hold
-from nexus.protocols.timed import PROTOCOL as TIMED
-from nexus.protocols.timed import Register, Whoami
+from nexus.protocols.timed import Whoami
 from nexus.runtime import Call, Server
-from nexus.services.selftest import main as selftest_main
 from nexus.services.timed import service as timed_service
 from nexus.services.timed.service import Timed
-from nexus.wire import Codec, RemoteProtocolError, encode
+from nexus.wire import NONCE_OFFSET, Codec, RemoteProtocolError, encode
 
 BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
 SIM: Final = frozenset({Ground.SIM})
 LINUX: Final = frozenset({Ground.LINUX})
 LATE: Final = Nanos(20_000_000)  # ns; twenty times what a rung accepts
+LONG_PAST: Final = 500_000_000  # ns; half of what rung 59 uses
 NOBODY: Final = Sender(ServiceId(0), Pid(0), 0, QosClass.NORMAL)
 OTHER_WAITER: Final = "demo.interactive"
 
@@ -94,10 +98,12 @@ def _last_byte_lost_linux() -> None:
 def _nonce_off_by_one() -> None:
     """#58: the server that selftest runs on an endpoint of its own."""
 
-    async def send(server: Server, slot: Slot, frame: bytearray, **options: Any) -> None:
+    async def send(server: Server, slot: Slot, frame: bytes, **options: Any) -> bool:
         if server.boot.name == SELFTEST and server.boot.endpoint != FIRST_ENDPOINT:
-            frame[8] = (frame[8] + 1) & 0xFF
-        await original(server, slot, frame, **options)
+            nonce = (frame[NONCE_OFFSET] + 1) & 0xFF
+            frame = frame[:NONCE_OFFSET] + bytes((nonce,)) + frame[NONCE_OFFSET + 1 :]
+        sent: bool = await original(server, slot, frame, **options)
+        return sent
 
     original = replace(Server, "_send", send)
 
@@ -106,13 +112,27 @@ FIRST_ENDPOINT: Final = Slot(1)
 
 
 def _past_deadline_is_empty_sim() -> None:
-    """#59."""
-    _ = replace(Ipc, "empty_status", lambda _ipc, _deadline: Status.QUEUE_EMPTY)
+    """#59: deadlines that were past when the receive began."""
+
+    def empty_status(ipc: Ipc, deadline: Nanos) -> Status:
+        if deadline < ipc.clock.now - LONG_PAST:
+            return Status.QUEUE_EMPTY
+        status: Status = original(ipc, deadline)
+        return status
+
+    original = replace(Ipc, "empty_status", empty_status)
 
 
 def _past_deadline_is_empty_linux() -> None:
-    """#59."""
-    _ = replace(Driver, "_expired", lambda _driver, _deadline: AbiError(Status.QUEUE_EMPTY))
+    """#59: as on sim."""
+
+    def expired(driver: Driver, deadline: int) -> AbiError:
+        if deadline < time.monotonic_ns() - LONG_PAST:
+            return AbiError(Status.QUEUE_EMPTY)
+        error: AbiError = original(driver, deadline)
+        return error
+
+    original = replace(Driver, "_expired", expired)
 
 
 def _expired_overlooked_sim() -> None:
@@ -203,10 +223,11 @@ INIT: Final = service_id(INIT_NAME)
 def _moved_cap_kept() -> None:
     """#65: timed keeps the link of a one-shot reply."""
 
-    async def send(server: Server, slot: Slot, frame: bytearray, **options: Any) -> None:
+    async def send(server: Server, slot: Slot, frame: bytes, **options: Any) -> bool:
         if server.boot.name == "timed":
-            options.pop("close", None)
-        await original(server, slot, frame, **options)
+            _ = options.pop("close", None)
+        sent: bool = await original(server, slot, frame, **options)
+        return sent
 
     original = replace(Server, "_send", send)
 
@@ -332,14 +353,15 @@ def _denied_is_not_found() -> None:
     original = replace(RouteAttempt, "on_refused", on_refused)
 
 
-def _generation_kept(kernel: Any, method: str) -> None:
-    """#71: a restarted timed is still the first one."""
+def _generation_kept() -> None:
+    """#71: in init's table a restarted timed is still the first one."""
 
-    def generation(of: Any, name: str) -> int:
-        number: int = original(of, name)
-        return 1 if name == "timed" else number
+    async def start(supervisor: Supervisor, record: Record) -> None:
+        await original(supervisor, record)
+        if record.name == "timed":
+            record.generation = 1
 
-    original = replace(kernel, method, generation)
+    original = replace(Supervisor, "_start", start)
 
 
 def _one_queue_for_all() -> None:
@@ -355,8 +377,8 @@ def _one_queue_for_all() -> None:
 
 
 def _extra_elements_ignored() -> None:
-    """#73: a Register with an element too many is cut to size."""
-    codec: Codec = TIMED.codecs[Register]
+    """#73: a RegisterFor with an element too many is cut to size."""
+    codec: Codec = INTERACTIVE.codecs[RegisterFor]
     strict = codec.decode_request
 
     def lenient(body: bytes) -> Any:
@@ -410,7 +432,14 @@ def _length_not_rounded(owner: Any, method: str) -> None:
 
 def _vmo_stays_sim() -> None:
     """#143: the memory of a closed VMO is not given back."""
-    _ = replace(Heap, "free_if_unused", lambda _heap, _vmo: None)
+
+    def vmo_size(heap: Heap, task: Task) -> int:
+        size: int = original(heap, task)
+        kept[task.pid] = max(size, kept.get(task.pid, 0))
+        return kept[task.pid]
+
+    kept: dict[int, int] = {}
+    original = replace(Heap, "vmo_size", vmo_size)
 
 
 def _vmo_stays_linux() -> None:
@@ -430,7 +459,7 @@ def _fail_line_written() -> None:
             await ConsoleWrite("selftest-client: FAIL, planted")
         await original(row, evidence)
 
-    original = replace(selftest_main, "report", report)
+    original = replace(importlib.import_module("nexus.services.selftest.main"), "report", report)
 
 
 END: Final = 144
@@ -459,10 +488,7 @@ SABOTEURS: Final = (
     Saboteur(rung=68, grounds=LINUX, plant=_second_waiter_sleeps_on_linux),
     Saboteur(rung=69, grounds=BOTH, plant=_answers_in_order_of_arrival),
     Saboteur(rung=70, grounds=BOTH, plant=_denied_is_not_found),
-    Saboteur(rung=71, grounds=SIM, plant=partial(_generation_kept, SimKernel, "next_generation")),
-    Saboteur(
-        rung=71, grounds=LINUX, plant=partial(_generation_kept, LinuxKernel, "_next_generation")
-    ),
+    Saboteur(rung=71, grounds=BOTH, plant=_generation_kept),
     Saboteur(rung=72, grounds=SIM, plant=_one_queue_for_all),
     Saboteur(rung=73, grounds=BOTH, plant=_extra_elements_ignored),
     Saboteur(rung=75, grounds=SIM, plant=_own_class_raised_sim),

@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from threading import Event as Pause
 from typing import Final
 
+import nexus
 from nexus.abi import Event
 from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
@@ -84,6 +86,7 @@ def run_boot(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(writer,),
+            env=_environment(),
             start_new_session=True,
         )
     except BaseException:
@@ -99,6 +102,13 @@ def run_boot(
             left_behind = _end_group(child)
             reading.close()
     return reading.trace(left_behind, time.monotonic_ns() - start)
+
+
+def _environment() -> dict[str, str]:
+    """The runner's own, with this package found first: the child runs the same code."""
+    source = str(Path(nexus.__file__).parents[1])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def become_subreaper() -> None:

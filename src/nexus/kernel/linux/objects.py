@@ -92,6 +92,8 @@ class HolderLink:
 
     def make_room(self, size: int) -> None:
         """See that a message of `size` bytes fits. Refuses: QueueFull, NoSpace."""
+        if size > self.size:
+            raise AbiError(Status.NO_SPACE, f"{size} bytes, the link holds {self.size}")
         if len(self.queue) < self.depth and self.queued_size + size <= self.size:
             return
         messages = self._account()

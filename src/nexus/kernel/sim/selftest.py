@@ -224,8 +224,10 @@ class Selftest:
             first, second = await SpawnLastError(), await SpawnLastError()
             require(first is reason, f"{label} was kept as {first.name.lower()}")
             require(second is SpawnReason.NONE, f"{label} was told twice")
-            require(len(kernel.tasks) == tasks, f"{label} left a task")
-            evidence[label] = {"code": int(first), "again": int(second), "tasks": tasks}
+            left = len(kernel.tasks)
+            require(left == tasks, f"{label} left a task")
+            told = {"code": int(first), "again": int(second), "tasks": tasks, "tasks_after": left}
+            evidence[label] = told
 
         async def main(boot: BootImage) -> int:
             spec = self._spec(boot, "kselftest.child", LEAVING)
@@ -349,7 +351,7 @@ class Selftest:
             require(smaller == objects + drift, "the objects cost something else after it")
             require(smaller > used, "a smaller request cost nothing")
             await CapClose(slot)
-            evidence.update(fields, audited=audited, request=size)
+            evidence.update(fields, audited=audited, request=size, granted=PAGE_SIZE)
             return 0
 
         _ = self._run(main)
@@ -371,23 +373,34 @@ class Selftest:
             children += [await Spawn(self._spec(boot, name, qos=qos)) for name in filling]
             middle = kernel.tasks[children[1].pid]
             before = [task.pid for task in normal]
-            index = before.index(middle.pid)
+            index, class_before = before.index(middle.pid), middle.qos
             require(0 < index < len(before) - 1, "the task is not in the middle")
             require(len(interactive) == QUEUE_COUNT_MAX, f"{len(interactive)} in Interactive")
             refusal = await _refused(SetTaskQos(middle.pid, int(qos)))
+            after, still = [task.pid for task in normal], len(interactive)
             require(refusal is Status.QUEUE_FULL, f"answered {refusal!r}")
-            require(len(interactive) == QUEUE_COUNT_MAX, "Interactive has changed")
-            require([task.pid for task in normal] == before, "Normal has another order")
-            require(middle.qos is QosClass.NORMAL, f"the class is {middle.qos.name}")
+            require(still == QUEUE_COUNT_MAX, "Interactive has changed")
+            require(after == before, "Normal has another order")
+            require(middle.qos is class_before, f"the class is {middle.qos.name}")
+            evidence.update(
+                status=Status.QUEUE_FULL.name,
+                pid=middle.pid,
+                index=index,
+                index_after=after.index(middle.pid),
+                order_before=before,
+                order_after=after,
+                class_before=int(class_before),
+                class_after=int(middle.qos),
+                interactive=still,
+            )
             for child in children:
                 require((await Wait(child.pid, _later(kernel))).code == 0, "a child failed")
-            evidence.update(index=index, interactive=len(interactive), pid=middle.pid)
             return 0
 
         _ = self._run(main)
         ran = [name for name, _ in self._noted]
         require(ran == [*filling, *waiting], "the tasks were not picked in the old order")
-        return {**evidence, "picked": len(ran), "interactive": QUEUE_COUNT_MAX}
+        return {**evidence, "picked": len(ran)}
 
     # ---- rungs 39 to 47
 
@@ -462,21 +475,31 @@ class Selftest:
     def _invalid_target(self) -> Evidence:
         before = self._all_counters()
         refusal = self._refused_request(CPUS_MAX)
+        after = self._all_counters()
         require(refusal is Status.INVALID_ARGUMENT, f"answered {refusal!r}")
-        require(self._all_counters() == before, "a counter has changed")
-        return {"cpu": CPUS_MAX, "status": refusal.name if refusal is not None else ""}
+        require(after == before, "a counter has changed")
+        status = refusal.name if refusal is not None else ""
+        return {"cpu": CPUS_MAX, "status": status, "before": before, "after": after}
 
     def _offline_target(self) -> Evidence:
         target = self._kernel.scheduler.cpus[-1]
         before, online = self._all_counters(), target.online
         target.online = False  # on a machine with all CPUs the last one is taken off line
+        mask = sum(1 << cpu.index for cpu in self._kernel.scheduler.cpus if cpu.online)
         refusal = self._refused_request(target.index)
         after = self._all_counters()
         target.online = online
         _settle(target)
         require(refusal is Status.UNSUPPORTED, f"answered {refusal!r}")
         require(after == before, "a counter has changed")
-        return {"cpu": target.index, "status": refusal.name if refusal is not None else ""}
+        status = refusal.name if refusal is not None else ""
+        return {
+            "cpu": target.index,
+            "online": mask,
+            "status": status,
+            "before": before,
+            "after": after,
+        }
 
     def _work_stealing(self) -> Evidence:
         steals = self._steals()
@@ -528,7 +551,13 @@ class Selftest:
 
         self._with_victims(2, QosClass.INTERACTIVE, scene)
         require(left == [2, 0], f"left on CPU 1 and stolen: {left}")
-        return {"queued": 2, "left": left[0], "stolen": left[1]}
+        return {
+            "queued": 2,
+            "left": left[0],
+            "stolen": left[1],
+            "qos": int(QosClass.INTERACTIVE),
+            "limit": int(QosClass.NORMAL),
+        }
 
     def _with_victims(
         self,

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from nexus.abi import (
+    SLOTS_MAX,
     AbiError,
     BootImage,
     CapClose,
+    CapQuery,
     EndpointClose,
     EndpointCreate,
     LinkCreate,
@@ -195,6 +197,28 @@ class Climb:
     async def qos_held_by_kernel(self) -> int:
         """The class of this task in the kernel's list."""
         return int((await self.task(self.boot.name)).qos)
+
+    # ------------------------------------------------------------------ a failed rung
+
+    async def used_slots(self) -> set[Slot]:
+        """The slots of this task that hold something."""
+        used = set()
+        for number in range(SLOTS_MAX):
+            slot = Slot(number)
+            try:
+                _ = await CapQuery(slot)
+            except AbiError as error:
+                if error.status is Status.INVALID_ARGUMENT:
+                    continue
+            used.add(slot)
+        return used
+
+    async def let_go(self, before: set[Slot]) -> None:
+        """Close what a failed rung made, so that its failure is not charged to the others."""
+        inbox = await self.peers.inbox()
+        kept = before | {inbox} | {client.peer.slot for client in self.clients.values()}
+        for slot in sorted(await self.used_slots() - kept):
+            await CapClose(slot)
 
     # ------------------------------------------------------------------ raw sessions
 

@@ -31,7 +31,7 @@ from nexus.abi import (
     VmoCreate,
     VmoSeal,
 )
-from nexus.services.selftest.rung import Evidence, expect, refusal, require
+from nexus.services.selftest.rung import Evidence, expect, refusal, require, status_of_trap
 from nexus.wire import FRAME_KIND, HEADER, HEADER_SIZE
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ ROUND_TRIP_WAIT: Final = Nanos(2_000_000_000)  # ns; a local delivery takes micr
 DEADLINE_AHEAD: Final = Nanos(50_000_000)  # ns; ladder #60
 DEADLINE_WAITS: Final = 5  # waits; the median hides one late wake-up of a busy host
 DEADLINE_LATE_MAX: Final = Nanos(1_000_000)  # ns; design.md section 3, promise 4
+LONG_PAST: Final = 1_000_000_000  # ns; no delay of a busy host makes a deadline so old
 SMALL_BUFFER_SIZE: Final = 16  # bytes; ladder #67
 VMO_SIZE: Final = 5000  # bytes; ladder #142, two pages
 INVALID_QOS: Final = 255
@@ -66,20 +67,22 @@ async def payload_roundtrip(climb: "Climb") -> Evidence:
     session = await climb.echo_session(len(PAYLOAD_SIZES))
     before = await TaskStats()
 
-    total = 0
-    for size in PAYLOAD_SIZES:
-        sent = _frame(bytes(index & 0xFF for index in range(size)))
+    payloads = [_frame(bytes(index & 0xFF for index in range(size))) for size in PAYLOAD_SIZES]
+    back = []
+    for sent in payloads:
         await Send(session.slot, sent)
         message = await Recv((session.endpoint,), await climb.ahead(ROUND_TRIP_WAIT))
-        expect(len(message.data), len(sent), f"length of the {size}-byte payload")
-        expect(message.data[2], PAYLOAD_TYPE, "type")
-        expect(message.data, sent, f"bytes of the {size}-byte payload")
-        total += len(sent)
+        back.append(message.data)
     oversize = await refusal(Send(session.slot, _frame(bytes(8193))))
-    expect(oversize, Status.INVALID_ARGUMENT, "8193 bytes")
     after = await TaskStats()
     _ = await climb.end_session(session)
 
+    for sent, received in zip(payloads, back, strict=True):
+        expect(len(received), len(sent), "length")
+        expect(received[2], PAYLOAD_TYPE, "type")
+        expect(received, sent, f"bytes of the {len(sent) - HEADER_SIZE}-byte payload")
+    expect(oversize, Status.INVALID_ARGUMENT, "8193 bytes")
+    total = sum(map(len, payloads))
     expect(after.sent_size - before.sent_size, total, "kernel's count of bytes sent")
     expect(after.received_size - before.received_size, total, "kernel's count of bytes received")
     return {"sizes": list(PAYLOAD_SIZES), "bytes": total, "oversize": oversize.name}
@@ -90,7 +93,7 @@ async def deadline_timeout(_climb: "Climb") -> Evidence:
     endpoint, link = await _loopback(LinkTerms())
     before = await TaskStats()
     start = await Now()
-    past = Nanos(start - 1_000_000)
+    past = Nanos(start - LONG_PAST)
 
     empty = await refusal(Recv((endpoint,), past))
     waited = await Now() - start
@@ -201,16 +204,18 @@ async def qos(climb: "Climb") -> Evidence:
     audits = await climb.qos_audit()
 
     await SetTaskQos(None, own)
-    escalation = await refusal(SetTaskQos(None, QosClass.INTERACTIVE))
-    invalid = await refusal(SetTaskQos(None, INVALID_QOS))
+    escalation = await status_of_trap(SetTaskQos(None, QosClass.INTERACTIVE))
+    invalid = await status_of_trap(SetTaskQos(None, INVALID_QOS))
     held = await climb.qos_held_by_kernel()
+    kept = await TaskQos()
     fresh = (await climb.qos_audit())[len(audits) :]
+    await SetTaskQos(None, own)  # whatever came of it, the other rungs need the class
 
     expect(own, QosClass.NORMAL, "own class")
     expect(escalation, Status.PERMISSION_DENIED, "raising the own class")
     expect(invalid, Status.INVALID_ARGUMENT, "class 255")
     expect(held, QosClass.NORMAL, "class the kernel holds")
-    expect(await TaskQos(), QosClass.NORMAL, "own class afterwards")
+    expect(kept, QosClass.NORMAL, "own class afterwards")
     reasons = [line.split("reason=")[1].split()[0] for line in fresh]
     expect(
         reasons, ["applied", "unauthorized_escalation", "invalid_qos_class"], "the audit's reasons"

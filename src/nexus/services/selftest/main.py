@@ -101,6 +101,7 @@ def _is_in_system(row: Row, climb: Climb) -> bool:
 async def _holds(climb: Climb, rung: Rung) -> bool:
     """Climb one rung and report it; whether it held."""
     row = row_of(rung.number)
+    before = await climb.used_slots()
     try:
         evidence = await rung.check(climb)
     except RungFailed as failure:
@@ -112,6 +113,7 @@ async def _holds(climb: Climb, rung: Rung) -> bool:
         await report(row, evidence)
         return True
     climb.failed.append(rung.number)
+    await climb.let_go(before)
     await _fail(row.marker.removesuffix(" ok").removeprefix("SELFTEST: "), why)
     return False
 

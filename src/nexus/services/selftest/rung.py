@@ -38,15 +38,23 @@ def expect_type(found: object, wanted: type[ResultT], what: str) -> ResultT:
     return found
 
 
-async def refusal(trap: Trap[Any]) -> Status:
-    """The status a trap is refused with; a trap that succeeds fails the rung."""
+async def status_of_trap(trap: Trap[Any]) -> Status | None:
+    """The status a trap is refused with, None if it is not."""
     try:
-        result = await trap
+        _ = await trap
     except PeerGone as gone:
         raise RungFailed(f"{type(trap).__name__} met {gone}") from gone
     except AbiError as error:
         return error.status
-    raise RungFailed(f"{type(trap).__name__} succeeded with {result!r}, a refusal was due")
+    return None
+
+
+async def refusal(trap: Trap[Any]) -> Status:
+    """The status a trap is refused with; a trap that succeeds fails the rung."""
+    status = await status_of_trap(trap)
+    if status is None:
+        raise RungFailed(f"{type(trap).__name__} succeeded, a refusal was due")
+    return status
 
 
 @dataclass(frozen=True, slots=True)

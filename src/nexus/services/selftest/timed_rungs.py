@@ -35,13 +35,9 @@ async def timed_coalesce(climb: Climb) -> Evidence:
 
     normal = await climb.ahead(AHEAD)
     timer = await climb.call(timed, Register(normal))
-    expect(timer.deadline, _rounded_up(normal, WINDOWS[QosClass.NORMAL]), "window of Normal")
+    fired = await climb.call(timed, Wait(timer.timer_id))
     quick = await climb.ahead(AHEAD)
     granted = await climb.call(interactive, RegisterFor(quick))
-    expect(granted.qos, QosClass.INTERACTIVE, "class of the Interactive helper, by the kernel")
-    expect(granted.deadline, _rounded_up(quick, WINDOWS[QosClass.INTERACTIVE]), "its window")
-    fired = await climb.call(timed, Wait(timer.timer_id))
-    require(fired.now >= timer.deadline, f"fired {timer.deadline - fired.now} ns early")
 
     before = await climb.ahead(Nanos(0))
     asleep = await timed.start(Sleep(Nanos(before + SLEEP)), await climb.ahead(CALL_WAIT))
@@ -63,6 +59,10 @@ async def timed_coalesce(climb: Climb) -> Evidence:
 
     await _owner_dies(climb)
 
+    expect(timer.deadline, _rounded_up(normal, WINDOWS[QosClass.NORMAL]), "window of Normal")
+    require(fired.now >= timer.deadline, f"fired {timer.deadline - fired.now} ns early")
+    expect(granted.qos, QosClass.INTERACTIVE, "class of the Interactive helper, by the kernel")
+    expect(granted.deadline, _rounded_up(quick, WINDOWS[QosClass.INTERACTIVE]), "its window")
     expect(over, Refused(TimedStatus.OVER_LIMIT), "the 65th timer")
     return {
         "normal": [normal, timer.deadline],
