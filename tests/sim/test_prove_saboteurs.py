@@ -22,7 +22,7 @@ def test_a_saboteur_turns_exactly_its_rung_red(number: int, tmp_path: Path) -> N
         ground=Ground.SIM,
         system=SYSTEM,
         smp=2,
-        seed=1,
+        seed=3,
         timeout=120 * 10**9,
         saboteur=number,
         record=tmp_path / "record.jsonl",

@@ -24,7 +24,6 @@ from nexus.abi import (
 )
 from nexus.init.desk import Desk
 from nexus.init.record import Record
-from nexus.init.supervisor import Supervisor
 from nexus.ipc import correlate, exchange
 from nexus.ipc.outcome import NotFound, Refused, RouteRetryOutcome
 from nexus.ipc.route import RouteAttempt
@@ -39,7 +38,7 @@ from nexus.kernel.sim.heap import Heap
 from nexus.kernel.sim.ipc import Ipc
 from nexus.kernel.sim.objects import Entry, Link, Task
 from nexus.proof.sabotage import Saboteur, replace
-from nexus.protocols.init import InitStatus
+from nexus.protocols.init import InitStatus, ServiceRecord
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import RegisterFor
 from nexus.protocols.ladder import SELFTEST, Ground, Rung
@@ -356,12 +355,11 @@ def _denied_is_not_found() -> None:
 def _generation_kept() -> None:
     """#71: in init's table a restarted timed is still the first one."""
 
-    async def start(supervisor: Supervisor, record: Record) -> None:
-        await original(supervisor, record)
-        if record.name == "timed":
-            record.generation = 1
+    def service(desk: Desk, record: Record) -> ServiceRecord:
+        row: ServiceRecord = original(desk, record)
+        return msgspec.structs.replace(row, generation=1) if record.name == "timed" else row
 
-    original = replace(Supervisor, "_start", start)
+    original = replace(Desk, "_service", service)
 
 
 def _one_queue_for_all() -> None:

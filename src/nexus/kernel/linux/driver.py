@@ -146,6 +146,7 @@ DESCRIPTORS_MAX: Final = SLOTS_MAX + FIXED_DESCRIPTORS + OWNED_LINKS_MAX + SPARE
 
 
 RECEIVE_STEP: Final = 100_000_000  # nanoseconds; SO_RCVTIMEO, set once per link
+RECEIVE_TIMEOUT: Final = struct.pack("@ll", 0, RECEIVE_STEP // 1000)  # struct timeval
 RECEIVE_FAR: Final = 2 * RECEIVE_STEP  # a later deadline waits in recvmsg, a nearer in select
 SELECT_MAX: Final = 1024  # FD_SETSIZE
 ROOM_STEP: Final = 1  # milliseconds between two looks for room in a full link
@@ -238,7 +239,6 @@ class Driver:
         "_epoch",
         "_fired",
         "_idle",
-        "_inboxes",
         "_next_link",
         "_notes",
         "_port",
@@ -308,7 +308,6 @@ class Driver:
         # Slots as the hot paths find them; an entry is dropped whenever its slot changes.
         self._senders: dict[int, HolderLink] = {}
         self._receivers: dict[int, Endpoint] = {}
-        self._inboxes: dict[tuple[int, int], OwnerLink] = {}
         self._tight = False  # a capability might not fit: look before taking a message
         self._careful = trace  # tight, tracing, or a dead task's messages to be counted
         # Dead tasks whose queued messages are not all received: bytes left, by descriptor.
@@ -461,8 +460,7 @@ class Driver:
         """Empty a slot; what it named stays open."""
         named = self.table.take(slot).object
         _ = self._senders.pop(slot, None)
-        if self._receivers.pop(slot, None) is not None:
-            self._inboxes.clear()
+        _ = self._receivers.pop(slot, None)
         cost = SLOT_SIZE
         if not self.table.aliases(named) and not (isinstance(named, Vmo) and named.views):
             cost += _cost(named)
@@ -510,21 +508,18 @@ class Driver:
         self._receivers[slot] = held.object
         return held.object
 
-    def _inbox(self, slot: Slot, link: LinkId) -> OwnerLink:
-        endpoint = self._endpoint(slot)
-        owned = self.links.get(link)
-        if owned is None or owned.endpoint is not endpoint:
-            raise AbiError(Status.NO_SUCH_ENDPOINT, f"no link {link} at slot {slot}")
-        self._inboxes[slot, link] = owned
-        return owned
+    def _no_inbox(self, slot: Slot, link: LinkId) -> AbiError:
+        """Why an endpoint's slot and a link do not go together."""
+        _ = self._endpoint(slot)
+        return AbiError(Status.NO_SUCH_ENDPOINT, f"no link {link} at slot {slot}")
 
     # ------------------------------------------------------------------ the fast paths
 
     def _call(self, trap: Call) -> Message:
         trap.sent = False
-        inbox = self._inboxes.get((trap.inbox, trap.link))
-        if inbox is None:
-            inbox = self._inbox(trap.inbox, trap.link)
+        inbox = self.links.get(trap.link)
+        if inbox is None or inbox.source != trap.inbox:
+            raise self._no_inbox(trap.inbox, trap.link)
         link = self._senders.get(trap.slot)
         if link is None:
             link = self._sender_link(trap.slot)
@@ -549,7 +544,7 @@ class Driver:
 
     def _receive_one(self, link: OwnerLink, deadline: int) -> Message:
         """Wait for a message of one link: in recvmsg while the deadline is far."""
-        if deadline - monotonic_ns() < RECEIVE_FAR or self._careful or not link.timed:
+        if deadline - monotonic_ns() < RECEIVE_FAR or self._careful:
             return self._receive_near(link, deadline)
         try:
             data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, CONTROL_SIZE, WAITING)
@@ -794,10 +789,6 @@ class Driver:
         self, link: OwnerLink, deadline: int, size_max: int = MESSAGE_SIZE_MAX
     ) -> Message:
         """One message of one link, looked for without waiting and then waited for in select."""
-        if not link.timed:
-            seconds = struct.pack("@ll", 0, RECEIVE_STEP // 1000)
-            link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
-            link.timed = True
         while True:
             if not self._fits(link, size_max):
                 raise AbiError(Status.NO_SPACE, "no room for the capability of the message")
@@ -1066,6 +1057,7 @@ class Driver:
         if len(self.links) >= OWNED_LINKS_MAX:
             raise AbiError(Status.NO_SPACE, f"{OWNED_LINKS_MAX} links lead here")
         self.share.size.take(terms.size)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RECEIVE_TIMEOUT)
         owned = OwnerLink(far, LinkId(self._next_link), endpoint, terms)
         self._next_link += 1
         endpoint.add(owned)
@@ -1077,7 +1069,6 @@ class Driver:
         self._emptied(link)
         link.endpoint.remove(link)
         del self.links[link.link]
-        self._inboxes.pop((link.endpoint.slot, link.link), None)
         link.sock.close()
         self.share.size.give(link.size)
         parent = link.parent

@@ -157,7 +157,6 @@ class OwnerLink:
         "size",
         "sock",
         "source",
-        "timed",
         "void",
     )
 
@@ -176,7 +175,6 @@ class OwnerLink:
         self.managed = False  # its holder may derive links of any terms
         self.known: dict[bytes, Sender] = {}  # credentials seen on it, of the current epoch
         self.cookie = b""  # the kernel's name of the near end, if this task made it
-        self.timed = False  # SO_RCVTIMEO is set
         self.fresh = True  # nothing has been received on it
         self.void = False  # its maker took it back before anybody got it
         self.recvmsg = sock.recvmsg

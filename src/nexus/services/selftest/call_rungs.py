@@ -30,7 +30,7 @@ from nexus.ipc import (
 )
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import HoldAt, RegisterFor
-from nexus.protocols.meta import Bind, Health, Healthy
+from nexus.protocols.meta import Bind, GetStatus, Health, Healthy, ServiceStatus
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import (
     Echo,
@@ -308,28 +308,33 @@ async def flood_isolation(climb: Climb) -> Evidence:
     flood = await testsvc.start(
         FloodTimed(FLOOD_MS), await climb.ahead(Nanos(10 * FLOOD_MS * 1_000_000))
     )
+    seen: list[object] = []
     worst = 0
     for index in range(FLOOD_CALLS):
         start = await climb.ahead(Nanos(0))
-        seen = await timed.call(Whoami(index, ""), Nanos(start + FLOOD_CALL_WAIT))
-        _ = expect_type(seen, Seen, f"call {index} during the flood")
+        seen.append(await timed.call(Whoami(index, ""), Nanos(start + FLOOD_CALL_WAIT)))
         worst = max(worst, await climb.ahead(Nanos(0)) - start)
-    during = TaskCounters._make((await climb.status(timed)).counters)
+        if not isinstance(seen[-1], Seen):
+            break
+    during = await timed.call(GetStatus(), await climb.ahead(CALL_WAIT))
     report = await climb.finish(testsvc, flood)
     after = TaskCounters._make((await climb.status(timed)).counters)
 
+    for index, outcome in enumerate(seen):
+        _ = expect_type(outcome, Seen, f"call {index} during the flood")
+    held = TaskCounters._make(expect_type(during, ServiceStatus, "status in the flood").counters)
     expect(by_count, (8, 1, 0), "sent, QueueFull, NoSpace of a link nobody reads, small messages")
     expect(by_size, (2, 0, 1), "sent, QueueFull, NoSpace of a link nobody reads, large messages")
     require(report.sent > FLOOD_CALLS, f"the flood got only {report.sent} messages in")
     require(report.queue_full > 0, "the flood never met QueueFull")
-    require(during.queued_size <= during.reserved_size, "timed's queued bytes exceed its budget")
-    require(during.budget_used <= during.budget_total, "timed's objects exceed its budget")
+    require(held.queued_size <= held.reserved_size, "timed's queued bytes exceed its budget")
+    require(held.budget_used <= held.budget_total, "timed's objects exceed its budget")
     expect(after.reserved_size, before.reserved_size, "timed's reservations after the flood")
     expect(after.budget_used, before.budget_used, "timed's object account after the flood")
     return {
         "flood": {"sent": report.sent, "queue_full": report.queue_full},
         "worst_call_ns": worst,
-        "queued_size": during.queued_size,
+        "queued_size": held.queued_size,
     }
 
 

@@ -167,6 +167,21 @@ def test_a_closed_endpoint_is_gone_for_its_senders(rig: Rig) -> None:
     rig.run(root, programs={"closer": child})
 
 
+def test_a_closed_endpoint_is_told_before_a_full_queue(rig: Rig) -> None:
+    async def root(boot: BootImage) -> None:
+        endpoint = await EndpointCreate()
+        link = await LinkCreate(endpoint, LinkTerms(1, 100, 0))
+        await Send(link.slot, b"full")
+        await EndpointClose(endpoint)
+
+        for size in (1, 100, 101):
+            await refused(Send(link.slot, bytes(size)), Status.NO_SUCH_ENDPOINT)
+            late = Send(link.slot, bytes(size), deadline=await soon())
+            await refused(late, Status.NO_SUCH_ENDPOINT)
+
+    rig.run(root)
+
+
 def test_the_slot_of_a_closed_endpoint_is_empty(rig: Rig) -> None:
     async def root(boot: BootImage) -> None:
         for close in (EndpointClose, CapClose):
