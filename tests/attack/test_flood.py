@@ -91,6 +91,47 @@ def test_the_wall_stops_a_raw_flood(linux: Rig, size: int) -> None:
     assert count <= charge // max(SKB_LEAST, size) + 2, (count, charge)
 
 
+def test_a_link_that_a_service_made_has_linux_own_wall(linux: Rig) -> None:
+    """Only init may set SO_SNDBUF, so a link made by a service has the system's default: wider
+    than its terms, but a bound, and the maker's own."""
+
+    async def server(boot: BootImage) -> None:
+        from_root = (await take(boot.endpoint)).link
+        inbox = await LinkCreate(boot.endpoint, LinkTerms(8, 4096, 0))
+        assert boot.control is not None
+        await Send(boot.control, b"my inbox", move=inbox.slot)
+        # What the flood brings stays queued.
+        await take(boot.endpoint, link=from_root)
+
+    async def hostile(boot: BootImage) -> None:
+        given = await take(boot.endpoint)
+        assert given.cap is not None
+        assert boot.control is not None
+        sock = socket_of(given.cap)
+        wall = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        count, error = _flood(sock, 1)
+        await Send(boot.control, b"%d %d %d" % (wall, count, error))
+
+    async def root(boot: BootImage) -> Any:
+        serving = await start(boot, "server")
+        await Send(serving.slot, b"make one")
+        inbox = await take(boot.endpoint, link=serving.link)
+        assert inbox.cap is not None
+        spawned = await start(boot, "hostile")
+        await Send(spawned.slot, b"flood", move=inbox.cap)
+        told = await take(boot.endpoint, link=spawned.link)
+        await ended_well(spawned)
+        await Send(serving.slot, b"end")
+        await ended_well(serving)
+        return [int(word) for word in told.data.split()]
+
+    wall, count, error = linux.run(root, programs={"server": server, "hostile": hostile})
+
+    assert error == errno.EAGAIN
+    assert wall == int(Path("/proc/sys/net/core/wmem_default").read_text())
+    assert count <= wall // SKB_LEAST + 1
+
+
 def _client_calls(calls: int) -> Any:
     async def client(boot: BootImage) -> None:
         given = await take(boot.endpoint)

@@ -4,9 +4,19 @@ import inspect
 
 import pytest
 
-from nexus.abi import SpawnReason, Status
-from nexus.testing.conformance import MODULES, PROMISES, CaseFunction, case_functions, case_name
-from nexus.testing.rig import Rig
+from nexus.abi import BootImage, Programs, Recorder, SpawnReason, Status
+from nexus.kernel.core.limits import SystemLimits
+from nexus.kernel.sim import SimKernel
+from nexus.testing.conformance import (
+    MODULES,
+    PROMISES,
+    CaseFunction,
+    case_functions,
+    case_name,
+    conformance,
+)
+from nexus.testing.conformance.steps import ended, start
+from nexus.testing.rig import EXIT_FAILED, SIM_LATENESS_MAX, Kernel, Rig, TaskFailed
 
 
 @pytest.mark.covers(
@@ -48,3 +58,45 @@ def test_every_spawn_reason_that_a_kernel_has_is_demanded_by_a_case() -> None:
 
     # Policy is policyd's and execd's, not the kernel's.
     assert missing == {SpawnReason.DENIED_BY_POLICY}
+
+
+def _make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
+    return SimKernel(programs, seed=7, recorder=recorder, limits=limits)
+
+
+def test_the_suite_is_made_for_any_kernel_and_its_names_are_stable() -> None:
+    suite = conformance(_make, lateness_max=SIM_LATENESS_MAX)
+
+    names = [str(case) for case in suite]
+    assert len(set(names)) == len(names) == len(case_functions())
+    assert "queues.test_queue_full_comes_at_exactly_the_depth" in names
+    next(case for case in suite if str(case).startswith("queues.")).run()
+
+
+def test_a_kernel_that_forgets_an_identity_fails_the_suite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The control experiment: a planted fault turns the case of its promise red."""
+
+    def wrong(name: str) -> int:
+        return len(name)
+
+    monkeypatch.setattr("nexus.kernel.sim.kernel.service_id", wrong)
+    suite = {str(case): case for case in conformance(_make, lateness_max=SIM_LATENESS_MAX)}
+
+    with pytest.raises(TaskFailed):
+        suite["identity.test_a_request_carries_the_kernels_word_about_its_sender"].run()
+    suite["queues.test_queue_full_comes_at_exactly_the_depth"].run()
+
+
+def test_the_traceback_of_a_task_reaches_the_test(kernel: Rig) -> None:
+    async def child(boot: BootImage) -> None:
+        raise ValueError(f"from inside {boot.name}")
+
+    async def root(boot: BootImage) -> None:
+        spawned = await start(boot, "clumsy")
+        assert (await ended(spawned)).code == EXIT_FAILED
+
+    with pytest.raises(TaskFailed, match="ValueError: from inside clumsy") as failure:
+        kernel.run(root, programs={"clumsy": child})
+    assert "test_conformance.py" in str(failure.value)

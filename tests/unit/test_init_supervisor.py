@@ -731,7 +731,7 @@ def test_a_service_that_ignores_stop_is_killed_after_the_bound_and_the_run_is_di
 ) -> None:
     async def stubborn(boot: BootImage) -> int:
         server = Server(Nothing(), TESTSVC, boot)
-        for _ in range(3):
+        for _ in range(4):  # Bind, Health, and GetStatus twice
             _ = await server.step(NEVER)
         await SleepUntil(NEVER)
         return 0

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from nexus.abi import (
+    INIT_NAME,
     EndpointCreate,
     LinkCreate,
     LinkTerms,
@@ -605,3 +606,18 @@ def test_bulk_is_refused_unless_kind_seal_and_bounds_are_right() -> None:
         BulkFault.NOT_A_VMO,
         BulkFault.NO_CAPABILITY,
     ]
+
+
+def test_a_link_that_is_let_go_twice_costs_nobody_the_slot_it_had() -> None:
+    pair = Pair()
+
+    async def body(exchange: Exchange) -> bool:
+        peers = pair.peers[INIT_NAME]
+        await peers.discard(exchange.peer)
+        other = await LinkCreate(exchange.peer.inbox, LinkTerms())
+        assert other.slot == exchange.peer.slot, "the lowest free slot is given again"
+        await peers.discard(exchange.peer)
+        await Send(other.slot, b"\x01still there")
+        return True
+
+    assert pair.client(body)

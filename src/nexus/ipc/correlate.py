@@ -36,6 +36,7 @@ class Peer:
     __slots__ = (
         "alive",
         "generation",
+        "held",
         "inbox",
         "link",
         "name",
@@ -67,6 +68,7 @@ class Peer:
         self.terms = terms
         self.reply_terms = reply_terms
         self.alive = True
+        self.held = True  # `slot` is ours to close; afterwards it may name something else
         self.sender: Sender | None = None  # the last one recognised; kernels give it again
 
     def is_sent_by(self, sender: Sender) -> bool:

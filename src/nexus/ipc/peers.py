@@ -19,6 +19,7 @@ from nexus.abi import (
     LinkCreate,
     LinkTerms,
     Nanos,
+    Now,
     PeerGone,
     Recv,
     ServiceId,
@@ -39,6 +40,7 @@ from nexus.wire import Protocol
 CONTROL_TERMS: Final = LinkTerms(8, CONTROL_LINK_SIZE, 0)  # of links to and from init
 REBIND_ATTEMPTS_MAX: Final = 8  # with doubling pauses: 5 ms to 0.64 s, about a restart's back-off
 BIND_ATTEMPTS_MAX: Final = 3  # routes that die between init's answer and the Bind
+END_WAIT: Final = Nanos(20_000_000)  # ns; a live server closes its end of a closed link at once
 REBIND_BACKOFF: Final = Nanos(5_000_000)
 
 
@@ -187,20 +189,24 @@ class Peers:
         if isinstance(answer, Refused | CallFailure):
             if isinstance(answer, Closed | Stale):
                 await close_if_any(link.slot)
-            await self._drain(peer)
+            await self._drain(peer, NO_WAIT)
             return Closed() if isinstance(answer, Refused) else answer
         await close_if_any(answer.cap)
         return exchange
 
     async def discard(self, peer: Peer) -> None:
-        """Let go of a dead link: give its share of the inbox back, close its slot."""
+        """Let go of a link: close its slot, give its share of the inbox back. Once is enough."""
+        if not peer.held:
+            return
+        peer.held = False
+        until = Nanos(await Now() + END_WAIT) if peer.alive else NO_WAIT
         peer.alive = False
-        await self._drain(peer)
         await CapClose(peer.slot)
+        await self._drain(peer, until)
 
-    async def _drain(self, peer: Peer) -> None:
-        """Take what is still queued on a reply link, until its end is seen."""
-        recv = Recv((peer.inbox,), NO_WAIT, link=peer.link)
+    async def _drain(self, peer: Peer, until: Nanos) -> None:
+        """Take what is still queued on a reply link, until its end is seen or `until` comes."""
+        recv = Recv((peer.inbox,), until, link=peer.link)
         for _ in range(peer.reply_terms.depth + 1):
             try:
                 message = await recv

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from nexus.abi import Nanos, Pid, Sender, service_id
+from nexus.abi import BootImage, Nanos, Pid, Sender, service_id
 from nexus.init import links
 from nexus.init.plan import PlannedService
 from nexus.init.record import Record
@@ -13,6 +13,7 @@ from nexus.kernel.linux.identity import IdentityView
 from nexus.kernel.sim.ipc import Ipc
 from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.ladder import SELFTEST, Ground
+from nexus.runtime import Server
 from nexus.services.timed import Timed
 
 BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
@@ -61,8 +62,17 @@ def _all_but_the_last(original: Callable[[Any], list[Any]]) -> Callable[[Any], l
 
 
 def _ready_late() -> None:
-    """timed becomes ready after its deadline, and init waits for it all the same."""
+    """timed becomes ready after its deadline, and init waits for it all the same.
+
+    Only its first instance: a later one, in a process of its own on linux, is ready at once.
+    """
     probes = 0
+
+    def made(server: Server, service: Any, protocol: Any, boot: BootImage, *rest: Any) -> None:
+        nonlocal probes
+        if boot.generation > 1:
+            probes = PROBES_UNREADY
+        original_init(server, service, protocol, boot, *rest)
 
     def faulty(_timed: Timed) -> bool:
         nonlocal probes
@@ -73,6 +83,7 @@ def _ready_late() -> None:
         return Nanos(original(supervisor, record) + PATIENCE)
 
     _ = replace(Timed, "ready", faulty)
+    original_init = replace(Server, "__init__", made)
     original = replace(Supervisor, "_late_time", patient)
 
 

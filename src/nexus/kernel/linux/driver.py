@@ -18,6 +18,7 @@ from time import monotonic_ns
 from typing import Any, Final, NoReturn, Protocol
 
 from nexus.abi import (
+    INIT_NAME,
     LINK_DEPTH_MAX,
     MESSAGE_SIZE_MAX,
     NEVER,
@@ -74,6 +75,7 @@ from nexus.abi import (
     VmoSeal,
     VmoWrite,
     Wait,
+    service_id,
 )
 from nexus.abi import (
     MESSAGE_KIND_RESERVED as RESERVED,
@@ -96,6 +98,7 @@ from nexus.kernel.core import (
     page_round,
 )
 from nexus.kernel.linux.frames import (
+    COOKIE_SIZE,
     DETACH,
     FRAME_ATTACH,
     FRAME_DETACH,
@@ -136,6 +139,7 @@ WAIT_SETS_MAX: Final = 4  # sets of several endpoints kept ready for waiting
 FRAMES_PER_TURN: Final = 64  # refused or kernel frames taken from a link before others' turn
 EVENTS_PER_POLL: Final = 64
 EXIT_CODE_MAX: Final = 255  # what a process can say
+INIT_ID: Final = service_id(INIT_NAME)
 NOTES_MAX: Final = 256  # events a task may have recorded about refusals; then it only counts
 
 # Descriptors of a service that no slot and no link names: 0-2, kernel channel, timer, the idle
@@ -166,7 +170,6 @@ CLEAN: Final = MSG_CMSG_CLOEXEC  # what the kernel reports about a whole message
 
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 DESCRIPTOR: Final = struct.Struct("=i")
-COOKIE_SIZE: Final = 8
 
 # What a send to a peer that closed or died may say.
 GONE_ERRORS: Final = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN))
@@ -583,7 +586,7 @@ class Driver:
                 if len(link.queue) >= link.depth or link.queued_size + size > link.size:
                     link.make_room(size)
                 try:
-                    link.send(data, DONT_WAIT)
+                    _ = link.send(data, DONT_WAIT)
                 except OSError as error:
                     raise self._send_refusal(error) from None
             except AbiError as refusal:
@@ -654,7 +657,7 @@ class Driver:
                 return self._receive_from(endpoint, trap.deadline)
             return self._receive(trap.sources, trap.deadline, size_max)
         for slot in trap.sources:
-            self._endpoint(slot)
+            _ = self._endpoint(slot)
         owned = self.links.get(trap.link)
         if owned is None or owned.endpoint.slot not in trap.sources:
             raise AbiError(Status.NO_SUCH_ENDPOINT, f"no link {trap.link} at these sources")
@@ -1008,9 +1011,9 @@ class Driver:
         fresh: bool,
     ) -> None:
         if data[0] == FRAME_ATTACH and descriptors:
-            terms = unpack_attach(data)
-            if terms is not None and _is_link(descriptors[0]):
-                self._attach(link, sender, terms, adopt(descriptors[0]))
+            asked = unpack_attach(data)
+            if asked is not None and _is_link(descriptors[0]):
+                self._attach(link, sender, *asked, adopt(descriptors[0]))
                 return
         elif data[0] == FRAME_VOID and fresh and not descriptors:
             link.void = True
@@ -1018,7 +1021,12 @@ class Driver:
         self._refuse("excess_link", link, descriptors)
 
     def _attach(
-        self, parent: OwnerLink, sender: Sender, terms: LinkTerms, far: socket.socket
+        self,
+        parent: OwnerLink,
+        sender: Sender,
+        terms: LinkTerms,
+        cookie: bytes,
+        far: socket.socket,
     ) -> None:
         """Let a derived link join, if its parent's terms and this task's share allow it."""
         if not self._may_attach(parent, terms):
@@ -1034,6 +1042,9 @@ class Driver:
             return
         owned.parent = parent
         owned.maker = sender
+        if sender.service == INIT_ID:
+            # Believed of init alone: a lie would make a link to others look like one to us.
+            owned.cookie = cookie
         parent.attached += 1
         for marks in self._undrained.values():
             unread = owned.unread_size()
@@ -1141,7 +1152,7 @@ class Driver:
         while True:
             self._await_room(link, size, trap.deadline)
             try:
-                link.send(data, DONT_WAIT)
+                _ = link.send(data, DONT_WAIT)
                 break
             except BlockingIOError as error:
                 self._await_wall(link, trap.deadline, error)
@@ -1158,7 +1169,8 @@ class Driver:
             try:
                 link.make_room(size)
             except AbiError as refusal:
-                if deadline == NO_WAIT or size > link.size:
+                gone = refusal.status is Status.NO_SUCH_ENDPOINT
+                if gone or deadline == NO_WAIT or size > link.size:
                     raise
                 self._await_step(link, deadline, refusal)
             else:
@@ -1236,7 +1248,7 @@ class Driver:
         terms = LinkTerms(named.depth, named.size, 0)
         near, owned = self._derive(named, terms)
         if owned is not None:
-            owned.cookie = near.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+            owned.cookie = _cookie_of(near)
         trailer = Trailer(CapKind.LINK, terms, 0, named.owner)
         try:
             self._pass(link, data, trailer, near.fileno())
@@ -1372,13 +1384,13 @@ class Driver:
         """The account of a near end; with `owned` the far end is this task's own."""
         link = HolderLink(near, owner, terms, self._truesize)
         if owned is not None:
-            owned.cookie = near.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+            owned.cookie = _cookie_of(near)
             self._localise(link)
         return link
 
     def _localise(self, link: HolderLink) -> None:
         """If the far end is this task's own, a send makes what a poll had found stale."""
-        cookie = link.sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
+        cookie = _cookie_of(link.sock)
         for owned in self.links.values():
             if owned.cookie == cookie:
                 link.local = owned
@@ -1397,7 +1409,7 @@ class Driver:
         near, far = make_pair(terms, wall=self.wall)
         if held.local is not None:
             return near, self._derive_local(held, terms, near, far)
-        frame = pack_attach(terms)
+        frame = pack_attach(terms, _cookie_of(near))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(far.fileno()))]
         try:
             _ = held.sock.sendmsg((frame,), rights, DONT_WAIT)
@@ -1648,6 +1660,11 @@ def _kind(named: Named) -> CapKind:
     if isinstance(named, Endpoint):
         return CapKind.ENDPOINT
     return CapKind.LINK if isinstance(named, HolderLink) else CapKind.VMO
+
+
+def _cookie_of(end: socket.socket) -> bytes:
+    """The kernel's name of a socket, the same in every task that holds it."""
+    return end.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
 
 
 def _closed_set(error: OSError) -> AbiError:

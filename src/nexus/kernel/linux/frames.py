@@ -24,10 +24,12 @@ FRAME_ATTACH: Final = MESSAGE_KIND_RESERVED  # holder to owner: the far end of a
 FRAME_DETACH: Final = MESSAGE_KIND_RESERVED + 1  # owner to holder: a delegation came back
 FRAME_VOID: Final = MESSAGE_KIND_RESERVED + 2  # holder to owner, first: this link never moved
 
-_ATTACH: Final = struct.Struct("<BxHIH")
+_ATTACH: Final = struct.Struct("<BxHIH8s")
 _TRAILER: Final = struct.Struct("<BxHIHHQQ")
 # kind, depth, size, delegations, delegations in use, owner, length
 
+COOKIE_SIZE: Final = 8  # bytes; SO_COOKIE, the kernel's name of a socket
+NO_COOKIE: Final = bytes(COOKIE_SIZE)
 TRAILER_SIZE: Final = _TRAILER.size
 WIRE_SIZE_MAX: Final = MESSAGE_SIZE_MAX + TRAILER_SIZE
 RECEIVE_SIZE: Final = 8304  # bytes of a receive buffer: larger ones cost more per message
@@ -49,17 +51,18 @@ class Trailer(NamedTuple):
     length: int = 0
 
 
-def pack_attach(terms: LinkTerms) -> bytes:
-    """An ATTACH frame; the far end travels with it."""
-    return _ATTACH.pack(FRAME_ATTACH, terms.depth, terms.size, terms.delegations)
+def pack_attach(terms: LinkTerms, cookie: bytes = NO_COOKIE) -> bytes:
+    """An ATTACH frame; the far end travels with it. `cookie` is the near end's SO_COOKIE."""
+    return _ATTACH.pack(FRAME_ATTACH, terms.depth, terms.size, terms.delegations, cookie)
 
 
-def unpack_attach(data: bytes) -> LinkTerms | None:
-    """The terms of an ATTACH frame, None if it is malformed."""
+def unpack_attach(data: bytes) -> tuple[LinkTerms, bytes] | None:
+    """Terms and cookie of an ATTACH frame, None if it is malformed."""
     if len(data) != _ATTACH.size:
         return None
-    _, depth, size, delegations = _ATTACH.unpack(data)
-    return _terms(depth, size, delegations)
+    _, depth, size, delegations, cookie = _ATTACH.unpack(data)
+    terms = _terms(depth, size, delegations)
+    return None if terms is None else (terms, cookie)
 
 
 def pack_trailer(trailer: Trailer) -> bytes:

@@ -180,7 +180,7 @@ class Hardening:
         confinement = self.confinement
         if confinement.enabled:
             for number in range(3):
-                os.dup2(confinement.null, number)
+                _ = os.dup2(confinement.null, number)
         close_descriptors_except((*confinement.keep, *confinement.namespaces))
         moved = []
         for number in confinement.keep:

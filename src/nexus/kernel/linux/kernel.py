@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -100,6 +100,8 @@ FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations 
 PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a child may take to confine itself
 FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
 MUTED_TIME: Final = 10_000_000  # nanoseconds a channel is left alone that had more than that
+OUTBOX_MAX: Final = ROWS + 16  # frames to one task: each burned number once, and an answer
+NOTES_MAX: Final = 512  # events one task may have recorded about itself
 LAST_FRAMES_MAX: Final = 4096  # taken from the channel of a dead task; its buffer holds fewer
 EVENTS_PER_POLL: Final = 64
 KILL_TIME: Final = 5_000_000_000  # nanoseconds until a killed task must be reapable
@@ -122,6 +124,7 @@ class Child:
         "exit",
         "frames",
         "name",
+        "notes",
         "outbox",
         "pid",
         "pidfd",
@@ -146,6 +149,7 @@ class Child:
         self.exit: ExitInfo | None = None
         self.outbox: deque[bytes] = deque()  # at most one frame per burned number, and answers
         self.frames = 0  # taken from its channel
+        self.notes = 0
         self.traceback = ""
 
 
@@ -294,6 +298,10 @@ class LinuxKernel:
         affinity = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self.cpus)
         _ = stack.callback(os.sched_setaffinity, 0, affinity)
+        if signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL:
+            # Ignored, Linux would reap our children before we do.
+            former = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _ = stack.callback(signal.signal, signal.SIGCHLD, former)
         enabled = gc.isenabled()
         gc.disable()
         gc.freeze()
@@ -580,6 +588,8 @@ class LinuxKernel:
         if kind == wire.CONSOLE:
             return self._take_console(child, data)
         if kind == wire.SET_QOS and len(data) == wire.QOS_FRAME.size:
+            if len(child.outbox) >= OUTBOX_MAX:
+                return False  # it asks and asks and reads no answer
             _, pid, raw = wire.QOS_FRAME.unpack(data)
             self._answer_qos(child, Pid(pid), raw)
             return True
@@ -622,6 +632,9 @@ class LinuxKernel:
 
     def _take_note(self, child: Child, data: bytes) -> bool:
         if not 2 < len(data) <= wire.NOTE_SIZE_MAX + 2 or data[1] >= len(wire.NOTABLE):
+            return False
+        child.notes += 1
+        if child.notes > NOTES_MAX:
             return False
         try:
             fields = json.loads(data[2:])
@@ -884,8 +897,9 @@ class LinuxKernel:
         """fork(2); the child never returns from here. Raises OSError."""
         parent = os.getpid()
         keep = (*(end.fileno() for end in ends), self.table.descriptor)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            flush: Callable[[], object] = stream.flush
+            _ = flush()  # or the child would write it a second time
         pid = os.fork()
         if pid:
             return pid

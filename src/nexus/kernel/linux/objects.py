@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nexus.abi import AbiError, LinkId, LinkTerms, Sender, ServiceId, Slot, Status
-from nexus.kernel.linux.frames import TRAILER_SIZE
+from nexus.kernel.linux.frames import NO_COOKIE, TRAILER_SIZE
 from nexus.kernel.linux.native import SIOCINQ, SIOCOUTQ
 from nexus.kernel.linux.truesize import TRUESIZE_SLACK, Truesize
 
@@ -91,16 +91,26 @@ class HolderLink:
         return LinkTerms(self.depth, self.size, self.delegations)
 
     def make_room(self, size: int) -> None:
-        """See that a message of `size` bytes fits. Refuses: QueueFull, NoSpace."""
-        if size > self.size:
-            raise AbiError(Status.NO_SPACE, f"{size} bytes, the link holds {self.size}")
+        """See that a message of `size` bytes fits. Refuses: QueueFull, NoSpace,
+        NoSuchEndpoint."""
         if len(self.queue) < self.depth and self.queued_size + size <= self.size:
             return
         messages = self._account()
+        if messages < self.depth and self.queued_size + size <= self.size:
+            return
+        if self.closed():
+            raise AbiError(Status.NO_SUCH_ENDPOINT, "the endpoint closed")
+        if size > self.size:  # never fits: waiting would not help
+            raise AbiError(Status.NO_SPACE, f"{size} bytes, the link holds {self.size}")
         if messages >= self.depth:
             raise AbiError(Status.QUEUE_FULL, f"{messages} messages are queued")
-        if self.queued_size + size > self.size:
-            raise AbiError(Status.NO_SPACE, f"{self.queued_size} of {self.size} bytes are queued")
+        raise AbiError(Status.NO_SPACE, f"{self.queued_size} of {self.size} bytes are queued")
+
+    def closed(self) -> bool:
+        """Whether the owner has closed the far end, or died."""
+        look = select.poll()
+        look.register(self._fileno, 0)  # a hang-up is told unasked
+        return bool(look.poll(0))
 
     def sent(self, wire_size: int, mark: int = 0) -> None:
         """Note what the kernel has accepted."""
@@ -174,7 +184,7 @@ class OwnerLink:
         self.maker: Sender | None = None  # who derived it
         self.managed = False  # its holder may derive links of any terms
         self.known: dict[bytes, Sender] = {}  # credentials seen on it, of the current epoch
-        self.cookie = b""  # the kernel's name of the near end, if this task made it
+        self.cookie = NO_COOKIE  # the kernel's name of the near end, if this task made it
         self.fresh = True  # nothing has been received on it
         self.void = False  # its maker took it back before anybody got it
         self.recvmsg = sock.recvmsg

@@ -52,7 +52,7 @@ from nexus.protocols.init import (
 )
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.testsvc import RawSession, SessionDone, SessionStep, Step
-from nexus.services.selftest.rung import RungFailed, expect
+from nexus.services.selftest.rung import RungFailed, expect, status_of_trap
 from nexus.wire import Request
 
 CALL_WAIT: Final = Nanos(2_000_000_000)  # ns; a local call takes microseconds
@@ -202,16 +202,9 @@ class Climb:
 
     async def used_slots(self) -> set[Slot]:
         """The slots of this task that hold something."""
-        used = set()
-        for number in range(SLOTS_MAX):
-            slot = Slot(number)
-            try:
-                _ = await CapQuery(slot)
-            except AbiError as error:
-                if error.status is Status.INVALID_ARGUMENT:
-                    continue
-            used.add(slot)
-        return used
+        slots = map(Slot, range(SLOTS_MAX))
+        empty = Status.INVALID_ARGUMENT
+        return {slot for slot in slots if await status_of_trap(CapQuery(slot)) is not empty}
 
     async def let_go(self, before: set[Slot]) -> None:
         """Close what a failed rung made, so that its failure is not charged to the others."""

@@ -421,6 +421,7 @@ def test_delegations_are_counted_where_they_are_given(rig: Rig) -> None:
         third = await LinkCreate(given.cap, LinkTerms(2, 100, 0))
         await refused(LinkCreate(given.cap, LinkTerms(1, 1, 0)), Status.NO_SPACE)
         await Send(third.slot, b"third")
+        await take(boot.endpoint)  # so that its other links do not end meanwhile
 
     async def root(boot: BootImage) -> None:
         target = await EndpointCreate()
@@ -436,6 +437,7 @@ def test_delegations_are_counted_where_they_are_given(rig: Rig) -> None:
         await Send(spawned.slot, b"its end was received")
 
         assert (await take(target)).data == b"third"
+        await Send(spawned.slot, b"end")
         await ended_well(spawned)
 
     rig.run(root, programs={"holder": holder})
@@ -483,6 +485,30 @@ def test_the_spawner_derives_links_of_any_terms_from_its_own(rig: Rig) -> None:
         await ended_well(spawned)
 
     rig.run(root, programs={"server": server})
+
+
+def test_a_link_derived_to_oneself_is_told_its_id(rig: Rig) -> None:
+    async def child(boot: BootImage) -> None:
+        given = await take(boot.endpoint)
+        assert given.cap is not None
+        derived = await LinkCreate(given.cap, LinkTerms(2, 100, 0))
+        await Send(derived.slot, b"to myself")
+        message = await take(boot.endpoint)
+        assert message.data == b"to myself"
+        assert message.link == derived.link
+
+    async def root(boot: BootImage) -> None:
+        own = await LinkCreate(boot.endpoint, LinkTerms(2, 100, 1))
+        derived = await LinkCreate(own.slot, LinkTerms(2, 100, 0))
+        await Send(derived.slot, b"to root")
+        assert (await take(boot.endpoint)).link == derived.link != own.link
+        spawned = await start(boot, "child", delegations=1)
+        link = await LinkCreate(spawned.slot, LinkTerms(2, 100, 1))
+        assert link.link is None
+        await Send(spawned.slot, b"a way to yourself", move=link.slot)
+        await ended_well(spawned)
+
+    rig.run(root, programs={"child": child})
 
 
 def test_an_alias_shares_the_queue_of_its_link(rig: Rig) -> None:
