@@ -38,7 +38,8 @@ BUS_NAME: Final = "org.nexus.Echo"
 BUS_PATH: Final = "/org/nexus/Echo"
 DBUS_FAST_ABSENT: Final = "dbus-fast is absent: pip install dbus-fast"
 BUS_START_SECONDS_MAX: Final = 5.0
-BUS_CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+BUS_CONFIG: Final = """<!DOCTYPE busconfig PUBLIC
+ "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig><type>session</type><listen>unix:path={path}</listen>
 <policy context="default"><allow send_destination="*" eavesdrop="true"/>

@@ -56,7 +56,8 @@ static ssize_t receive(int fd)
     char control[CMSG_SPACE(sizeof(struct ucred)) + CMSG_LEN(sizeof(int))];
     struct iovec vector = {buffer, sizeof buffer};
     struct msghdr header = {
-        .msg_iov = &vector, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+        .msg_iov = &vector, .msg_iovlen = 1, .msg_control = control,
+        .msg_controllen = sizeof control};
     ssize_t size = recvmsg(fd, &header, MSG_CMSG_CLOEXEC);
     if (size > 0) {
         struct cmsghdr *first = CMSG_FIRSTHDR(&header);
@@ -152,7 +153,8 @@ int main(int argc, char **argv)
     /* The server's CPU time covers the warm-up as well: scale it. */
     double server_cpu_ns = (double)cpu_of(RUSAGE_CHILDREN) * (double)count / (double)(count + warm);
     qsort(samples, count, sizeof *samples, by_value);
-    printf("{\"count\": %llu, \"elapsed_ns\": %llu, \"p50_ns\": %u, \"p99_ns\": %u, \"cpu_ns\": %.0f}\n",
+    printf("{\"count\": %llu, \"elapsed_ns\": %llu, "
+           "\"p50_ns\": %u, \"p99_ns\": %u, \"cpu_ns\": %.0f}\n",
            (unsigned long long)count, (unsigned long long)elapsed, samples[count / 2],
            samples[count * 99 / 100], ((double)own_cpu + server_cpu_ns) / (double)count);
     return 0;

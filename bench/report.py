@@ -191,13 +191,15 @@ def _ipc(result: IpcResult) -> list[str]:
         "",
         (
             f"{result.rounds} rounds of {result.seconds:g} s per run. "
-            "Every run stands between two runs of the C ping-pong; the ratio is its p50 to the mean "
+            "Every run stands between two runs of the C ping-pong; the ratio is its p50 to "
+            "the mean "
             "of theirs, and the table gives the median over rounds [smallest-largest]."
         ),
         (
             "C and the peers carry 64 bytes each way and check nothing. "
             "Our bare exchange carries 64 bytes, with the sender's identity checked both ways. "
-            "Our typed call carries a 68-byte request and a 76-byte reply, with identity both ways, "
+            "Our typed call carries a 68-byte request and a 76-byte reply, with identity "
+            "both ways, "
             "deadline, trace context, bounded queue accounting, counters and strict decoding."
         ),
         "",
@@ -332,7 +334,8 @@ def _busy(machine: Machine) -> list[str]:
     return [
         (
             "**The machine was busy when the run began.** Other work evicts caches and preempts, "
-            "which costs Python more than C: the ratios below are pessimistic. Run again when quiet."
+            "which costs Python more than C: the ratios below are pessimistic. "
+            "Run again when quiet."
         ),
         "",
     ]
@@ -349,7 +352,8 @@ def render(report: Report) -> str:
         "The last report. Ratios carry over to other machines, absolute times do not.",
         "",
         (
-            f"Machine: {machine.system}, {machine.cpu_count} CPUs, load {machine.load:.1f} at start; "
+            f"Machine: {machine.system}, {machine.cpu_count} CPUs, "
+            f"load {machine.load:.1f} at start; "
             f"{machine.python}; {packages}."
         ),
         "",

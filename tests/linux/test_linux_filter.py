@@ -1,4 +1,4 @@
-"""The system call filter as a program: what it answers, on every architecture it has a table for."""
+"""The system call filter as a program: its answers, on each architecture that has a table."""
 
 import errno
 import socket

@@ -55,8 +55,9 @@ async def worker(boot):
             pass
 
 faults = Faults(Plan(chances={point: 10_000 for point in FaultPoint}))
-kernel = SimKernel({"worker": Program(name="worker", main=worker, digest="w")}, seed=int(sys.argv[1]),
-                   recorder=lambda event: None, cpu_count=2, trace=True, faults=faults, selftest=True)
+worker_program = Program(name="worker", main=worker, digest="w")
+kernel = SimKernel({"worker": worker_program}, seed=int(sys.argv[1]), recorder=lambda event: None,
+                   cpu_count=2, trace=True, faults=faults, selftest=True)
 kernel.run(Program(name="root", main=main, digest="r"), b"", until=Nanos(kernel.now + 10**12))
 for line in kernel.log_lines():
     print(line)

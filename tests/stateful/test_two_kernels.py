@@ -302,6 +302,15 @@ class TwoKernels(RuleBasedStateMachine):
                 self.do(way, "map", given)
                 self.do(way, "query", given)
 
+    @rule(who=WHO, way=WHO, size=SIZE, deadline=DEADLINE, count=st.integers(2, 4))
+    def crowd_a_way(self, who: int, way: int, size: int, deadline: int, count: int) -> None:
+        for _ in range(count):
+            slot, _number = self.make_link(who, 1, 16, 0)
+            if self.do(who, "move", slot, way, size, deadline) == "moved":
+                self.held[who].pop(slot, None)
+        self.do(who, "stats")
+        self.do(way, "drain", 1)
+
     @rule(who=WHO, count=st.integers(1, 3))
     def close_an_endpoint_with_links(self, who: int, count: int) -> None:
         answer = self.do(who, "endpoint_create")

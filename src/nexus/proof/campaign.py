@@ -438,7 +438,8 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
     yield f"{campaign.sweep_rows} traps in {campaign.sweep_runs} runs "
     yield f"({campaign.sweep_ends} of them to their last occurrence)."
     within, after = HEALTHY_WITHIN / 1e9, campaign.healthy_after_max / 1e9
-    yield f"Healthy again at most {after:.3f} s of virtual time after the faults; {within} s stated."
+    yield f"Healthy again at most {after:.3f} s of virtual time after the faults; "
+    yield f"{within} s are stated."
     yield ""
     yield from _table(
         "fault",

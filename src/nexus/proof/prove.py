@@ -42,7 +42,8 @@ class Watcher:
     """Watches a boot as it goes and says where to stop it.
 
     At the line asked for, or where the last expected rung is decided: if that was asked for, if
-    the run is cut at a phase, or if the system is not one that ends by itself. A service's statement is decided by init's line about it, which comes a little later.
+    the run is cut at a phase, or if the system is not one that ends by itself. A service's
+    statement is decided by init's line about it, which comes a little later.
     """
 
     def __init__(self, case: Case) -> None:

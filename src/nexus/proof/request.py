@@ -33,8 +33,8 @@ class UsageError(Exception):
 class Request:
     """One run. `timeout` bounds each boot, in nanoseconds of the runner's clock.
 
-    `smp` is None to take what the system file says. `until` is None to run to the end, "" to stop when the last expected rung is decided, else
-    the whole line to stop at.
+    `smp` is None to take what the system file says. `until` is None to run to the end, "" to
+    stop when the last expected rung is decided, else the whole line to stop at.
     """
 
     ground: Ground

@@ -113,7 +113,8 @@ def _summary(swept: Swept) -> Iterator[str]:
     for finding in bad:
         yield _line(finding)
     good = len(swept.findings) - len(bad)
-    yield f"{swept.ground.value}: {good} saboteurs turned exactly their rung red, {len(bad)} did not"
+    ground = swept.ground.value
+    yield f"{ground}: {good} saboteurs turned exactly their rung red, {len(bad)} did not"
 
 
 def _line(finding: Finding) -> str:

@@ -41,7 +41,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How a boot's process ended. `stopped` says that the runner ended it on purpose, at a marker."""
+    """How a boot's process ended. `stopped`: the runner ended it on purpose, at a marker."""
 
     code: int | None = 0  # None: killed at the deadline
     signal: int = 0

@@ -264,7 +264,7 @@ class Selftest:
         over = spec._replace(endpoints=kernel.shares.endpoints.free + 1)
         await failing(over, SpawnReason.ENDPOINT_QUOTA)
         for child in started:
-            await _reap(child)
+            _ = await _reap(child)
 
     # ---- rung 2
 
