@@ -73,6 +73,7 @@ from nexus.kernel.core import (
     SystemShares,
     audit_line,
     check_console,
+    check_cpu,
     check_spec,
     decide,
 )
@@ -194,8 +195,7 @@ class RootPort:
 class LinuxKernel:
     """The ABI over Linux processes. One object serves one run.
 
-    `cpus` is the set of processors for everything; SpawnSpec.cpu picks within it, modulo its
-    size. With `harden` False children keep their ids and limits, for debugging.
+    `cpus` is the set of processors for everything; SpawnSpec.cpu is an index into it. With `harden` False children keep their ids and limits, for debugging.
     """
 
     def __init__(
@@ -754,6 +754,7 @@ class LinuxKernel:
     def _start(self, spec: SpawnSpec) -> Spawned:
         live_names = {child.name for child in self.children.values() if child.exit is None}
         program = check_spec(spec, self.programs, live_names | {INIT_NAME})
+        check_cpu(spec, len(self.cpus))
         held = self.driver.table.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
             raise SpawnRefused(
@@ -905,7 +906,7 @@ class LinuxKernel:
             return pid
         me = sender._replace(pid=Pid(os.getpid()))
         if spec.cpu is not None:
-            os.sched_setaffinity(0, (self.cpus[spec.cpu % len(self.cpus)],))
+            os.sched_setaffinity(0, (self.cpus[spec.cpu],))
         return live(
             Birth(
                 spec=spec,
