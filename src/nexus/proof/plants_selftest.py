@@ -31,7 +31,7 @@ from nexus.kernel.core import qos
 from nexus.kernel.core.qos import QosReason
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.kernel import LinuxKernel
-from nexus.kernel.linux.objects import OwnerLink, Vmo
+from nexus.kernel.linux.objects import Endpoint, OwnerLink, Vmo
 from nexus.kernel.sim import kernel as sim_kernel
 from nexus.kernel.sim.clock import Clock
 from nexus.kernel.sim.heap import Heap
@@ -55,6 +55,7 @@ SIM: Final = frozenset({Ground.SIM})
 LINUX: Final = frozenset({Ground.LINUX})
 LATE: Final = Nanos(20_000_000)  # ns; twenty times what a rung accepts
 LONG_PAST: Final = 500_000_000  # ns; half of what rung 59 uses
+QUIET: Final = 60_000_000  # ns; longer than a call of rung 72 may take
 NOBODY: Final = Sender(ServiceId(0), Pid(0), 0, QosClass.NORMAL)
 OTHER_WAITER: Final = "demo.interactive"
 
@@ -374,6 +375,36 @@ def _one_queue_for_all() -> None:
     original = replace(Ipc, "room", room)
 
 
+def _others_behind_the_flood() -> None:
+    """#72: on linux no queue is shared, so timed makes the others wait: as long as demo.testsvc
+    keeps sending, it looks at nothing else, as one queue for all would have it."""
+    flooder = service_id("demo.testsvc")
+
+    def init(endpoint: Endpoint, *arguments: Any) -> None:
+        original(endpoint, *arguments)
+        poll = endpoint.poll
+        quiet_from = 0
+
+        def polled(*limits: int) -> list[tuple[int, int]]:
+            nonlocal quiet_from
+            events: list[tuple[int, int]] = poll(*limits)
+            now = time.monotonic_ns()
+            flood = [event for event in events if is_flooders(event[0])]
+            if flood:
+                quiet_from = now + QUIET
+            return flood if now < quiet_from else events
+
+        def is_flooders(descriptor: int) -> bool:
+            link = endpoint.links.get(descriptor)
+            return link is not None and any(
+                sender.service == flooder for sender in link.known.values()
+            )
+
+        endpoint.poll = polled
+
+    original = replace(Endpoint, "__init__", init)
+
+
 def _extra_elements_ignored() -> None:
     """#73: a RegisterFor with an element too many is cut to size."""
     codec: Codec = INTERACTIVE.codecs[RegisterFor]
@@ -488,6 +519,7 @@ SABOTEURS: Final = (
     Saboteur(rung=70, grounds=BOTH, plant=_denied_is_not_found),
     Saboteur(rung=71, grounds=BOTH, plant=_generation_kept),
     Saboteur(rung=72, grounds=SIM, plant=_one_queue_for_all),
+    Saboteur(rung=72, grounds=LINUX, plant=_others_behind_the_flood),
     Saboteur(rung=73, grounds=BOTH, plant=_extra_elements_ignored),
     Saboteur(rung=75, grounds=SIM, plant=_own_class_raised_sim),
     Saboteur(rung=75, grounds=LINUX, plant=_own_class_raised_linux),
