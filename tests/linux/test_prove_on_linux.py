@@ -1,0 +1,44 @@
+"""The ladder on real processes: green as it is, and red where a saboteur sits.
+
+Here stand the saboteurs of what only this kernel can get wrong; `make campaign` plants them all.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from nexus.proof.prove import prove
+from nexus.proof.request import Request
+from nexus.proof.sweep import problem_of
+from nexus.protocols.ladder import Ground
+
+SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
+SABOTEURS = (2, 29, 57, 63, 64, 66, 67, 68, 72, 143)
+
+pytestmark = [pytest.mark.linux, pytest.mark.slow]
+
+
+def request(record: Path, saboteur: int | None = None) -> Request:
+    """A run of the selftest system on real processes."""
+    return Request(
+        ground=Ground.LINUX,
+        system=SYSTEM,
+        smp=2,
+        seed=3,
+        timeout=60 * 10**9,
+        saboteur=saboteur,
+        record=record,
+    )
+
+
+def test_the_selftest_system_climbs_its_ladder(tmp_path: Path) -> None:
+    verdict = prove(request(tmp_path / "record.jsonl"), tmp_path).verdict
+
+    assert (verdict.exit_code, verdict.missing_marker, verdict.findings) == (0, "", ())
+
+
+@pytest.mark.parametrize("number", SABOTEURS)
+def test_a_saboteur_turns_exactly_its_rung_red(number: int, tmp_path: Path) -> None:
+    outcome = prove(request(tmp_path / "record.jsonl", number), tmp_path)
+
+    assert problem_of(number, outcome.verdict) == ""
