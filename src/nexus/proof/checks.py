@@ -232,7 +232,17 @@ def service_up(case: Case, trace: Trace, line: Line) -> None:
     identity = f"{service_id(service.name):016x}"
     demand_equal(_hex(evidence["service"]), identity, "service id in the identity table")
     demand_equal(_hex(event.fields["service"]), identity, "service id in the spawn record")
+    stated = _ready_line(trace, service.name, event.pid)
     demand(evidence["echo_nonce"], "no nonce came back over the control link")
+    demand_equal(evidence["echo_nonce"], stated.evidence["echoed"], "nonce the service echoed")
+
+
+def _ready_line(trace: Trace, name: str, pid: int) -> Line:
+    """What the service itself says of its start: which nonce of init's it answered."""
+    for line in trace.lines:
+        if line.pid == pid and line.text == f"{name}: ready":
+            return line
+    raise Mismatch(f"{name} never said which nonce it echoed")
 
 
 def _hex(value: object) -> str:
@@ -302,15 +312,26 @@ def _of_init(trace: Trace, text: str) -> Line | None:
     return next(lines, None)
 
 
+def fires_exactly(case: Case, _trace: Trace, line: Line) -> None:
+    """#60: in simulated time a wait ends at its deadline; what follows is the wake-up's cost."""
+    if case.scope.ground is Ground.SIM:
+        late = max(map(max, line.evidence["late_ns"]))
+        demand(late <= WAKE_COST_MAX, f"a wait ended {late} ns after its deadline")
+
+
+WAKE_COST_MAX: Final = 50_000  # ns; two resumes of the cost model
+
+
 # ---------------------------------------------------------------- the end
 
 
-def nothing_left_behind(_case: Case, trace: Trace, line: Line) -> None:
+def nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
     """#143: every account in the evidence is what it was, and every started task has ended."""
-    for name, account in line.evidence.items():
-        if isinstance(account, dict) and {"ready", "now"} <= account.keys():
-            demand_equal(account["now"], account["ready"], f"account of {name}")
-    demand(line.evidence, "no account came with the line")
+    accounts = line.evidence["accounts"]
+    for name, account in accounts.items():
+        demand_equal(account["now"], account["ready"], f"account of {name}")
+    planned = {service.name for service in case.plan.services}
+    demand_equal(set(accounts), planned | {INIT_NAME}, "tasks with an account")
     if trace.ending.stopped:
         return
     living = {event.pid for _, event in trace.of_kind(EventKind.SPAWN)}
@@ -336,6 +357,7 @@ _NUMBERED: Final[dict[int, Check]] = {
     45: work_stealing,
     46: steal_bound,
     47: steal_class,
+    60: fires_exactly,
     143: nothing_left_behind,
 }
 _STARTS: Final = dict.fromkeys((6, *range(9, 28, 2)), service_started)

@@ -6,13 +6,17 @@ Exit codes: 0 green, 1 red, 2 usage.
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
 
 from nexus.proof import compare, report, sweep
 from nexus.proof.lock import LockRefused, run_lock, runtime_dir
 from nexus.proof.prove import prove
+from nexus.proof.record import RecordLost
 from nexus.proof.request import Comparison, Request, Sweep, UsageError, parse
 
 GREEN, RED, USAGE = 0, 1, 2
+COMPLAINT_MAX: Final = 1_000  # characters; what a person typed is quoted, however long it was
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
@@ -22,22 +26,35 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
         asked = parse(argv, environ)
         directory = runtime_dir(environ)
         with run_lock(directory):
-            match asked:
-                case Request():
-                    outcome = prove(asked, directory)
-                    say(report.as_json(outcome) if asked.json else report.as_text(outcome))
-                    return outcome.verdict.exit_code
-                case Sweep():
-                    swept = sweep.sweep(asked.base, directory, tell=complain)
-                    say(sweep.as_json(swept) if asked.base.json else sweep.as_text(swept))
-                    return swept.exit_code
-                case Comparison():
-                    found = compare.compare(asked)
-                    say(compare.as_json(found) if asked.json else compare.as_text(found))
-                    return found.exit_code
+            text, exit_code = _run(asked, directory)
     except (UsageError, LockRefused) as error:
         complain(f"nexus prove: {error}")
         return USAGE
+    except RecordLost as error:
+        complain(f"nexus prove: {error}; a run without its record is no evidence")
+        return RED
+    except KeyboardInterrupt:
+        complain("nexus prove: interrupted; the boot was ended, nothing was decided")
+        return RED
+    say(text)  # only now: until the lock is given back the run may turn out not to count
+    return exit_code
+
+
+def _run(asked: Request | Sweep | Comparison, directory: Path) -> tuple[str, int]:
+    """Do what was asked; what to print, and the exit code."""
+    match asked:
+        case Request():
+            outcome = prove(asked, directory)
+            text = report.as_json(outcome) if asked.json else report.as_text(outcome)
+            return text, outcome.verdict.exit_code
+        case Sweep():
+            swept = sweep.sweep(asked.base, directory, tell=complain)
+            text = sweep.as_json(swept) if asked.base.json else sweep.as_text(swept)
+            return text, swept.exit_code
+        case Comparison():
+            found = compare.compare(asked)
+            text = compare.as_json(found) if asked.json else compare.as_text(found)
+            return text, found.exit_code
 
 
 def say(text: str) -> None:
@@ -48,5 +65,7 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     """Write a line for a person to standard error."""
-    _ = sys.stderr.write(f"{text}\n")
+    _ = sys.stderr.write(
+        f"{text if len(text) <= COMPLAINT_MAX else text[:COMPLAINT_MAX] + '...'}\n"
+    )
     _ = sys.stderr.flush()

@@ -19,6 +19,10 @@ RECORD_SIZE_MAX: Final = 64 * 1024 * 1024  # bytes; a traced selftest run is a f
 RECORDS_KEPT: Final = 16  # files in the runtime directory, oldest removed first
 
 
+class RecordLost(Exception):
+    """The run record cannot be kept, so the run is no evidence; the text is one sentence."""
+
+
 class MalformedEvent(Exception):
     """A line of the event stream is not an encoded event."""
 
@@ -34,7 +38,7 @@ def decode_event(line: bytes) -> Event:
     try:
         entry = json.loads(line)
         time, kind, pid, fields = entry["t"], EventKind(entry["k"]), entry["p"], entry["f"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MalformedEvent(f"{error}: {line[:80]!r}") from error
     if not (isinstance(time, int) and isinstance(pid, int) and isinstance(fields, dict)):
         raise MalformedEvent(f"a field has the wrong type: {line[:80]!r}")
@@ -42,16 +46,21 @@ def decode_event(line: bytes) -> Event:
 
 
 class RecordWriter:
-    """Writes the record of one run. What does not fit is left out and counted."""
+    """Writes the record of one run. What does not fit is left out and counted.
+
+    Raises RecordLost when the file cannot be made or written.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.left_out = 0
         self._size = 0
-        self._file = FileIO(
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC), "w"
-        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RecordLost(f"the record {path} cannot be made: {error.strerror}") from error
+        self._file = FileIO(descriptor, "w")
 
     def event(self, boot: int, line: bytes) -> None:
         """Keep an encoded event as it came."""
@@ -67,7 +76,12 @@ class RecordWriter:
             self.left_out += 1
             return
         self._size += len(data)
-        _ = self._file.write(data)
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise RecordLost(f"the record {self.path} is lost: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self

@@ -24,6 +24,7 @@ from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
 
 EVENTS_MAX: Final = 400_000  # per boot; a traced selftest run has some ten thousand
+EVENTS_SIZE_MAX: Final = 64 * 1024 * 1024  # bytes of them as they came; a flood is more
 OUTPUT_SIZE_MAX: Final = 1024 * 1024  # bytes of raw output kept, the first ones
 READ_SIZE: Final = 256 * 1024
 EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
@@ -145,6 +146,7 @@ class _Reading:
         self._rest = b""
         self._text = bytearray()
         self._events: list[Event] = []
+        self._size = 0  # bytes of the events as they came
         self._dropped: int | None = None
         self._stopped = False
         self._timed_out = False
@@ -204,9 +206,10 @@ class _Reading:
             self._dropped = int(json.loads(line)["dropped"]) + (self._dropped or 0)
             return
         event = decode_event(line)
-        if len(self._events) >= EVENTS_MAX:
+        if len(self._events) >= EVENTS_MAX or self._size + len(line) > EVENTS_SIZE_MAX:
             self._dropped = (self._dropped or 0) + 1
             return
+        self._size += len(line)
         self._events.append(event)
         self._keep(line)
         self._stopped = self._watch(event)

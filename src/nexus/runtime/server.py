@@ -73,6 +73,7 @@ from nexus.wire import (
     ReplyStatus,
     answer,
     encode,
+    nonce_of,
     status_of,
 )
 from nexus.wire import Protocol as WireProtocol
@@ -149,6 +150,7 @@ class Server:
         self._call = Call(self._caller.spans, self._post)
         self._trap = ReplyRecv((boot.endpoint,), NEVER)
         self._announced = False
+        self._echoed = 0  # nonce of init's Bind, told with the line that we are ready
         self._announcing = False
         self._latest = boot.now
         self._batches = {codec.batch_prefix: codec for codec in protocol.codecs.values()}
@@ -353,6 +355,8 @@ class Server:
         bound = answer(message.data, ReplyStatus.OK, encode(Bound(self.boot.generation)))
         if await self._send(cap, bound):
             self._replies[link] = cap
+            if message.sender.service == INIT:
+                self._echoed = nonce_of(message.data)
             await close_if_any(former)
         else:
             await CapClose(cap)
@@ -561,7 +565,11 @@ class Server:
         self._announcing = False
         first = self.boot.generation == 1
         line = f"{self.boot.name}: ready" if first else f"{self.boot.name}: ready again"
-        evidence = {"generation": self.boot.generation, "digest": self._digest}
+        evidence = {
+            "generation": self.boot.generation,
+            "digest": self._digest,
+            "echoed": self._echoed,
+        }
         try:
             await ConsoleWrite(line, json.dumps(evidence).encode())
         except AbiError:

@@ -32,15 +32,17 @@ def _held_by(account: Account) -> dict[str, int]:
 async def no_resource_left_behind(climb: Climb) -> Evidence:
     """#143: every task holds what it held when the system became ready."""
     tasks = 0
-    compared: dict[str, int] = {}
+    compared: dict[str, object] = {}
     for name in (INIT_NAME, *climb.clients):
         resources = await climb.call(climb.control, GetResources(name))
-        expect(_held_by(resources.now), _held_by(resources.ready), f"what {name} holds")
-        compared[name] = resources.now.generation
+        now, ready = _held_by(resources.now), _held_by(resources.ready)
+        expect(now, ready, f"what {name} holds")
+        compared[name] = {"ready": ready, "now": now}
         tasks = _same_tasks(resources)
     mine = held(await TaskStats())
     expect(mine, climb.held_at_ready, f"what {climb.boot.name} holds")
-    return {"generations": compared, "tasks": tasks, "own": mine}
+    compared[climb.boot.name] = {"ready": climb.held_at_ready, "now": mine}
+    return {"accounts": compared, "tasks": tasks}
 
 
 def _same_tasks(resources: Resources) -> int:

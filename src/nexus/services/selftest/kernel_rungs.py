@@ -44,6 +44,7 @@ DEADLINE_AHEAD: Final = Nanos(50_000_000)  # ns; ladder #60
 DEADLINE_WAITS: Final = 5  # waits of a group; the median hides one late wake-up of the host
 DEADLINE_GROUPS_MAX: Final = 6  # groups; a kernel that is late is late in all of them
 DEADLINE_LATE_MAX: Final = Nanos(1_000_000)  # ns; design.md section 3, promise 4
+AT_ONCE: Final = 20_000_000  # ns; a trap takes microseconds, a busy host some milliseconds
 LONG_PAST: Final = 1_000_000_000  # ns; no delay of a busy host makes a deadline so old
 SMALL_BUFFER_SIZE: Final = 16  # bytes; ladder #67
 VMO_SIZE: Final = 5000  # bytes; ladder #142, two pages
@@ -106,6 +107,7 @@ async def deadline_timeout(_climb: "Climb") -> Evidence:
     await CapClose(link.slot)
 
     expect(empty, Status.TIMED_OUT, "past deadline, empty queue")
+    require(waited <= AT_ONCE, f"the refusal of a past deadline took {waited} ns")
     expect(unwaited, Status.QUEUE_EMPTY, "no wait, empty queue")
     expect(message.data, b"\x01queued", "past deadline, queued message")
     expect(after.timeouts - before.timeouts, 1, "kernel's count of time-outs")

@@ -23,14 +23,14 @@ from nexus.ipc import (
     route_with_nonce_budgeted,
 )
 from nexus.protocols.init import PROTOCOL as INIT
-from nexus.protocols.init import REPLY_NAME, Route, RouteCounts
+from nexus.protocols.init import REPLY_NAME, InitStatus, Route, RouteCounts
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Die, Echo, SessionStep, Step
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Whoami
 from nexus.services.selftest.climb import CALL_WAIT, Climb, Session
 from nexus.services.selftest.rung import Evidence, expect, expect_type, require
-from nexus.wire import FRAME_KIND, HEADER, REPLY_BIT, ReplyStatus
+from nexus.wire import FRAME_KIND, HEADER, REPLY_BIT
 
 if TYPE_CHECKING:
     from nexus.wire import Protocol, Request
@@ -39,6 +39,8 @@ UNKNOWN_NAME: Final = "no.such.service"
 ROUTE_ATTEMPTS_MAX: Final = 3
 ROUTE_BACKOFF: Final = Nanos(5_000_000)  # ns
 SHORT_WAIT: Final = Nanos(100_000_000)  # ns; for the outcome that has to wait for a deadline
+LATE_MAX: Final = Nanos(100_000_000)  # ns behind a deadline; a busy host, not another attempt
+ATTEMPTS: Final = 3  # of a route that stays down
 FEW_MISMATCHES: Final = NonceMismatchBudget(4)
 STRAYS: Final = 5  # one more than FEW_MISMATCHES allows
 DIE_CODE: Final = 0  # another code would be a dirty exit of the run
@@ -108,7 +110,7 @@ async def routing(climb: Climb) -> Evidence:
 # ------------------------------------------------------------------ outcomes
 
 
-def _frame(op: int, nonce: int, body: bytes) -> bytes:
+def _frame(op: int, nonce: int, body: bytes, *, status: int = 0) -> bytes:
     """A frame of init's protocol, as demo.testsvc sends it in init's place."""
     return (
         HEADER.pack(
@@ -117,7 +119,7 @@ def _frame(op: int, nonce: int, body: bytes) -> bytes:
             op | REPLY_BIT,
             0,
             INIT.number,
-            ReplyStatus.OK,
+            status,
             nonce,
             0,
             bytes(16),
@@ -150,13 +152,14 @@ async def _scripted(
     *,
     wait: Nanos = CALL_WAIT,
     mismatches: NonceMismatchBudget = ROUTE_MISMATCHES,
+    attempts: int = 1,
     end: bytes | None = None,
 ) -> tuple[RouteRetryOutcome, int, int]:
     """The outcome of a route asked of a scripted peer, how long it took, how far it was late."""
     router, session = await _play_router(climb, script)
     start = await climb.ahead(Nanos(0))
     deadline = Nanos(start + wait)
-    budget = RetryBudget(attempts_max=1, backoff=ROUTE_BACKOFF, deadline=deadline)
+    budget = RetryBudget(attempts_max=attempts, backoff=ROUTE_BACKOFF, deadline=deadline)
     outcome = await route_with_nonce_budgeted(router, "timed", budget, mismatches, RetryTokens())
     end_time = await climb.ahead(Nanos(0))
     if end is not None:
@@ -174,6 +177,9 @@ async def route_outcomes(climb: Climb) -> Evidence:
     before = await climb.route_counts()
     receive = SessionStep(Step.RECEIVE, b"")
     bad_answer = SessionStep(Step.ANSWER, _frame(Route.INFO.op, 0, b"\xc1"))
+    down = SessionStep(
+        Step.ANSWER, _frame(Route.INFO.op, 0, b"", status=int(InitStatus.ROUTE_DOWN))
+    )
     stray = SessionStep(Step.SEND, _frame(Route.INFO.op, FAR, b""))
 
     routed = expect_type(await _route(climb, "timed"), Routed, "a planned route")
@@ -192,6 +198,10 @@ async def route_outcomes(climb: Climb) -> Evidence:
         end=b"\x01end",
     )
     closed, _, _ = await _scripted(climb, [receive, SessionStep(Step.CLOSE, b"")])
+    # One attempt more and the script would not come to its end message.
+    spent, _, _ = await _scripted(
+        climb, [*[receive, down] * ATTEMPTS, receive], attempts=ATTEMPTS, end=b"\x01end"
+    )
     generation = (await climb.task("demo.testsvc")).generation
     cut_off = await climb.testsvc.call(Die(DIE_CODE), await climb.ahead(CALL_WAIT))
     record = await climb.up_again("demo.testsvc", generation + 1)
@@ -212,6 +222,8 @@ async def route_outcomes(climb: Climb) -> Evidence:
     )
     expect(names, [kind.__name__ for kind in kinds], "the outcomes")
     require(late >= 0, f"TimedOut {-late} ns before the deadline")
+    require(late <= LATE_MAX, f"TimedOut {late} ns after the deadline")
+    expect(spent, Closed(), f"a route that stays down for {ATTEMPTS} attempts")
     expect(record.exit_code, DIE_CODE, "exit code of the peer that cut the call off")
     expect(grown, {"ok": 1, "denied": 1, "not_found": 1}, "growth of init's route counters")
     return {"outcomes": names, "counters": grown, "waited_ns": waited}
