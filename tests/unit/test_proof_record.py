@@ -11,6 +11,7 @@ from nexus.proof import record
 from nexus.proof.lock import LockRefused, run_lock, runtime_dir
 from nexus.proof.record import (
     MalformedEvent,
+    RecordLost,
     RecordWriter,
     decode_event,
     default_path,
@@ -130,3 +131,38 @@ def test_a_runtime_directory_that_others_can_write_is_refused(tmp_path: Path) ->
 
     with pytest.raises(LockRefused):
         _ = runtime_dir({"NEXUS_RUNTIME_DIR": str(shared)})
+
+
+def test_a_lock_file_removed_during_a_run_makes_the_run_not_count(tmp_path: Path) -> None:
+    with pytest.raises(LockRefused, match="does not count"), run_lock(tmp_path):
+        (tmp_path / "prove.lock").unlink()
+
+
+def test_a_lock_that_is_a_link_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "prove.lock").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(LockRefused, match="cannot be opened"), run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("path", ["", "relative", "/dev/null/below", "/proc/no-such"])
+def test_a_runtime_directory_that_cannot_be_had_is_refused_in_a_sentence(path: str) -> None:
+    with pytest.raises(LockRefused, match="runtime directory"):
+        _ = runtime_dir({"NEXUS_RUNTIME_DIR": path})
+
+
+def test_a_record_on_a_full_disk_is_lost_and_says_so() -> None:
+    with pytest.raises(RecordLost, match="is lost"), RecordWriter(Path("/dev/full")) as kept:
+        kept.entry("run", {"ground": "sim"})
+
+
+def test_a_record_that_cannot_be_made_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(RecordLost, match="cannot be made"):
+        _ = RecordWriter(tmp_path / "file" / "record.jsonl")
+
+
+def test_an_event_nested_too_deep_is_no_event() -> None:
+    with pytest.raises(MalformedEvent):
+        _ = decode_event(b"[" * 100_000 + b"]" * 100_000)

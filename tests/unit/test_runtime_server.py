@@ -345,7 +345,9 @@ def test_health_answered_to_init_prints_ready_once() -> None:
     assert isinstance(healthy, Healthy)
     [(name, line, evidence)] = pair.kernel.console
     assert (name, line) == ("adder", "adder: ready")
-    assert json.loads(evidence) == {"generation": 1, "digest": healthy.digest}
+    told = json.loads(evidence)
+    assert told == {"generation": 1, "digest": healthy.digest, "echoed": told["echoed"]}
+    assert told["echoed"] > 0
 
 
 def test_a_later_instance_does_not_repeat_the_marker() -> None:
