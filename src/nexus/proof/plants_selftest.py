@@ -385,9 +385,9 @@ def _others_behind_the_flood() -> None:
         poll = endpoint.poll
         quiet_from = 0
 
-        def polled(*limits: int) -> list[tuple[int, int]]:
+        def polled(timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
             nonlocal quiet_from
-            events: list[tuple[int, int]] = poll(*limits)
+            events: list[tuple[int, int]] = poll(timeout, maxevents)
             now = time.monotonic_ns()
             flood = [event for event in events if is_flooders(event[0])]
             if flood:

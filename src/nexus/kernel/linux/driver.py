@@ -836,7 +836,8 @@ class Driver:
             return True
         if not data or not ancillary or data[0] >= RESERVED:
             return True
-        if flags & socket.MSG_TRUNC or self._identify(link, ancillary[0][2]) is None:
+        # Not `_identify`: a link whose sender is known skips `_judge`, which marks it spoken.
+        if flags & socket.MSG_TRUNC or self._sender_of(link, ancillary[0][2]) is None:
             return True  # to be refused when taken
         size = len(data)
         carries = bool(flags & socket.MSG_CTRUNC)
@@ -915,8 +916,13 @@ class Driver:
         elif flags & socket.MSG_TRUNC or not data:
             reason = "oversize"
         elif data[0] >= RESERVED:
+            if not link.spoken:
+                link.known.clear()  # or the first message would pass by what marks it spoken
             self._kernel_frame(link, sender, data, descriptors, fresh=fresh)
             return None
+        link.spoken = True
+        if reason is not None:
+            pass
         elif descriptors:
             return self._accept(link, sender, data, descriptors[0])
         elif len(data) > MESSAGE_SIZE_MAX:

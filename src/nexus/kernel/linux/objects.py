@@ -167,6 +167,7 @@ class OwnerLink:
         "size",
         "sock",
         "source",
+        "spoken",
         "void",
     )
 
@@ -186,6 +187,7 @@ class OwnerLink:
         self.known: dict[bytes, Sender] = {}  # credentials seen on it, of the current epoch
         self.cookie = NO_COOKIE  # the kernel's name of the near end, if this task made it
         self.fresh = True  # nothing has been received on it
+        self.spoken = False  # something of its holder has been received, beside kernel frames
         self.void = False  # its maker took it back before anybody got it
         self.recvmsg = sock.recvmsg
 
