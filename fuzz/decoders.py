@@ -11,16 +11,24 @@ import argparse
 import random  # noqa: TID251 (a fuzzer has a seeded generator of its own)
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import (
     AbiError,
+    AuditLines,
+    AuditLog,
     BootImage,
+    CapClose,
     ConsoleWrite,
+    Kill,
+    LinkCreate,
     LinkId,
     LinkTerms,
     Message,
     Nanos,
+    NewLink,
+    Now,
     Pid,
     QosClass,
     Recv,
@@ -31,13 +39,30 @@ from nexus.abi import (
     Status,
     TaskCounters,
     TaskStats,
+    TaskTable,
     service_id,
 )
+from nexus.init.desk import Desk
+from nexus.init.plan import Plan, make_plan
+from nexus.init.record import Record
+from nexus.init.supervisor import Supervisor
+from nexus.init.system import parse
 from nexus.ipc import Caller, CallFailure, Exchange, Peer, Refused, Spans
+from nexus.protocols.init import PROTOCOL as INIT
+from nexus.protocols.init import (
+    GetResources,
+    GetRouteCounts,
+    GetService,
+    Restart,
+    Route,
+    TaskState,
+)
+from nexus.protocols.meta import PROTOCOL as META
 from nexus.runtime import Call, Server
 from nexus.testing.golden import LEAST, MOST, NONCE, TYPICAL, frame, protocols, sample
 from nexus.wire import (
     HEADER_SIZE,
+    PREFIX_SIZE,
     REPLY_BIT,
     Codec,
     Protocol,
@@ -103,6 +128,8 @@ def targets(protocol: Protocol) -> Iterator[tuple[str, Decoder, list[bytes]]]:
         yield f"{name} reply batch", _items(codec), [*batches(codec.reply_type), encode([4, 5])]
     yield f"{protocol.name} server", ServerLoop(protocol), _frames(protocol)
     yield f"{protocol.name} client", ClientCalls(protocol), _replies(protocol)
+    if protocol.number == INIT.number:
+        yield f"{protocol.name} desk", InitDesk(), [*_known_names(), *_frames(INIT), *_frames(META)]
 
 
 def _replies(protocol: Protocol) -> list[bytes]:
@@ -179,7 +206,7 @@ class ServerLoop:
         """Deliver one message; what the server sends before it waits for the next."""
         replies: list[bytes] = []
         message = Message(data, self._sender, LinkId(7), cap, Nanos(2), Slot(1))
-        self._trap = self._program.send(message)
+        self._trap = _resume(self._program, message)
         while True:
             match self._trap:
                 case Send(data=frame_sent):
@@ -195,7 +222,114 @@ class ServerLoop:
                     result = None
                 case _:
                     raise AssertionError(f"the server awaits {self._trap!r}")
-            self._trap = self._program.send(result)
+            self._trap = _resume(self._program, result)
+
+
+_SYSTEM: Final = b"""
+[system]
+name = "fuzzed"
+
+[service.timed]
+program = "timed"
+
+[service.fuzzer]
+program = "timed"
+capabilities = ["proof.control"]
+uses = [{ name = "timed" }]
+"""
+
+
+class InitDesk:
+    """init's own server, fed with messages of a service that may ask for everything.
+
+    Each input finds a fresh init, so that no input depends on an earlier one. It accepts if it
+    answered with OK, or holds the answer back; only a Bind brings its capability along.
+    """
+
+    def __init__(self) -> None:
+        self._plan = make_plan(parse(_SYSTEM, Path("fuzzed.toml")))
+        self._binds = {prefix for prefix, codec in META.dispatch.items() if codec is _bind_codec()}
+
+    def __call__(self, data: bytes) -> None:
+        if not data:
+            raise RemoteProtocolError("no kernel delivers an empty message")
+        desk, record = _desk(self._plan)
+        sender = Sender(record.planned.service, record.pid, record.generation, QosClass.NORMAL)
+        cap = Slot(8) if data[:PREFIX_SIZE] in self._binds else None
+        message = Message(data, sender, LinkId(7), cap, Nanos(2), Slot(1))
+        replies = _served(desk.on_message(record, message))
+        if not replies and not desk.unanswerable:
+            return  # held back, until there is something to tell
+        if not replies or replies[0][6:8] != b"\0\0":
+            raise RemoteProtocolError("not answered, or refused with a status")
+
+
+def _known_names() -> list[bytes]:
+    """Requests about a service that the desk's system has."""
+    found = []
+    for named in (Route, GetRouteCounts, GetService, GetResources, Restart):
+        header = bytearray(frame(INIT.codecs[named], LEAST, reply=False)[:HEADER_SIZE])
+        header[16:24] = BIG.to_bytes(8, "little")
+        found.append(bytes(header) + encode(named(name="timed")))
+    return found
+
+
+def _desk(plan: Plan) -> tuple[Desk, Record]:
+    """A desk of a system whose services are up, and the service that asks."""
+    boot = BootImage(
+        name="init-lite",
+        service=service_id("init-lite"),
+        pid=Pid(1),
+        generation=1,
+        control=None,
+        endpoint=Slot(1),
+        now=Nanos(1),
+        argument=b"",
+    )
+    init = Supervisor(boot, plan, 1)
+    for number, record in enumerate(init.records.values(), start=2):
+        record.state = TaskState.UP
+        record.pid, record.generation = Pid(number), 1
+        record.slot, record.replies = Slot(number), Slot(10 + number)
+    return Desk(init), init.records["fuzzer"]
+
+
+def _served(handling: Any) -> list[bytes]:
+    """Run what init does with one message; what it sends to the asker."""
+    replies: list[bytes] = []
+    result: Any = None
+    while True:
+        try:
+            trap = _resume(handling, result)
+        except StopIteration:
+            return replies
+        match trap:
+            case Send(slot=slot, data=frame_sent):
+                if slot >= 8:  # below are the links to services
+                    replies.append(bytes(frame_sent))
+                result = None
+            case LinkCreate():
+                result = NewLink(Slot(9), None)
+            case TaskTable():
+                result = ()
+            case AuditLog():
+                result = AuditLines((), 0)
+            case TaskStats():
+                result = TaskCounters(*[0] * len(TaskCounters._fields))
+            case Now():
+                result = Nanos(2)
+            case CapClose() | Kill() | ConsoleWrite():
+                result = None
+            case _:
+                raise AssertionError(f"init awaits {trap!r}")
+
+
+def _resume(program: Any, result: Any) -> Any:
+    """The next trap of a server or a client. A malformed message is not its end."""
+    try:
+        return program.send(result)
+    except RemoteProtocolError as error:
+        raise AssertionError("a malformed message ends the program") from error
 
 
 class ClientCalls:
@@ -240,7 +374,7 @@ class ClientCalls:
         trap.sent = True
         message = Message(data, self._sender, LinkId(7), None, Nanos(2), Slot(2))
         try:
-            trap = program.send(message)
+            trap = _resume(program, message)
             while isinstance(trap, Recv):
                 trap = program.throw(AbiError(Status.TIMED_OUT))
         except StopIteration as stop:

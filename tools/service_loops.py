@@ -8,35 +8,123 @@ It is one of its own if
   traps made in place or bound to a name in the same function);
 - TRIES AGAIN: it awaits inside a `try` whose handler goes on: no return, raise or break in it;
 - REPEATS: its own test, or a test that leads to `continue`, asks with isinstance or `is` what an
-  await in the loop has given.
+  await in the loop has given;
+- WAITS: it is a `while` loop that awaits anything;
+- COUNTS: it is a `for` loop over range (or count, cycle, repeat), awaits and leaves early.
 
-A `for` loop over given things that stops or fails at the first refusal is none of them; nor is
-reading page after page.
+A function that awaits and leads back to itself, also by way of others of its module, is one too.
+
+A `for` loop over given things that stops or fails at the first refusal is none of them. What
+waits or counts for a good reason stands in EXCEPTIONS: one loop of one function, with the reason.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 SERVICES: Final = ROOT / "src" / "nexus" / "services"
 
+EXCEPTIONS: Final = {
+    ("demo/testsvc.py", "_flood_timed"): "a flood is its errand: it sends, and waits for nothing",
+    ("demo/testsvc.py", "_fill_link"): "fills a link to its refusal, and reports that refusal",
+    ("demo/testsvc.py", "_drop_answers"): "empties an inbox: each turn takes another message",
+    ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
+    ("selftest/climb.py", "links"): "reads page after page: each call asks for other rows",
+    ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",
+    ("selftest/kernel_rungs.py", "deadline_fires"): "measures in groups of a stated number",
+}
+"""Loops that wait or count and are no retry: module under services, function, and why.
+
+Each excuses one loop, and only from these two rules. A rung that needs one says so here.
+"""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.While | ast.For | ast.AsyncFor
 RECEIVING: Final = frozenset({"Recv", "ReplyRecv", "Call"})
 SLEEPING: Final = frozenset({"SleepUntil"})
+COUNTING: Final = frozenset({"range", "count", "cycle", "repeat"})
+WAITS: Final = "waits in a while"
+COUNTS: Final = "asks a number of times and leaves early"
+RECURS: Final = "leads back to its function"
 INNER: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 
-def loops(source: str) -> Iterator[tuple[int, str]]:
+def loops(
+    source: str, exceptions: Mapping[tuple[str, str], str] = EXCEPTIONS
+) -> Iterator[tuple[int, str]]:
     """Line and reason of each loop of its own in the source of a module."""
-    for function in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    left = _excused(source, exceptions)
+    for function in ast.walk(tree):
         if isinstance(function, ast.AsyncFunctionDef):
             traps = _named_traps(function)
             for node in _within(function.body):
                 if isinstance(node, Loop) and (reason := _reason(node, traps)):
-                    yield node.lineno, reason
+                    if reason in {WAITS, COUNTS} and function.name in left:
+                        left.remove(function.name)
+                    else:
+                        yield node.lineno, reason
+    yield from ((line, RECURS) for line in _recursions(tree))
+
+
+def _excused(source: str, exceptions: Mapping[tuple[str, str], str]) -> set[str]:
+    """The excepted functions of this module, which is known by its text: callers have no more."""
+    modules = {module for module, _ in exceptions}
+    same = {
+        module
+        for module in modules
+        if (SERVICES / module).is_file() and (SERVICES / module).read_text("utf-8") == source
+    }
+    return {function for module, function in exceptions if module in same}
+
+
+def _recursions(tree: ast.Module) -> Iterator[int]:
+    """The line of each async function from which calls lead back to it."""
+    found = list(_scoped(tree, ""))
+    called = {
+        (scope, function.name): {
+            name
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and (name := _called(node.func, scope))
+        }
+        for scope, function in found
+    }
+    for scope, function in found:
+        if isinstance(function, ast.AsyncFunctionDef):
+            reached: set[tuple[str, str]] = set()
+            pending = [(scope, function.name)]
+            while pending:
+                new = called.get(pending.pop(), set()) - reached
+                reached |= new
+                pending.extend(new)
+            if (scope, function.name) in reached:
+                yield function.lineno
+
+
+def _scoped(node: ast.AST, scope: str) -> Iterator[tuple[str, Function]]:
+    """Every function with the class it is a method of, "" if it is none's."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            yield scope, child
+            yield from _scoped(child, "")
+        else:
+            yield from _scoped(child, child.name if isinstance(child, ast.ClassDef) else scope)
+
+
+def _called(target: ast.expr, scope: str) -> tuple[str, str] | None:
+    """Which function of this module a call may lead to: a method of the same class, or a name."""
+    match target:
+        case ast.Name(id=name):
+            return "", name
+        case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name):
+            return scope, name
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):
+            return owner, name
+        case _:
+            return None
 
 
 def _within(body: list[ast.stmt] | list[ast.expr]) -> Iterator[ast.AST]:
@@ -84,7 +172,30 @@ def _reason(loop: Loop, traps: dict[str, str]) -> str | None:
     for node in nodes:
         if isinstance(node, ast.If) and _asks_about(node.test, results) and _continues(node):
             return "repeats until the outcome is right"
-    return None
+    return _turns(loop, nodes)
+
+
+def _turns(loop: Loop, nodes: list[ast.AST]) -> str | None:
+    """Whether a loop has the form of a poll, whatever it asks."""
+    if not any(isinstance(node, ast.Await) for node in nodes):
+        return None
+    if isinstance(loop, ast.While):
+        return WAITS
+    leaves = any(isinstance(node, ast.Return | ast.Break) for node in nodes)
+    counted = any(
+        isinstance(node, ast.Call) and _name_of(node.func) in COUNTING
+        for node in ast.walk(loop.iter)
+    )
+    return COUNTS if leaves and counted else None
+
+
+def _name_of(function: ast.expr) -> str:
+    """The name a function is called by, bare or of itertools."""
+    match function:
+        case ast.Name(id=name) | ast.Attribute(value=ast.Name(id="itertools"), attr=name):
+            return name
+        case _:
+            return ""
 
 
 def _trap_of(value: ast.expr, traps: dict[str, str]) -> str:

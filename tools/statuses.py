@@ -1,11 +1,14 @@
-"""Every status a peer can meet, the tests that provoke it and the rungs that show it.
+"""Every status a peer can meet, the tests that name or assert it and the rungs that show it.
 
-`python -m tools.statuses` fails when a status of the ABI, of the wire or of a protocol has no
-test, or a test declares one that does not exist.
+`python -m tools.statuses` fails when no test asserts a status of the ABI, of the wire, of ipc or
+of a protocol, or a test declares one that does not exist.
 
-A test covers a status if it names it (`Status.QUEUE_FULL`, `TimedStatus.OVER_LIMIT`) or says so:
-`@pytest.mark.covers("timed.OVER_LIMIT", rung=66)`. A rung shows a status if the function that
-climbs it, whose docstring begins with `#66:`, names it.
+A test names a status (`Status.QUEUE_FULL`, `TimedStatus.OVER_LIMIT`) or declares it:
+`@pytest.mark.covers("timed.OVER_LIMIT", rung=66)`; the contracts list both. A test asserts a
+status that it declares, that it compares with something in an assertion or among the parameters
+of a test with assertions, or that it hands to a step that fails if it is another
+(`refused(trap, Status.QUEUE_FULL)`). That it compares with what came back is for review.
+A rung shows a status if the function that climbs it, whose docstring begins with `#66:`, names it.
 """
 
 import ast
@@ -13,7 +16,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -26,6 +29,7 @@ from nexus.wire import ReplyStatus
 ROOT: Final = Path(__file__).resolve().parent.parent
 TESTS: Final = ("tests", "src/nexus/testing")
 CLIMBERS: Final = ("src/nexus/services/selftest", "src/nexus/kernel")
+ASSERTING: Final = {"refused", "raises", "expect"}  # steps that fail if it is another
 NOT_REFUSALS: Final = {"OK"}
 ANSWERS: Final = {"CallFailure", "Refused", "Routed"}  # the base, and what is no failure of ipc
 
@@ -54,11 +58,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Where statuses are provoked: keys to test ids, and to numbers of rungs."""
+    """Where statuses are named: keys to test ids, and to numbers of rungs."""
 
     tests: dict[str, list[str]]
     rungs: dict[str, list[int]]
     unknown: list[str]  # declared by a test, but no such status
+    asserted: set[str] = field(default_factory=set)  # the keys that some test asserts
 
 
 def declared() -> list[Refusal]:
@@ -101,6 +106,7 @@ def evidence(root: Path, refusals: list[Refusal]) -> Evidence:
         test = f"{path}::{function.name}"
         covered, rungs = _declared_by(function)
         found.unknown.extend(f"{test}: {key}" for key in covered if key not in known)
+        found.asserted.update((_asserted_in(function, keys) | covered) & known)
         for key in sorted((_named_in(function, keys) | covered) & known):
             found.tests[key].append(test)
             found.rungs[key].extend(rungs)
@@ -119,6 +125,35 @@ def _functions(
             for node in ast.walk(ast.parse(file.read_text("utf-8"))):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     yield file.relative_to(root).as_posix(), node
+
+
+def _asserted_in(
+    function: ast.FunctionDef | ast.AsyncFunctionDef, keys: dict[tuple[str, str], str]
+) -> set[str]:
+    """What a test compares an outcome with: in an assertion, a step, or its parameters."""
+    found: set[str] = set()
+    asserts = False
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            asserts = True
+            for part in ast.walk(node.test):
+                if isinstance(part, ast.Compare) or _calls(part, {"isinstance"}):
+                    found |= _named_in(part, keys)
+        elif _calls(node, ASSERTING):
+            asserts = True
+            found |= _named_in(node, keys)
+    if asserts:
+        for mark in function.decorator_list:
+            if _calls(mark, {"parametrize"}):
+                found |= _named_in(mark, keys)
+    return found
+
+
+def _calls(node: ast.AST, names: set[str]) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    return getattr(called, "attr", getattr(called, "id", "")) in names
 
 
 def _named_in(function: ast.AST, keys: dict[tuple[str, str], str]) -> set[str]:
@@ -152,11 +187,11 @@ def _declared_by(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[set[
 
 
 def faults(refusals: list[Refusal], found: Evidence) -> list[str]:
-    """A sentence for each status without a test, and for each declaration of none."""
+    """A sentence for each status no test asserts, and for each declaration of none."""
     missing = [
-        f"{refusal.key} ({refusal.reason}): no test provokes this status"
+        f"{refusal.key} ({refusal.reason}): no test asserts this status"
         for refusal in refusals
-        if not found.tests[refusal.key]
+        if refusal.key not in found.asserted
     ]
     return [*missing, *(f"{entry}: there is no such status" for entry in found.unknown)]
 

@@ -31,6 +31,7 @@ from nexus.abi import (
     TaskCounters,
     TaskStats,
 )
+from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.frames import (
     FRAME_ATTACH,
     FRAME_DETACH,
@@ -409,3 +410,97 @@ def test_without_the_filter_the_wall_can_be_raised() -> None:
 
     assert error == 0
     assert after > before
+
+
+def _own_near_end(sock: socket.socket) -> int:
+    trailer = pack_trailer(Trailer(CapKind.LINK, WIDE))
+    return with_descriptors(sock, b"answer over this" + trailer, [sock.fileno()])
+
+
+def test_a_link_sent_over_itself_is_refused_and_its_holders_death_is_seen(linux: Rig) -> None:
+    """Kept by its receiver, the copy would hide the death: `_attacked` waits for it."""
+    run, before, after, outcome = _attacked(linux, _own_near_end)
+
+    assert outcome == 0
+    assert after.refused_caps == before.refused_caps + 1
+    assert _reasons(run) == ["several_caps"]
+
+
+def test_a_link_into_a_service_sent_over_itself_does_not_hide_a_death(linux: Rig) -> None:
+    async def server(boot: BootImage) -> None:
+        assert (await take(boot.endpoint)).data == b"in use"
+        await gone(boot.endpoint, None)
+        assert (await TaskStats()).refused_caps == 1
+
+    async def hostile(boot: BootImage) -> None:
+        given = await take(boot.endpoint)
+        assert given.cap is not None
+        await Send(given.cap, b"in use")
+        assert _own_near_end(socket_of(given.cap)) == 0
+
+    async def root(boot: BootImage) -> None:
+        serving = await start(boot, "server", delegations=2)
+        spawned = await start(boot, "hostile")
+        link = await LinkCreate(serving.slot, LinkTerms(8, 4096, 1))
+        await Send(spawned.slot, b"yours", move=link.slot)
+        await ended_well(spawned)
+        await ended_well(serving)
+
+    linux.run(root, programs={"server": server, "hostile": hostile})
+
+
+def test_an_unused_link_may_come_back_to_its_owner_and_a_used_one_is_derived(linux: Rig) -> None:
+    async def root(boot: BootImage) -> None:
+        target = await EndpointCreate()
+        carrier = await LinkCreate(target)
+        unused = await LinkCreate(target, LinkTerms(8, 4096, 1))
+        derived = await LinkCreate(unused.slot, LinkTerms(1, 100, 0))
+        await Send(carrier.slot, b"unused", move=derived.slot)
+        assert (await take(target)).cap is not None
+        await Send(unused.slot, b"used now")
+        await take(target)
+        await Send(carrier.slot, b"one more", move=(await LinkCreate(target)).slot)
+        assert (await take(target)).cap is not None
+
+    linux.run(root)
+
+
+def test_copies_of_the_control_links_left_with_init_do_not_hide_a_death(linux: Rig) -> None:
+    async def hostile(boot: BootImage) -> None:
+        assert boot.control is not None
+        sock = socket_of(boot.control)
+        trailer = pack_trailer(Trailer(CapKind.LINK, WIDE))
+        far = next(iter(driver().links.values())).sock.fileno()
+        assert with_descriptors(sock, b"mine" + trailer, [sock.fileno()]) == 0
+        assert with_descriptors(sock, b"yours" + trailer, [far]) == 0
+        await Send(boot.control, b"last words")
+
+    async def root(boot: BootImage) -> None:
+        spawned = await start(boot, "hostile")
+        await ended_well(spawned)
+        kept = await take(boot.endpoint)
+        assert (kept.data, kept.cap is not None) == (b"yours", True)
+        assert (await take(boot.endpoint)).data == b"last words"
+        await gone(boot.endpoint, None)
+        await refused(Send(spawned.slot, b"anybody there"), Status.NO_SUCH_ENDPOINT)
+
+    linux.run(root, programs={"hostile": hostile})
+
+
+def test_without_the_check_init_hears_of_the_death_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Init's ends are shut down at the death, whatever copies of the others it holds."""
+    monkeypatch.setattr(Driver, "_localise", lambda *_: None)
+
+    async def hostile(boot: BootImage) -> None:
+        assert boot.control is not None
+        assert _own_near_end(socket_of(boot.control)) == 0
+
+    async def root(boot: BootImage) -> None:
+        spawned = await start(boot, "hostile")
+        assert (await take(boot.endpoint)).cap is not None, "init holds a copy"
+        await gone(boot.endpoint, None)
+        await ended_well(spawned)
+
+    linux_rig().run(root, programs={"hostile": hostile})

@@ -1,4 +1,8 @@
-"""A service killed 200 times under load: every call has an outcome, and nothing is left behind."""
+"""A service killed 200 times under load: every call has an outcome, and nothing is left behind.
+
+Nothing in init, which is measured by its private dirty memory, and nothing in the clients that
+outlive the service: their anonymous memory is read from outside, by pid.
+"""
 
 import dataclasses
 import errno
@@ -50,6 +54,10 @@ LATE_MAX: Final = 50_000_000  # nanoseconds over a deadline, on a machine shared
 LIFE_LEAST: Final = 2_000_000  # nanoseconds between a server's wiring and its death
 LIFE_STEP: Final = 700_000
 MEMORY_GROWTH_MAX: Final = 1 << 20  # bytes of private dirty memory in 180 kills
+CLIENT_GROWTH_MAX: Final = 256 << 10  # bytes of anonymous memory of one client in 180 kills
+LEAK_KILLS: Final = 30
+LEAK_SIZE: Final = 200_000  # bytes for each lost link; 9 lost links after the warm-up are 1.8 MB
+CLIENT_LINKS: Final = 1  # its control link; those it had into its endpoint are gone
 DELEGATIONS: Final = len(CLIENTS)
 LINK: Final = LinkTerms(8, 8192, 0)
 
@@ -67,6 +75,14 @@ def _private_dirty() -> int:
         if line.startswith("Private_Dirty:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no Private_Dirty line")
+
+
+def _anonymous(pid: int) -> int:
+    """Resident anonymous memory of another task; its finer figures are for its tracer alone."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon line")
 
 
 def _descriptor_count() -> int:
@@ -116,7 +132,8 @@ class _Client:
         self.late = 0
         self.slot: Slot | None = None
         self.inbox: LinkId | None = None
-        self.stopping = False
+        self.leak_size = 0
+        self.leaked: list[bytes] = []
 
     async def from_root(self) -> Message | None:
         """The next message of root; ends of old inboxes come in between."""
@@ -131,6 +148,7 @@ class _Client:
         if self.slot is not None:
             await CapClose(self.slot)
             self.slot = None
+            self.leaked.append(b"x" * self.leak_size)  # written to, so that it is resident
         await Send(self.control, b"bind", deadline=await soon())
         message = await self.from_root()
         while message is not None and message.cap is None:
@@ -178,7 +196,17 @@ class _Client:
 
 
 async def _client(boot: BootImage) -> None:
+    await _reporting(_Client(boot))
+
+
+async def _leaking_client(boot: BootImage) -> None:
     client = _Client(boot)
+    client.leak_size = LEAK_SIZE
+    await _reporting(client)
+
+
+async def _reporting(client: _Client) -> None:
+    boot = client.boot
     before = _own_descriptors()
     await client.run()
     await _settle(boot)
@@ -235,10 +263,14 @@ class _Root:
             await Send(self.clients[pid].slot, b"link", move=link.slot)
         self.waiting.clear()
 
-    async def one_life(self, number: int) -> None:
-        self.server = await start(self.boot, "server", delegations=DELEGATIONS)
+    async def all_asked(self) -> None:
+        """Until each client has asked for a link; then none does anything but wait."""
         while len(self.waiting) < len(self.clients):
             assert await self.listen(await soon()), "a client did not ask again"
+
+    async def one_life(self, number: int) -> None:
+        self.server = await start(self.boot, "server", delegations=DELEGATIONS)
+        await self.all_asked()
         await self.wire()
         await SleepUntil(Nanos(await Now() + LIFE_LEAST + number % 10 * LIFE_STEP))
         await Kill(self.server.pid)
@@ -250,44 +282,65 @@ class _Root:
             pass
 
 
+async def _lives(boot: BootImage, kills: int, warm_kills: int) -> Mapping[str, Any]:
+    """Root: that many lives of the server; what was held after the warm-up and at the end."""
+    conductor = _Root(boot)
+    for name in CLIENTS:
+        client = await start(boot, name, program="client")
+        conductor.clients[client.pid] = client
+    baseline: dict[str, Any] = {}
+    for number in range(kills):
+        await conductor.one_life(number)
+        if number == warm_kills:
+            baseline = await _all_footprints(conductor)
+    end = await _all_footprints(conductor)
+    for client in conductor.clients.values():
+        await Send(client.slot, b"stop")
+    while len(conductor.reports) < len(CLIENTS):
+        assert await conductor.listen(await soon())
+    for client in conductor.clients.values():
+        await Send(client.slot, b"end")
+        await ended_well(client)
+    assert [row.pid for row in await TaskTable()] == [boot.pid]
+    return {"baseline": baseline, "end": end, "reports": list(conductor.reports.values())}
+
+
+async def _all_footprints(conductor: _Root) -> dict[str, Any]:
+    await conductor.all_asked()
+    return await _footprint() | {"clients": [_anonymous(pid) for pid in sorted(conductor.clients)]}
+
+
+def _grown(outcome: Mapping[str, Any]) -> list[int]:
+    """By how many bytes each client has grown since the warm-up."""
+    pairs = zip(outcome["baseline"]["clients"], outcome["end"]["clients"], strict=True)
+    return [end - begin for begin, end in pairs]
+
+
 def test_a_service_killed_200_times_under_load_leaves_nothing_behind(linux: Rig) -> None:
     async def root(boot: BootImage) -> Mapping[str, Any]:
-        conductor = _Root(boot)
-        for name in CLIENTS:
-            client = await start(boot, name, program="client")
-            conductor.clients[client.pid] = client
-        baseline = {}
-        for number in range(KILLS):
-            await conductor.one_life(number)
-            if number == WARM_KILLS:
-                baseline = await _footprint()
-        end = await _footprint()
-        for client in conductor.clients.values():
-            await Send(client.slot, b"stop")
-        while len(conductor.reports) < len(CLIENTS):
-            assert await conductor.listen(await soon())
-        for client in conductor.clients.values():
-            await Send(client.slot, b"end")
-            await ended_well(client)
-        assert [row.pid for row in await TaskTable()] == [boot.pid]
-        return {"baseline": baseline, "end": end, "reports": list(conductor.reports.values())}
+        return await _lives(boot, KILLS, WARM_KILLS)
 
     begin = time.monotonic_ns()
     outcome = linux.run(root, programs={"server": _server, "client": _client})
     seconds = (time.monotonic_ns() - begin) / 1e9
 
+    grown = _grown(outcome)
+    assert len(grown) == len(CLIENTS)
+    assert max(grown) <= CLIENT_GROWTH_MAX, outcome
     baseline, end = outcome["baseline"], outcome["end"]
+    del baseline["clients"], end["clients"]
     memory, memory_end = baseline.pop("memory"), end.pop("memory")
     assert end == baseline
     assert memory_end - memory <= MEMORY_GROWTH_MAX, (memory, memory_end)
     for report in outcome["reports"]:
-        descriptors, late, slots, _links, counts = report.split(";")
+        descriptors, late, slots, links, counts = report.split(";")
         outcomes = {
             name: int(count) for name, _, count in (c.partition("=") for c in counts.split(","))
         }
         assert int(descriptors) <= 0, report
         assert int(late) <= LATE_MAX, report
         assert int(slots) <= 3, report
+        assert int(links) == CLIENT_LINKS, report
         assert outcomes["answered"] > KILLS, report
         defined = {"answered", "cut off", "closed", "NO_SUCH_ENDPOINT unsent"}
         marks = {"rebinds", "ends", "dead at once"}
@@ -295,6 +348,15 @@ def test_a_service_killed_200_times_under_load_leaves_nothing_behind(linux: Rig)
         assert outcomes["rebinds"] + outcomes.get("dead at once", 0) >= KILLS, report
         assert outcomes.get("cut off", 0) > 0, "a call was cut off, so the load was real"
     assert seconds < 60
+
+
+def test_a_client_that_leaks_for_each_lost_link_is_caught(linux: Rig) -> None:
+    async def root(boot: BootImage) -> Mapping[str, Any]:
+        return await _lives(boot, LEAK_KILLS, WARM_KILLS)
+
+    outcome = linux.run(root, programs={"server": _server, "client": _leaking_client})
+
+    assert min(_grown(outcome)) > CLIENT_GROWTH_MAX, outcome
 
 
 async def _footprint() -> dict[str, Any]:

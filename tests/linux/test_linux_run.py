@@ -26,6 +26,7 @@ from nexus.abi import (
     Nanos,
     Now,
     PeerGone,
+    Pid,
     QosClass,
     Recv,
     ReplyRecv,
@@ -39,10 +40,11 @@ from nexus.abi import (
     TaskStats,
     Wait,
 )
-from nexus.kernel.core import RunOver
+from nexus.kernel.core import EXIT_CRASH, RunOver
 from nexus.kernel.linux import LinuxKernel, State, hardening_report
+from nexus.kernel.linux import channel as channel_module
+from nexus.kernel.linux import kernel as kernel_module
 from nexus.kernel.linux.channel import CONSOLE, CONSOLE_HEAD
-from nexus.kernel.linux.child import EXIT_CRASH
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.kernel import FORKS_MAX, NICE
 from tests.linux.linux_run import SECOND, holdings, make, program, run, start
@@ -215,6 +217,106 @@ def test_a_spawn_that_is_offered_burned_numbers_only_fails_as_oom(
     assert ended.kernel.forks_discarded == FORKS_MAX
     assert ended.kernel.shares.tasks.used == ended.kernel.shares.size.used == 0
     assert holdings() == before
+
+
+@pytest.mark.parametrize("fault", ["pidfd_open", "prepared", "register"])
+def test_a_spawn_that_fails_after_the_fork_leaves_no_child(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    left: list[tuple[int, int]] = []
+
+    async def root(boot: BootImage) -> int:
+        before = holdings()
+        with monkeypatch.context() as broken:
+            if fault == "pidfd_open":
+                broken.setattr(os, "pidfd_open", refuse)
+            elif fault == "prepared":
+                broken.setattr(LinuxKernel, "_prepared", refuse)
+            else:
+                broken.setattr(LinuxKernel, "_may_reuse", refuse)
+            with pytest.raises(AbiError):
+                await start(boot, "waits")
+        left.extend((before, holdings()))
+        assert await SpawnLastError() is SpawnReason.OOM
+        spawned = await start(boot, "waits")
+        await Kill(spawned.pid)
+        await Wait(spawned.pid, await soon())
+        return 0
+
+    assert run(root, {"waits": waits}).exit.code == 0
+    assert left[0] == left[1]
+
+
+def test_a_task_that_keeps_a_number_is_ended_when_numbers_run_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_module, "CONFIRM_MAX", SECOND // 10)
+    monkeypatch.setattr(kernel_module, "BURNED_MAX", 2)
+
+    async def deaf(_boot: BootImage) -> int:
+        while True:
+            time.sleep(1)
+
+    async def brief(_boot: BootImage) -> int:
+        return 0
+
+    async def root(boot: BootImage) -> int:
+        keeper = await start(boot, "deaf")
+        honest = await start(boot, "waits")
+        for index in range(4):
+            spawned = await start(boot, f"brief{index}", program="brief")
+            await Wait(spawned.pid, await soon())
+            await SleepUntil(Nanos(await Now() + SECOND // 8))
+        assert (await Wait(keeper.pid, await soon())).signal == signal.SIGKILL
+        with pytest.raises(AbiError) as refusal:
+            await Wait(honest.pid, NO_WAIT)
+        assert refusal.value.status is Status.QUEUE_EMPTY, "it confirms, so it goes on"
+        return 0
+
+    ended = run(root, {"deaf": deaf, "waits": waits, "brief": brief})
+
+    assert ended.exit.code == 0
+    assert any("KCONFIRM: deaf" in str(row["line"]) for row in ended.of(EventKind.KERNEL))
+
+
+def test_a_task_kept_waiting_by_init_gives_up_and_an_answer_too_late_is_nobodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_module, "QOS_PATIENCE", SECOND // 20)
+    mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    port = channel_module.TaskPort(mine)
+
+    with pytest.raises(AbiError) as refusal:
+        port.set_qos(Pid(1), 1)
+
+    assert refusal.value.status is Status.TIMED_OUT
+    its.send(bytes((channel_module.QOS_ANSWER, int(Status.PERMISSION_DENIED))))
+    its.send(bytes((channel_module.QOS_ANSWER, 0)))
+    port.set_qos(Pid(1), 1)
+    its.close()
+    with pytest.raises(channel_module.InitIsGone):
+        port.set_qos(Pid(1), 1)
+    mine.close()
+
+
+def test_too_few_descriptors_for_init_are_told_as_degraded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_module, "DESCRIPTORS_WANTED", 1 << 40)
+
+    async def root(boot: BootImage) -> int:
+        await start(boot, "waits")
+        return 0
+
+    degraded = run(root, {"waits": waits}).of(EventKind.SPAWN, "waits")[0]["degraded"]
+
+    assert isinstance(degraded, list)
+    assert "descriptors" in degraded
+    (row,) = (row for row in hardening_report() if row.name == "descriptors")
+    assert row.state is State.DEGRADED
 
 
 def test_a_number_stays_burned_until_what_its_holder_sent_has_been_read() -> None:
@@ -484,17 +586,19 @@ def test_placement_picks_within_the_declared_set_and_is_undone_after_the_run() -
 
     async def root(boot: BootImage) -> int:
         seen["root"] = os.sched_getaffinity(0)
-        for name, cpu in (("first", 0), ("second", 1), ("third", 2), ("free", None)):
+        for name, cpu in (("first", 0), ("second", 1), ("free", None)):
             spawned = await start(
                 boot, name, program="child", cpu=cpu, owner_size=4096, endpoints=1
             )
             seen[name] = os.sched_getaffinity(spawned.pid)
+        with pytest.raises(AbiError):
+            await start(boot, "third", program="child", cpu=2, owner_size=4096, endpoints=1)
         return 0
 
     run(root, {"child": child}, cpus=own[:2])
 
     assert seen["root"] == seen["free"] == set(own[:2])
-    assert (seen["first"], seen["second"], seen["third"]) == ({own[0]}, {own[1]}, {own[0]})
+    assert (seen["first"], seen["second"]) == ({own[0]}, {own[1]})
     assert tuple(sorted(os.sched_getaffinity(0))) == own
 
 

@@ -1,9 +1,12 @@
 import random  # noqa: TID251 (seeded; the fuzzer's own generator)
+from typing import Any
 
 import pytest
 
-from fuzz.decoders import campaign, fuzz, main, mutate
-from nexus.wire import RemoteProtocolError
+from fuzz.decoders import campaign, fuzz, main, mutate, targets
+from nexus.init.desk import Desk, Refused
+from nexus.protocols.init import PROTOCOL as INIT
+from nexus.wire import HEADER_SIZE, RemoteProtocolError, ReplyStatus
 
 SAMPLE_COUNT = 5_000  # frames per decoder in `make test`
 
@@ -49,3 +52,29 @@ def test_mutations_reach_acceptance_and_refusal() -> None:
 
     assert all(fuzz(even, [b"abcd", b"ef"], rng, 200))
     assert {mutate(rng, [b"abcd"]) for _ in range(100)} > {b"abcd"}
+
+
+def _desk_fuzzed() -> list[int]:
+    [(decoder, seeds)] = [
+        (decoder, seeds) for name, decoder, seeds in targets(INIT) if name == "init desk"
+    ]
+    return fuzz(decoder, seeds, random.Random(1), 300)
+
+
+def test_the_desk_of_init_answers_and_refuses() -> None:
+    assert all(_desk_fuzzed())
+
+
+def test_a_desk_that_lets_a_malformed_message_through_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decoded(_desk: Desk, _record: Any, message: Any, codec: Any) -> Any:
+        if codec is None or codec.request_type not in INIT.codecs:
+            raise Refused(ReplyStatus.MALFORMED)
+        return codec.decode_request(message.data[HEADER_SIZE:])
+
+    monkeypatch.setattr(Desk, "_decoded", decoded)
+
+    with pytest.raises(AssertionError, match="ends the program"):
+        _ = _desk_fuzzed()
+    assert "the input was" in capsys.readouterr().err

@@ -5,19 +5,30 @@ from typing import Any
 
 import pytest
 
-from nexus.kernel.sim import FaultPoint, Plan
+from nexus.abi import Recv, Status
+from nexus.kernel.sim import FaultPoint, Forge, Plan
+from nexus.kernel.sim.inject import FaultyIpc
 from nexus.kernel.sim.ipc import Ipc
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.proof import campaign
 from nexus.proof.campaign import (
+    CLIENTS,
     FAULTS_SPAN,
+    SELDOM,
+    STRANGER,
     SWEEP_SPAN,
+    SWEPT,
+    TRAPS,
+    UNMADE,
     Campaign,
     RunReport,
+    SweepRow,
+    Witness,
     drawn_faults,
     run,
     seeds_campaign,
     sweep_campaign,
+    sweep_rows,
     system_plan,
     unaccounted,
 )
@@ -48,6 +59,76 @@ def test_a_run_of_a_seed_is_repeated_to_the_last_count() -> None:
     first, second = (run("test", plan, drawn_faults(3), 3, 2) for _ in range(2))
 
     assert first == second
+
+
+def test_the_sweep_has_a_row_for_every_failure_that_a_task_can_meet() -> None:
+    witness = Witness()
+    _ = run("clean", system_plan(SWEEP_SPAN), Plan(span=SWEEP_SPAN), 1, 1, witness=witness)
+    rows = sweep_rows(witness)
+
+    planned = {(trap, status) for trap, statuses in SWEPT.items() for status in statuses}
+    assert {(row.trap, row.status) for row in rows} == planned - UNMADE.keys()
+    assert all(row.nths for row in rows)
+    assert [name for name, tasks in witness.makers().items() if not tasks] == [
+        trap.__name__ for trap in TRAPS if trap in SELDOM
+    ]
+
+
+def test_a_row_that_never_fires_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = SweepRow(
+        task="timed", trap=Recv, status=Status.TIMED_OUT, nths=(10**9,), span=SWEEP_SPAN
+    )
+    monkeypatch.setattr(campaign, "sweep_rows", lambda _witness: [late])
+    swept = Campaign()
+
+    sweep_campaign(swept, 1, print)
+
+    assert "sweep timed Recv TIMED_OUT" in swept.never
+    assert any("never happened" in problem for problem in swept.problems)
+
+
+def test_a_failure_that_no_task_can_meet_is_a_row_that_cannot_fire() -> None:
+    rows = sweep_rows(Witness())
+
+    assert {row.task for row in rows} == {"nobody"}
+    assert not any(row.nths for row in rows)
+
+
+def test_messages_are_accounted_for_in_a_run_with_a_forgery(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forge = Forge(task=CLIENTS[0], nth=5, pid=STRANGER)
+    assert _report(Plan(forge=(forge,), span=SWEEP_SPAN)).problems == ()
+
+    original = FaultyIpc.send
+    doubled: list[int] = []
+
+    def twice(ipc: FaultyIpc, task: Any, slot: Any, data: Any, move: Any = None) -> None:
+        """The kernel queues one message twice, and says it was sent once."""
+        original(ipc, task, slot, data, move)
+        if task.name == CLIENTS[0] and task.sent > 20 and move is None and not doubled:
+            doubled.append(task.sent)
+            ipc._forge(task.entries[slot].object, bytes(data), task.pid)
+
+    monkeypatch.setattr(FaultyIpc, "send", twice)
+
+    problems = _report(Plan(forge=(forge,), span=SWEEP_SPAN)).problems
+    assert any("were received that were not next" in problem for problem in problems)
+
+
+def test_a_message_dropped_for_its_sender_that_nobody_forged_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = FaultyIpc.stamp
+
+    def blank(ipc: FaultyIpc, task: Any, link: Any) -> Any:
+        stamped = original(ipc, task, link)
+        return STRANGER if task.name == CLIENTS[0] and task.sent == 20 else stamped
+
+    monkeypatch.setattr(FaultyIpc, "stamp", blank)
+
+    problems = _report().problems
+    assert any("dropped for their sender, 0 were forged" in problem for problem in problems)
 
 
 @pytest.mark.slow
@@ -126,23 +207,23 @@ def _lines(*entries: tuple[str, int, int]) -> Iterator[str]:
 def test_a_message_from_nowhere_twice_or_out_of_order_is_found(
     entries: tuple[tuple[str, int, int], ...],
 ) -> None:
-    assert list(unaccounted(_lines(*entries), forged=False))
+    assert list(unaccounted(_lines(*entries)))
 
 
 def test_messages_in_order_and_one_left_in_the_queue_are_accounted_for() -> None:
     entries = (("sent", 1, 5), ("sent", 2, 9), ("sent", 1, 6), ("took", 1, 5), ("took", 1, 6))
 
-    assert not list(unaccounted(_lines(*entries), forged=False))
+    assert not list(unaccounted(_lines(*entries)))
 
 
 def test_the_event_log_of_a_run_has_the_messages_that_are_followed() -> None:
     seen: list[str] = []
     original = campaign.unaccounted
 
-    def counting(lines: Iterator[str], *, forged: bool) -> Iterator[str]:
+    def counting(lines: Iterator[str]) -> Iterator[str]:
         kept = list(lines)
         seen.extend(line for line in kept if " took link" in line)
-        return original(iter(kept), forged=forged)
+        return original(iter(kept))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(campaign, "unaccounted", counting)

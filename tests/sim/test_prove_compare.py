@@ -26,6 +26,8 @@ def test_what_each_task_sees_depends_on_neither_seed_nor_cpus() -> None:
     expected = _log(1, 1)
 
     assert len(expected["client", 1].traps) > 100
+    assert len(expected["client", 1].classes) == 6
+    assert len(expected["client", 0].links) > 3
     for seed in range(2, 12):
         assert _log(seed, 1 + seed % 4) == expected
 

@@ -52,7 +52,7 @@ from nexus.abi import (
     Wait,
     service_id,
 )
-from nexus.kernel.core import RunOver, SystemLimits
+from nexus.kernel.core import EXIT_CRASH, RunOver, SystemLimits
 from nexus.kernel.sim import SimKernel
 
 Main = Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
@@ -314,11 +314,11 @@ def test_a_pid_is_given_again_but_not_while_its_messages_are_queued() -> None:
     run(main, speaker=speaker, leave=leave)
 
 
-def test_a_crash_is_an_exit_with_code_one_and_its_traceback_is_kept() -> None:
+def test_a_crash_is_an_exit_with_a_code_of_its_own_and_its_traceback_is_kept() -> None:
     async def main(boot: BootImage) -> None:
         spawned = await Spawn(SpawnSpec("a", "crash", boot.endpoint))
         end = await Wait(spawned.pid, NEVER)
-        assert (end.code, end.signal) == (1, 0)
+        assert (end.code, end.signal) == (EXIT_CRASH, 0)
 
     async def crash(boot: BootImage) -> None:
         raise ValueError("on purpose")
@@ -341,7 +341,7 @@ def test_awaiting_something_that_is_no_trap_is_a_crash() -> None:
 
     kernel, root, _ = make(main)
 
-    assert kernel.run(root, b"", until=Nanos(kernel.now + MS)).code == 1
+    assert kernel.run(root, b"", until=Nanos(kernel.now + MS)).code == EXIT_CRASH
     assert "no trap" in kernel.crashes[0]
 
 

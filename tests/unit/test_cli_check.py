@@ -72,6 +72,19 @@ def test_a_wrong_file_is_one_sentence_and_exit_2(
     assert output.err.count("\n") == 1
 
 
+def test_a_number_too_long_to_read_is_one_sentence_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text('[system]\nname = "x"\nsmp = ' + "9" * 5000 + "\n")
+
+    assert main(["check", str(file)]) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith(f"nexus: {file}:1: expected TOML, found ")
+    assert error.count("\n") == 1
+
+
 def test_a_missing_file_is_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "nowhere.toml"]) == 2
 

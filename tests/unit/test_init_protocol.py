@@ -26,11 +26,13 @@ from nexus.protocols.meta import (
     FACTS_MAX,
     SENDERS_MAX,
     Fact,
+    GetStatus,
     SenderCount,
     ServiceStatus,
     StatusCount,
 )
-from nexus.wire import HEADER_SIZE, Message, encode
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.wire import HEADER_SIZE, Message, RemoteProtocolError, encode
 
 NAME = "n" * 48
 U64 = 2**64 - 1
@@ -78,6 +80,14 @@ LARGEST: list[Message] = [
         counters=[U64] * COUNTERS_MAX,
     ),
 ]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "A", "timers\n", "\x01", "f\u00fc", "1st", "f" * 33])
+def test_the_name_of_a_fact_is_a_word_that_needs_no_escape_anywhere(name: str) -> None:
+    told = ServiceStatus(1, 0, 0, 0, 0, 0, 0, [], [], [Fact(name, 1)], [])
+
+    with pytest.raises(RemoteProtocolError):
+        META.codecs[GetStatus].decode_reply(encode(told))
 
 
 @pytest.mark.parametrize("message", LARGEST, ids=lambda message: type(message).__name__)

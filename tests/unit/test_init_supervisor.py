@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -10,6 +12,7 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from nexus.abi import (
+    EVIDENCE_SIZE_MAX,
     INIT_NAME,
     NEVER,
     AbiError,
@@ -22,6 +25,7 @@ from nexus.abi import (
     LinkCreate,
     Nanos,
     Now,
+    PeerGone,
     Program,
     Recv,
     Send,
@@ -31,14 +35,18 @@ from nexus.abi import (
     Spawn,
     Status,
     Trap,
+    VmoCreate,
+    VmoSeal,
     Wait,
     service_id,
 )
 from nexus.init import plan as plan_module
+from nexus.init.desk import Held
 from nexus.init.ground import init_program, limits_of
 from nexus.init.plan import Plan, make_plan
 from nexus.init.programs import PROGRAMS, ProgramSource, load_program
-from nexus.init.supervisor import REAP_MAX, STOP_MAX
+from nexus.init.record import Record
+from nexus.init.supervisor import PROBE_PAUSE, REAP_MAX, STOP_MAX, evidence_of
 from nexus.init.system import parse
 from nexus.ipc import Answer, CallFailure, Client, Exchange, Peers, Refused, RetryBudget
 from nexus.kernel.sim.faults import FAILURES, Faults, NthFailure
@@ -71,12 +79,22 @@ from nexus.protocols.init import (
     TaskState,
 )
 from nexus.protocols.meta import PROTOCOL as META
-from nexus.protocols.meta import GetStatus, Stop
+from nexus.protocols.meta import Bind, Bound, Fact, GetStatus, Healthy, ServiceStatus, Stop
+from nexus.protocols.meta import Health as Probe
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
 from nexus.runtime import Server, ServiceConfig, serve
-from nexus.wire import HEADER_SIZE, ReplyStatus, Request, answer, nonce_of
+from nexus.wire import (
+    HEADER_SIZE,
+    PREFIX_SIZE,
+    Message,
+    ReplyStatus,
+    Request,
+    answer,
+    encode,
+    nonce_of,
+)
 
 MS: Final = 1_000_000
 SECOND: Final = 1_000 * MS
@@ -119,6 +137,50 @@ class Nothing:
 async def idle(boot: BootImage) -> int:
     """A service that does nothing well."""
     return await serve(Nothing(), TESTSVC, boot)
+
+
+Script = Callable[[Request[Any], int], bytes | int | None]
+"""The body of the answer to the nth request of its kind; None for no answer, or an exit code."""
+
+
+async def play(boot: BootImage, script: Script, *, keeps_link: bool = True) -> int:
+    """A service that answers meta requests by hand; a script's None is the right answer to Bind."""
+    back = Slot(0)
+    counts: dict[type, int] = {}
+    while True:
+        try:
+            message = await Recv((boot.endpoint,), NEVER)
+        except PeerGone:
+            continue
+        codec = META.dispatch[message.data[:PREFIX_SIZE]]
+        request = codec.decode_request(message.data[HEADER_SIZE:])
+        nth = counts[type(request)] = counts.get(type(request), 0) + 1
+        if isinstance(request, Bind):
+            assert message.cap is not None
+            back = message.cap
+            await Send(back, answer(message.data, 0, encode(Bound(boot.generation))))
+            if not keeps_link:
+                await CapClose(back)
+            continue
+        if isinstance(request, Stop):
+            return 0
+        body = script(request, nth)
+        if isinstance(body, int):
+            _ = await SleepUntil(Nanos(await Now() + 20 * MS))
+            return body
+        if body is not None:
+            await Send(back, answer(message.data, 0, body))
+
+
+def healthy(boot: BootImage) -> bytes:
+    return encode(Healthy(boot.generation, sha256(boot.argument).hexdigest()))
+
+
+def status(boot: BootImage, facts: list[Fact] | None = None) -> bytes:
+    account: Message = ServiceStatus(
+        boot.generation, 0, 0, 0, 0, 0, 0, [], [], [] if facts is None else facts, []
+    )
+    return encode(account)
 
 
 class Driver:
@@ -485,6 +547,30 @@ def test_an_answer_sent_to_init_as_a_request_is_never_answered(boot: Boot) -> No
     assert boot(driver).result is Status.TIMED_OUT
 
 
+BIND_FRAME: Final = META.codecs[Bind].prefix + bytes(HEADER_SIZE - 8) + encode(Bind())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"garbage", BIND_FRAME, BIND_FRAME + b"\0", PROTOCOLS_INIT.codecs[Route].prefix + bytes(99)],
+    ids=["garbage", "Bind", "malformed Bind", "malformed Route"],
+)
+def test_memory_where_a_reply_link_is_due_costs_its_sender_the_answer_and_nobody_else(
+    boot: Boot, frame: bytes
+) -> None:
+    async def driver(driver: Driver) -> TaskRows:
+        vmo = await VmoCreate(4096)
+        await VmoSeal(vmo)
+        await Send(driver.control.peer.slot, frame, move=vmo)
+        return await driver.reply(GetTasks(), TaskRows)  # over the link of the earlier Bind
+
+    run = boot(driver)
+
+    assert run.result.live == 3
+    assert run.ended.code == 0
+    assert run.evidence("init: stopped")["lost"] == 1
+
+
 # ---------------------------------------------------------------- restarts
 
 
@@ -646,7 +732,137 @@ def test_a_service_that_is_not_ready_in_time_is_late_and_later_ok(boot: Boot) ->
     assert run.time("other: ready") > run.time("init: health other late")
 
 
+def junk(_boot: BootImage) -> bytes:
+    return b"\xc1 is no MessagePack"
+
+
+def unprintable(boot: BootImage) -> bytes:
+    return status(boot, [Fact("\x01" * 30 + f"{nth:02}", 2**62) for nth in range(32)])
+
+
+def silence(_boot: BootImage) -> None:
+    return None
+
+
+def end(_boot: BootImage) -> int:
+    return 3
+
+
+Misstep = Callable[[BootImage], bytes | int | None]
+
+
+@pytest.mark.parametrize("nth", [1, 2], ids=["probe", "baseline"])
+@pytest.mark.parametrize("misstep", [junk, unprintable, silence, end])
+def test_whoever_waits_for_the_system_hears_even_if_a_service_tells_no_account(
+    boot: Boot, misstep: Misstep, nth: int
+) -> None:
+    async def other(boot: BootImage) -> int:
+        def script(request: Request[Any], count: int) -> bytes | int | None:
+            if isinstance(request, Probe):
+                return healthy(boot)
+            return misstep(boot) if count >= nth else status(boot)
+
+        return await play(boot, script)
+
+    run = boot(nothing, text=SYSTEM + DRIVER + OTHER, other=other)  # begins with AwaitReady
+
+    assert run.ended.code == 0
+    assert run.time("init: stopped") - run.time("init: ready") < 3 * HEALTH + SECOND
+
+
+@pytest.mark.parametrize("misstep", [junk, unprintable, silence])
+@pytest.mark.parametrize("kind", [Probe, GetStatus])
+def test_a_probe_that_is_answered_badly_or_not_is_asked_again(
+    boot: Boot, kind: type, misstep: Misstep
+) -> None:
+    async def other(boot: BootImage) -> int:
+        def script(request: Request[Any], count: int) -> bytes | int | None:
+            if isinstance(request, kind) and count == 1:
+                return misstep(boot)
+            return healthy(boot) if isinstance(request, Probe) else status(boot)
+
+        return await play(boot, script)
+
+    async def driver(driver: Driver) -> None:
+        await driver.pause(2 * HEALTH)
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=other)
+
+    took = run.time("init: health other ok") - run.time("init: up other")
+    assert PROBE_PAUSE <= took < HEALTH + 2 * PROBE_PAUSE
+
+
+def test_a_service_that_closes_the_link_its_answers_go_by_is_ended(boot: Boot) -> None:
+    async def mute(boot: BootImage) -> int:
+        return await play(boot, lambda _request, _count: None, keeps_link=False)
+
+    async def driver(driver: Driver) -> ServiceRecord:
+        await driver.pause(2 * REAP_MAX)
+        return await driver.record("other")
+
+    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=mute, ready=False)
+
+    assert (run.result.reason, run.result.exit_signal) == ("answers link closed", 9)
+    first, second = run.spawns("other")[:2]
+    assert REAP_MAX <= second.time - first.time < REAP_MAX + 50 * MS
+
+
+def test_a_service_that_ends_after_it_gave_its_control_link_away_comes_back(boot: Boot) -> None:
+    async def giver(boot: BootImage) -> int:
+        server = Server(Nothing(), TESTSVC, boot)
+        _ = await server.step(NEVER)
+        if boot.generation > 1:
+            return await server.run()
+        until = Nanos(boot.now + SECOND)
+        control = await Peers(boot, bytes(16)).control(until)
+        assert isinstance(control, Exchange), control
+        routed = await control.ask(Route("driver"), until)
+        assert isinstance(routed, Answer), routed
+        assert routed.cap is not None
+        await Send(routed.cap, b"\x01", move=boot.control)
+        return 3
+
+    async def driver(driver: Driver) -> ServiceRecord:
+        kept = None
+        while kept is None:
+            with suppress(PeerGone):
+                kept = (await Recv((driver.boot.endpoint,), await driver.ahead(SECOND))).cap
+        await driver.pause(2 * REAP_MAX)
+        return await driver.record("other")
+
+    text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "driver" }]\n'
+    run = boot(driver, text=text, other=giver, ready=False)
+
+    assert (run.result.state, run.result.generation) == (TaskState.UP, 2)
+    assert run.result.exit_code == 3
+    assert run.ended.code == 0
+
+
 # ---------------------------------------------------------------- what init tells
+
+
+def test_evidence_that_is_too_long_is_told_by_its_counts_and_says_so() -> None:
+    exits = {f"service-{nth}": [0, 0] for nth in range(400)}
+
+    short = evidence_of({"exits": {"a": [0, 9]}, "tasks": 1})
+    long = evidence_of({"exits": exits, "dirty": ["a"], "tasks": 1})
+
+    assert json.loads(short) == {"exits": {"a": [0, 9]}, "tasks": 1}
+    assert len(long) <= EVIDENCE_SIZE_MAX
+    assert json.loads(long) == {
+        "exits": 400,
+        "dirty": 1,
+        "tasks": 1,
+        "counted": ["exits", "dirty"],
+    }
+
+
+def test_two_answers_that_wait_for_the_same_are_two(boot: Boot) -> None:
+    record = Record(planned=boot(nothing).plan.services[0])
+
+    first, second = (Held(record, 1, b"header", None, None) for _ in range(2))
+
+    assert first != second
 
 
 def test_the_task_list_is_the_kernels(boot: Boot) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Final
 
 import hypothesis.strategies as st
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 
 from nexus.abi import LINK_SIZE_MAX, QosClass, ServiceId
 from nexus.init import plan as plan_module
-from nexus.init.declare import SIZE_UNITS, amount_text
+from nexus.init.declare import FOUND_SIZE_MAX, SIZE_UNITS, amount_text
 from nexus.init.errors import SystemFileError
 from nexus.init.frames import reply_frame_size_max, request_frame_size_max
 from nexus.init.plan import Plan, make_plan, reserved_size
@@ -272,6 +273,34 @@ def test_a_deeply_nested_file_is_refused() -> None:
     error = error_of(b"a = " + b"[" * 100_000)
 
     assert error.expected == "TOML"
+
+
+LONG: Final = 20_000  # characters
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + "smp = " + "9" * LONG,
+        HEAD + "smp = 0x" + "f" * LONG,
+        HEAD + "smp = " + "9" * 4000,
+        HEAD + 'total_size = "' + "9" * LONG + 'B"',
+        HEAD + "k" * LONG + " = 1",
+        HEAD + '"' + " " * LONG + '" = 1',
+        HEAD + f"[service.{'s' * LONG}]",
+        HEAD + f"[service.timed.{'s' * LONG}]",
+        HEAD + f"[service.timed.settings]\n{'s' * LONG} = 1",
+        "a = {" + "k" * LONG + " = 1, " + "k" * LONG + " = 2}",
+    ],
+    ids=lambda text: text.strip()[:60].rpartition("\n")[2][:20],
+)
+def test_a_sentence_repeats_no_more_than_a_bounded_part_of_the_file(text: str) -> None:
+    assert len(str(error_of(text))) < 300 + 2 * FOUND_SIZE_MAX
+
+
+@pytest.mark.parametrize("wrong", ['smp = "a\\nb"', '"a\\u001b[31m" = 1', '"a\\u0085" = 1'])
+def test_a_sentence_stays_one_line_of_printable_characters(wrong: str) -> None:
+    assert str(error_of(HEAD + wrong)).isprintable()
 
 
 @given(st.binary(max_size=200))

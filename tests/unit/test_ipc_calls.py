@@ -621,3 +621,27 @@ def test_a_link_that_is_let_go_twice_costs_nobody_the_slot_it_had() -> None:
         return True
 
     assert pair.client(body)
+
+
+async def _started(exchange: Exchange) -> Any:
+    return await exchange.finish(await exchange.start(Add(1, 2), FAR))
+
+
+@pytest.mark.parametrize("ask", [call, _started], ids=["a call", "a started call"])
+def test_a_reply_of_another_instance_is_stale_and_never_taken(ask: Any) -> None:
+    async def script(puppet: Puppet) -> None:
+        first = await puppet.take()
+        await puppet.give(first)
+        request = await puppet.take()
+        sender = puppet.task.sender
+        puppet.task.sender = sender._replace(generation=sender.generation + 1)
+        await puppet.give(request, encode(Sum(-1)))
+        _ = await puppet.take()
+
+    async def body(exchange: Exchange) -> Any:
+        return [await ask(exchange), await ask(exchange), exchange.peer.alive]
+
+    puppet = Puppet(script)
+
+    assert puppet.client(body) == [Sum(3), Stale(), False]
+    assert puppet.correlator.in_flight == {}

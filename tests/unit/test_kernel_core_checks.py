@@ -1,6 +1,8 @@
 """Authority over classes, console lines, spawns and messages: the checks under both kernels."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.kernel.core import (
+    EVIDENCE_DEPTH_MAX,
     QOS_STATUS,
     QosReason,
     QosRequest,
@@ -35,6 +38,8 @@ from nexus.kernel.core import (
     decide,
     name_is_valid,
 )
+from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.linux.channel import NOTE
 
 ME, OTHER = Pid(7), Pid(8)
 PLAIN = service_id("selftest-client")
@@ -124,6 +129,52 @@ def test_evidence_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
     assert set(check_console("line", evidence)) == {"a"}
     with pytest.raises(AbiError):
         _ = check_console("line", evidence + b" ")
+
+
+def nested(depth: int) -> bytes:
+    """An object that holds lists inside each other, `depth` brackets in all."""
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+def test_evidence_is_nested_up_to_its_limit_and_no_deeper() -> None:
+    assert set(check_console("line", nested(EVIDENCE_DEPTH_MAX))) == {"a"}
+
+    for depth in (EVIDENCE_DEPTH_MAX + 1, 970, 2000):
+        with pytest.raises(AbiError) as refusal:
+            _ = check_console("line", nested(depth))
+        assert refusal.value.status is Status.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        b'{"a": "' + b"[" * 100 + b'"}',
+        b'{"a": "' + rb"\"" + b"[{" * 50 + rb"\\" + b'"}',
+        b'{"a": [' + b"[{}], " * 100 + b"[]]}",
+    ],
+)
+def test_brackets_in_strings_and_side_by_side_are_no_nesting(evidence: bytes) -> None:
+    assert check_console("line", evidence) == json.loads(evidence)
+
+
+@pytest.mark.parametrize("ruse", [b'"', rb'"\"', b"]", b"}"])
+def test_nesting_is_not_hidden_behind_broken_json(ruse: bytes) -> None:
+    with pytest.raises(AbiError):
+        _ = check_console("line", b'{"a":' + ruse + nested(970))
+
+
+def test_a_note_of_a_linux_task_is_held_to_the_same_depth() -> None:
+    noted: list[object] = []
+    kernel: Any = SimpleNamespace(note=lambda *told: noted.append(told))
+    child: Any = SimpleNamespace(notes=0, sender=None)
+
+    def take(fields: bytes) -> bool:
+        return LinuxKernel._take_note(kernel, child, bytes((NOTE, 0)) + fields)
+
+    assert take(b'{"a": 1}')
+    assert not take(nested(970))
+    assert not take(b"[1]")
+    assert len(noted) == 1
 
 
 async def nothing(boot: BootImage) -> None:

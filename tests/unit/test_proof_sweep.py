@@ -184,6 +184,75 @@ def test_a_task_that_exists_on_one_ground_only_fails_the_comparison() -> None:
     assert compare_logs(_log(("Send", "OK", 3)), {}, SIM_LINUX).exit_code == 1
 
 
+PROVEN = (
+    Event(Nanos(1), EventKind.QOS, Pid(5), {"line": "QOS-AUDIT caller_pid=5 target_pid=5"}),
+    Event(Nanos(2), EventKind.REFUSED, Pid(5), {"reason": "identity", "owner": "server"}),
+    Event(
+        Nanos(3),
+        EventKind.LINK,
+        Pid(5),
+        {"owner": "server", "holder": "init-lite", "depth": 8, "size": 4096},
+    ),
+    Event(Nanos(4), EventKind.SPAWN_FAILED, Pid(1), {"name": "nobody", "reason": "oom"}),
+)
+
+
+def _proven(*events: Event) -> compare.Log:
+    return normalise(Trace((*_trace().events, *events)))
+
+
+@pytest.mark.parametrize("missing", PROVEN, ids=[event.kind.value for event in PROVEN])
+def test_an_event_that_one_side_does_not_have_fails_the_comparison(missing: Event) -> None:
+    others = [event for event in PROVEN if event is not missing]
+
+    assert compare_logs(_proven(*PROVEN), _proven(*PROVEN), SIM_LINUX).exit_code == 0
+    assert compare_logs(_proven(*PROVEN), _proven(*others), SIM_LINUX).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "name", "value"),
+    [
+        (PROVEN[0], "line", "QOS-AUDIT caller_pid=5 target_pid=6"),
+        (PROVEN[1], "reason", "oversize"),
+        (PROVEN[2], "owner", "timed"),
+        (PROVEN[2], "depth", 4),
+        (PROVEN[2], "size", 100),
+        (PROVEN[2], "unheard", "of"),
+    ],
+)
+def test_a_field_that_differs_fails_the_comparison(event: Event, name: str, value: object) -> None:
+    other = event._replace(fields={**event.fields, name: value})
+
+    assert compare_logs(_proven(event), _proven(other), SIM_LINUX).exit_code == 1
+
+
+def test_the_pids_of_an_audit_line_are_names() -> None:
+    left, right = (
+        [
+            Event(Nanos(0), EventKind.SPAWN, Pid(pid), {"name": "server", "generation": 1}),
+            Event(Nanos(1), EventKind.QOS, Pid(pid), {"line": f"caller_pid={pid} target_pid=0"}),
+        ]
+        for pid in (5, 77)
+    )
+
+    logs = [normalise(Trace(tuple(events))) for events in (left, right)]
+
+    assert logs[0] == logs[1]
+    assert "caller_pid=server#1 target_pid=nobody#0" in logs[0]["server", 1].classes[0]
+
+
+def test_what_is_left_out_is_printed_and_nothing_else_is() -> None:
+    report = compare.as_text(compare_logs(_log(), _log(), SIM_LINUX))
+
+    assert all(f"left out {entry.id}: " in report for entry in compare.LEFT_OUT)
+    unheard = [
+        kind
+        for kind in EventKind
+        if kind not in compare.KINDS_LEFT_OUT and kind not in compare._PLACES
+    ]
+    assert unheard == []
+
+
 def test_an_allowed_difference_is_counted_and_one_never_seen_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

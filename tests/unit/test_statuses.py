@@ -25,24 +25,26 @@ def plant(root: Path, test: str, climber: str = "") -> Path:
     return root
 
 
-def test_a_status_nobody_provokes_is_a_fault(tmp_path: Path) -> None:
+def test_a_status_nobody_asserts_is_a_fault(tmp_path: Path) -> None:
     root = plant(tmp_path, "def test_nothing(): ...\n")
 
     found = statuses.faults([FULL], statuses.evidence(root, [FULL]))
 
-    assert found == ["abi.QUEUE_FULL (the link holds depth messages): no test provokes this status"]
+    assert found == ["abi.QUEUE_FULL (the link holds depth messages): no test asserts this status"]
 
 
 @pytest.mark.parametrize(
     "test",
     [
-        "def test_it():\n    assert Status.QUEUE_FULL\n",
-        "@pytest.mark.parametrize('s', [Status.QUEUE_FULL])\ndef test_it(s): ...\n",
+        "def test_it():\n    assert send() is Status.QUEUE_FULL\n",
+        "def test_it():\n    assert all(s is Status.QUEUE_FULL for s in sent)\n",
+        "def test_it():\n    refused(send, Status.QUEUE_FULL)\n",
+        "@pytest.mark.parametrize('s', [Status.QUEUE_FULL])\ndef test_it(s):\n    assert s\n",
         "@pytest.mark.covers('abi.QUEUE_FULL')\ndef test_it(): ...\n",
-        "class Box:\n    def test_it(self):\n        assert Status.QUEUE_FULL\n",
+        "class Box:\n    def test_it(self):\n        assert send() is Status.QUEUE_FULL\n",
     ],
 )
-def test_a_test_covers_what_it_names_or_declares(tmp_path: Path, test: str) -> None:
+def test_a_test_covers_what_it_asserts_or_declares(tmp_path: Path, test: str) -> None:
     root = plant(tmp_path, test)
 
     found = statuses.evidence(root, [FULL])
@@ -51,10 +53,30 @@ def test_a_test_covers_what_it_names_or_declares(tmp_path: Path, test: str) -> N
     assert statuses.faults([FULL], found) == []
 
 
-def test_a_function_that_is_no_test_covers_nothing(tmp_path: Path) -> None:
-    root = plant(tmp_path, "def fill():\n    assert Status.QUEUE_FULL\n")
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def test_it():\n    send(Status.QUEUE_FULL)\n",
+        "def test_it():\n    assert Status.QUEUE_FULL\n",
+        "def test_it():\n    wanted = Status.QUEUE_FULL\n    assert send()\n",
+        "@pytest.mark.parametrize('s', [Status.QUEUE_FULL])\ndef test_it(s): ...\n",
+    ],
+)
+def test_a_status_that_is_only_named_is_a_fault(tmp_path: Path, test: str) -> None:
+    root = plant(tmp_path, test)
 
-    assert statuses.evidence(root, [FULL]).tests == {"abi.QUEUE_FULL": []}
+    found = statuses.evidence(root, [FULL])
+
+    assert found.tests == {"abi.QUEUE_FULL": ["tests/unit/test_x.py::test_it"]}
+    assert len(statuses.faults([FULL], found)) == 1
+
+
+def test_a_function_that_is_no_test_covers_nothing(tmp_path: Path) -> None:
+    root = plant(tmp_path, "def fill():\n    assert send() is Status.QUEUE_FULL\n")
+
+    found = statuses.evidence(root, [FULL])
+
+    assert (found.tests, found.asserted) == ({"abi.QUEUE_FULL": []}, set())
 
 
 def test_a_declared_status_that_does_not_exist_is_a_fault(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Requests of init to its services: sent without waiting, answered whenever the answer comes.
 
-    asked --answer(nonce, link and sender agree)--> answered
-    asked --forget (the instance ended)-----------> gone
+    asked --answer(nonce, link and sender agree)--> done(reply), or done(None) if it is refused
+          --                                            or not what the protocol declares
+          --its deadline passed-------------------> done(None)
+          --forget (the instance ended)-----------> done(None)
 
-Only the supervision loop receives; this keeps what is out, and reads what comes back.
+Every question that was sent ends in exactly one `done`: nobody waits for an answer that cannot
+come. Only the supervision loop receives; this keeps what is out, and reads what comes back.
 """
 
 from collections.abc import Awaitable, Callable
@@ -32,17 +35,18 @@ from nexus.wire import (
 NONCE_START: Final = 1
 
 Done = Callable[[Any, int], Awaitable[None]]
-"""Called with the reply (None if refused) and the nonce."""
+"""Called once, with the reply and the nonce; the reply is None if there is none to use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request that is out: to which instance, and what to do with the answer."""
+    """One request that is out: to which instance, until when, what to do with the answer."""
 
     record: Record
     generation: int
     codec: Codec
     frame: bytes
+    deadline: Nanos
     done: Done
 
 
@@ -76,16 +80,28 @@ class Asking:
             self._spans.next_span(),
         )
         frame = HEADER.pack(*header) + encode(request)
-        self._out[nonce] = Asked(record, record.generation, codec, frame, done)
+        self._out[nonce] = Asked(record, record.generation, codec, frame, deadline, done)
         return nonce, frame
 
-    def forget(self, record: Record) -> None:
+    def next_time(self) -> Nanos | None:
+        """When the first question expires."""
+        return min((asked.deadline for asked in self._out.values()), default=None)
+
+    async def on_time(self, now: Nanos) -> None:
+        """End every question whose deadline has come."""
+        await self._end([n for n, asked in self._out.items() if asked.deadline <= now])
+
+    async def forget(self, record: Record) -> None:
         """The instance ended: nothing it was asked will be answered."""
-        for nonce in [nonce for nonce, asked in self._out.items() if asked.record is record]:
-            del self._out[nonce]
+        await self._end([n for n, asked in self._out.items() if asked.record is record])
+
+    async def _end(self, nonces: list[int]) -> None:
+        ended = [(nonce, self._out.pop(nonce)) for nonce in nonces]
+        for nonce, asked in ended:
+            await asked.done(None, nonce)
 
     def withdraw(self, nonce: int) -> None:
-        """The request could not be sent."""
+        """The request could not be sent: as if it had never been asked."""
         _ = self._out.pop(nonce, None)
 
     async def on_message(self, message: Message) -> None:
@@ -100,7 +116,7 @@ class Asking:
             reply = _read(asked.codec, header.status, message.data[HEADER_SIZE:])
         except RemoteProtocolError:
             self.malformed += 1
-            return
+            reply = None
         await asked.done(reply, header.nonce)
 
 

@@ -20,7 +20,8 @@ DURATION_UNITS: Final = {
     "s": 1_000_000_000,
     "min": 60_000_000_000,
 }
-FOUND_SIZE_MAX: Final = 60  # characters of a wrong value that an error repeats
+FOUND_SIZE_MAX: Final = 60  # characters of a key, value or message that an error repeats
+NUMBER_MAX: Final = 2**64  # a larger whole number is not repeated, nor can Python always print it
 
 _SIZE: Final = r"^(0|[1-9][0-9]{0,8})(B|KiB|MiB|GiB)$"
 _DURATION: Final = r"^(0|[1-9][0-9]{0,8})(ns|us|ms|s|min)$"
@@ -54,7 +55,7 @@ class UnknownKey(WrongKey):
     """A key that the table does not have; the line is the key's own."""
 
     def __init__(self, table: KeyPath, key: str, wanted: str) -> None:
-        super().__init__((*table, key), wanted, f'"{key}"')
+        super().__init__((*table, key), wanted, show(key))
 
     @property
     def expected(self) -> str:
@@ -74,7 +75,8 @@ def place(path: KeyPath) -> str:
 
 
 def _quoted(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"'
+    plain = re.fullmatch(r"[A-Za-z0-9_-]+", key) and len(key) <= FOUND_SIZE_MAX
+    return key if plain else show(key)
 
 
 class Kind(Protocol):
@@ -95,8 +97,16 @@ def show(value: object) -> str:
         return "an array"
     if isinstance(value, bool):
         return str(value).lower()
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= FOUND_SIZE_MAX else text[: FOUND_SIZE_MAX - 3] + "..."
+    if isinstance(value, int) and abs(value) >= NUMBER_MAX:
+        return f"a number of {value.bit_length()} bits"
+    return cut(f'"{value}"' if isinstance(value, str) else str(value))
+
+
+def cut(text: str) -> str:
+    """At most FOUND_SIZE_MAX characters of `text`, on one line that a terminal only prints."""
+    if len(text) > FOUND_SIZE_MAX:
+        text = text[: FOUND_SIZE_MAX - 3] + "..."
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, assert_never
 
 from nexus.abi import (
     INIT_NAME,
-    NO_WAIT,
+    LINK_DEPTH_DEFAULT,
     AbiError,
     CapClose,
     LinkCreate,
@@ -20,7 +20,6 @@ from nexus.abi import (
     Nanos,
     Pid,
     QosClass,
-    Send,
     Slot,
     Status,
     TaskTable,
@@ -64,6 +63,7 @@ from nexus.protocols.init import (
 )
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Bind, Bound, GetStatus, ServiceStatus
+from nexus.runtime.server import send_reply
 from nexus.wire import (
     FRAME_KIND,
     HEADER_SIZE,
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
 SETTLE_TIME: Final = Nanos(5_000_000)  # ns; init takes what has just arrived before it counts
-HELD_MAX: Final = 32  # answers that wait for something
+HELD_MAX: Final = 4 * LINK_DEPTH_DEFAULT  # answers that wait; what four callers can have queued
 RESOURCES_MAX: Final = Nanos(500_000_000)  # ns; then a silent service's account stays empty
 
 INIT_SERVICE: Final = service_id(INIT_NAME)
@@ -104,11 +104,12 @@ class Grant(NamedTuple):
     row: LinkState | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # two equal requests are two answers: each is itself only
 class Held:
     """An answer that waits: for everybody's readiness, or until `due` for an account.
 
-    `about` is whose account; None with a `due` is init's own, taken when `due` comes.
+    `about` is whose account, which `Asking` brings by then; None with a `due` is init's own,
+    taken when `due` comes.
     """
 
     record: Record
@@ -154,7 +155,7 @@ class Desk:
             await CapClose(message.cap)
 
     async def _bind(self, record: Record, message: Message, codec: Codec) -> None:
-        """Keep the moved link as the instance's way back, in place of an earlier one."""
+        """Keep the moved link as the way back, in place of an earlier one, if it works."""
         assert message.cap is not None, "Bind without a capability is served as malformed"
         try:
             _ = codec.decode_request(message.data[HEADER_SIZE:])
@@ -163,11 +164,12 @@ class Desk:
             _ = await self._send(message.cap, answer(message.data, ReplyStatus.MALFORMED))
             await CapClose(message.cap)
             return
-        if record.replies is not None:
-            await CapClose(record.replies)
-        record.replies = message.cap
         bound = encode(Bound(self._init.boot.generation))
-        _ = await self._send(message.cap, answer(message.data, ReplyStatus.OK, bound))
+        if await self._send(message.cap, answer(message.data, ReplyStatus.OK, bound)):
+            await self._drop(record.replies)
+            record.replies = message.cap
+        else:
+            await CapClose(message.cap)
 
     async def _serve(
         self, record: Record, message: Message, codec: Codec | None, back: Slot
@@ -199,13 +201,9 @@ class Desk:
             return
         frame = answer(message.data, ReplyStatus.OK, encode(grant.reply))
         sent = await self._send(back, frame, move=grant.slot)
-        if grant.row is None or grant.slot is None:
-            return
-        if sent:
+        if grant.row is not None and sent:
             terms = LinkTerms(grant.reply.depth, grant.reply.size, grant.reply.delegations)
             self._init.links.on_taken(grant.row, terms, record.generation, grant.reply.generation)
-        else:
-            await CapClose(grant.slot)
 
     def _decoded(self, record: Record, message: Message, codec: Codec | None) -> InitRequest:
         data = message.data
@@ -232,15 +230,10 @@ class Desk:
     async def _send(
         self, slot: Slot, frame: bytes | bytearray, *, move: Slot | None = None
     ) -> bool:
-        """Queue an answer without waiting; whether there was room and a reader."""
-        try:
-            await Send(slot, frame, move=move, deadline=NO_WAIT)
-        except AbiError as error:
-            if error.status not in _LOST:
-                raise
-            self.lost += 1
-            return False
-        return True
+        """Queue an answer without waiting; whether it was sent. What was not is counted."""
+        sent = await send_reply(slot, frame, move=move)
+        self.lost += not sent
+        return sent
 
     async def _drop(self, cap: Slot | None) -> None:
         if cap is not None:
@@ -483,7 +476,7 @@ class Desk:
         held = self._hold(record, message, about=about, due=Nanos(init.now + RESOURCES_MAX))
 
         async def on_status(reply: Any, _nonce: int) -> None:
-            if held in self._held:
+            if held in self._held:  # its asker is still there
                 await self._give_account(held, reply)
 
         assert held.due is not None, "an account is not waited for without end"
@@ -545,26 +538,19 @@ class Desk:
         for held in waiting:
             await self._release(held, self._ready())
 
-    async def on_ended(self, record: Record) -> None:
-        """An instance ended: what it waits for is dropped, who waits for it hears so."""
+    def on_ended(self, record: Record) -> None:
+        """An instance ended: what it waits for is dropped."""
         self._held = [held for held in self._held if held.record is not record]
-        for held in [held for held in self._held if held.about is record]:
-            await self._give_account(held, None)
 
     def next_time(self) -> Nanos | None:
-        """When the first account is overdue."""
-        return min((held.due for held in self._held if held.due is not None), default=None)
+        """When the first account of init itself is to be taken."""
+        return min(
+            (held.due for held in self._held if held.about is None and held.due is not None),
+            default=None,
+        )
 
     async def on_time(self) -> None:
-        """Answer for services that did not tell their account in time, and for init itself."""
-        for held in [each for each in self._held if each.due is not None]:
+        """Give the accounts of init itself that are due."""
+        for held in [each for each in self._held if each.about is None]:
             if held.due is not None and held.due <= self._init.now:
                 await self._give_account(held, None)
-
-
-_LOST: Final = (
-    Status.QUEUE_FULL,
-    Status.NO_SPACE,
-    Status.NO_SUCH_ENDPOINT,
-    Status.TIMED_OUT,
-)

@@ -61,6 +61,8 @@ class Record:
     probe_nonce: int = 0
     probe_again: Nanos | None = None  # when to ask a service that is not ready yet
     probing: bool = False  # a Health or GetStatus is unanswered
+    deaf: Nanos | None = None  # since when its link into init's inbox is closed
+    faltered: bool = False  # an instance ended after `init: ready` and before the baseline
     restarts: int = 0
     spawn_refused: int = 0
     spawn_reason: SpawnReason = SpawnReason.NONE

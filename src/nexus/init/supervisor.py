@@ -59,11 +59,12 @@ from nexus.runtime import TRACE_SEED_SIZE
 
 CONTROL_TERMS: Final = LinkTerms(LINK_DEPTH_DEFAULT, CONTROL_LINK_SIZE, 0)
 REAP_PAUSE: Final = Nanos(1_000_000)  # ns; between looks at a task whose control link closed
-REAP_MAX: Final = Nanos(200_000_000)  # ns; then it lives without a control link, and is killed
+REAP_MAX: Final = Nanos(200_000_000)  # ns; then it lives without one of its links: it is killed
 PROBE_PAUSE: Final = Nanos(20_000_000)  # ns; between probes of a service that is not ready yet
 STOP_MAX: Final = Nanos(1_000_000_000)  # ns; a service that is still there then is killed
 KILL_MAX: Final = Nanos(2_000_000_000)  # ns; a killed task that is still there is given up
 AUDIT_KEPT_MAX: Final = 256  # QoS audit lines of this boot that can be asked for
+DRAIN_MAX: Final = 2 * (LINK_DEPTH_DEFAULT + 1)  # of a service: two links, each full, each ended
 
 EXIT_CLEAN: Final = 0
 EXIT_DIRTY: Final = 1
@@ -72,6 +73,7 @@ REASON_EXIT: Final = "exit"
 REASON_ASKED: Final = "asked"
 REASON_NO_ECHO: Final = "no echo"
 REASON_CONTROL: Final = "control link closed"
+REASON_ANSWERS: Final = "answers link closed"
 REASON_STOP: Final = "stop deadline"
 
 
@@ -209,6 +211,7 @@ class Supervisor:
         record.kill_reason = ""
         record.probing = False
         record.probe_again = None
+        record.deaf = None
         self._by_control[spawned.link] = record
         await self._bind(record)
 
@@ -234,7 +237,8 @@ class Supervisor:
 
     async def _on_bound(self, record: Record, reply: Any, nonce: int) -> None:
         if not isinstance(reply, Bound) or reply.generation != record.generation:
-            await self._kill(record, REASON_NO_ECHO)
+            if record.leaving is None:
+                await self._kill(record, REASON_NO_ECHO)
             return
         if record.state is not TaskState.STARTING:
             return
@@ -256,10 +260,6 @@ class Supervisor:
         if self.ready_at is not None or self._stopping is not None or not self.is_ready():
             return
         self.ready_at = self.now
-        await self.say("init: ready", **self._ready_evidence())
-
-    def _ready_evidence(self) -> dict[str, Any]:
-        """The tables that equal the plan, item by item, or their sizes if they do not fit."""
         links = [
             [
                 row.planned.client,
@@ -271,10 +271,7 @@ class Supervisor:
             for row in self.links.rows
             if row.terms is not None
         ]
-        evidence: dict[str, Any] = {"links": links, "grants": []}
-        if len(_json(evidence)) <= EVIDENCE_SIZE_MAX:
-            return evidence
-        return {"links": len(links), "grants": 0}
+        await self.say("init: ready", links=links, grants=[])
 
     async def _probe(self, record: Record) -> None:
         """Ask the service whether it does its work. One question at a time."""
@@ -340,6 +337,7 @@ class Supervisor:
         """Once every service is probed, keep every account and answer who waits.
 
         The accounts are asked for a little later, when what was still on its way has arrived.
+        Every wait here ends: a service is probed, late, or gone, and then nobody waits for it.
         """
         if self.baseline_done or self.ready_at is None:
             return
@@ -349,7 +347,7 @@ class Supervisor:
             return
         waiting = self._desk.waiting_for_ready
         if any(
-            record.health is Health.UNKNOWN and record.name not in waiting
+            record.health is Health.UNKNOWN and not record.faltered and record.name not in waiting
             for record in self.records.values()
         ):
             self._baseline_due = None
@@ -377,7 +375,7 @@ class Supervisor:
             awaited.add(record.name)
 
     async def _end_baseline(self) -> None:
-        """Every account is there: keep init's own with them, and answer who waits."""
+        """No account is out any more: keep init's own with them, and answer who waits."""
         self.baseline_done = True
         self.own_at_ready = await self.own_account()
         self.tasks_ready = len(await TaskTable())
@@ -389,14 +387,22 @@ class Supervisor:
         """A link of a service is closed. Its control link closes when it ends."""
         record = self._by_answers.pop(link, None)
         if record is not None:
-            record.answers = None
+            if record.answers == link:
+                record.answers = None
+                if record.lives:
+                    record.deaf = self.now  # it is ending, or cannot be asked any more
             return
         record = self._by_control.pop(link, None)
         if record is None:
             return
         record.control = None
-        record.leaving = record.died = self.now
-        self.links.on_ended(record.name)
+        await self._on_leaving(record)
+
+    async def _on_leaving(self, record: Record) -> None:
+        """An instance ends, or has lost a link it cannot be without: no more links, and reap it."""
+        if record.leaving is None:
+            record.leaving = record.died = self.now
+            self.links.on_ended(record.name)
         await self._reap(record)
 
     async def _reap(self, record: Record) -> None:
@@ -420,11 +426,15 @@ class Supervisor:
             if slot is not None:
                 await CapClose(slot)
         record.slot = record.replies = record.leaving = None
+        if record.control is not None:  # whom it gave that link to is not the service
+            _ = self._by_control.pop(record.control)
+            record.control = None
         record.pid = NO_PID
-        record.probing = False
-        record.probe_again = None
-        self._asking.forget(record)
-        await self._desk.on_ended(record)
+        record.deaf = None
+        record.faltered = self.ready_at is not None and not self.baseline_done
+        self._desk.on_ended(record)
+        await self._asking.forget(record)
+        record.probe_again = None  # what was asked of it is not asked again
         if not self.may_restart(record):
             record.state = TaskState.STOPPED
             if (info.code or info.signal) and reason != REASON_ASKED:
@@ -529,7 +539,7 @@ class Supervisor:
     async def _drain(self) -> None:
         """Receive what the ended services left behind: the ends of their links, late words."""
         recv = Recv((self.boot.endpoint, self._inbox), NO_WAIT)
-        for _ in range(2 * len(self.records) * LINK_DEPTH_DEFAULT):
+        for _ in range(DRAIN_MAX * len(self.records)):
             try:
                 message = await recv
             except PeerGone:
@@ -553,6 +563,8 @@ class Supervisor:
             times.append(Nanos(record.started + deadline))
         elif self._is_late_due(record):
             times.append(self._late_time(record))
+        if record.deaf is not None and record.leaving is None:
+            times.append(Nanos(record.deaf + REAP_MAX))
         return times
 
     def _late_time(self, record: Record) -> Nanos:
@@ -566,12 +578,18 @@ class Supervisor:
     def _wake_time(self) -> Nanos:
         """The earliest time anything is due; later than now, or at once."""
         times = [time for record in self.records.values() for time in self._times(record)]
-        own = (self._stop_due, self._baseline_due, self._desk.next_time())
+        own = (
+            self._stop_due,
+            self._baseline_due,
+            self._desk.next_time(),
+            self._asking.next_time(),
+        )
         times += [time for time in own if time is not None]
         return min(times, default=NEVER)
 
     async def _on_time(self) -> None:
         """Do everything whose time has come."""
+        await self._asking.on_time(self.now)
         for record in self.records.values():
             await self._look_after(record)
         if self._stopping is not None:
@@ -590,6 +608,11 @@ class Supervisor:
                 record.started = self.now  # look again after as long, should it not be gone
         elif record.due is not None and self.now >= record.due and self._stopping is None:
             await self._start(record)
+        if record.deaf is not None and self.now >= record.deaf + REAP_MAX:
+            record.deaf = None
+            if record.leaving is None:
+                await self._kill(record, REASON_ANSWERS)
+                await self._on_leaving(record)
         if record.probe_again is not None and self.now >= record.probe_again:
             await self._probe(record)
         if self._is_late_due(record) and self.now >= self._late_time(record):
@@ -642,9 +665,9 @@ class Supervisor:
         self.audit_dropped += taken.dropped
 
     async def say(self, line: str, **evidence: Any) -> None:
-        """A line on the console, its evidence next to it."""
+        """A line on the console, its evidence next to it, cut to what the console takes."""
         try:
-            await ConsoleWrite(line, _json(evidence))
+            await ConsoleWrite(line, evidence_of(evidence))
         except AbiError as error:
             if error.status is not Status.QUEUE_FULL:
                 raise
@@ -667,6 +690,20 @@ async def _nothing(_reply: Any, _nonce: int) -> None:
 def account_of(status: ServiceStatus) -> Account:
     """What a service holds, by its own word and its kernel's."""
     return Account(generation=status.generation, counters=status.counters, facts=status.facts)
+
+
+def evidence_of(fields: dict[str, Any]) -> bytes:
+    """Evidence as JSON; if that is too long, the number of entries of each list and table.
+
+    Then `counted` names the fields whose number stands for their content.
+    """
+    whole = _json(fields)
+    if len(whole) <= EVIDENCE_SIZE_MAX:
+        return whole
+    counted = [name for name, value in fields.items() if isinstance(value, list | dict)]
+    counts = _json({**fields, **{name: len(fields[name]) for name in counted}, "counted": counted})
+    assert len(counts) <= EVIDENCE_SIZE_MAX, "what is neither list nor table is init's own"
+    return counts
 
 
 def _json(evidence: dict[str, Any]) -> bytes:

@@ -37,6 +37,7 @@ from nexus.init.declare import (
     Table,
     Word,
     WrongValue,
+    cut,
     duration,
     size,
 )
@@ -276,8 +277,8 @@ def parse(data: bytes, file: Path) -> System:
         raise SystemFileError(file, line, "UTF-8", f"byte 0x{data[error.start]:02x}") from error
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SystemFileError(file, _toml_line(error, text), "TOML", str(error)) from error
+    except ValueError as error:  # TOMLDecodeError is one; a number too long for int() another
+        raise SystemFileError(file, _toml_line(error, text), "TOML", cut(str(error))) from error
     except RecursionError as error:
         raise SystemFileError(file, 1, "TOML", "tables nested too deeply") from error
     lines = KeyLines(text)
@@ -287,9 +288,12 @@ def parse(data: bytes, file: Path) -> System:
         raise SystemFileError(file, lines.line(wrong.path), wrong.expected, wrong.found) from wrong
 
 
-def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:
-    found = re.search(r"\(at line (\d+), column \d+\)", str(error))
-    return int(found[1]) if found else text.count("\n") + 1
+def _toml_line(error: ValueError, text: str) -> int:
+    """Where tomllib says the error is: a line, the end, or nowhere, and then it is line 1."""
+    found = re.search(r"\(at line (\d+), column \d+\)$", str(error))
+    if found:
+        return int(found[1])
+    return text.count("\n") + 1 if isinstance(error, tomllib.TOMLDecodeError) else 1
 
 
 def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:

@@ -4,7 +4,8 @@ Each run boots a small system (timed, demo.testsvc, two clients, a judge) on the
 with faults at named points until a stated time. No promise may be broken meanwhile, every call
 has a known outcome inside its deadline, and after the faults the system is healthy within a
 stated time. A fault that never fired, or a recovery that was never reached, is red: it was not
-tested. The sweep fails the first, second, third... occurrence of every trap in turn.
+tested. The sweep fails the first, second, third... occurrence of every trap in turn; which traps
+there are it learns from a run without faults.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from random import Random  # noqa: TID251 (faults are drawn from the seed of the run)
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid, Program, Status, Trap
+from nexus.abi import INIT_NAME, NEVER, NO_WAIT, Event, EventKind, Nanos, Pid, Program, Status, Trap
 from nexus.abi import traps as abi_traps
 from nexus.init.ground import init_program, limits_of, programs_of
 from nexus.init.plan import Plan as SystemPlan
@@ -110,7 +111,6 @@ class RunReport:
     recoveries: Mapping[str, int]
     calls: Mapping[str, int]
     healthy_after: int | None  # ns from the end of the faults
-    occurrences: int = 0  # of the trap that the sweep fails
 
 
 @dataclass(kw_only=True)
@@ -121,6 +121,8 @@ class Campaign:
     sweep_runs: int = 0
     sweep_rows: int = 0
     sweep_ends: int = 0  # rows whose last occurrence was failed too
+    sweep_fired: Counter[str] = field(default_factory=Counter)  # by row
+    makers: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tasks, by trap
     problems: list[str] = field(default_factory=list)
     reached: Counter[str] = field(default_factory=Counter)
     fired: Counter[str] = field(default_factory=Counter)
@@ -140,9 +142,14 @@ class Campaign:
 
     @property
     def never(self) -> list[str]:
-        """Faults that never fired and recoveries that were never reached."""
-        faults = [point.value for point in FaultPoint if not self.fired[point.value]]
-        return faults + [name for name in RECOVERIES if not self.recoveries[name]]
+        """Faults that never fired, recoveries that were never reached, traps nobody made."""
+        never = [point.value for point in FaultPoint if not self.fired[point.value]]
+        never += [name for name in RECOVERIES if not self.recoveries[name]]
+        never += [f"sweep {row}" for row, fired in self.sweep_fired.items() if not fired]
+        if self.makers:
+            expected = [trap.__name__ for trap in TRAPS if trap not in SELDOM]
+            never += [f"trap {trap}" for trap in expected if not self.makers[trap]]
+        return never
 
     @property
     def exit_code(self) -> int:
@@ -195,7 +202,15 @@ class Observer:
                 self.problems.append(f"heap holds {held} bytes and says {heap.account.used}")
 
 
-def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> RunReport:
+def run(
+    name: str,
+    plan: SystemPlan,
+    faults_plan: Plan,
+    seed: int,
+    smp: int,
+    *,
+    witness: "Witness | None" = None,
+) -> RunReport:
     """Boot, let the faults fire, and check everything that must hold."""
     faults = Faults(faults_plan)
     observer = Observer()
@@ -208,6 +223,8 @@ def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> 
         faults=faults,
     )
     observer.kernel = kernel
+    if witness is not None:
+        witness.watch(kernel)
     problems = observer.problems
     try:
         ended = kernel.run(
@@ -221,8 +238,11 @@ def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> 
     crashes = [crash.strip().rpartition("\n")[2] for crash in kernel.crashes]
     problems += [crash for crash in crashes if not crash.endswith(INJECTED)]
     problems += _leaks(kernel)
-    problems += unaccounted(kernel.log_lines(), forged=bool(faults_plan.forge))
+    problems += unaccounted(kernel.log_lines())
     seen = _Seen(observer.events)
+    forged = faults.fired[FaultPoint.FORGE]
+    if seen.dropped > forged:
+        problems.append(f"{seen.dropped} messages dropped for their sender, {forged} were forged")
     seen.recoveries[GAVE_UP] += sum(crash.endswith(INJECTED) for crash in crashes)
     problems += seen.problems
     counts = faults.counts()
@@ -234,7 +254,6 @@ def run(name: str, plan: SystemPlan, faults_plan: Plan, seed: int, smp: int) -> 
         recoveries=seen.recoveries,
         calls=seen.calls,
         healthy_after=seen.healthy_after,
-        occurrences=faults.occurrences(0) if faults_plan.nth else 0,
     )
 
 
@@ -260,10 +279,11 @@ def _leaks(kernel: SimKernel) -> Iterator[str]:
 _MESSAGE: Final = re.compile(r"\d+ cpu\d+ pid\d+|\d+ pid\d+ (sent|took) link(\d+) (\d+)B")
 
 
-def unaccounted(lines: Iterator[str], *, forged: bool) -> Iterator[str]:
+def unaccounted(lines: Iterator[str]) -> Iterator[str]:
     """Messages received that were not sent, twice, or out of order, by the kernel's event log.
 
-    With `forged` messages in the run only those that were sent are followed.
+    A forged copy is neither sent nor received in it: it is dropped at the receiver, and those
+    are counted.
     """
     queued: dict[str, deque[str]] = defaultdict(deque)
     for line in lines:
@@ -274,8 +294,7 @@ def unaccounted(lines: Iterator[str], *, forged: bool) -> Iterator[str]:
         if match[1] == "sent":
             queued[link].append(size)
         elif not queued[link] or queued[link].popleft() != size:
-            if not forged:
-                yield f"link {link}: {size} bytes were received that were not next in its queue"
+            yield f"link {link}: {size} bytes were received that were not next in its queue"
             return
 
 
@@ -287,12 +306,14 @@ class _Seen:
         self.calls: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
         self.healthy_after: int | None = None
+        self.dropped = 0  # messages whose sender the kernel does not know
         last: dict[tuple[str, int], Mapping[str, Any]] = {}
         for event in events:
             if event.kind is EventKind.CONSOLE:
                 self._read_line(event, last)
             elif event.kind is EventKind.REFUSED and event.fields.get("reason") == "identity":
                 self.recoveries["forged identity refused"] += 1
+                self.dropped += 1
             elif event.kind is EventKind.HANG:
                 self.problems.append(f"{event.fields.get('name')} never yields")
         for (name, generation), told in last.items():
@@ -341,13 +362,58 @@ def seeds_campaign(campaign: Campaign, first: int, count: int, tell: Callable[[s
             tell(f"{report.name}: {problem}")
 
 
+class Made(NamedTuple):
+    """One trap that a task made: which of its kind (from 1), when, and whether it may wait."""
+
+    nth: int
+    after: int  # ns from the start of the run
+    waits: bool  # it has a deadline to miss
+
+
+class Witness:
+    """Every trap of a run without faults, by task: what the sweep can fail.
+
+    A failure changes nothing before it, so the Nth trap is the Nth in a run that fails it.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, type[Trap[Any]]], list[Made]] = defaultdict(list)
+
+    def watch(self, kernel: SimKernel) -> None:
+        """Look at every trap before its handler."""
+        start = kernel.now
+        for kind, (handler, code) in list(kernel.handlers.items()):
+            kernel.handlers[kind] = (self._watched(kernel, start, kind, handler), code)
+
+    def _watched(
+        self, kernel: SimKernel, start: Nanos, kind: type[Trap[Any]], handler: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def handle(task: Any, trap: Any) -> Any:
+            if kind is not abi_traps.ReplyRecv or trap.slot is not None:
+                made = self.made[task.name, kind]
+                waits = getattr(trap, "deadline", NO_WAIT) not in (NO_WAIT, NEVER)
+                made.append(Made(len(made) + 1, kernel.now - start, waits))
+            return handler(task, trap)
+
+        return handle
+
+    def makers(self) -> dict[str, list[str]]:
+        """By trap the tasks that made it."""
+        return {
+            trap.__name__: sorted(name for name, kind in self.made if kind is trap)
+            for trap in TRAPS
+        }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepRow:
-    """One trap of one task with one status."""
+    """One trap of one task with one status, and which occurrences of the trap may have it."""
 
     task: str
     trap: type[Trap[Any]]
     status: Status
+    nths: tuple[int, ...]
+    span: Nanos  # ns; how long after the start they are made
 
     @property
     def name(self) -> str:
@@ -355,42 +421,116 @@ class SweepRow:
         return f"{self.task} {self.trap.__name__} {self.status.name}"
 
 
+SWEPT: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
+    **FAILURES,
+    abi_traps.SetTaskQos: (Status.QUEUE_FULL,),  # planned only: those above are drawn too
+}
+"""What the sweep makes the traps answer."""
+
+_RIGHTS: Final = "refuses only for a slot, a right or a value, which are the caller's own"
+_ROOT: Final = "made by init alone, whose kernel refuses it to others only"
+_SURE: Final = "refuses nothing"
+NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
+    abi_traps.SleepUntil: _SURE,
+    abi_traps.Now: _SURE,
+    abi_traps.TaskQos: _SURE,
+    abi_traps.TaskStats: _SURE,
+    abi_traps.Exit: _SURE,
+    abi_traps.SpawnLastError: _SURE,
+    abi_traps.EndpointClose: _RIGHTS,
+    abi_traps.CapClose: _RIGHTS,
+    abi_traps.CapQuery: _RIGHTS,
+    abi_traps.VmoWrite: _RIGHTS,
+    abi_traps.VmoSeal: _RIGHTS,
+    abi_traps.VmoMap: _RIGHTS,
+    abi_traps.Kill: _ROOT,
+    abi_traps.TaskTable: _ROOT,
+    abi_traps.Entropy: _ROOT,
+    abi_traps.AuditLog: _ROOT,
+}
+"""Traps without a failure that could be injected, and why."""
+
+TRAPS: Final = (*SWEPT, *NOT_SWEPT)
+assert len(TRAPS) == len(set(TRAPS)), "a trap is swept, or there is a why"
+assert set(TRAPS) == {
+    trap for trap in Trap.__subclasses__() if trap.__module__ == abi_traps.__name__
+}, "every trap is in one of the two"
+
+SELDOM: Final[Mapping[type[Trap[Any]], str]] = {
+    abi_traps.Exit: "every task returns instead",
+    abi_traps.SpawnLastError: "made after a refused Spawn",
+    abi_traps.Kill: "made when a service does not answer",
+}
+"""Traps that a run without faults need not make."""
+
+UNMADE: Final[Mapping[tuple[type[Trap[Any]], Status], str]] = {
+    (abi_traps.Wait, Status.TIMED_OUT): "init looks with NO_WAIT, which is refused as QueueEmpty",
+}
+"""Failures of SWEPT that no task of the system can meet, and why."""
+
 INIT_TRAPS: Final = (abi_traps.Spawn, abi_traps.Wait, abi_traps.ConsoleWrite, abi_traps.Send)
 """What init must survive. Its other traps fail only by a bug of its own or of its kernel."""
 
 
-def sweep_rows() -> list[SweepRow]:
-    """Every trap that may be refused, by every task of the system but the judge."""
-    rows = [
-        SweepRow(task=task, trap=trap, status=status)
-        for task in (*SERVICES, CLIENTS[0])
-        for trap, statuses in FAILURES.items()
-        for status in statuses
-    ]
-    return rows + [
-        SweepRow(task=INIT_NAME, trap=trap, status=status)
-        for trap in INIT_TRAPS
-        for status in FAILURES[trap]
-        if (trap, status) != (abi_traps.Send, Status.TIMED_OUT)  # init never waits for room
-    ]
+def sweep_rows(witness: Witness) -> list[SweepRow]:
+    """Every failure that a task of the system, but for the judge, can meet; UNMADE left out.
+
+    A failure that no task can meet is a row that cannot fire.
+    """
+    rows = []
+    for trap, statuses in SWEPT.items():
+        for status in statuses:
+            found = [
+                row
+                for task in (*SERVICES, CLIENTS[0], INIT_NAME)
+                if task != INIT_NAME or trap in INIT_TRAPS
+                for row in _row(task, trap, status, witness.made.get((task, trap), ()))
+            ]
+            if not found and (trap, status) not in UNMADE:
+                nobody = SweepRow(task="nobody", trap=trap, status=status, nths=(), span=SWEEP_SPAN)
+                found.append(nobody)
+            rows += found
+    return rows
+
+
+def _row(
+    task: str, trap: type[Trap[Any]], status: Status, made: Sequence[Made]
+) -> Iterator[SweepRow]:
+    """The row of what a task made: the early ones, or the late ones if there is no other.
+
+    Only a trap with a deadline times out, and only one without finds a queue empty.
+    """
+    if status in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
+        made = [each for each in made if each.waits == (status is Status.TIMED_OUT)]
+    early = tuple(each.nth for each in made if each.after < SWEEP_SPAN)
+    late = tuple(each.nth for each in made)
+    if late:
+        span = SWEEP_SPAN if early else RUN_LIMIT
+        yield SweepRow(task=task, trap=trap, status=status, nths=early or late, span=span)
 
 
 def sweep_campaign(campaign: Campaign, nth_max: int, tell: Callable[[str], None]) -> None:
     """Fail the 1st, 2nd, 3rd... occurrence of each trap, until there is none or `nth_max`."""
     plan = system_plan(SWEEP_SPAN)
-    for row in sweep_rows():
+    witness = Witness()
+    clean = run("sweep without a failure", plan, Plan(span=SWEEP_SPAN), 1, 1, witness=witness)
+    campaign.add(clean)
+    campaign.makers = witness.makers()
+    for row in sweep_rows(witness):
         campaign.sweep_rows += 1
-        for nth in range(1, nth_max + 1):
+        campaign.sweep_fired[row.name] = 0
+        campaign.sweep_ends += 0 < len(row.nths) <= nth_max
+        for nth in row.nths[:nth_max]:
             failure = NthFailure(trap=row.trap, nth=nth, status=row.status, task=row.task)
-            report = run(
-                f"sweep {row.name} #{nth}", plan, Plan(nth=(failure,), span=SWEEP_SPAN), 1, 1
-            )
-            if report.occurrences < nth or not report.fired[FaultPoint.NTH.value]:
-                campaign.sweep_ends += 1
-                break
+            faults = Plan(nth=(failure,), span=row.span)
+            report = run(f"sweep {row.name} #{nth}", plan, faults, 1, 1)
             campaign.sweep_runs += 1
+            fired = report.fired[FaultPoint.NTH.value]
+            campaign.sweep_fired[row.name] += fired
             campaign.add(report)
-            for problem in report.problems:
+            problems = report.problems if fired else (*report.problems, "it never happened")
+            campaign.problems += [] if fired else [f"{report.name}: it never happened"]
+            for problem in problems:
                 tell(f"{report.name}: {problem}")
 
 
@@ -405,6 +545,7 @@ def as_json(campaign: Campaign) -> str:
         "sweep_rows": campaign.sweep_rows,
         "sweep_runs": campaign.sweep_runs,
         "sweep_ends": campaign.sweep_ends,
+        "sweep_fired": dict(campaign.sweep_fired),
         "problems": campaign.problems,
         "never": campaign.never,
         "faults": {
@@ -433,10 +574,13 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
     yield "# The last campaign"
     yield ""
     yield "Made by `make campaign`; do not edit. What is checked stands in `nexus.proof.campaign`."
+    yield "The same command writes [fuzz.txt](fuzz.txt): mutated frames against every decoder, and"
+    yield "[saboteurs-sim.txt](saboteurs-sim.txt), [saboteurs-linux.txt](saboteurs-linux.txt): a"
+    yield "planted fault for each rung of the ladder, and that it turns red."
     yield ""
     yield f"**{verdict}**: {campaign.seeds} seeds with faults, then a sweep of "
-    yield f"{campaign.sweep_rows} traps in {campaign.sweep_runs} runs "
-    yield f"({campaign.sweep_ends} of them to their last occurrence)."
+    yield f"{campaign.sweep_rows} failures of a task's trap in {campaign.sweep_runs} runs "
+    yield f"({campaign.sweep_ends} of them to the last occurrence in {SWEEP_SPAN // 1_000_000} ms)."
     within, after = HEALTHY_WITHIN / 1e9, campaign.healthy_after_max / 1e9
     yield f"Healthy again at most {after:.3f} s of virtual time after the faults; "
     yield f"{within} s are stated."
@@ -453,6 +597,20 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
         "recovery", ("times",), [(name, campaign.recoveries[name]) for name in RECOVERIES]
     )
     yield from _table("outcome of a call", ("times",), sorted(campaign.calls.items()))
+    yield from _table("failure of the sweep", ("times",), list(campaign.sweep_fired.items()))
+    yield from _table(
+        "not injected",
+        ("made without faults by", "why"),
+        [
+            (
+                trap.__name__,
+                SELDOM.get(trap, ", ".join(campaign.makers.get(trap.__name__, ()))),
+                why,
+            )
+            for trap, why in NOT_SWEPT.items()
+        ]
+        + [(f"{trap.__name__} {status.name}", "", why) for (trap, status), why in UNMADE.items()],
+    )
     for problem in campaign.problems[:PROBLEMS_SHOWN_MAX]:
         yield f"- broken: {problem}"
     for name in campaign.never:
@@ -461,7 +619,8 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
 
 def _table(head: str, columns: Sequence[str], rows: Sequence[tuple[object, ...]]) -> Iterator[str]:
     yield f"| {' | '.join((head, *columns))} |"
-    yield f"|---|{'---:|' * len(columns)}"
+    right = bool(rows) and isinstance(rows[0][-1], int)
+    yield f"|---|{('---:|' if right else '---|') * len(columns)}"
     for row in rows:
         yield f"| {' | '.join(map(str, row))} |"
     yield ""

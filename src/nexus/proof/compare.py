@@ -1,19 +1,22 @@
 """Two grounds, one scenario, and every difference between what each task saw.
 
-Each task's traps (class, status, size), lines (text, evidence) and end are put in its own order;
-times, pids and digests are left out. Tasks are not ordered against each other, nor a task's lines
-against its traps: on linux they travel apart. A difference is either named in ALLOWED, or it
-fails the comparison.
+Every kind of event is put in the order of the task it is about, with all its fields: traps, lines,
+QoS audit lines, refused messages, links by their holder, starts, refused starts, ends. What is not
+compared, a kind, a field or an order, stands in LEFT_OUT, which every report prints; a field or a
+kind that is in neither place is compared. A difference that remains is either named in ALLOWED, or
+it fails the comparison.
 """
 
 import difflib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from nexus.abi import INIT_NAME, EventKind, Pid
+from nexus.kernel.sim.log import CRASH_KEY
 from nexus.proof.prove import SIM_LIMIT
 from nexus.proof.request import Comparison, UsageError
 from nexus.proof.runner import Job, run_boot
@@ -27,10 +30,19 @@ TaskKey = tuple[str, int]
 
 
 class Seen(NamedTuple):
-    """What one task saw."""
+    """What one task saw, by kind; each sequence is in the task's own order.
+
+    `links` are those that were made for a holder of this name, whatever its generation: they
+    stand under generation 0.
+    """
 
     traps: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # QoS audit lines about its requests
+    refused: tuple[str, ...] = ()  # messages to it that its kernel dropped
+    links: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()  # its own, and those it was refused
+    others: tuple[str, ...] = ()
     end: str = ""
 
 
@@ -67,7 +79,96 @@ class Result:
 
 
 ALLOWED: Final[tuple[Allowed, ...]] = ()
-"""None is needed: the scenario gives every task the same on both grounds."""
+"""Differences between tasks. None is needed: the scenario gives every task the same."""
+
+
+class LeftOut(NamedTuple):
+    """Something that is not compared at all, and why."""
+
+    id: str
+    what: str
+    why: str
+    kinds: frozenset[EventKind] = frozenset()  # left out whole
+    fields: frozenset[str] = frozenset()  # left out of events of any other kind
+
+
+LEFT_OUT: Final = (
+    LeftOut("time", "the clock of an event", "sim's clock is virtual, and seeded"),
+    LeftOut(
+        "pid",
+        "numbers of tasks; in audit lines they are put as name#generation",
+        "linux takes them from the host",
+    ),
+    LeftOut(
+        "order-of-tasks",
+        "the order of events of two tasks",
+        "it is the schedule's, which no kernel promises",
+    ),
+    LeftOut(
+        "order-of-kinds",
+        "the order of a task's events of two kinds",
+        "on linux traps, lines and notes come to the recorder by different ways",
+    ),
+    LeftOut(
+        "link-generation",
+        "the generation of a link's holder",
+        "the event names the holder alone; two instances are compared as one sequence",
+    ),
+    LeftOut(
+        "refused",
+        "messages the kernel drops (reason, owner): compared, and neither ground has one here",
+        "no correct task can cause one: the kernel makes the stamp, a Send moves one capability, "
+        "size and delegations are refused at the sender; rungs and tests forge them instead",
+    ),
+    LeftOut(
+        "heap",
+        "reports of an allocation over the budget",
+        "what an object costs is each kernel's own; the ladder judges them",
+        kinds=frozenset({EventKind.HEAP}),
+    ),
+    LeftOut(
+        "kernel",
+        "lines of the kernels' own self tests",
+        "each kernel tests what it is made of; the ladder judges them",
+        kinds=frozenset({EventKind.KERNEL}),
+    ),
+    LeftOut(
+        "fault",
+        "injected faults",
+        "no plan is given here, and linux has no injector",
+        kinds=frozenset({EventKind.FAULT}),
+    ),
+    LeftOut(
+        "hang",
+        "the name of a task that never yields",
+        "it ends the run, and so fails the comparison as an ending",
+        kinds=frozenset({EventKind.HANG}),
+    ),
+    LeftOut(
+        "degraded",
+        "what the host did not grant a task",
+        "a property of the host; sim has none to ask",
+        fields=frozenset({"degraded"}),
+    ),
+    LeftOut(
+        "detail",
+        "the words behind the reason of a refused start",
+        "for a reader; the reason is the promise",
+        fields=frozenset({"detail"}),
+    ),
+    LeftOut(
+        "crash",
+        "the traceback of a task that ended by an exception",
+        "file paths; its code and signal are compared",
+        fields=frozenset({CRASH_KEY}),
+    ),
+)
+"""Everything that is not compared."""
+
+KINDS_LEFT_OUT: Final = frozenset().union(*(entry.kinds for entry in LEFT_OUT))
+FIELDS_LEFT_OUT: Final = frozenset().union(*(entry.fields for entry in LEFT_OUT))
+
+_AUDIT_PID: Final = re.compile(r"\b(caller_pid|target_pid)=(\d+)")
 
 
 def compare(comparison: Comparison) -> Result:
@@ -112,34 +213,71 @@ def compare_logs(
 
 def normalise(trace: Trace) -> Log:
     """What each task saw, in its own order, without what differs from run to run."""
-    traps: dict[TaskKey, list[str]] = defaultdict(list)
-    lines: dict[TaskKey, list[str]] = defaultdict(list)
-    ends: dict[TaskKey, str] = {}
+    seen: dict[TaskKey, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     tasks: dict[Pid, TaskKey] = {}
     for event in trace.events:
-        fields: Mapping[str, Any] = event.fields
+        if event.kind in KINDS_LEFT_OUT:
+            continue
+        fields = {key: value for key, value in event.fields.items() if key not in FIELDS_LEFT_OUT}
         if event.kind is EventKind.SPAWN:
-            tasks[event.pid] = (fields["name"], fields["generation"])
+            tasks[event.pid] = (str(fields["name"]), _generation(fields))
         key = tasks.get(event.pid, (INIT_NAME, 1))
-        if event.kind is EventKind.TRAP:
-            entry = {"status": fields["status"], "size": fields.get("size", 0)}
-            traps[key].append(f"{fields['trap']} {_json(entry)}")
+        if event.kind is EventKind.LINK:
+            key = (str(fields["holder"]), 0)
+        elif event.kind is EventKind.QOS:
+            fields["line"] = _AUDIT_PID.sub(lambda match: _named(match, tasks), str(fields["line"]))
+        elif event.kind is EventKind.TRAP:
+            fields = {"size": 0, **fields}
         elif event.kind is EventKind.CONSOLE:
-            lines[key].append(f"line {fields['line']} {_json(fields.get('evidence') or {})}")
-        elif event.kind is EventKind.EXIT:
-            ends[key] = f"end {_json({'code': fields['code'], 'signal': fields['signal']})}"
-    return {
-        key: Seen(tuple(traps[key]), tuple(lines[key]), ends.get(key, ""))
-        for key in traps.keys() | lines.keys() | ends.keys()
-    }
+            fields["evidence"] = fields.get("evidence") or {}
+        seen[key][_PLACES.get(event.kind, "others")].append(_entry(event.kind, fields))
+    return {key: _seen(places) for key, places in seen.items()}
+
+
+_PLACES: Final[Mapping[EventKind, str]] = {
+    EventKind.TRAP: "traps",
+    EventKind.CONSOLE: "lines",
+    EventKind.QOS: "classes",
+    EventKind.REFUSED: "refused",
+    EventKind.LINK: "links",
+    EventKind.SPAWN: "starts",
+    EventKind.SPAWN_FAILED: "starts",
+    EventKind.EXIT: "end",
+}
+
+
+def _seen(places: Mapping[str, Sequence[str]]) -> Seen:
+    sequences = {place: tuple(entries) for place, entries in places.items() if place != "end"}
+    return Seen(**sequences, end="; ".join(places.get("end", ())))
+
+
+def _entry(kind: EventKind, fields: Mapping[str, Any]) -> str:
+    """One event as a line: its kind, what a reader looks for first, and the other fields."""
+    first = next((name for name in ("trap", "line") if name in fields), None)
+    others = {name: value for name, value in fields.items() if name != first}
+    return f"{kind.value} {'' if first is None else fields[first]} {_json(others)}"
+
+
+def _named(match: re.Match[str], tasks: Mapping[Pid, TaskKey]) -> str:
+    name, generation = tasks.get(Pid(int(match[2])), ("nobody", 0))
+    return f"{match[1]}={name}#{generation}"
+
+
+def _generation(fields: Mapping[str, object]) -> int:
+    generation = fields["generation"]
+    assert isinstance(generation, int), "the kernel counts generations"
+    return generation
 
 
 def _entries(seen: Seen) -> list[str]:
-    return [*seen.traps, *seen.lines, seen.end]
+    return [
+        *(entry for place in seen[:-1] for entry in place),
+        *((seen.end,) if seen.end else ()),
+    ]
 
 
 def as_text(result: Result) -> str:
-    """The report: differences first, then the table of allowed ones and how often it was used."""
+    """The report: differences first, then what is allowed, how often, and what is not compared."""
     first, second = (ground.value for ground in result.grounds)
     lines = [f"{first} and {second}: {result.entries} entries compared"]
     lines += [f"ending   {ending}" for ending in result.endings]
@@ -150,8 +288,7 @@ def as_text(result: Result) -> str:
         f"allowed  {allowed.what} ({result.used.get(allowed.what, 0)} times): {allowed.why}"
         for allowed in ALLOWED
     ]
-    if not ALLOWED:
-        lines.append("allowed  no difference at all")
+    lines += [f"left out {entry.id}: {entry.what}; {entry.why}" for entry in LEFT_OUT]
     lines.append("the same" if result.exit_code == 0 else "NOT the same")
     return "\n".join(lines) + "\n"
 
@@ -168,6 +305,7 @@ def as_json(result: Result) -> str:
         "endings": list(result.endings),
         "allowed": {allowed.what: result.used.get(allowed.what, 0) for allowed in ALLOWED},
         "unused": list(result.unused),
+        "left_out": {entry.id: f"{entry.what}; {entry.why}" for entry in LEFT_OUT},
     }
     return _json(report) + "\n"
 

@@ -36,6 +36,7 @@ from nexus.abi import (
     Nanos,
     Now,
     PeerGone,
+    Pid,
     Program,
     Programs,
     QosClass,
@@ -67,6 +68,7 @@ STEP_WAIT: Final = Nanos(5_000_000_000)  # ns; for what comes at once, on a very
 SHORT_WAIT: Final = Nanos(3_000_000)  # ns; a wait that is meant to run out
 OWNER_SIZE: Final = 160 * 1024  # bytes of link shares of each task; five fit the total with root
 ENDPOINTS: Final = 8
+NOBODY: Final = Pid(1 << 30)  # beyond every number that Linux or the simulation gives
 CALLS: Final = 20  # fused calls after the others, to see the fast path settle
 PEER_TERMS: Final = LinkTerms(depth=4, size=LINK_SIZE_MAX, delegations=8)
 
@@ -139,6 +141,7 @@ async def _root(boot: BootImage) -> int:
     ended = await Wait(doomed.pid, await _ahead(STEP_WAIT))
     assert ended.signal == 9
     await _gone(boot.endpoint, doomed.link)
+    await SetTaskQos(server.pid, QosClass.IDLE)
     await Send(client.slot, bytes((KILL,)))
 
     again = await _start(boot, "doomed")
@@ -259,7 +262,8 @@ async def _client(boot: BootImage) -> int:
     reply = await LinkCreate(inbox, LinkTerms())
     assert reply.link is not None
     await Send(server, bytes((BIND,)), move=reply.slot)
-    assert (await _from(inbox, reply.link)).data == bytes((BIND,))
+    bound = await _from(inbox, reply.link)
+    assert bound.data == bytes((BIND,))
 
     await _calls(server, inbox, reply.link)
     await _one_shot(server, inbox)
@@ -267,7 +271,7 @@ async def _client(boot: BootImage) -> int:
     await _full_queues()
     await _bulk(server, inbox, reply.link)
     await _refusals(boot, server)
-    await _classes()
+    await _classes(bound.sender.pid)
     await _death(boot, doomed, inbox)
     await _say_counters("counters of client")
 
@@ -392,11 +396,14 @@ async def _refusals(boot: BootImage, server: Slot) -> None:
     await _say("refusals ok")
 
 
-async def _classes() -> None:
+async def _classes(other: Pid) -> None:
+    """Each request leaves a line in the audit of the kernel, those that are refused too."""
     assert await TaskQos() is QosClass.NORMAL
     await SetTaskQos(None, QosClass.NORMAL)
     await _refused(SetTaskQos(None, QosClass.INTERACTIVE), Status.PERMISSION_DENIED)
     await _refused(SetTaskQos(None, 255), Status.INVALID_ARGUMENT)
+    await _refused(SetTaskQos(other, QosClass.IDLE), Status.PERMISSION_DENIED)
+    await _refused(SetTaskQos(NOBODY, QosClass.IDLE), Status.INVALID_ARGUMENT)
     await SetTaskQos(None, QosClass.IDLE)
     assert await TaskQos() is QosClass.IDLE
     await _say("classes ok")

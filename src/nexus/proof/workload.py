@@ -1,4 +1,5 @@
-"""The clients of the campaign: calls of every kind, each with a deadline and a known outcome.
+"""The clients of the campaign: calls of every kind, each with a deadline and a known outcome,
+and every trap that a call does not make.
 
 A client makes its calls in a fixed rotation while faults fire, and prints what came of them. The
 judge is spared by the faults; when they have stopped it waits the stated time and then expects
@@ -8,18 +9,35 @@ every call to succeed. What the lines say is compared outside, by nexus.proof.ca
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from nexus.abi import (
     AbiError,
     BootImage,
+    CapClone,
+    CapClose,
+    CapDerive,
+    CapInfo,
+    CapKind,
+    CapQuery,
     ConsoleWrite,
+    EndpointClose,
+    EndpointCreate,
     Nanos,
     Now,
+    Rights,
+    SetTaskQos,
+    SleepUntil,
+    Slot,
     Status,
+    TaskQos,
     TaskStats,
+    VmoCreate,
+    VmoMap,
+    VmoSeal,
+    VmoWrite,
 )
 from nexus.ipc import (
     CallFailure,
@@ -47,6 +65,7 @@ LATE_MAX: Final = Nanos(40_000_000)
 """How much later than its deadline an outcome may be seen, in ns of the kernel clock: late timers
 and wake-ups (3 ms) and a hundred resumes on a CPU that was made slow (0.4 ms each)."""
 
+NAP: Final = Nanos(20_000)  # ns; a sleep that a client takes by itself
 ROUND_PAUSE: Final = Nanos(1_000_000)  # ns; between two rounds of a client
 TELL_EVERY: Final = 16  # rounds; a client that is killed takes at most that much with it
 JUDGE_ROUNDS: Final = 3  # rounds without a failure that the judge wants to see
@@ -59,6 +78,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     judge: bool
     faults: int
     healthy_within: int
+
+
+class NoRoom(NamedTuple):
+    """The kernel refused an object or a change of class; what was made before it is closed."""
+
+    status: Status
 
 
 Step = Callable[[], Awaitable[object]]
@@ -88,7 +113,8 @@ class Workload:
         """Every kind of call once. Whether all of them were answered."""
         self._round += 1
         steps = (self._whoami, self._echo, self._timer, self._sleep, self._held, self._batch)
-        answered = [await self._measure(step) for step in (*steps, self._unknown_name)]
+        others = (self._unknown_name, self._objects)
+        answered = [await self._measure(step) for step in (*steps, *others)]
         return all(answered)
 
     async def _measure(self, step: Step) -> bool:
@@ -98,10 +124,10 @@ class Workload:
         late = await Now() - deadline
         if late > LATE_MAX:
             self.late.append(late)
-        failed = isinstance(outcome, CallFailure | Refused)
+        failed = isinstance(outcome, CallFailure | Refused | NoRoom)
         name = type(outcome).__name__ if failed else "answered"
-        if isinstance(outcome, Refused):
-            name = f"Refused {outcome.status.name}"
+        if isinstance(outcome, Refused | NoRoom):
+            name = f"{name} {outcome.status.name}"
         self.outcomes[name] += 1
         if self._failing and not failed:
             self.recovered += 1
@@ -182,6 +208,42 @@ class Workload:
         found = await self._peers.connect("nobody", TIMED, budget)
         right = isinstance(found, NotFound | CallFailure)
         return self._expect(found, NotFound, right, "unknown name")
+
+    async def _objects(self) -> object:
+        """The traps that no call makes: memory, capabilities, endpoints, classes, sleep."""
+        held: list[Slot] = []
+        try:
+            await self._use_objects(held)
+        except AbiError as error:
+            if error.status not in (Status.NO_SPACE, Status.QUEUE_FULL):
+                raise
+            for slot in held:
+                await CapClose(slot)
+            return NoRoom(error.status)
+        return None
+
+    async def _use_objects(self, held: list[Slot]) -> None:
+        """Make, use and close one of each; `held` is what has to be closed."""
+        data = bytes([self._round & 0xFF]) * 8
+        held.append(await VmoCreate(len(data)))
+        vmo = held[0]
+        await VmoWrite(vmo, 0, data)
+        await VmoSeal(vmo)
+        held.append(await CapClone(vmo))
+        held.append(await CapDerive(vmo, Rights.MAP))
+        info = await CapQuery(held[2])
+        view = await VmoMap(held[2])
+        if bytes(view[: len(data)]) != data or info != CapInfo(CapKind.VMO, Rights.MAP, len(view)):
+            self.wrong.append(f"objects: {info}, {bytes(view[: len(data)]).hex()}"[:120])
+        view.release()
+        endpoint = await EndpointCreate()
+        await EndpointClose(endpoint)
+        await SetTaskQos(None, await TaskQos())
+        until = Nanos(await Now() + NAP)
+        if await SleepUntil(until) < until:
+            self.wrong.append("objects: slept too short")
+        while held:
+            await CapClose(held.pop())
 
 
 class Idle:

@@ -15,6 +15,7 @@ SENDERS_MAX: Final = 64  # senders counted one by one; the others share the row 
 STATUS_ROWS_MAX: Final = 64  # different statuses one service may refuse with
 FACTS_MAX: Final = 32  # named numbers one service may report
 FACT_NAME_SIZE_MAX: Final = 32  # characters
+FACT_NAME: Final = r"^[a-z][a-z0-9_]*\Z"  # it stands in evidence as it is: nothing to escape
 COUNTERS_MAX: Final = 32  # fields of abi.TaskCounters (21), with room for new ones
 
 
@@ -65,7 +66,7 @@ class SenderCount(Message):
 class Fact(Message):
     """A number a service reports about itself."""
 
-    name: Annotated[str, Text(size_max=FACT_NAME_SIZE_MAX)]
+    name: Annotated[str, Text(size_min=1, size_max=FACT_NAME_SIZE_MAX, pattern=FACT_NAME)]
     value: Annotated[int, I64()]
 
 

@@ -484,13 +484,7 @@ class Server:
         self, slot: Slot, frame: bytes | bytearray, *, move: Slot | None = None, close: bool = False
     ) -> bool:
         """Send without waiting; what cannot be sent is lost, counted and forgotten."""
-        assert len(frame) <= MESSAGE_SIZE_MAX, "a reply exceeds its bounds"
-        sent = True
-        try:
-            await Send(slot, frame, move=move, deadline=NO_WAIT)
-        except AbiError:
-            sent = False
-            await close_if_any(move)
+        sent = await send_reply(slot, frame, move=move)
         self.account.replies += sent
         self.account.lost += not sent
         if close:
@@ -578,6 +572,21 @@ class Server:
 
 
 BIND: Final = META.codecs[Bind]
+
+
+async def send_reply(slot: Slot, frame: bytes | bytearray, *, move: Slot | None = None) -> bool:
+    """Queue a reply without waiting; if it cannot be sent, close what was to move with it.
+
+    Whether it was sent. The caller of a request chooses where its reply goes: no room there,
+    nobody there, and a capability that is no link at all are the same, a reply it has lost.
+    """
+    assert len(frame) <= MESSAGE_SIZE_MAX, "a reply exceeds its bounds"
+    try:
+        await Send(slot, frame, move=move, deadline=NO_WAIT)
+    except AbiError:
+        await close_if_any(move)
+        return False
+    return True
 
 
 async def _settled(result: Any) -> None:

@@ -14,7 +14,14 @@ from nexus.kernel.core.budget import (
     page_round,
 )
 from nexus.kernel.core.captable import CapTable, Held
-from nexus.kernel.core.console import check_console, parse_evidence
+from nexus.kernel.core.console import EVIDENCE_DEPTH_MAX, check_console, parse_evidence
+from nexus.kernel.core.ending import (
+    EXIT_CODE_MAX,
+    EXIT_CRASH,
+    NoExitCode,
+    end_coroutine,
+    exit_code,
+)
 from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.core.message import check_data, check_derived, check_terms
 from nexus.kernel.core.qos import (
@@ -28,6 +35,7 @@ from nexus.kernel.core.qos import (
 )
 from nexus.kernel.core.rights import derive, moved
 from nexus.kernel.core.run import Hang, RunOver
+from nexus.kernel.core.shape import well_typed
 from nexus.kernel.core.share import OwnerShare, Pool, SystemShares
 from nexus.kernel.core.spawn import (
     ARGUMENT_SIZE_MAX,
@@ -44,6 +52,9 @@ __all__ = [
     "BOOT_BUDGET_SIZE",
     "DELEGATIONS_MAX",
     "ENDPOINT_SIZE",
+    "EVIDENCE_DEPTH_MAX",
+    "EXIT_CODE_MAX",
+    "EXIT_CRASH",
     "LINK_END_SIZE",
     "MESSAGE_SIZE",
     "OBJECT_ALIGN",
@@ -58,6 +69,7 @@ __all__ = [
     "CapTable",
     "Hang",
     "Held",
+    "NoExitCode",
     "OwnerShare",
     "Pool",
     "QosReason",
@@ -75,9 +87,12 @@ __all__ = [
     "check_terms",
     "decide",
     "derive",
+    "end_coroutine",
+    "exit_code",
     "moved",
     "name_is_valid",
     "page_round",
     "parse_evidence",
     "qos_class",
+    "well_typed",
 ]

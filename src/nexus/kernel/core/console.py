@@ -2,17 +2,26 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from nexus.abi import CONSOLE_LINE_SIZE_MAX, EVIDENCE_SIZE_MAX, AbiError, Status
+
+# Objects and arrays inside each other. Evidence is flat in practice; whoever reads or writes JSON
+# by recursion, in whatever stack it stands, must get through.
+EVIDENCE_DEPTH_MAX: Final = 16
+
+_JSON_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_BRACKET: Final = re.compile(rb"[\[\]{}]")
 
 
 def check_console(line: str, evidence: bytes) -> Mapping[str, object]:
     """Check a console write and return the evidence as an object, empty if there is none.
 
     Refuses: InvalidArgument (over a limit, a line break or control character, not UTF-8,
-    evidence that is not one JSON object of finite numbers).
+    evidence that is not one JSON object of finite numbers, or nested deeper than
+    EVIDENCE_DEPTH_MAX).
     """
     try:
         size = len(line.encode("utf-8"))
@@ -29,6 +38,8 @@ def check_console(line: str, evidence: bytes) -> Mapping[str, object]:
 
 def parse_evidence(evidence: bytes) -> Mapping[str, object]:
     """The object that evidence bytes hold. Refuses: InvalidArgument."""
+    if _depth(evidence) > EVIDENCE_DEPTH_MAX:
+        raise _refusal(f"evidence nested deeper than {EVIDENCE_DEPTH_MAX}")
     try:
         parsed = json.loads(evidence.decode("utf-8"), parse_constant=_not_json, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -36,6 +47,21 @@ def parse_evidence(evidence: bytes) -> Mapping[str, object]:
     if not isinstance(parsed, dict):
         raise _refusal("evidence is not a JSON object")
     return parsed
+
+
+def _depth(evidence: bytes) -> int:
+    # Counted before anything recurses. Of bytes that are no JSON any number will do.
+    opened = evidence.count(b"[") + evidence.count(b"{")
+    if opened <= EVIDENCE_DEPTH_MAX:
+        return opened
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_JSON_STRING.sub(b"", evidence)):
+        if bracket in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        else:
+            depth -= 1
+    return deepest
 
 
 def _breaks(character: str) -> bool:

@@ -7,6 +7,7 @@ peers, answers. Init trusts nothing that comes over it but the kernel's stamp.
 
 import json
 import os
+import select
 import socket
 import struct
 import time
@@ -76,6 +77,9 @@ TRACE_RECORD: Final = struct.Struct("<BBI")
 
 TRACES_PER_FRAME: Final = 500
 TRACE_PATIENCE: Final = 2_000_000_000  # nanoseconds a traced task waits for init before it drops
+
+QOS_PATIENCE: Final = 5_000_000_000  # nanoseconds a task waits for a decision of init
+GO_PATIENCE: Final = 10_000_000_000  # nanoseconds a prepared task waits to be let go
 
 TRAPS: Final[tuple[type, ...]] = (
     EndpointCreate,
@@ -177,6 +181,7 @@ class TaskPort:
         self._traces = TraceBuffer(self._put_patiently)
         self._unconfirmed: list[int] = []
         self._answers: list[int] = []
+        self._late = 0  # answers nobody waits for any more
 
     def serve(self) -> None:
         """Take what init has sent; never blocks."""
@@ -197,7 +202,10 @@ class TaskPort:
         if frame[0] == PEER_DEAD:
             self.peer_dead(PID_FRAME.unpack(frame)[1])
         elif frame[0] == QOS_ANSWER:
-            self._answers.append(frame[1])
+            if self._late:
+                self._late -= 1
+            else:
+                self._answers.append(frame[1])
 
     def _put(self, frame: bytes) -> bool:
         try:
@@ -222,17 +230,30 @@ class TaskPort:
             raise AbiError(Status.QUEUE_FULL, "the console has no room")
 
     def set_qos(self, pid: Pid, raw: int) -> None:
-        """Ask init, and wait for its answer. Refuses as SetTaskQos."""
+        """Ask init, and wait for its answer. Refuses as SetTaskQos, and TimedOut."""
         # A number that is no class or no pid stays one when it is cut.
         number = int(raw) if abs(raw) < 1 << 63 else -1
         target = int(pid) if abs(pid) < 1 << 63 else -1
         answers = self._answers
         answers.clear()
-        _ = self._sock.send(QOS_FRAME.pack(SET_QOS, target, number))
+        give_up = time.monotonic_ns() + QOS_PATIENCE
+        while not self._put(QOS_FRAME.pack(SET_QOS, target, number)):
+            if not self._ready(select.POLLOUT, give_up):
+                raise AbiError(Status.TIMED_OUT, "init takes nothing")
         while not answers:
-            self._take(self._sock.recv(FRAME_SIZE_MAX))
+            if not self._ready(select.POLLIN, give_up):
+                self._late += 1
+                raise AbiError(Status.TIMED_OUT, "init does not answer")
+            self.serve()
         if answers[0]:
             raise AbiError(Status(answers[0]))
+
+    def _ready(self, event: int, deadline: int) -> bool:
+        """Wait until the channel is ready; False once the deadline has passed."""
+        look = select.poll()
+        look.register(self._sock, event)
+        left = deadline - time.monotonic_ns()
+        return left > 0 and bool(look.poll(left / 1_000_000))
 
     def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
         """Have an event recorded, if there is room."""
@@ -262,7 +283,8 @@ class TaskPort:
         """Say how the preparation went, then wait to be let go or not."""
         failed = prepared.failed[:NOTE_SIZE_MAX]
         _ = self._put(pack_prepared(prepared._replace(failed=failed)))
-        frame = self._sock.recv(FRAME_SIZE_MAX)
+        let_go = self._ready(select.POLLIN, time.monotonic_ns() + GO_PATIENCE)
+        frame = self._sock.recv(FRAME_SIZE_MAX, socket.MSG_DONTWAIT) if let_go else b""
         if frame[:1] != bytes((GO,)):
             os._exit(0)  # this number is burned, or the spawn was given up: nothing has run
 

@@ -19,7 +19,7 @@ from nexus.abi import (
     ServiceId,
     SpawnSpec,
 )
-from nexus.kernel.core import Account, OwnerShare
+from nexus.kernel.core import EXIT_CRASH, Account, OwnerShare
 from nexus.kernel.linux.channel import InitIsGone, Prepared, TaskPort
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.harden import Confinement, Hardening
@@ -27,7 +27,6 @@ from nexus.kernel.linux.identity import IdentityView
 from nexus.kernel.linux.objects import Endpoint, HolderLink, adopt
 from nexus.kernel.linux.truesize import Truesize
 
-EXIT_CRASH: Final = 70  # EX_SOFTWARE of sysexits.h: the program raised
 EXIT_ORPHAN: Final = 71  # EX_OSERR: init is gone
 
 CONTROL_TERMS: Final = LinkTerms(LINK_DEPTH_DEFAULT, CONTROL_LINK_SIZE, 0)

@@ -82,6 +82,7 @@ from nexus.abi import (
 )
 from nexus.kernel.core import (
     ENDPOINT_SIZE,
+    EXIT_CODE_MAX,
     LINK_END_SIZE,
     OBJECT_ALIGN,
     SLOT_SIZE,
@@ -94,6 +95,8 @@ from nexus.kernel.core import (
     check_derived,
     check_terms,
     derive,
+    end_coroutine,
+    exit_code,
     moved,
     page_round,
 )
@@ -138,7 +141,6 @@ OWNED_LINKS_MAX: Final = 512  # far ends of one task: they take descriptors and 
 WAIT_SETS_MAX: Final = 4  # sets of several endpoints kept ready for waiting
 FRAMES_PER_TURN: Final = 64  # refused or kernel frames taken from a link before others' turn
 EVENTS_PER_POLL: Final = 64
-EXIT_CODE_MAX: Final = 255  # what a process can say
 INIT_ID: Final = service_id(INIT_NAME)
 NOTES_MAX: Final = 256  # events a task may have recorded about refusals; then it only counts
 
@@ -367,10 +369,10 @@ class Driver:
                 self._drive_watched(coroutine)
             self._drive(coroutine)
         except Exited as exited:
-            coroutine.close()
-            return exited.code, exited.signal
+            end_coroutine(coroutine)
+            return exit_code(exited.code), exited.signal
         except StopIteration as stop:
-            return int(stop.value or 0) & EXIT_CODE_MAX, 0
+            return exit_code(stop.value), 0
 
     def _drive(self, coroutine: Coroutine[Trap[Any], Any, int | None]) -> NoReturn:
         resume, throw, handlers = coroutine.send, coroutine.throw, self.handlers
@@ -906,6 +908,7 @@ class Driver:
             return None
         fresh, link.fresh = link.fresh, False
         sender = None if credentials is None else self._identify(link, credentials)
+        link.spoken |= not data or data[0] < RESERVED
         # Not before the sender is known: the confirmation may free its row.
         self._drained(link, len(data))
         reason = None
@@ -917,12 +920,9 @@ class Driver:
             reason = "oversize"
         elif data[0] >= RESERVED:
             if not link.spoken:
-                link.known.clear()  # or the first message would pass by what marks it spoken
+                link.known.clear()  # a message of a known sender may skip what marks it spoken
             self._kernel_frame(link, sender, data, descriptors, fresh=fresh)
             return None
-        link.spoken = True
-        if reason is not None:
-            pass
         elif descriptors:
             return self._accept(link, sender, data, descriptors[0])
         elif len(data) > MESSAGE_SIZE_MAX:
@@ -995,6 +995,11 @@ class Driver:
             link = HolderLink(end, trailer.owner, trailer.terms, self._truesize)
             link.attached = trailer.attached
             self._localise(link)
+            if link.local is not None and link.local.spoken:
+                # Our copy of a near end that is in use would hide its holder's death from us;
+                # a driver derives a fresh link from a used one.
+                _ = end.detach()
+                return None
             return link
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -1254,7 +1259,7 @@ class Driver:
         terms = LinkTerms(named.depth, named.size, 0)
         near, owned = self._derive(named, terms)
         if owned is not None:
-            owned.cookie = _cookie_of(near)
+            owned.cookie = cookie_of(near)
         trailer = Trailer(CapKind.LINK, terms, 0, named.owner)
         try:
             self._pass(link, data, trailer, near.fileno())
@@ -1390,13 +1395,13 @@ class Driver:
         """The account of a near end; with `owned` the far end is this task's own."""
         link = HolderLink(near, owner, terms, self._truesize)
         if owned is not None:
-            owned.cookie = _cookie_of(near)
+            owned.cookie = cookie_of(near)
             self._localise(link)
         return link
 
     def _localise(self, link: HolderLink) -> None:
         """If the far end is this task's own, a send makes what a poll had found stale."""
-        cookie = _cookie_of(link.sock)
+        cookie = cookie_of(link.sock)
         for owned in self.links.values():
             if owned.cookie == cookie:
                 link.local = owned
@@ -1415,7 +1420,7 @@ class Driver:
         near, far = make_pair(terms, wall=self.wall)
         if held.local is not None:
             return near, self._derive_local(held, terms, near, far)
-        frame = pack_attach(terms, _cookie_of(near))
+        frame = pack_attach(terms, cookie_of(near))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(far.fileno()))]
         try:
             _ = held.sock.sendmsg((frame,), rights, DONT_WAIT)
@@ -1668,7 +1673,7 @@ def _kind(named: Named) -> CapKind:
     return CapKind.LINK if isinstance(named, HolderLink) else CapKind.VMO
 
 
-def _cookie_of(end: socket.socket) -> bytes:
+def cookie_of(end: socket.socket) -> bytes:
     """The kernel's name of a socket, the same in every task that holds it."""
     return end.getsockopt(socket.SOL_SOCKET, SO_COOKIE, COOKIE_SIZE)
 

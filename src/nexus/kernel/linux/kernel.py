@@ -9,7 +9,6 @@ Decisions a test must be able to break are small methods looked up at each use:
 """
 
 import gc
-import json
 import os
 import resource
 import select
@@ -19,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -76,6 +75,7 @@ from nexus.kernel.core import (
     check_cpu,
     check_spec,
     decide,
+    parse_evidence,
 )
 from nexus.kernel.linux import channel as wire
 from nexus.kernel.linux.child import CONTROL_TERMS, Birth, live
@@ -86,6 +86,7 @@ from nexus.kernel.linux.driver import (
     DESCRIPTORS_MAX,
     Driver,
     Exited,
+    cookie_of,
 )
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
 from nexus.kernel.linux.identity import CREDENTIALS, ROWS, IdentityTable, IdentityView
@@ -97,6 +98,8 @@ from nexus.kernel.linux.truesize import Truesize
 DESCRIPTORS_WANTED: Final = 4 * TASKS_MAX + DESCRIPTORS_MAX
 ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
 FORKS_MAX: Final = 32  # tries to get a number that is not burned
+CONFIRM_MAX: Final = 5_000_000_000  # nanoseconds a task may keep a burned number in a shortage
+BURNED_MAX: Final = ROWS // 4  # numbers at rest, above which it is one: a fork in four is lost
 FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations may come
 PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a child may take to confine itself
 FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
@@ -124,6 +127,7 @@ class Child:
         "channel",
         "exit",
         "frames",
+        "links",
         "name",
         "notes",
         "outbox",
@@ -137,7 +141,13 @@ class Child:
     )
 
     def __init__(
-        self, spec: SpawnSpec, sender: Sender, pidfd: int, channel: socket.socket, share: OwnerShare
+        self,
+        spec: SpawnSpec,
+        sender: Sender,
+        pidfd: int,
+        channel: socket.socket,
+        share: OwnerShare,
+        links: tuple[socket.socket, ...],
     ) -> None:
         self.name = spec.name
         self.program = spec.program
@@ -147,6 +157,7 @@ class Child:
         self.pidfd = pidfd
         self.channel: socket.socket | None = channel
         self.share = share
+        self.links = links  # init's ends of both control links, shut down at its death
         self.exit: ExitInfo | None = None
         self.outbox: deque[bytes] = deque()  # at most one frame per burned number, and answers
         self.frames = 0  # taken from its channel
@@ -220,6 +231,8 @@ class LinuxKernel:
         self.generations: dict[str, int] = {}
         self.names: dict[int, str] = {}  # of services, by id
         self.burned: dict[int, set[int]] = {}  # dead task's pid -> pids that have not confirmed
+        self._burned_at: dict[int, int] = {}
+        self.degraded: tuple[str, ...] = ()  # what every child of this run lacks
         self.forks_discarded = 0
         self.refused_frames = 0  # on kernel channels
         self._record = recorder
@@ -293,6 +306,8 @@ class LinuxKernel:
         self.until = until
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = min(max(soft, DESCRIPTORS_WANTED), hard)
+        if not enough_descriptors():
+            self.degraded = ("descriptors",)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         _ = stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         affinity = os.sched_getaffinity(0)
@@ -637,10 +652,8 @@ class LinuxKernel:
         if child.notes > NOTES_MAX:
             return False
         try:
-            fields = json.loads(data[2:])
-        except (ValueError, RecursionError):
-            return False
-        if not isinstance(fields, dict):
+            fields = parse_evidence(data[2:])
+        except AbiError:
             return False
         self.note(child.sender, wire.NOTABLE[data[1]], fields)
         return True
@@ -669,8 +682,16 @@ class LinuxKernel:
         if child.traceback:
             fields["crash"] = child.traceback
         self._event(EventKind.EXIT, child.pid, fields)
+        self._hang_up(child)
         self._give_back(child)
         self._burn(child)
+
+    def _hang_up(self, child: Child) -> None:
+        """Shut init's ends of the control links down: a dead task may have left copies of its
+        own ends anywhere, even here. What it had sent stays readable."""
+        for end in child.links:
+            with suppress(OSError):  # closed before, or moved on
+                end.shutdown(socket.SHUT_RDWR)
 
     def _give_back(self, child: Child) -> None:
         """What a task had reserved is free again."""
@@ -680,6 +701,7 @@ class LinuxKernel:
         """Let nobody have the number until everyone alive now has read what it had sent."""
         alive = {other.pid for other in self.children.values() if other.exit is None}
         self.burned[child.pid] = {*alive, self.root.pid}
+        self._burned_at[child.pid] = time.monotonic_ns()
         for pid in list(self.burned):
             self.confirmed(child.pid, pid)  # a dead task reads nothing any more
         frame = wire.PID_FRAME.pack(wire.PEER_DEAD, child.pid)
@@ -688,6 +710,26 @@ class LinuxKernel:
                 self._tell(other, frame)
         self.table.pulse()
         self.driver.peer_dead(child.pid)
+        if len(self.burned) > BURNED_MAX:
+            self._end_deaf()
+
+    def _end_deaf(self) -> None:
+        """Numbers run short: end the tasks that keep one from its next holder for too long.
+
+        Not before: an honest task may leave an answer unread for as long as it likes.
+        """
+        late = time.monotonic_ns() - CONFIRM_MAX
+        deaf: dict[int, int] = {}  # pid -> numbers it keeps
+        for pid, waiting in self.burned.items():
+            if self._burned_at[pid] <= late:
+                for by in waiting:
+                    deaf[by] = deaf.get(by, 0) + 1
+        for by, count in deaf.items():
+            child = self.children.get(by)
+            if child is not None and child.exit is None:
+                evidence = {"name": child.name, "pid": by, "numbers": count}
+                self.kernel_line(f"KCONFIRM: {child.name} ended, it keeps {count}", evidence)
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
     def confirmed(self, by: int, pid: int) -> None:
         """A task has read everything that a dead one can have sent to it."""
@@ -696,7 +738,7 @@ class LinuxKernel:
             return
         waiting.discard(by)
         if not waiting:
-            del self.burned[pid]
+            del self.burned[pid], self._burned_at[pid]
             self.table.clear(pid)
 
     def _may_reuse(self, pid: int) -> bool:
@@ -709,6 +751,7 @@ class LinuxKernel:
         for pid in self.burned:
             self.table.clear(pid)
         self.burned.clear()
+        self._burned_at.clear()
 
     def _reap(self, child: Child) -> ExitInfo:
         assert child.exit is not None, "only the dead are reaped"
@@ -804,7 +847,10 @@ class LinuxKernel:
             raise
         _ = undo.callback(self._unsee, upward)
         sender = Sender(service, Pid(0), self._next_generation(spec.name), QosClass(spec.qos))
-        child, degraded = self._fork(spec, program, sender, (up_near, far), share)
+        # So that init knows its own link if the child sends it back (`Driver._classify`).
+        upward.cookie = cookie_of(up_near)
+        links = (upward.sock, near)
+        child, degraded = self._fork(spec, program, sender, (up_near, far), share, links)
         self._forget_ends(up_near, far)
         for owner, holder, terms in (
             (INIT_NAME, spec.name, CONTROL_TERMS),
@@ -845,6 +891,7 @@ class LinuxKernel:
         sender: Sender,
         ends: tuple[socket.socket, socket.socket],
         share: OwnerShare,
+        links: tuple[socket.socket, ...],
     ) -> tuple[Child, tuple[str, ...]]:
         """Fork until Linux gives a number that means nobody else, prepare the child, enter it
         into the table, and let it go. Refuses: SpawnRefused (oom, map-failed)."""
@@ -859,27 +906,31 @@ class LinuxKernel:
                 its.close()
                 raise SpawnRefused(SpawnReason.OOM, f"fork: {error}") from None
             its.close()
-            pidfd = os.pidfd_open(pid)
-            if not self._may_reuse(pid):
-                self.forks_discarded += 1
-                _discard(pidfd, mine)
-                continue
-            prepared = self._prepared(mine, pidfd)
-            if prepared.failed:
-                _discard(pidfd, mine)
-                raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
-            sender = sender._replace(pid=Pid(pid))
-            child = Child(spec, sender, pidfd, mine, share)
-            self.names[sender.service] = spec.name
-            self.table.publish(sender, prepared.uid, prepared.gid)
-            degraded = prepared.degraded
-            if not self._apply_qos(pid, sender.qos):
-                degraded = (*degraded, "qos")
-            self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
-            self._epoll.register(pidfd, select.EPOLLIN)
-            self._epoll.register(mine.fileno(), select.EPOLLIN)
-            self._tell(child, bytes((wire.GO,)))
-            return child, degraded
+            with ExitStack() as undo:
+                # From here on every way out but the good one ends the child and reaps it.
+                _ = undo.callback(_discard, pid, mine)
+                pidfd = os.pidfd_open(pid)
+                _ = undo.callback(os.close, pidfd)
+                if not self._may_reuse(pid):
+                    self.forks_discarded += 1
+                    continue
+                prepared = self._prepared(mine, pidfd)
+                if prepared.failed:
+                    raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
+                self._epoll.register(pidfd, select.EPOLLIN)
+                self._epoll.register(mine.fileno(), select.EPOLLIN)
+                sender = sender._replace(pid=Pid(pid))
+                child = Child(spec, sender, pidfd, mine, share, links)
+                self.names[sender.service] = spec.name
+                self.table.publish(sender, prepared.uid, prepared.gid)
+                degraded = (*prepared.degraded, *self.degraded)
+                if not self._apply_qos(pid, sender.qos):
+                    degraded = (*degraded, "qos")
+                self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
+                _ = undo.pop_all()
+                self._tell(child, bytes((wire.GO,)))
+                return child, degraded
+        self._end_deaf()
         raise SpawnRefused(SpawnReason.OOM, f"{FORKS_MAX} numbers in a row are burned")
 
     def _pause(self) -> None:
@@ -922,6 +973,7 @@ class LinuxKernel:
                     namespaces=self.namespaces,
                     enabled=self.harden,
                     name=spec.name,
+                    budget=spec.budget,
                 ),
                 share=share,
                 truesize=self.truesize,
@@ -1062,6 +1114,11 @@ def may_renice() -> bool:
     return True
 
 
+def enough_descriptors() -> bool:
+    """Whether init may have the descriptors that a full system needs."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= DESCRIPTORS_WANTED
+
+
 def _entries(path: str) -> int:
     return sum(1 for _ in Path(path).iterdir())
 
@@ -1078,9 +1135,9 @@ def _await_readable(descriptor: int, span: int) -> bool:
     return bool(poll.poll(span / 1_000_000))
 
 
-def _discard(pidfd: int, channel: socket.socket) -> None:
-    """End a child that has not run anything of a service."""
+def _discard(pid: int, channel: socket.socket) -> None:
+    """End a child that has not run anything of a service; its number is ours until it is
+    reaped, so no descriptor is needed."""
     channel.close()
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    _ = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
+    os.kill(pid, signal.SIGKILL)
+    _ = os.waitid(os.P_PID, pid, os.WEXITED)

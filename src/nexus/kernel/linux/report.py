@@ -6,16 +6,26 @@ tells which it could take; the rest is looked up.
 
 import json
 import os
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
+from nexus.abi import HEAP_SIZE
 from nexus.kernel.linux import landlock, seccomp
-from nexus.kernel.linux.harden import UID_FIRST, Confinement, Hardening, Namespaces, preload
-from nexus.kernel.linux.kernel import may_renice
+from nexus.kernel.linux.harden import (
+    UID_FIRST,
+    Confinement,
+    Hardening,
+    Namespaces,
+    preload,
+    readable,
+)
+from nexus.kernel.linux.kernel import enough_descriptors, may_renice
 from nexus.kernel.linux.native import MACHINE
 
 PID_MAX_LARGE: Final = 1 << 22  # the largest Linux has: a number comes again late
+ANSWER_TIME: Final = 5_000  # milliseconds the child may take
 ANSWER_SIZE_MAX: Final = 4096  # bytes
 
 
@@ -39,6 +49,7 @@ class Guarantee(NamedTuple):
 # Name of a step, what it gives, and what is left where it cannot be taken.
 STEPS: Final = (
     ("limits", "descriptors, core dumps, processes and locked memory are bounded", State.ABSENT),
+    ("memory", "memory, mappings and memory objects are bounded by the budget", State.ABSENT),
     ("namespaces", "no network, no host name, no System V objects in sight", State.ABSENT),
     ("ids", "a user id of its own: no signal to, no trace of another service", State.DEGRADED),
     ("capabilities", "no capability: a sender's pid cannot be forged", State.ABSENT),
@@ -70,6 +81,15 @@ def hardening_report() -> tuple[Guarantee, ...]:
             "" if renice else "a priority once lowered could not be raised again",
         )
     )
+    enough = enough_descriptors()
+    rows.append(
+        Guarantee(
+            "descriptors",
+            State.HELD if enough else State.DEGRADED,
+            "init has a descriptor for everything that may be live at once",
+            "" if enough else "the hard limit of open files is lower: spawns fail earlier",
+        )
+    )
     pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
     rows.append(
         Guarantee(
@@ -99,14 +119,17 @@ def _try_in_a_child() -> dict[str, str]:
                 namespaces=() if namespaces is None else namespaces.descriptors,
                 enabled=True,
                 name="doctor",
+                budget=HEAP_SIZE,
             )
         )
     os.close(writer)
     os.close(null)
     answer = b""
-    while part := os.read(reader, ANSWER_SIZE_MAX):
+    # A part at a time, each bounded: the child writes once.
+    while readable(reader, ANSWER_TIME) and (part := os.read(reader, ANSWER_SIZE_MAX)):
         answer += part
     os.close(reader)
+    os.kill(child, signal.SIGKILL)
     _ = os.waitpid(child, 0)
     if namespaces is not None:
         namespaces.close()

@@ -60,7 +60,7 @@ FAILURES: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
     CapDerive: (Status.NO_SPACE,),
     VmoCreate: (Status.NO_SPACE,),
     Spawn: (Status.NO_SPACE,),
-    Wait: (Status.TIMED_OUT,),
+    Wait: (Status.TIMED_OUT, Status.QUEUE_EMPTY),
     ConsoleWrite: (Status.QUEUE_FULL,),
 }
 """What an injected failure may answer, by trap: statuses its docstring names."""

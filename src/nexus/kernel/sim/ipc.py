@@ -321,6 +321,7 @@ class Ipc:
         full = self.room(link, size)
         if full is not None:
             self._refuse_room(link, size, full)
+        copy = self.copy_in(data)  # fails before anything is charged, if these are no bytes
         account = self.account
         charge = _OVERHEAD + size
         if charge > account.total - account.used:
@@ -332,7 +333,7 @@ class Ipc:
             except AbiError:
                 account.used -= charge
                 raise
-        link.queue.append((self.copy_in(data), self.stamp(task, link), cap))
+        link.queue.append((copy, self.stamp(task, link), cap))
         link.queued_size += size
         link.used = True
         task.sent += 1

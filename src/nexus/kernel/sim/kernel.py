@@ -79,10 +79,13 @@ from nexus.abi import (
     service_id,
 )
 from nexus.kernel.core import (
+    EXIT_CODE_MAX,
+    EXIT_CRASH,
     QOS_STATUS,
     Account,
     Hang,
     Held,
+    NoExitCode,
     OwnerShare,
     QosReason,
     QosRequest,
@@ -96,6 +99,9 @@ from nexus.kernel.core import (
     check_spec,
     decide,
     derive,
+    end_coroutine,
+    exit_code,
+    well_typed,
 )
 from nexus.kernel.sim import log
 from nexus.kernel.sim.chance import Chance
@@ -126,8 +132,6 @@ HANG_LIMIT_S: Final = 5.0  # seconds of processor time in one step; a step takes
 CONTROL_DEPTH: Final = 8  # messages; depth of the links between a task and its spawner
 ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
 SIGKILL: Final = 9
-EXIT_CODE_CRASH: Final = 1  # what a Python process exits with after a traceback
-EXIT_CODE_MAX: Final = 255
 KERNEL_PID: Final = Pid(0)  # in events that are about no task
 
 CHUNK_LENGTH: Final = CHUNK_RECORDS * RECORD_FIELDS
@@ -337,6 +341,11 @@ class SimKernel:
                 status = -int(refusal.status)
                 value = refusal
                 go_on = task.throw
+            except Exception as error:
+                if task is None or not self._is_to_blame(task, error):
+                    raise
+                self._crashed(task, error)
+                continue
             else:
                 if value is BLOCKED:
                     cpu.task = None
@@ -361,7 +370,8 @@ class SimKernel:
                 continue
             except Spinning:
                 self._hang(task)
-            except Exception as error:  # noqa: BLE001 (a crash of a task is its exit)
+            except BaseException as error:  # noqa: BLE001 (a crash of a task is its exit)
+                self._watchdog.pass_on()
                 self._crashed(task, error)
                 continue
             cost = next(costs)
@@ -395,8 +405,18 @@ class SimKernel:
         return self._not_a_trap, len(TRAPS)
 
     def _not_a_trap(self, task: Task, trap: object) -> Blocked:
-        self.end(task, EXIT_CODE_CRASH, 0, f"{task.name} awaited {trap!r}, which is no trap\n")
+        what = type(trap).__name__
+        self.end(task, EXIT_CRASH, 0, f"{task.name} awaited a {what}, which is no trap\n")
         return BLOCKED
+
+    def _is_to_blame(self, task: Task, error: Exception) -> bool:
+        # Values of the wrong type in a trap are the task's bug, and its crash as on real
+        # processes. Whatever else a handler raises is a bug of this kernel.
+        return (
+            task.state != DEAD
+            and not isinstance(error, AssertionError)
+            and not well_typed(task.trap)
+        )
 
     def _resume_value(self, task: Task) -> Any:
         if task.error is not None:
@@ -644,12 +664,16 @@ class SimKernel:
     # ---- tasks end
 
     def _returned(self, task: Task, value: object) -> None:
-        code = value if isinstance(value, int) else 0
-        self.end(task, code & EXIT_CODE_MAX, 0)
+        try:
+            code = exit_code(value)
+        except NoExitCode as error:
+            self._crashed(task, error)
+        else:
+            self.end(task, code, 0)
 
-    def _crashed(self, task: Task, error: Exception) -> None:
+    def _crashed(self, task: Task, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
-        self.end(task, EXIT_CODE_CRASH, 0, text)
+        self.end(task, EXIT_CRASH, 0, text)
 
     def end(self, task: Task, code: int, number: int, crash: str | None = None) -> None:
         """A task is over: everything it had goes back, and whoever waits for it wakes."""
@@ -692,11 +716,11 @@ class SimKernel:
         if coroutine is None:
             return
         try:
-            coroutine.close()
+            end_coroutine(coroutine)
         except Spinning:
             self._hang(task)
-        except Exception:  # noqa: BLE001, S110 (a killed task's last words change nothing)
-            pass
+        except BaseException:  # noqa: BLE001 (only the task's own code runs in there)
+            self._watchdog.pass_on()  # the host's ends the run; the task's own is last words
 
     def _release_objects(self, task: Task) -> None:
         """Give back what a task's table holds; then everybody who waited for it wakes."""
@@ -980,7 +1004,7 @@ class SimKernel:
     def _exit(self, task: Task, trap: Exit) -> Blocked:
         if not 0 <= trap.code <= EXIT_CODE_MAX:
             raise AbiError(Status.INVALID_ARGUMENT, f"exit code {trap.code}")
-        self.end(task, trap.code, 0)
+        self.end(task, exit_code(trap.code), 0)
         return BLOCKED
 
     def _task_table(self, task: Task, trap: TaskTable) -> tuple[TaskInfo, ...]:  # noqa: ARG002

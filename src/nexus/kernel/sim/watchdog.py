@@ -4,6 +4,9 @@ The processor time of this process is looked at in periods. A task that stays in
 same step for a number of whole periods is interrupted where it spins. Nothing else is touched,
 so a run without a hang is the same with and without the guard. Signals reach the main thread
 only: a kernel that runs in another thread has no guard.
+
+The guard also remembers an exception that the host's SIGINT raised, wherever it came up: a task's
+own KeyboardInterrupt is a crash of that task, the host's ends the run.
 """
 
 import signal
@@ -22,7 +25,16 @@ class Spinning(BaseException):
 class Watchdog:
     """Guards a block of code; `progress` is a value that changes with every step."""
 
-    __slots__ = ("_armed", "_looks", "_period", "_previous", "_progress", "_seen")
+    __slots__ = (
+        "_armed",
+        "_interrupt",
+        "_looks",
+        "_on_interrupt",
+        "_period",
+        "_previous",
+        "_progress",
+        "_seen",
+    )
 
     def __init__(self, progress: Callable[[], object], limit_s: float) -> None:
         assert limit_s > 0, "a limit in seconds of processor time"
@@ -32,6 +44,8 @@ class Watchdog:
         self._looks = 0
         self._armed = False
         self._previous: object = None
+        self._on_interrupt: object = None
+        self._interrupt: BaseException | None = None
 
     def __enter__(self) -> None:
         """Start looking, if signals reach this thread."""
@@ -39,6 +53,9 @@ class Watchdog:
         if self._armed:
             self._previous = signal.signal(signal.SIGVTALRM, self._look)
             _ = signal.setitimer(signal.ITIMER_VIRTUAL, self._period, self._period)
+            self._on_interrupt = signal.getsignal(signal.SIGINT)
+            if callable(self._on_interrupt):
+                _ = signal.signal(signal.SIGINT, self._interrupted)
 
     def __exit__(
         self,
@@ -50,6 +67,21 @@ class Watchdog:
         if self._armed:
             _ = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             _ = signal.signal(signal.SIGVTALRM, self._previous)  # type: ignore[arg-type]
+            if callable(self._on_interrupt):
+                _ = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def pass_on(self) -> None:
+        """Raise again what the host's SIGINT raised, if it did."""
+        if self._interrupt is not None:
+            raise self._interrupt
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        assert callable(self._on_interrupt), "only such a handler is wrapped"
+        try:
+            _ = self._on_interrupt(number, frame)
+        except BaseException as error:
+            self._interrupt = error
+            raise
 
     def _look(self, _number: int, frame: FrameType | None) -> None:
         seen = self._progress()

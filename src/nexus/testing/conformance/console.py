@@ -1,5 +1,7 @@
 """The console: what a line may be, and who is said to have written it."""
 
+from typing import Final
+
 from nexus.abi import (
     CONSOLE_LINE_SIZE_MAX,
     EVIDENCE_SIZE_MAX,
@@ -13,8 +15,11 @@ from nexus.abi import (
     Status,
     TaskStats,
 )
+from nexus.kernel.core import EVIDENCE_DEPTH_MAX
 from nexus.testing.conformance.steps import ended_well, refused, start
 from nexus.testing.rig import Rig
+
+NESTED: Final = b'{"a": %s%s}'
 
 
 def test_a_line_is_stamped_with_its_writer(rig: Rig) -> None:
@@ -69,12 +74,16 @@ def test_lines_outside_the_limits_are_refused(rig: Rig) -> None:
         for evidence in (
             b"[]", b"1", b"null", b'"text"', b"{", b"{} {}", b"\xff", b'{"a": NaN}',
             b"{" + b" " * EVIDENCE_SIZE_MAX + b"}",
+            NESTED % (b"[" * EVIDENCE_DEPTH_MAX, b"]" * EVIDENCE_DEPTH_MAX),
+            NESTED % (b"[" * 970, b"]" * 970),  # json.loads takes it, json.dumps may not
         ):  # fmt: skip
             await refused(ConsoleWrite("line", evidence), Status.INVALID_ARGUMENT)
         assert await TaskStats() == before
         await ConsoleWrite("x" * CONSOLE_LINE_SIZE_MAX)
         await ConsoleWrite("é" * (CONSOLE_LINE_SIZE_MAX // 2))
         await ConsoleWrite("")
+        deepest = EVIDENCE_DEPTH_MAX - 1
+        await ConsoleWrite("deep", NESTED % (b"[" * deepest, b"]" * deepest))
         await ConsoleWrite("full", b"{" + b" " * (EVIDENCE_SIZE_MAX - 2) + b"}")
 
     async def root(boot: BootImage) -> None:
@@ -84,7 +93,7 @@ def test_lines_outside_the_limits_are_refused(rig: Rig) -> None:
     run = rig.observe(root, programs={"writer": writer})
 
     lines = [str(fields["line"]) for fields in run.fields(EventKind.CONSOLE)]
-    good = ["x" * CONSOLE_LINE_SIZE_MAX, "é" * (CONSOLE_LINE_SIZE_MAX // 2), "", "full"]
+    good = ["x" * CONSOLE_LINE_SIZE_MAX, "é" * (CONSOLE_LINE_SIZE_MAX // 2), "", "deep", "full"]
     assert lines == good * 2
 
 

@@ -1,5 +1,6 @@
 """Tasks: starting, ending, waiting, killing, and what only the root task may do."""
 
+import sys
 from typing import Any
 
 from nexus.abi import (
@@ -22,6 +23,7 @@ from nexus.abi import (
     Kill,
     LinkCreate,
     LinkTerms,
+    Now,
     Pid,
     QosClass,
     Recv,
@@ -39,6 +41,7 @@ from nexus.abi import (
     Wait,
     service_id,
 )
+from nexus.kernel.core import EXIT_CRASH
 from nexus.kernel.core.limits import SystemLimits
 from nexus.testing.conformance.steps import (
     PAST,
@@ -52,7 +55,7 @@ from nexus.testing.conformance.steps import (
     take,
     tell,
 )
-from nexus.testing.rig import EXIT_FAILED, Rig
+from nexus.testing.rig import EXIT_FAILED, Main, Rig, TaskFailed
 
 
 async def _waits(boot: BootImage) -> None:
@@ -119,6 +122,66 @@ def test_exit_codes_outside_a_byte_are_refused(rig: Rig) -> None:
         assert (await ended(await start(boot, "child"))).code == 3
 
     rig.run(root, programs={"child": child})
+
+
+def test_an_exit_is_final_whatever_the_task_does_about_it(rig: Rig) -> None:
+    async def clings(boot: BootImage) -> int:
+        try:
+            await Exit(5)
+        except GeneratorExit:
+            await Now()
+        return 7
+
+    async def protests(boot: BootImage) -> None:
+        try:
+            await Exit(5)
+        finally:
+            raise ValueError("too late")
+
+    async def root(boot: BootImage) -> None:
+        for name in ("clings", "protests"):
+            info = await ended(await start(boot, name))
+            assert (info.code, info.signal) == (5, 0), name
+
+    rig.run(root, programs={"clings": clings, "protests": protests})
+
+
+def test_a_bug_of_a_task_is_its_own_crash_and_the_system_goes_on(rig: Rig) -> None:
+    async def returns_too_much(boot: BootImage) -> int:
+        return 256
+
+    async def returns_too_little(boot: BootImage) -> int:
+        return -1
+
+    async def leaves(boot: BootImage) -> None:
+        sys.exit(0)
+
+    async def interrupts(boot: BootImage) -> None:
+        raise KeyboardInterrupt
+
+    async def exits_oddly(boot: BootImage) -> None:
+        await Exit(1.5)  # type: ignore[arg-type]
+
+    bugs: dict[str, Main] = {
+        "much": returns_too_much,
+        "little": returns_too_little,
+        "leaves": leaves,
+        "interrupts": interrupts,
+        "oddly": exits_oddly,
+    }
+
+    async def root(boot: BootImage) -> None:
+        for name in bugs:
+            info = await ended(await start(boot, name))
+            assert (info.code, info.signal) == (EXIT_CRASH, 0), name
+
+    # To the rig such a code is a failure: there must be these and no other.
+    told: list[str] = []
+    try:
+        rig.run(root, programs=bugs)
+    except TaskFailed as failure:
+        told = str(failure).split("\n\n")[1:]
+    assert told == [f"{name}: failed and could not print why" for name in bugs]
 
 
 def test_waiting_tells_running_ended_and_unknown_tasks_apart(rig: Rig) -> None:
