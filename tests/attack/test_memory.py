@@ -444,7 +444,7 @@ def _hoard(_boot: BootImage, _told: Mapping[str, Any]) -> dict[str, Any]:
     """Map 300 MiB in both ways, a MiB at a time, and make a memory object of 1 TiB."""
     taken = {}
     for name, flags in (("private", MAP_PRIVATE_ANONYMOUS), ("shared", MAP_SHARED_ANONYMOUS)):
-        maps = []
+        maps: list[int] = []
         while len(maps) < 300:
             address, error = result(MMAP, 0, MIB, READ_WRITE, flags, -1, 0)
             if error:

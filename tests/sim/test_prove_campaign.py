@@ -192,7 +192,8 @@ def test_a_heap_that_differs_from_its_objects_is_found_while_it_runs(
 def _lines(*entries: tuple[str, int, int]) -> Iterator[str]:
     yield "1 cpu0 pid2 picked Recv OK"
     for what, link, size in entries:
-        yield f"2 pid3 {what} link{link} {size}B"
+        who = "cpu0 pid3 kept Recv" if what == "took" else "pid4"
+        yield f"2 {who} {what} link{link} {size}B"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_an_assertion_and_a_fault_of_the_scheduler_end_the_run_whatever_a_task_p
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def child(boot: BootImage) -> None:
-        await SleepUntil(ANY)
+        await VmoCreate(ANY)
 
     def broken(*_: object) -> None:
         raise AssertionError("of the kernel")
@@ -160,7 +160,7 @@ def test_an_assertion_and_a_fault_of_the_scheduler_end_the_run_whatever_a_task_p
         raise TypeError("of the scheduler")
 
     kernel = kernel_of(child)
-    monkeypatch.setattr(kernel, "_sleep", broken)
+    monkeypatch.setitem(kernel.handlers, VmoCreate, (broken, 0))
     with pytest.raises(AssertionError, match="of the kernel"):
         _ = end_of(child, kernel)
 

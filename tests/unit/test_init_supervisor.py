@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -19,10 +18,12 @@ from nexus.abi import (
     BootImage,
     CapClose,
     ConsoleWrite,
+    EndpointCreate,
     Event,
     EventKind,
     ExitInfo,
     LinkCreate,
+    LinkTerms,
     Nanos,
     Now,
     PeerGone,
@@ -809,28 +810,29 @@ def test_a_service_that_closes_the_link_its_answers_go_by_is_ended(boot: Boot) -
 
 def test_a_service_that_ends_after_it_gave_its_control_link_away_comes_back(boot: Boot) -> None:
     async def giver(boot: BootImage) -> int:
-        server = Server(Nothing(), TESTSVC, boot)
-        _ = await server.step(NEVER)
         if boot.generation > 1:
-            return await server.run()
-        until = Nanos(boot.now + SECOND)
-        control = await Peers(boot, bytes(16)).control(until)
-        assert isinstance(control, Exchange), control
-        routed = await control.ask(Route("driver"), until)
-        assert isinstance(routed, Answer), routed
-        assert routed.cap is not None
-        await Send(routed.cap, b"\x01", move=boot.control)
-        return 3
+            return await idle(boot)
+        while True:
+            message = await Recv((boot.endpoint,), NEVER)
+            if message.cap is not None:
+                if message.data == b"\x01":
+                    await Send(message.cap, b"\x01", move=boot.control)
+                    return 3
+                bound = encode(Bound(boot.generation))
+                await Send(message.cap, answer(message.data, 0, bound))
 
     async def driver(driver: Driver) -> ServiceRecord:
-        kept = None
-        while kept is None:
-            with suppress(PeerGone):
-                kept = (await Recv((driver.boot.endpoint,), await driver.ahead(SECOND))).cap
+        routed = await driver.control.ask(Route("other"), await driver.ahead(SECOND))
+        assert isinstance(routed, Answer), routed
+        assert routed.cap is not None
+        inbox = await EndpointCreate()
+        await Send(routed.cap, b"\x01", move=(await LinkCreate(inbox, LinkTerms(1, 64, 0))).slot)
+        given = await Recv((inbox,), await driver.ahead(SECOND))
+        assert given.cap is not None
         await driver.pause(2 * REAP_MAX)
         return await driver.record("other")
 
-    text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "driver" }]\n'
+    text = SYSTEM + DRIVER.replace('"timed" }', '"other" }') + OTHER
     run = boot(driver, text=text, other=giver, ready=False)
 
     assert (run.result.state, run.result.generation) == (TaskState.UP, 2)

@@ -276,7 +276,9 @@ def _leaks(kernel: SimKernel) -> Iterator[str]:
     return (f"{count} {what} left behind" for what, count in held.items() if count)
 
 
-_MESSAGE: Final = re.compile(r"\d+ cpu\d+ pid\d+|\d+ pid\d+ (sent|took) link(\d+) (\d+)B")
+_MESSAGE: Final = re.compile(
+    r"\d+ (?:cpu\d+ )?pid\d+ (?:(?:picked|kept) \w+ )?(sent|took) link(\d+) (\d+)B\Z"
+)
 
 
 def unaccounted(lines: Iterator[str]) -> Iterator[str]:
@@ -288,7 +290,7 @@ def unaccounted(lines: Iterator[str]) -> Iterator[str]:
     queued: dict[str, deque[str]] = defaultdict(deque)
     for line in lines:
         match = _MESSAGE.match(line)
-        if match is None or match[1] is None:
+        if match is None:
             continue
         link, size = match[2], match[3]
         if match[1] == "sent":
