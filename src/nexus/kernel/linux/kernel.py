@@ -206,7 +206,8 @@ class RootPort:
 class LinuxKernel:
     """The ABI over Linux processes. One object serves one run.
 
-    `cpus` is the set of processors for everything; SpawnSpec.cpu is an index into it. With `harden` False children keep their ids and limits, for debugging.
+    `cpus` is the set of processors for everything; SpawnSpec.cpu is an index into it.
+    With `harden` False children keep their ids and limits, for debugging.
     """
 
     def __init__(
