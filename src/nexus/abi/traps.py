@@ -449,7 +449,8 @@ class SetTaskQos(Trap[None]):
     is no class (invalid_qos_class), InvalidArgument for an unknown task (invalid_target_pid),
     PermissionDenied for another task (unauthorized_other_pid), PermissionDenied for a raise
     (unauthorized_escalation), QueueFull (scheduler_queue_full; nothing changed), else applied.
-    init, execd and policyd are exempt from the two authority checks.
+    init, execd and policyd are exempt from the two authority checks. TimedOut where init decides
+    and does not answer within the kernel's own bound.
     """
 
     __slots__ = ("pid", "qos")

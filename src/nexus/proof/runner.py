@@ -90,7 +90,7 @@ def run_boot(
             env=_environment(),
             start_new_session=True,
         )
-    except BaseException:
+    except BaseException:  # whatever it was goes on; only the descriptor is given back
         os.close(reader)
         raise
     finally:

@@ -37,8 +37,8 @@ from nexus.kernel.linux.native import (
 UID_FIRST: Final = 61_000  # one uid per row of the identity table; unused on common systems
 GC_THRESHOLD: Final = 50_000  # allocations: what init made is frozen, a service makes few cycles
 
-# Beside what it inherits and its budget; measured, the services of the proof systems live within
-# 8 MiB of it. Python asks Linux for 1 MiB at a time, and a traceback needs room too.
+# bytes beside what a task inherits and its budget; generous, not measured: Python asks Linux for
+# 1 MiB at a time, and a traceback needs room too.
 MEMORY_MARGIN: Final = 64 * 1024 * 1024
 HOLDER_TIME: Final = 5_000  # milliseconds the maker of the namespaces may take
 STATM_SIZE: Final = 0  # fields of /proc/self/statm, proc_pid_statm(5)

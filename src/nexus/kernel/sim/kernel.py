@@ -341,7 +341,7 @@ class SimKernel:
                 status = -int(refusal.status)
                 value = refusal
                 go_on = task.throw
-            except Exception as error:
+            except Exception as error:  # goes on unless the task's own arguments caused it
                 if task is None or not self._is_to_blame(task, error):
                     raise
                 self._crashed(task, error)

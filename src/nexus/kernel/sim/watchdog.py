@@ -79,7 +79,7 @@ class Watchdog:
         assert callable(self._on_interrupt), "only such a handler is wrapped"
         try:
             _ = self._on_interrupt(number, frame)
-        except BaseException as error:
+        except BaseException as error:  # remembered so that no task swallows it, and goes on
             self._interrupt = error
             raise
 
