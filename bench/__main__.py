@@ -14,7 +14,7 @@ import msgspec
 from bench import boot, ipc, sim
 from bench.measure import UnavailableError
 from bench.pairing import WorkerError
-from bench.report import Machine, Outcome, Report, render, write
+from bench.report import Machine, Outcome, Report, refresh, render, write
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "reference" / "benchmarks.md"
 ROUNDS: Final = 9  # odd, so that the median is a run
@@ -33,7 +33,11 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke test: few and short runs")
     parser.add_argument("--system", type=Path, metavar="FILE", help="what bench/boot starts")
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help=f"write the page (all: default {PAGE.name})"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help=f"write the page (all: default {PAGE.name}); "
+        "a part alone replaces its section of a page that is there",
     )
     arguments = parser.parse_args(words)
     if arguments.rounds is None:
@@ -63,7 +67,13 @@ def _run_part(part: str, arguments: argparse.Namespace, report: Report) -> None:
         )
         report.targets.append(target)
     else:
-        report.boot = boot.run(rounds=arguments.rounds, system=arguments.system, progress=_progress)
+        report.boot, judged = boot.run(
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            system=arguments.system,
+            progress=_progress,
+        )
+        report.targets += judged
 
 
 def main(words: list[str]) -> int:
@@ -88,7 +98,10 @@ def main(words: list[str]) -> int:
     if arguments.json is not None:
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     if arguments.report is not None:
-        write(report, arguments.report)
+        if arguments.part != "all" and arguments.report.exists():
+            refresh(report, arguments.report, arguments.part)
+        else:
+            write(report, arguments.report)
     return 1 if failed else 0
 
 

@@ -1,116 +1,239 @@
-"""bench/boot: how long a system takes to be all ready on Linux, and the memory of each process.
+"""bench/boot: how long `nexus up` takes to be all ready, what the system holds in memory, and what
+its sandbox and its policy cost.
 
-Boots as the proof does, in a process group of its own, and ends it once everything is ready.
-The times are those of the kernel's own events. Memory is read from /proc/PID/smaps_rollup, which
-for a confined service takes root.
+Runs the installed command as a person does, in directories of its own, and ends the system with
+`nexus down`. When everything was ready is read from the console file, which has the kernel's
+clock; it is the clock this process measures the command with.
 """
 
+import json
 import os
+import select
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from bench import guard, sandbox
 from bench.measure import UnavailableError
+from bench.memory import NEEDS_ROOT, Memory, descendants, may_read, memory_of
 from bench.pairing import Spread, WorkerError
-from bench.report import BootResult, ServiceMemory
-from nexus.abi import INIT_NAME, Event, EventKind
-from nexus.init.plan import Plan, load_plan
-from nexus.proof.runner import Job, run_boot
+from bench.report import BootResult, ServiceMemory, Target
+from nexus.abi import INIT_NAME
+from nexus.init.plan import load_plan
 
 SYSTEM: Final = Path(__file__).parent.parent / "systems" / "minimal.toml"
-BOOT_NS_MAX: Final = 30_000_000_000  # ns; a loaded machine still boots in it
-SEED: Final = 1
-CHILD: Final = (sys.executable, "-m", "bench.boot_child")
-KIB: Final = 1024
+COMMAND: Final = Path(sys.executable).with_name("nexus")
+READY_SECONDS_MAX: Final = 0.7  # from exec of the command to everything ready
+MEMORY_MAX: Final = 45.0  # MB of PSS, init included
+UP_SECONDS_MAX: Final = 30.0  # a loaded machine still boots in it
+DOWN_SECONDS_MAX: Final = 20.0
+READ_SIZE: Final = 65_536  # bytes
+MEGABYTE: Final = 1_000_000
 INIT_READY: Final = "init: ready"
+CONSOLE: Final = "[console]"
+PLACES: Final = ("NEXUS_STATE_DIR", "NEXUS_RUNTIME_DIR", "NEXUS_LOG_DIR")
 
 
-class Watcher:
-    """Sees a boot's events; `ready_ns` is set when init and every service have said so."""
+class Detached(NamedTuple):
+    """One `nexus up -d`. Times are ms from its exec: init's first line, the last service ready,
+    the end of the command. `memory` is that of each process, by name; empty where it is hidden."""
 
-    def __init__(self, services: tuple[str, ...]) -> None:
-        self._awaited = {f"{name}: ready" for name in services} | {INIT_READY}
-        self.pids: dict[str, int] = {}
-        self.first_ns: int | None = None
-        self.ready_ns: int | None = None
-        self.memory: dict[str, tuple[int, int]] = {}
-
-    def __call__(self, event: Event) -> bool:
-        """Take in one event; True when everything is ready."""
-        if event.kind is EventKind.SPAWN:
-            self.pids[str(event.fields["name"])] = int(event.pid)
-        if event.kind is not EventKind.CONSOLE:
-            return False
-        if self.first_ns is None:
-            self.first_ns = event.time
-            self.pids.setdefault(INIT_NAME, int(event.pid))
-        self._awaited.discard(str(event.fields["line"]))
-        if self._awaited:
-            return False
-        self.ready_ns = event.time
-        self.memory = {name: memory_of(pid) for name, pid in self.pids.items()}
-        return True
+    first: float
+    ready: float
+    returned: float
+    memory: dict[str, Memory]
 
 
-def memory_of(pid: int) -> tuple[int, int]:
-    """PSS and private dirty memory of a process, bytes; zeros if it may not be read."""
+@contextmanager
+def _home() -> Iterator[dict[str, str]]:
+    """An environment whose systems keep everything in a directory that goes away."""
+    with tempfile.TemporaryDirectory(prefix="nexus-bench-") as name:
+        places = {variable: str(Path(name, variable[6:9].lower())) for variable in PLACES}
+        yield {**os.environ, **places}
+
+
+def _nexus(environment: dict[str, str], *words: str, wait: float) -> str:
+    """What a command of nexus says. Raises WorkerError if it fails or takes too long."""
+    command = (str(COMMAND), *words)
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    except (PermissionError, FileNotFoundError):
-        return 0, 0
-    sizes = {
-        line.split(":")[0]: int(line.split()[1]) * KIB
-        for line in text.splitlines()
-        if line.endswith(" kB")
-    }
-    return sizes["Pss"], sizes["Private_Dirty"]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=wait, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(f"nexus {' '.join(words)}: nothing after {wait:g} s") from error
+    if done.returncode != 0:
+        raise WorkerError(f"nexus {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
 
 
-def _boot_once(file: Path, plan: Plan) -> tuple[float, float, dict[str, tuple[int, int]]]:
-    watcher = Watcher(tuple(service.name for service in plan.services))
-    job = Job(
-        ground="linux",
-        system=str(file),
-        smp=len(os.sched_getaffinity(0)),
-        seed=SEED,
-        limit=BOOT_NS_MAX,
+def _awaited(file: Path) -> set[str]:
+    """The console lines that say that everything is ready."""
+    names = (service.name for service in load_plan(file).services)
+    return {f"{name}: ready" for name in names} | {INIT_READY}
+
+
+def _console_times(log: Path, awaited: set[str]) -> tuple[float, float]:
+    """When the first line was said and the last of those awaited, s of CLOCK_MONOTONIC."""
+    times: list[float] = []
+    lacking = set(awaited)
+    for line in log.read_text(encoding="utf-8").splitlines():
+        stamp, _, rest = line.partition(" ")
+        _, said, text = rest.partition(f" {CONSOLE} ")
+        if said and lacking:
+            times.append(float(stamp))
+            lacking.discard(text)
+    if lacking:
+        raise WorkerError(f"the console never said {', '.join(sorted(lacking))}")
+    return times[0], times[-1]
+
+
+def _memory(environment: dict[str, str], root: int) -> dict[str, Memory]:
+    """The memory of every process of a running system, by the name of its service."""
+    status = json.loads(_nexus(environment, "status", "--json", wait=DOWN_SECONDS_MAX))
+    names = {entry["pid"]: entry["service"] for entry in status["services"]}
+    names[root] = INIT_NAME
+    found: dict[str, Memory] = {}
+    for pid in descendants(root):
+        memory = memory_of(pid)
+        assert memory is not None, "only asked of root, who may read it"
+        found[names.get(pid, f"process {pid}")] = memory
+    return found
+
+
+def _detached(file: Path, awaited: set[str]) -> Detached:
+    """`nexus up -d`, and what it left running."""
+    with _home() as environment:
+        start = time.monotonic()
+        said = json.loads(_nexus(environment, "up", "-d", "--json", str(file), wait=UP_SECONDS_MAX))
+        returned = time.monotonic()
+        try:
+            first, ready = _console_times(Path(said["log_dir"], "console.log"), awaited)
+            memory = _memory(environment, said["pid"]) if may_read() else {}
+        finally:
+            _ = _nexus(environment, "down", wait=DOWN_SECONDS_MAX)
+    return Detached(
+        *((moment - start) * 1000 for moment in (first, ready, returned)), memory=memory
     )
-    start = time.monotonic_ns()
-    trace = run_boot(job, timeout=BOOT_NS_MAX, watch=watcher, command=CHILD)
-    if watcher.ready_ns is None or watcher.first_ns is None:
-        raise WorkerError(f"{file.name} never became ready\n{trace.output}")
-    return (
-        (watcher.ready_ns - start) / 1e6,
-        (watcher.ready_ns - watcher.first_ns) / 1e6,
-        watcher.memory,
-    )
 
 
-def run(*, rounds: int, system: Path | None, progress: Callable[[str], None]) -> BootResult:
-    """Boot a system `rounds` times and end it each time when it is ready."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        raise UnavailableError("no /proc/PID/smaps_rollup: Linux 4.14 or newer is needed")
-    file = system or SYSTEM
-    plan = load_plan(file)
-    whole: list[float] = []
-    inner: list[float] = []
-    memory: dict[str, list[tuple[int, int]]] = {}
+def _foreground(file: Path, awaited: set[str]) -> float:
+    """`nexus up`: ms from its exec until it has shown that everything is ready."""
+    lacking = set(awaited)
+    with _home() as environment:
+        start = time.monotonic()
+        with subprocess.Popen(
+            (str(COMMAND), "up", str(file)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as child:
+            try:
+                ready = _read_until(child, lacking, start + UP_SECONDS_MAX)
+            finally:
+                child.send_signal(signal.SIGINT)
+                try:
+                    _ = child.wait(DOWN_SECONDS_MAX)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+    return (ready - start) * 1000
+
+
+def _read_until(child: "subprocess.Popen[bytes]", lacking: set[str], end: float) -> float:
+    """When the last of the awaited lines came. Raises WorkerError."""
+    assert child.stdout is not None
+    rest = b""
+    while lacking:
+        readable, _, _ = select.select([child.stdout], [], [], max(0.0, end - time.monotonic()))
+        data = os.read(child.stdout.fileno(), READ_SIZE) if readable else b""
+        if not data:
+            raise WorkerError(f"nexus up never said {', '.join(sorted(lacking))}")
+        *lines, rest = (rest + data).split(b"\n")
+        lacking.difference_update(line.decode() for line in lines)
+    return time.monotonic()
+
+
+def run(
+    *, rounds: int, seconds: float, system: Path | None, progress: Callable[[str], None]
+) -> tuple[BootResult, list[Target]]:
+    """Start a system `rounds` times each way; then what its sandbox and its policy cost."""
+    if not COMMAND.exists():
+        raise UnavailableError(f"no {COMMAND}: install nexus next to this Python (make venv)")
+    file = (system or SYSTEM).absolute()
+    awaited = _awaited(file)
+    detached: list[Detached] = []
+    shown: list[float] = []
     for index in range(rounds):
-        since_exec, since_init, sizes = _boot_once(file, plan)
-        whole.append(since_exec)
-        inner.append(since_init)
-        for name, size in sizes.items():
-            memory.setdefault(name, []).append(size)
+        detached.append(_detached(file, awaited))
+        shown.append(_foreground(file, awaited))
+        last = detached[-1]
         progress(
-            f"boot: round {index + 1}: ready {since_exec:.0f} ms after exec, "
-            f"{since_init:.0f} ms after init's first line"
+            f"boot: round {index + 1}: up -d ready after {last.ready:.0f} ms, back after "
+            f"{last.returned:.0f} ms; in the foreground ready after {shown[-1]:.0f} ms"
         )
-    services = [
+    spawns = sandbox.spawns(rounds=rounds, progress=progress)
+    calls = sandbox.calls(rounds=rounds, seconds=seconds, progress=progress)
+    guarded = guard.run(progress=progress)
+    result = BootResult(
+        system=file.name,
+        rounds=rounds,
+        first_ms=Spread.of([each.first for each in detached]),
+        ready_ms=Spread.of([each.ready for each in detached]),
+        returned_ms=Spread.of([each.returned for each in detached]),
+        foreground_ms=Spread.of(shown),
+        services=_by_name([each.memory for each in detached]),
+        spawns=spawns,
+        calls=calls,
+        guarded=guarded,
+    )
+    return result, _targets(detached, shown)
+
+
+def _by_name(rounds: list[dict[str, Memory]]) -> list[ServiceMemory]:
+    """The spread over the rounds, for each process."""
+    return [
         ServiceMemory(
-            name, Spread.of([pss for pss, _ in sizes]), Spread.of([dirty for _, dirty in sizes])
+            name,
+            Spread.of([each[name].pss for each in rounds]),
+            Spread.of([each[name].private_dirty for each in rounds]),
         )
-        for name, sizes in memory.items()
+        for name in rounds[0]
     ]
-    return BootResult(file.name, rounds, Spread.of(whole), Spread.of(inner), services)
+
+
+def _targets(detached: list[Detached], shown: list[float]) -> list[Target]:
+    """The detached command counts until it has returned: that is when a person may go on."""
+    sums = [
+        sum(memory.pss for memory in each.memory.values()) / MEGABYTE
+        for each in detached
+        if each.memory
+    ]
+    return [
+        Target(
+            "`nexus up -d`, exec to return with all ready",
+            READY_SECONDS_MAX,
+            at_most=True,
+            measured=Spread.of([each.returned / 1000 for each in detached]),
+            unit=" s",
+        ),
+        Target(
+            "`nexus up`, exec to all ready",
+            READY_SECONDS_MAX,
+            at_most=True,
+            measured=Spread.of([each / 1000 for each in shown]),
+            unit=" s",
+        ),
+        Target(
+            "PSS of the whole system, init included",
+            MEMORY_MAX,
+            at_most=True,
+            measured=Spread.of(sums) if sums else None,
+            why_not=NEEDS_ROOT,
+            unit=" MB",
+        ),
+    ]

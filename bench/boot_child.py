@@ -1,4 +1,4 @@
-"""The process that boots for bench/boot: `python -m bench.boot_child DESCRIPTOR JOB`.
+"""The process that boots for bench/guard: `python -m bench.boot_child DESCRIPTOR JOB`.
 
 As nexus.proof.child, without the kernel's self-test, which is no part of a boot.
 """
@@ -6,6 +6,7 @@ As nexus.proof.child, without the kernel's self-test, which is no part of a boot
 import json
 import sys
 from pathlib import Path
+from typing import Final
 
 from nexus.abi import Nanos
 from nexus.init.ground import boot
@@ -14,9 +15,11 @@ from nexus.proof.runner import Job
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
 
+CHILD: Final = (sys.executable, "-m", "bench.boot_child")
+
 
 def main(arguments: list[str]) -> int:
-    """Boot, and hand every event to bench.boot, which ends the run."""
+    """Boot, and hand every event to bench.guard, which ends the run."""
     sink = EventSink(int(arguments[0]))
     job = Job(**json.loads(arguments[1]))
     try:

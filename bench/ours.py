@@ -32,8 +32,10 @@ def _table(server: Main, client: Main) -> Mapping[str, Program]:
     return {SERVER: program(SERVER, server), CLIENT: program(CLIENT, client)}
 
 
-def _on_linux(server: Main, client: Main, placement: Placement, seconds: float) -> Sample:
-    """Two real processes, confined as in production."""
+def _on_linux(
+    server: Main, client: Main, placement: Placement, seconds: float, *, harden: bool = True
+) -> Sample:
+    """Two real processes, confined as in production unless `harden` is False."""
 
     from nexus.kernel.linux import LinuxKernel
 
@@ -42,7 +44,7 @@ def _on_linux(server: Main, client: Main, placement: Placement, seconds: float) 
         _table(server, client),
         recorder=_ignore,
         cpus=tuple(sorted({placement.client, placement.server})),
-        harden=True,
+        harden=harden,
     )
     until = Nanos(time.monotonic_ns() + RUN_NS + int(seconds * 1e9))
     ended = kernel.run(program(INIT_NAME, root.main), b"", until=until)
@@ -81,6 +83,16 @@ def typed(placement: Placement, seconds: float) -> Sample:
     return _on_linux(typed_server, typed_client, placement, seconds)
 
 
+def bare_unconfined(placement: Placement, seconds: float) -> Sample:
+    """As bare, with neither filter nor Landlock: what the sandbox costs per call."""
+    return _on_linux(bare_server, bare_client, placement, seconds, harden=False)
+
+
+def typed_unconfined(placement: Placement, seconds: float) -> Sample:
+    """As typed, with neither filter nor Landlock."""
+    return _on_linux(typed_server, typed_client, placement, seconds, harden=False)
+
+
 def pipelined(placement: Placement, seconds: float) -> Sample:
     """client.call_many of 64 requests, one packet each way."""
     return _on_linux(typed_server, pipelined_client, placement, seconds)
@@ -94,6 +106,8 @@ def sim_typed(placement: Placement, seconds: float) -> Sample:
 OURS: Final[dict[str, Callable[[Placement, float], Sample]]] = {
     "bare": bare,
     "typed": typed,
+    "bare_unconfined": bare_unconfined,
+    "typed_unconfined": typed_unconfined,
     "pipelined": pipelined,
     "sim_bare": sim_bare,
     "sim_typed": sim_typed,

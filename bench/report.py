@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from bench.memory import NEEDS_ROOT
 from bench.pairing import C_CREDENTIALS, Spread, Variant
 
 NAMES: Final = {
@@ -25,6 +26,12 @@ NAMES: Final = {
     "dbus_fast_messages": "dbus-fast, hand-made messages",
 }
 QUIET_LOAD_MAX: Final = 0.5  # of the load average per CPU; our own start alone stays below
+TITLES: Final = {
+    "ipc": "## Calls between two processes",
+    "sim": "## Simulated kernel",
+    "boot": "## `nexus up` on Linux",
+}
+TARGETS_TITLE: Final = "## Targets"
 PACKAGES: Final = ("msgspec", "pyzmq", "dbus-fast")
 
 
@@ -131,14 +138,43 @@ class ServiceMemory(msgspec.Struct, frozen=True):
     private_dirty: Spread
 
 
+class SpawnCost(msgspec.Struct, frozen=True):
+    """A service started with its sandbox and without, up to its first word; sizes in bytes, None
+    where they are hidden. `degraded`: steps of the sandbox this machine could not take."""
+
+    isolation: str
+    confined_ms: Spread
+    unconfined_ms: Spread
+    difference_ms: Spread  # within a round
+    confined_pss: Spread | None
+    unconfined_pss: Spread | None
+    confined_dirty: Spread | None
+    unconfined_dirty: Spread | None
+    degraded: list[str]
+
+
+class CallCost(msgspec.Struct, frozen=True):
+    """A call with something on, and with it off: `ratio` is taken within a round."""
+
+    name: str
+    p50_us: Spread
+    base_us: Spread
+    ratio: Spread
+
+
 class BootResult(msgspec.Struct, frozen=True):
-    """bench/boot: from the start of init to all services ready."""
+    """bench/boot: times in ms from the exec of the command."""
 
     system: str
     rounds: int
-    ready_ms: Spread  # since the interpreter was started
-    init_ms: Spread  # since init's first line
-    services: list[ServiceMemory]
+    first_ms: Spread  # init's first line
+    ready_ms: Spread  # all ready, by the console's clock
+    returned_ms: Spread  # the end of `nexus up -d`
+    foreground_ms: Spread  # all ready as `nexus up` shows it
+    services: list[ServiceMemory]  # empty where it may not be read
+    spawns: list[SpawnCost]
+    calls: list[CallCost]  # confined, against not
+    guarded: list[CallCost]  # guarded, against not
 
 
 class Report(msgspec.Struct):
@@ -187,7 +223,7 @@ def targets_table(targets: Iterable[Target]) -> list[str]:
 
 def _ipc(result: IpcResult) -> list[str]:
     lines = [
-        "## Calls between two processes",
+        TITLES["ipc"],
         "",
         (
             f"{result.rounds} rounds of {result.seconds:g} s per run. "
@@ -284,7 +320,7 @@ def _sim(result: SimResult) -> list[str]:
         )
     ]
     return [
-        "## Simulated kernel",
+        TITLES["sim"],
         "",
         (
             f"Round trips per second of wall-clock time on one core, {result.rounds} rounds; "
@@ -297,26 +333,40 @@ def _sim(result: SimResult) -> list[str]:
 
 
 def _boot(result: BootResult) -> list[str]:
-    lines = [
-        "## Boot on Linux",
+    phases = (
+        ("`nexus up -d`: init's first line", result.first_ms),
+        ("`nexus up -d`: all ready", result.ready_ms),
+        ("`nexus up -d`: the command returns", result.returned_ms),
+        ("`nexus up`: all ready, as shown", result.foreground_ms),
+    )
+    return [
+        TITLES["boot"],
         "",
         (
-            f"`{result.system}`, {result.rounds} boots: all ready {_spread(result.ready_ms, 0)} ms "
-            f"after the interpreter was started, {_spread(result.init_ms, 0)} ms after init's "
-            "first line."
+            f"`{result.system}`, started {result.rounds} times each way, ms since the exec of the "
+            "installed command."
         ),
         "",
+        *_table(
+            ("until", "ms: median [range]"),
+            ((name, _spread(spread, 0)) for name, spread in phases),
+        ),
+        "",
+        *_system_memory(result),
+        *_sandbox(result),
+        *_guarded(result),
     ]
-    if not all(entry.pss.median for entry in result.services):
-        return [*lines, "Memory of confined processes can be read by root only.", ""]
-    rows = [
-        (
-            entry.name,
-            _number(entry.pss.median / 1024, 0),
-            _number(entry.private_dirty.median / 1024, 0),
-        )
-        for entry in result.services
-    ]
+
+
+def _kib(spread: Spread | None) -> str:
+    return "hidden" if spread is None else _number(spread.median / 1024, 0)
+
+
+def _system_memory(result: BootResult) -> list[str]:
+    lines = ["### Memory", ""]
+    if not result.services:
+        return [*lines, f"Not measured: {NEEDS_ROOT}.", ""]
+    rows = [(entry.name, _kib(entry.pss), _kib(entry.private_dirty)) for entry in result.services]
     rows.append(
         (
             "all",
@@ -324,7 +374,72 @@ def _boot(result: BootResult) -> list[str]:
             _number(sum(entry.private_dirty.median for entry in result.services) / 1024, 0),
         )
     )
-    return [*lines, *_table(("process", "PSS KiB", "private dirty KiB"), rows), ""]
+    return [
+        *lines,
+        "Every process of the system, when all are ready; medians.",
+        "",
+        *_table(("process", "PSS KiB", "private dirty KiB"), rows),
+        "",
+    ]
+
+
+def _sandbox(result: BootResult) -> list[str]:
+    times: list[tuple[str, ...]] = []
+    sizes: list[tuple[str, ...]] = []
+    for cost in result.spawns:
+        label = f"isolation = {cost.isolation}"
+        spreads = (cost.confined_ms, cost.unconfined_ms, cost.difference_ms)
+        times.append((label, *(_spread(each, 1) for each in spreads)))
+        held = (cost.confined_pss, cost.unconfined_pss, cost.confined_dirty, cost.unconfined_dirty)
+        sizes.append((label, *(_kib(each) for each in held)))
+    lacking = sorted({step for cost in result.spawns for step in cost.degraded})
+    missing = f" Steps this machine could not take: {', '.join(lacking)}." if lacking else ""
+    return [
+        "### What the sandbox costs",
+        "",
+        (
+            "The same with it and without, in paired rounds. A service from the Spawn trap to its "
+            f"first word, ms: median [range].{missing}"
+        ),
+        "",
+        *_table(("service", "confined", "not confined", "difference"), times),
+        "",
+        "Its memory then, KiB.",
+        "",
+        *_table(
+            ("service", "PSS", "not confined", "private dirty", "not confined"),
+            sizes,
+        ),
+        "",
+        "One round trip on one CPU, p50: median [range].",
+        "",
+        *_table(
+            ("call", "confined us", "not confined us", "ratio"),
+            (_call_row(cost) for cost in result.calls),
+        ),
+        "",
+    ]
+
+
+def _guarded(result: BootResult) -> list[str]:
+    return [
+        "### What a guarded call costs",
+        "",
+        (
+            "`authority.require` in the handler against the same call without it, all services on "
+            "one CPU, p50: median [range]. policyd writes down each decision it is asked for."
+        ),
+        "",
+        *_table(
+            ("call", "guarded us", "unguarded us", "ratio"),
+            (_call_row(cost) for cost in result.guarded),
+        ),
+        "",
+    ]
+
+
+def _call_row(cost: CallCost) -> tuple[str, ...]:
+    return (cost.name, *(_spread(each) for each in (cost.p50_us, cost.base_us, cost.ratio)))
 
 
 def _busy(machine: Machine) -> list[str]:
@@ -341,6 +456,13 @@ def _busy(machine: Machine) -> list[str]:
     ]
 
 
+def _described(machine: Machine) -> str:
+    return (
+        f"{machine.system}, {machine.cpu_count} CPUs, load {machine.load:.1f} at start; "
+        f"{machine.python}"
+    )
+
+
 def render(report: Report) -> str:
     """The whole page."""
     machine = report.machine
@@ -351,16 +473,12 @@ def render(report: Report) -> str:
         "",
         "The last report. Ratios carry over to other machines, absolute times do not.",
         "",
-        (
-            f"Machine: {machine.system}, {machine.cpu_count} CPUs, "
-            f"load {machine.load:.1f} at start; "
-            f"{machine.python}; {packages}."
-        ),
+        f"Machine: {_described(machine)}; {packages}.",
         "",
         *_busy(machine),
-        "## Targets",
+        TARGETS_TITLE,
         "",
-        "Judged by the median on one CPU. A target that did not run is not met.",
+        "Judged by the median; calls on one CPU. A target that did not run is not met.",
         "",
         *targets_table(report.targets),
         "",
@@ -380,3 +498,36 @@ def write(report: Report, path: Path) -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(report), encoding="utf-8")
+
+
+def refresh(report: Report, path: Path, part: str) -> None:
+    """Put one part's section and targets into a page that is there; the rest stays as it is."""
+    path.write_text(refreshed(path.read_text(encoding="utf-8"), report, part), encoding="utf-8")
+
+
+def refreshed(page: str, report: Report, part: str) -> str:
+    """`page` with the section of `part`, and the rows of its targets, as `report` has them."""
+    fresh = _sections(render(report))
+    sections = _sections(page)
+    title = TITLES[part]
+    if title in fresh:
+        first, *rest = fresh[title].splitlines()[1:]
+        apart = f"Measured apart from the rest: {_described(report.machine)}."
+        sections[title] = "\n".join([title, first, apart, "", *_busy(report.machine), *rest, ""])
+    rows = {row.split("|")[1]: row for row in targets_table(report.targets)[2:]}
+    lines = sections[TARGETS_TITLE].rstrip().splitlines()
+    lines = [rows.pop(line.split("|")[1], line) if line[:1] == "|" else line for line in lines]
+    sections[TARGETS_TITLE] = "\n".join([*lines, *rows.values(), "", ""])
+    return "\n".join(text.rstrip() + "\n" for text in sections.values())
+
+
+def _sections(page: str) -> dict[str, str]:
+    """The page in pieces, each under the line of its title; the first is under the empty one."""
+    sections: dict[str, list[str]] = {"": []}
+    title = ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            title = line
+            sections[title] = []
+        sections[title].append(line)
+    return {title: "\n".join(lines) for title, lines in sections.items()}

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from nexus.init.policy import policy_schema_text
 from nexus.init.system import schema_text
 from nexus.testing.golden import protocols
 from nexus.wire import HEADER_SIZE, Protocol, ReplyStatus, RequestInfo
@@ -187,7 +188,8 @@ def index(found: Sequence[tuple[Protocol, ModuleType]]) -> str:
             (
                 "Promises of the kernel ABI, ground by ground: [promises.md](promises.md).\n"
                 "The traps themselves: the docstrings of `src/nexus/abi/traps.py`.\n"
-                "What a system file may say: [system-file.schema.json](system-file.schema.json).\n"
+                "What a system file may say: [system-file.schema.json](system-file.schema.json);"
+                " a policy file: [policy-file.schema.json](policy-file.schema.json).\n"
             ),
             "## Protocols\n",
             table(
@@ -296,6 +298,7 @@ def pages() -> dict[Path, str]:
     }
     wanted[folder / "index.md"] = index(found)
     wanted[folder / "system-file.schema.json"] = schema_text()
+    wanted[folder / "policy-file.schema.json"] = policy_schema_text()
     refusals = declared()
     seen = evidence(ROOT, refusals)
     for name in CONTRACTS:

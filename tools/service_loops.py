@@ -34,6 +34,7 @@ EXCEPTIONS: Final = {
     ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
     ("selftest/climb.py", "links"): "reads page after page: each call asks for other rows",
     ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",
+    ("selftest/policy_rungs.py", "pages"): "reads page after page: each call asks for other rows",
     ("selftest/kernel_rungs.py", "deadline_fires"): "measures in groups of a stated number",
 }
 """Loops that wait or count and are no retry: module under services, function, and why.

@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nexus.abi import INIT_NAME
+from nexus.abi import INIT_NAME, ServiceId
 from nexus.ipc import Peers
 from nexus.protocols.init import PROTOCOL as INIT
-from nexus.protocols.init import InitStatus, Route, Routed
+from nexus.protocols.init import REPLY_NAME, InitStatus, Route, Routed
 from nexus.runtime import Call, Server
+from nexus.wire import Protocol
 from tests.fakes.adder import ADDER, Adder
 from tests.fakes.pair import SEED, TERMS
 from tests.fakes.tinykernel import Link, Task, TinyKernel
@@ -22,11 +23,16 @@ class RouteInit:
         self.asked: Counter[str] = Counter()
         self.down: Counter[str] = Counter()  # so many answers are ROUTE_DOWN
         self.denied: set[str] = set()
+        self.reply_of: ServiceId | None = None  # whose inbox `@reply` is said to be, if not theirs
         self.dying: Counter[str] = Counter()  # so many routes lead to an instance that dies
 
     def handle(self, call: Call, request: Route) -> Routed:
         name = request.name
         self.asked[name] += 1
+        if name == REPLY_NAME:
+            sender = call.sender
+            service = sender.service if self.reply_of is None else self.reply_of
+            return Routed(service, sender.generation, *TERMS, TERMS.depth, TERMS.size)
         if name in self.denied:
             raise call.refuse(InitStatus.ROUTE_DENIED)
         if name not in self._system.services:
@@ -66,10 +72,15 @@ class System:
         """Start (again) the service `name`."""
         task = self.kernel.task(name)
         boot = self.kernel.boot(task, self.init)
-        self.adders[name] = Adder()
-        self.servers[name] = Server(self.adders[name], ADDER, boot)
+        service, protocol = self.make(name)
+        self.servers[name] = Server(service, protocol, boot)
         self.services[name] = task
         return self.kernel.start(task, self.servers[name].run())
+
+    def make(self, name: str) -> tuple[Any, Protocol]:
+        """A new instance of the service `name`, and what it speaks."""
+        self.adders[name] = Adder()
+        return self.adders[name], ADDER
 
     def kill(self, name: str) -> None:
         self.kernel.end(self.services[name])

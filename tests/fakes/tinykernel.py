@@ -35,6 +35,9 @@ from nexus.abi import (
     Now,
     PeerGone,
     Pid,
+    PolicyRaise,
+    PolicyRead,
+    PolicyWord,
     QosClass,
     Recv,
     ReplyRecv,
@@ -139,6 +142,7 @@ class TinyKernel:
         self.tasks: list[Task] = []
         self.console: list[tuple[str, str, bytes]] = []
         self.traps: Counter[str] = Counter()
+        self.page = PolicyWord(0, available=False)
         self._pids = itertools.count(10)
         self._links = itertools.count(1)
         self.generations: Counter[str] = Counter()
@@ -327,6 +331,11 @@ class TinyKernel:
             case ConsoleWrite():
                 self.console.append((task.name, trap.line, trap.evidence))
                 return None
+            case PolicyRead():
+                return self.page
+            case PolicyRaise():
+                self.page = PolicyWord(self.page.generation + 1, trap.available)
+                return self.page
             case TaskStats():
                 return TaskCounters(*([len(task.table)] + [0] * 20))
             case _:

@@ -7,7 +7,9 @@ from typing import Final
 
 import pytest
 
+from nexus.abi import DeviceGrant, Grants, ListenGrant
 from nexus.kernel.linux import seccomp
+from nexus.kernel.linux.seccomp import Stage
 
 pytestmark = pytest.mark.linux
 
@@ -52,12 +54,19 @@ FORBIDDEN: Final = {
 }
 
 
-def answer(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
+def answer(
+    machine: str,
+    number: int,
+    *arguments: int,
+    audit: int | None = None,
+    grants: Grants = seccomp.NO_GRANTS,
+    stage: Stage = Stage.FINAL,
+) -> int:
     """Run the filter over one call, as the kernel's interpreter does."""
     padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
     arch = seccomp.MACHINES[machine].audit if audit is None else audit
     data = SECCOMP_DATA.pack(number, arch, 0, *padded)
-    code, at, accumulator = seccomp.program(machine), 0, 0
+    code, at, accumulator = seccomp.program(machine, grants, stage), 0, 0
     while True:
         operation, true, false, value = code[at]
         at += 1
@@ -142,3 +151,145 @@ def test_a_call_for_another_architecture_kills(machine: str) -> None:
         if other.audit != seccomp.MACHINES[machine].audit:
             assert answer(machine, 0, audit=other.audit) == seccomp.KILL_PROCESS
     assert answer(machine, 0, audit=0x4000_0003) == seccomp.KILL_PROCESS, "i386"
+
+
+# ---- what grants add, and what they do not
+
+THREADS: Final = Grants(threads=1)
+STREAMS: Final = Grants(streams=True)
+PORTS: Final = Grants(ports=("operator",))
+CONNECT: Final = Grants(connect=(502,))
+LISTEN: Final = Grants(listen=(ListenGrant("web", "127.0.0.1", 80),))
+DEVICES: Final = Grants(devices=(DeviceGrant("line", "/dev/ttyS0", writable=True),))
+ALL: Final = Grants(
+    threads=1, streams=True, ports=("operator",), connect=(502,), listen=LISTEN.listen,
+    devices=DEVICES.devices,
+)  # fmt: skip
+FLAGS: Final = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+MPTCP: Final = 262
+FASTOPEN: Final = 0x2000_0000
+
+
+def number_of(machine: str, pair: tuple[int | None, int | None]) -> int:
+    number = pair[seccomp.MACHINES[machine].column]
+    assert number is not None
+    return number
+
+
+def test_threads_are_threads_of_this_process_only(machine: str) -> None:
+    clone = number_of(machine, seccomp.CLONE)
+    new_user, vfork, fork = 0x1000_0000, 0x4111, 17
+
+    for flags in seccomp.THREAD_FLAGS:
+        assert answer(machine, clone, flags, grants=THREADS) == ALLOW
+        assert answer(machine, clone, flags) == EPERM
+        assert answer(machine, clone, flags | new_user, grants=THREADS) == EPERM
+        assert answer(machine, clone, flags & ~0x1_0000, grants=THREADS) == EPERM, "CLONE_THREAD"
+    for flags in (0, fork, vfork):
+        assert answer(machine, clone, flags, grants=ALL) == EPERM
+
+
+def test_streams_are_pairs_and_never_datagrams(machine: str) -> None:
+    pair = number_of(machine, seccomp.SOCKETPAIR)
+    ioctl = number_of(machine, seccomp.IOCTL)
+    unix = socket.AF_UNIX
+
+    assert answer(machine, pair, unix, socket.SOCK_STREAM | FLAGS, grants=STREAMS) == ALLOW
+    assert answer(machine, pair, unix, socket.SOCK_SEQPACKET, grants=STREAMS) == ALLOW
+    assert answer(machine, pair, unix, socket.SOCK_DGRAM, grants=ALL) == EPERM
+    assert answer(machine, pair, unix, socket.SOCK_DGRAM | FLAGS, grants=ALL) == EPERM
+    assert answer(machine, pair, unix, socket.SOCK_RAW, grants=ALL) == EPERM, "a DGRAM in disguise"
+    assert answer(machine, pair, socket.AF_INET, socket.SOCK_STREAM, grants=ALL) == EPERM
+    assert answer(machine, ioctl, 5, seccomp.FIONBIO, grants=STREAMS) == ALLOW
+    assert answer(machine, ioctl, 5, seccomp.FIONBIO) == EPERM
+
+
+def test_a_tcp_socket_is_of_the_kind_landlock_knows(machine: str) -> None:
+    new = number_of(machine, seccomp.SOCKET)
+    stream = socket.SOCK_STREAM | FLAGS
+
+    for family in (int(socket.AF_INET), int(socket.AF_INET6)):
+        assert answer(machine, new, family, stream, grants=CONNECT) == ALLOW
+        assert answer(machine, new, family, stream, 6, grants=CONNECT) == ALLOW
+        assert answer(machine, new, family, stream, MPTCP, grants=ALL) == EPERM
+        assert answer(machine, new, family, socket.SOCK_DGRAM, grants=ALL) == EPERM
+        assert answer(machine, new, family, stream, grants=LISTEN) == EPERM, "it has its sockets"
+    for family in (socket.AF_UNIX, socket.AF_NETLINK, socket.AF_VSOCK, 43):
+        assert answer(machine, new, family, stream, grants=ALL) == EPERM, "AF_SMC is 43"
+
+
+def test_a_connection_is_not_made_by_sending(machine: str) -> None:
+    """TCP Fast Open connects in sendto and sendmsg, where Landlock does not look."""
+    sendto, sendmsg = (number_of(machine, one) for one in (seccomp.SENDTO, seccomp.SENDMSG))
+
+    for grants in (CONNECT, LISTEN):
+        assert answer(machine, sendto, 5, 0, 1, 0x4000, grants=grants) == ALLOW
+        assert answer(machine, sendto, 5, 0, 1, FASTOPEN | 0x4000, grants=grants) == EPERM
+        assert answer(machine, sendmsg, 5, 0, 0, grants=grants) == ALLOW
+        assert answer(machine, sendmsg, 5, 0, FASTOPEN, grants=grants) == EPERM
+
+
+def test_the_options_of_tcp_are_few(machine: str) -> None:
+    option = number_of(machine, seccomp.SETSOCKOPT)
+    tcp = socket.IPPROTO_TCP
+
+    assert answer(machine, option, 5, tcp, socket.TCP_NODELAY, grants=CONNECT) == ALLOW
+    assert answer(machine, option, 5, tcp, 30, grants=CONNECT) == EPERM, "TCP_FASTOPEN_CONNECT"
+    level = socket.SOL_SOCKET
+    assert answer(machine, option, 5, level, socket.SO_KEEPALIVE, grants=LISTEN) == ALLOW
+    assert answer(machine, option, 5, level, socket.SO_PASSCRED, grants=LISTEN) == ALLOW
+    assert answer(machine, option, 5, level, socket.SO_SNDBUF, grants=ALL) == EPERM
+    assert answer(machine, option, 5, socket.IPPROTO_IP, socket.SO_PASSCRED, grants=ALL) == EPERM
+
+
+def test_a_device_may_be_asked_anything_but_to_act_on_others(machine: str) -> None:
+    ioctl = number_of(machine, seccomp.IOCTL)
+
+    assert answer(machine, ioctl, 5, 0x5402, grants=DEVICES) == ALLOW, "TCSETS"
+    for request in seccomp.DEVICE_IOCTLS_REFUSED:
+        assert answer(machine, ioctl, 5, request, grants=ALL) == EPERM
+
+
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+def test_no_grant_opens_what_is_not_its_own(machine: str, name: str) -> None:
+    number = FORBIDDEN[name][seccomp.MACHINES[machine].column]
+    if number is None or name in ("socket", "clone", "connect"):
+        pytest.skip("no such call here, or one of a grant, above")
+
+    assert answer(machine, number, grants=ALL) == EPERM
+
+
+def test_each_grant_adds_its_own_calls(machine: str) -> None:
+    base = set(seccomp.allowed_calls(machine))
+    added = {
+        name: set(seccomp.allowed_calls(machine, grants)) - base
+        for name, grants in {
+            "threads": THREADS, "streams": STREAMS, "ports": PORTS, "connect": CONNECT,
+            "listen": LISTEN, "devices": DEVICES,
+        }.items()
+    }  # fmt: skip
+
+    assert added == {
+        "threads": {"set_robust_list", "rseq"},
+        "streams": set(),
+        "ports": {"accept4"},
+        "connect": {"connect", "getpeername", "shutdown"},
+        "listen": {"accept4", "listen", "getpeername", "shutdown"},
+        "devices": set(),
+    }
+
+
+def test_each_stage_of_an_interpreter_is_stricter_than_the_one_before(machine: str) -> None:
+    calls = {stage: set(seccomp.allowed_calls(machine, ALL, stage)) for stage in Stage}
+
+    assert calls[Stage.FINAL] < calls[Stage.IMPORT] < calls[Stage.START]
+    assert "execve" in calls[Stage.START] - calls[Stage.IMPORT]
+    for name in ("execve", "clone", "socket", "kill", "ptrace", "bind", "openat2", "dup"):
+        assert name not in calls[Stage.IMPORT]
+    limits = number_of(machine, seccomp.PRLIMIT)
+    assert answer(machine, limits, 0, 7, stage=Stage.START) == ALLOW
+    assert answer(machine, limits, 1234, 7, stage=Stage.START) == EPERM
+    assert answer(machine, limits, 0, 7) == EPERM
+    executable = number_of(machine, seccomp.MMAP)
+    assert answer(machine, executable, 0, 4096, 5, stage=Stage.IMPORT) == ALLOW
+    assert answer(machine, executable, 0, 4096, 5) == EPERM

@@ -48,6 +48,7 @@ from nexus.kernel.linux import kernel as kernel_module
 from nexus.kernel.linux.channel import CONSOLE, CONSOLE_HEAD
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.kernel import FORKS_MAX, NICE
+from nexus.kernel.linux.report import STEPS
 from tests.linux.linux_run import SECOND, holdings, make, program, run, start
 
 pytestmark = pytest.mark.linux
@@ -636,10 +637,11 @@ def test_what_a_spawn_reports_as_degraded_is_what_the_report_says() -> None:
     told = hardening_report()
     ended = run(root, {"waits": waits})
 
-    names = {row.name for row in told if row.state is not State.HELD}
+    steps = {name for name, _, _ in STEPS} | {"descriptors"}
+    names = {row.name for row in told if row.state is not State.HELD and row.name in steps}
     degraded = ended.of(EventKind.SPAWN, "waits")[0]["degraded"]
     assert isinstance(degraded, list)
-    assert set(degraded) == names - {"pid_reuse", "qos"}
+    assert set(degraded) == names
     assert all(row.why for row in told if row.state is not State.HELD)
     if IS_ROOT and Path("/proc/sys/kernel/seccomp").exists():
         assert not degraded

@@ -19,6 +19,7 @@ from nexus.abi import (
     EndpointClose,
     EndpointCreate,
     Event,
+    Grants,
     Kill,
     LinkCreate,
     LinkId,
@@ -26,6 +27,8 @@ from nexus.abi import (
     Nanos,
     Now,
     Pid,
+    PortClose,
+    PortSend,
     Program,
     QosClass,
     Recv,
@@ -33,6 +36,7 @@ from nexus.abi import (
     Rights,
     Send,
     SetTaskQos,
+    Signal,
     SleepUntil,
     Slot,
     Spawn,
@@ -47,9 +51,10 @@ from nexus.abi import (
     Wait,
 )
 from nexus.kernel.core import SystemLimits
-from nexus.kernel.sim import FaultPoint, Faults, Plan, SimKernel
+from nexus.kernel.sim import FaultPoint, Faults, Freeze, Plan, SimKernel, SimPeer
 from nexus.kernel.sim.objects import DEAD
 
+MS = 1_000_000
 WORKERS = 6
 STEPS = 300
 ALL_FAULTS = {
@@ -63,6 +68,11 @@ ALL_FAULTS = {
     FaultPoint.LATE_DELIVERY: 50_000,
     FaultPoint.LOST_SIGNAL: 50_000,
 }
+
+FREEZES = tuple(
+    Freeze(task=f"worker{index}", after=Nanos(MS * (1 + index)), span=Nanos(3 * MS))
+    for index in range(WORKERS)
+)
 
 
 class Dice:
@@ -126,7 +136,7 @@ async def act(dice: Dice, boot: BootImage, views: list[memoryview]) -> None:
     soon = Nanos(now + dice.roll(400_000))
     deadline = (NO_WAIT, soon, Nanos(now - 5))[dice.roll(3)]
     data = bytes([dice.roll(0xF2)]) * dice.roll(600)
-    match dice.roll(23):
+    match dice.roll(26):
         case 0:
             await EndpointCreate()
         case 1:
@@ -170,6 +180,13 @@ async def act(dice: Dice, boot: BootImage, views: list[memoryview]) -> None:
             await SleepUntil(soon)
         case 21:
             await SetTaskQos(None, dice.roll(5))
+        case 22 | 23:
+            port = boot.ports[0] if boot.ports else slot
+            await Recv((port, boot.endpoint), soon, size_max=dice.roll(9000))
+        case 24:
+            port = boot.ports[0] if boot.ports else slot
+            link = LinkId(dice.roll(30))
+            await (PortClose(port, link) if dice.roll(4) == 0 else PortSend(port, link, data))
         case _:
             await CapQuery(slot)
 
@@ -206,6 +223,7 @@ def make_root(
                 endpoints=4,
                 budget=100_000,
                 delegations=3,
+                grants=Grants(ports=(f"port{index}",)) if index < 3 else Grants(),
             )
             try:
                 spawned = await Spawn(spec)
@@ -257,6 +275,33 @@ def make_root(
     return root
 
 
+def schedule_the_outside(kernel: SimKernel, dice: Dice) -> None:
+    """Processes that connect to ports, send, read and leave, and signals to the root."""
+    peers: list[SimPeer] = []
+
+    def act_outside() -> None:
+        match dice.roll(8):
+            case 0 | 1:
+                with contextlib.suppress(ConnectionRefusedError):
+                    uid = (0, kernel.uid, 7)[dice.roll(3)]
+                    peers.append(kernel.port(f"port{dice.roll(4)}").connect(dice.roll(9), uid))
+            case 2 | 3 | 4:
+                if peers:
+                    peers[dice.roll(len(peers))].send(b"x" * dice.roll(9000))
+            case 5:
+                if peers:
+                    peers[dice.roll(len(peers))].take()
+            case 6:
+                if peers:
+                    peers[dice.roll(len(peers))].close()
+            case _:
+                kernel.signal(tuple(Signal)[dice.roll(3)])
+        check(kernel)
+
+    for _ in range(400):
+        kernel.at(Nanos(kernel.now + dice.roll(30_000_000)), act_outside)
+
+
 def play(seed: int, cpu_count: int, faults: Faults | None) -> tuple[SimKernel, list[Event]]:
     events: list[Event] = []
     kernels: list[SimKernel] = []
@@ -271,6 +316,7 @@ def play(seed: int, cpu_count: int, faults: Faults | None) -> tuple[SimKernel, l
         faults=faults,
     )
     kernels.append(kernel)
+    schedule_the_outside(kernel, Dice(seed + 1000))
     root = Program(name="root", main=make_root(kernels, seed), digest="r")
     end = kernel.run(root, b"", until=Nanos(kernel.now + 60_000_000_000))
     assert kernel.crashes == []
@@ -290,7 +336,7 @@ def test_accounts_add_up_after_every_random_step_and_all_comes_back(
 
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_accounts_add_up_under_every_fault_and_each_fault_fires(seed: int) -> None:
-    faults = Faults(Plan(chances=ALL_FAULTS))
+    faults = Faults(Plan(chances=ALL_FAULTS, freeze=FREEZES))
 
     kernel, _ = play(seed, 2, faults)
 
@@ -301,9 +347,9 @@ def test_accounts_add_up_under_every_fault_and_each_fault_fires(seed: int) -> No
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another() -> None:
-    first, _ = play(7, 2, Faults(Plan(chances=ALL_FAULTS)))
-    second, _ = play(7, 2, Faults(Plan(chances=ALL_FAULTS)))
-    other, _ = play(8, 2, Faults(Plan(chances=ALL_FAULTS)))
+    first, _ = play(7, 2, Faults(Plan(chances=ALL_FAULTS, freeze=FREEZES)))
+    second, _ = play(7, 2, Faults(Plan(chances=ALL_FAULTS, freeze=FREEZES)))
+    other, _ = play(8, 2, Faults(Plan(chances=ALL_FAULTS, freeze=FREEZES)))
 
     lines = list(first.log_lines())
 

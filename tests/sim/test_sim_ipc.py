@@ -258,7 +258,7 @@ def test_a_message_for_a_filtered_wait_that_is_refused_is_seen_by_everybody() ->
     run(main, sender=sender)
 
 
-@pytest.mark.parametrize("link", [LinkId(0), LinkId(99)])
+@pytest.mark.parametrize("link", [LinkId(-1), LinkId(99)])
 def test_a_filter_that_names_no_live_link_is_no_such_endpoint(link: LinkId) -> None:
     async def main(boot: BootImage) -> None:
         status = await refused(Recv((boot.endpoint,), NO_WAIT, link=link))

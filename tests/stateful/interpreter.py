@@ -33,6 +33,8 @@ from nexus.abi import (
     Nanos,
     Now,
     PeerGone,
+    PolicyRaise,
+    PolicyRead,
     Recv,
     ReplyRecv,
     Rights,
@@ -113,6 +115,8 @@ class Actor:
 
     def _slots(self, name: str, arguments: list[Any]) -> list[Any]:
         """The operands that are slots."""
+        if name == "policy_raise":
+            return []
         return arguments[: 2 if name == "call" else 1]
 
     async def op_endpoint_create(self) -> object:
@@ -231,6 +235,12 @@ class Actor:
     async def op_qos(self, raw: int) -> object:
         await SetTaskQos(None, raw)
         return await TaskQos()
+
+    async def op_policy_raise(self, available: int) -> object:
+        return await PolicyRaise(bool(available))
+
+    async def op_policy_read(self) -> object:
+        return await PolicyRead()
 
     async def op_stats(self) -> object:
         stats = await TaskStats()

@@ -51,6 +51,8 @@ OUTCOMES = (
     ("take", "INVALID_ARGUMENT"), ("drain", "cap=None"), ("drain", "gone"), ("drain", "new"),
     ("call", "sent=True"), ("call", "QUEUE_FULL sent=False"), ("reply_recv", "reply=None"),
     ("vmo", "NO_SPACE"), ("map", ":"), ("map", "PERMISSION"), ("write", "written"),
+    ("policy_raise", "available=True"), ("policy_raise", "PERMISSION"),
+    ("policy_read", "available=True"), ("policy_read", "available=False"),
     ("query", "CapInfo"), ("qos", "PERMISSION"), ("exit", "5.0"), ("kill", "0.9"),
 )  # fmt: skip
 
@@ -318,6 +320,7 @@ class TwoKernels(RuleBasedStateMachine):
         answer = self.do(who, "endpoint_create")
         if not answer.isdigit():
             return
+        self.do(who, "send", int(answer), 7, 64, NO_WAIT)  # an endpoint is no link
         made = [self.do(who, "link", int(answer), 1, 8, 0) for _ in range(count)]
         slots = [int(m.strip("()").split(", ")[0]) for m in made if m.startswith("(")]
         for slot in slots:
@@ -330,6 +333,12 @@ class TwoKernels(RuleBasedStateMachine):
     @rule(who=CHILD, raw=st.integers(-1, 4))
     def qos(self, who: int, raw: int) -> None:
         self.do(who, "qos", raw)
+
+    @rule(who=WHO, available=st.booleans())
+    def raise_and_read_the_policy_page(self, who: int, available: bool) -> None:
+        self.do(who, "policy_raise", int(available))
+        for reader in range(3):
+            self.do(reader, "policy_read")
 
     @rule(who=CHILD, how=st.sampled_from(("exit", "kill")))
     def end_and_start_again(self, who: int, how: str) -> None:
@@ -384,6 +393,9 @@ def _script() -> list[tuple[int, Operation]]:
         (0, ("move", 6, 1, 5, NO_WAIT)),
         (1, ("drain", 1)),
         (1, ("stats",)),
+        (0, ("policy_raise", 1)),
+        (1, ("policy_raise", 0)),
+        (2, ("policy_read",)),
         (2, ("vmo", 5000)),
         (2, ("write", 5, 10, 20)),
         (2, ("seal", 5)),

@@ -53,8 +53,7 @@ def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["digest"] == load_plan(MINIMAL).digest
     assert [service["name"] for service in document["plan"]["services"]] == [
-        "timed",
-        "demo.interactive",
+        service.name for service in load_plan(MINIMAL).services
     ]
 
 
@@ -108,10 +107,8 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--version"])
+    assert main(["--version"]) == 0
 
-    assert ended.value.code == 0
     assert capsys.readouterr().out == f"nexus {__version__}\n"
 
 

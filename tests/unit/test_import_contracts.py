@@ -21,6 +21,7 @@ MODULES: Final = (
     "kernel/linux",
     "kernel/sim",
     "kernel/sim/watchdog",
+    "log",
     "proof",
     "protocols",
     "runtime",
@@ -44,6 +45,7 @@ VIOLATIONS: Final = {
     "abi-only": ("services/timed", "import socket"),
     "sim-is-closed": ("kernel/sim", "import os"),
     "testing": ("runtime", "import nexus.testing"),
+    "host-only": ("log", "import rich"),
 }
 
 

@@ -12,7 +12,10 @@ from nexus.init.plan import make_plan
 from nexus.init.record import Record
 from nexus.init.system import parse
 from nexus.ipc import Spans
+from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import MetaStatus, Stop, Stopping
+from nexus.protocols.policyd import PROTOCOL as POLICYD
+from nexus.protocols.policyd import CheckFor, Decision, Reason, Verdict
 from nexus.wire import ReplyStatus, answer, encode
 
 SYSTEM: Final = b"""
@@ -88,6 +91,25 @@ def test_an_answer_that_is_none_ends_a_question_without_a_reply(status: int, bod
 
     assert asked.ends == [(None, asked.nonce)]
     assert asked.asking.malformed == 1
+
+
+def test_a_question_to_policyd_is_answered_in_its_protocol_only() -> None:
+    asked = Asked()
+    question = CheckFor(1, "proof.control", "")
+    nonce, frame = asked.asking.frame(asked.record, question, DEADLINE, asked.on_end)
+    decision = Decision(Verdict.DENY, Reason.POLICY, 1, 1)
+    sender = Sender(asked.record.planned.service, Pid(5), 1, QosClass.NORMAL)
+    reply = bytes(answer(frame, ReplyStatus.OK, encode(decision)))
+    other = reply[:4] + META.number.to_bytes(2, "little") + reply[6:]  # the protocol's number
+
+    finish(asked.asking.on_message(Message(other, sender, LINK, None, Nanos(1), Slot(2))))
+    early = list(asked.ends)
+    finish(asked.asking.on_message(Message(reply, sender, LINK, None, Nanos(1), Slot(2))))
+
+    assert frame[:8] == POLICYD.codecs[CheckFor].prefix
+    assert early == []
+    assert asked.ends == [(decision, nonce)]
+    assert asked.asking.strays == 1
 
 
 def test_a_question_expires_at_its_deadline_and_not_before() -> None:

@@ -8,14 +8,18 @@ from nexus.protocols.init import (
     AUDIT_ROWS_MAX,
     LINK_ROWS_MAX,
     REASON_SIZE_MAX,
+    REASON_TEXT_SIZE_MAX,
     SERVICES_MAX,
     Account,
     AuditRows,
     Health,
     LinkRow,
     LinkRows,
+    PolicyGiven,
     Resources,
     ServiceRecord,
+    SystemInfo,
+    SystemState,
     TaskRow,
     TaskRows,
     TaskState,
@@ -32,6 +36,7 @@ from nexus.protocols.meta import (
     StatusCount,
 )
 from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.policy import POLICY_SIZE_MAX
 from nexus.wire import HEADER_SIZE, Message, RemoteProtocolError, encode
 
 NAME = "n" * 48
@@ -66,6 +71,20 @@ LARGEST: list[Message] = [
         U64,
         "d" * 64,
     ),
+    SystemInfo(
+        NAME,
+        "d" * 64,
+        SystemState.SAFE,
+        "w" * REASON_TEXT_SIZE_MAX,
+        U64,
+        U64,
+        U64,
+        U32,
+        U32,
+        "d" * 64,
+        True,
+    ),
+    PolicyGiven(POLICY_SIZE_MAX, U32),
     ServiceStatus(
         generation=U32,
         requests=U64,

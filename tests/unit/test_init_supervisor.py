@@ -1,12 +1,10 @@
 """init-lite on the simulated kernel: what it starts, answers, restarts and ends."""
 
 import json
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pytest
 
@@ -19,14 +17,11 @@ from nexus.abi import (
     CapClose,
     ConsoleWrite,
     EndpointCreate,
-    Event,
     EventKind,
-    ExitInfo,
     LinkCreate,
     LinkTerms,
     Nanos,
     Now,
-    PeerGone,
     Program,
     Recv,
     Send,
@@ -41,15 +36,16 @@ from nexus.abi import (
     Wait,
     service_id,
 )
-from nexus.init import plan as plan_module
+from nexus.init.console import evidence_of
 from nexus.init.desk import Held
 from nexus.init.ground import init_program, limits_of
-from nexus.init.plan import Plan, make_plan
-from nexus.init.programs import PROGRAMS, ProgramSource, load_program
+from nexus.init.instances import REAP_MAX
+from nexus.init.plan import make_plan
+from nexus.init.programs import PROGRAMS, load_program
 from nexus.init.record import Record
-from nexus.init.supervisor import PROBE_PAUSE, REAP_MAX, STOP_MAX, evidence_of
 from nexus.init.system import parse
-from nexus.ipc import Answer, CallFailure, Client, Exchange, Peers, Refused, RetryBudget
+from nexus.init.watch import PROBE_PAUSE
+from nexus.ipc import Answer, CallFailure, Refused
 from nexus.kernel.sim.faults import FAILURES, Faults, NthFailure
 from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.kernel.sim.kernel import SimKernel
@@ -66,7 +62,6 @@ from nexus.protocols.init import (
     Health,
     InitStatus,
     LinkRows,
-    Ready,
     Resources,
     Restart,
     Restarting,
@@ -80,243 +75,38 @@ from nexus.protocols.init import (
     TaskState,
 )
 from nexus.protocols.meta import PROTOCOL as META
-from nexus.protocols.meta import Bind, Bound, Fact, GetStatus, Healthy, ServiceStatus, Stop
+from nexus.protocols.meta import Bind, Bound, Fact, GetStatus, Stop
 from nexus.protocols.meta import Health as Probe
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
-from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
-from nexus.runtime import Server, ServiceConfig, serve
+from nexus.runtime import Server, serve
 from nexus.wire import (
     HEADER_SIZE,
-    PREFIX_SIZE,
-    Message,
     ReplyStatus,
     Request,
     answer,
     encode,
     nonce_of,
 )
+from tests.fakes.initrig import (
+    DRIVER,
+    HEALTH,
+    MS,
+    OTHER,
+    SECOND,
+    SYSTEM,
+    Boot,
+    Driver,
+    Nothing,
+    boot,
+    healthy,
+    idle,
+    nothing,
+    play,
+    status,
+)
 
-MS: Final = 1_000_000
-SECOND: Final = 1_000 * MS
-HEALTH: Final = 100 * MS
-ReplyT = TypeVar("ReplyT")
-Main = Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
-
-SYSTEM = """
-[system]
-name = "test"
-total_size = "8MiB"
-owner_size = "256KiB"
-ends_with = "driver"
-
-[service.timed]
-program = "timed"
-restart = { backoff = "50ms" }
-"""
-DRIVER = """
-[service.driver]
-program = "driver"
-capabilities = ["proof.control"]
-uses = [{ name = "timed" }]
-"""
-OTHER = """
-[service.other]
-program = "other"
-restart = { backoff = "30ms" }
-health = { deadline = "100ms" }
-"""
-
-
-class Nothing:
-    """A service that answers meta requests and knows no request of its own."""
-
-    def handle(self, _call: Any, _request: Any) -> Any:
-        raise AssertionError("nobody asks")
-
-
-async def idle(boot: BootImage) -> int:
-    """A service that does nothing well."""
-    return await serve(Nothing(), TESTSVC, boot)
-
-
-Script = Callable[[Request[Any], int], bytes | int | None]
-"""The body of the answer to the nth request of its kind; None for no answer, or an exit code."""
-
-
-async def play(boot: BootImage, script: Script, *, keeps_link: bool = True) -> int:
-    """A service that answers meta requests by hand; a script's None is the right answer to Bind."""
-    back = Slot(0)
-    counts: dict[type, int] = {}
-    while True:
-        try:
-            message = await Recv((boot.endpoint,), NEVER)
-        except PeerGone:
-            continue
-        codec = META.dispatch[message.data[:PREFIX_SIZE]]
-        request = codec.decode_request(message.data[HEADER_SIZE:])
-        nth = counts[type(request)] = counts.get(type(request), 0) + 1
-        if isinstance(request, Bind):
-            assert message.cap is not None
-            back = message.cap
-            await Send(back, answer(message.data, 0, encode(Bound(boot.generation))))
-            if not keeps_link:
-                await CapClose(back)
-            continue
-        if isinstance(request, Stop):
-            return 0
-        body = script(request, nth)
-        if isinstance(body, int):
-            _ = await SleepUntil(Nanos(await Now() + 20 * MS))
-            return body
-        if body is not None:
-            await Send(back, answer(message.data, 0, body))
-
-
-def healthy(boot: BootImage) -> bytes:
-    return encode(Healthy(boot.generation, sha256(boot.argument).hexdigest()))
-
-
-def status(boot: BootImage, facts: list[Fact] | None = None) -> bytes:
-    account: Message = ServiceStatus(
-        boot.generation, 0, 0, 0, 0, 0, 0, [], [], [] if facts is None else facts, []
-    )
-    return encode(account)
-
-
-class Driver:
-    """A client with `proof.control`: the test's hands inside the system."""
-
-    def __init__(self, boot: BootImage) -> None:
-        self.boot = boot
-        self.peers = Peers(boot, bytes(16))
-        self.server = Server(Nothing(), TESTSVC, boot, self.peers.caller)
-        self.control: Exchange
-        self.clients: dict[str, Client] = {}
-
-    async def begin(self, *, ready: bool = True) -> None:
-        """Answer the echo, take the planned links, wait for the system."""
-        until = await self.ahead(5 * SECOND)
-        _ = await self.server.step(until)
-        control = await self.peers.control(until)
-        assert isinstance(control, Exchange), control
-        self.control = control
-        for name in ServiceConfig.of(self.boot).uses:
-            await self.connect(name)
-        if ready:
-            started = await control.start(AwaitReady(), until)
-            _ = await self.server.step(until)
-            assert isinstance(await control.finish(started), Ready)
-
-    async def connect(self, name: str) -> None:
-        budget = RetryBudget(
-            attempts_max=30, backoff=Nanos(MS), deadline=await self.ahead(5 * SECOND)
-        )
-        client = await self.peers.connect(name, PROTOCOLS[name], budget)
-        assert isinstance(client, Client), client
-        self.clients[name] = client
-
-    async def ahead(self, span: int) -> Nanos:
-        return Nanos(await Now() + span)
-
-    async def ask(self, request: Request[Any], wait: int = SECOND) -> Any:
-        return await self.control.call(request, await self.ahead(wait))
-
-    async def reply(self, request: Request[ReplyT], kind: type[ReplyT]) -> ReplyT:
-        outcome = await self.ask(request)
-        assert isinstance(outcome, kind), outcome
-        return outcome
-
-    async def pause(self, span: int) -> None:
-        _ = await SleepUntil(await self.ahead(span))
-
-    async def record(self, name: str) -> ServiceRecord:
-        return await self.reply(GetService(name), ServiceRecord)
-
-
-PROTOCOLS = {"timed": TIMED, "other": TESTSVC}
-
-
-@dataclass
-class Run:
-    """How a system ran: the plan, root's exit, the events, and what the driver returned."""
-
-    plan: Plan
-    ended: ExitInfo
-    events: list[Event]
-    result: Any
-
-    def lines(self, prefix: str = "") -> list[str]:
-        return [
-            str(event.fields["line"])
-            for event in self.events
-            if event.kind is EventKind.CONSOLE and str(event.fields["line"]).startswith(prefix)
-        ]
-
-    def evidence(self, line: str) -> dict[str, Any]:
-        (found,) = [event for event in self.events if event.fields.get("line") == line]
-        evidence: Any = found.fields["evidence"]
-        return dict(json.loads(evidence) if isinstance(evidence, str | bytes) else evidence)
-
-    def time(self, line: str) -> int:
-        return next(event.time for event in self.events if event.fields.get("line") == line)
-
-    def spawns(self, name: str) -> list[Event]:
-        return [
-            event
-            for event in self.events
-            if event.kind is EventKind.SPAWN and event.fields["name"] == name
-        ]
-
-
-@pytest.fixture
-def boot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Boots a system of timed, a driver and, with OTHER in the text, another service."""
-    sources = {
-        name: ProgramSource(
-            name=name, module="nexus.services.timed", protocols=("nexus.protocols.testsvc",)
-        )
-        for name in ("driver", "other", "absent")
-    }
-    monkeypatch.setattr(plan_module, "PROGRAMS", {**PROGRAMS, **sources})
-
-    def boot_it(
-        driver: Callable[[Driver], Coroutine[Trap[Any], Any, Any]],
-        *,
-        text: str = SYSTEM + DRIVER,
-        other: Main = idle,
-        ready: bool = True,
-        crashes: int = 0,
-        seconds: int = 30,
-    ) -> Run:
-        results: list[Any] = []
-
-        async def driver_main(boot: BootImage) -> int:
-            hands = Driver(boot)
-            await hands.begin(ready=ready)
-            results.append(await driver(hands))
-            return 0
-
-        plan = make_plan(parse(text.encode(), Path("test.toml")))
-        programs = {
-            "timed": load_program(PROGRAMS["timed"]),
-            "driver": Program(name="driver", main=driver_main, digest=""),
-            "other": Program(name="other", main=other, digest=""),
-        }
-        events: list[Event] = []
-        kernel = SimKernel(programs, seed=1, recorder=events.append, limits=limits_of(plan))
-        ended = kernel.run(init_program(plan, 1), b"", until=Nanos(kernel.now + seconds * SECOND))
-        assert len(kernel.crashes) == crashes, kernel.crashes
-        return Run(plan, ended, events, results[0] if results else None)
-
-    return boot_it
-
-
-Boot = Callable[..., Run]
-
-
-async def nothing(_driver: Driver) -> None:
-    """A driver that only waits for the system."""
+__all__ = ["boot"]  # the fixture
 
 
 # ---------------------------------------------------------------- the boot
@@ -386,7 +176,7 @@ def test_a_program_that_cannot_be_started_is_tried_again_after_its_backoff(boot:
     run = boot(driver, text=text, ready=False)
 
     assert run.result.state is TaskState.BACKING_OFF
-    assert 5 <= run.result.spawn_refused <= 8
+    assert run.result.spawn_refused == 3  # after 0, 30 and 90 ms; the next one is due at 210
     assert run.result.spawn_reason == 5
     assert run.lines("init: ready") == []
     assert "init: no start of other" in run.lines()
@@ -651,15 +441,16 @@ def test_a_service_that_ends_again_and_again_is_restarted_at_the_declared_pace(
         return 3
 
     async def driver(driver: Driver) -> ServiceRecord:
-        await driver.pause(SECOND)
+        await driver.pause(600 * MS)
         return await driver.record("other")
 
-    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=short_lived, ready=False)
+    text = SYSTEM + DRIVER + OTHER.replace('"30ms"', '"30ms", backoff_max = "100ms"')
+    run = boot(driver, text=text, other=short_lived, ready=False)
 
     starts = run.spawns("other")
-    assert 25 <= len(starts) <= 34
-    gaps = [later.time - earlier.time for earlier, later in pairwise(starts)]
-    assert min(gaps) >= 30 * MS
+    gaps = [(later.time - earlier.time) // (5 * MS) for earlier, later in pairwise(starts)]
+    assert gaps[:4] == [6, 12, 20, 20]
+    assert len(starts) == 8
     assert (run.result.exit_code, run.result.reason) == (3, "exit")
     assert [event.fields["generation"] for event in starts] == list(range(1, len(starts) + 1))
     assert run.ended.code == 0
@@ -725,7 +516,8 @@ def test_a_service_that_is_not_ready_in_time_is_late_and_later_ok(boot: Boot) ->
         await driver.pause(400 * MS)
         return late, await driver.record("other")
 
-    run = boot(driver, text=SYSTEM + DRIVER + OTHER, other=slow)
+    text = SYSTEM + DRIVER + OTHER.replace('"100ms"', '"100ms", every = "0s"')
+    run = boot(driver, text=text, other=slow)
 
     late, later = run.result
     assert (late.health, later.health) == (Health.LATE, Health.OK)
@@ -962,7 +754,8 @@ def test_a_service_that_ignores_stop_is_killed_after_the_bound_and_the_run_is_di
     assert stopped["dirty"] == ["other"]
     assert stopped["exits"]["other"][1] == 9
     driver_end = next(e.time for e in run.events if e.kind is EventKind.EXIT)
-    assert STOP_MAX <= run.time("init: stopped") - driver_end < STOP_MAX + 50 * MS
+    stop_max = run.plan.by_name["other"].stop_max
+    assert stop_max <= run.time("init: stopped") - driver_end < stop_max + 50 * MS
 
 
 def test_the_exit_code_of_the_last_service_is_the_systems(boot: Boot) -> None:

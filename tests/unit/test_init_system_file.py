@@ -1,6 +1,7 @@
 """System files: what is read, and the sentence each wrong one gets."""
 
 import json
+import time
 from pathlib import Path
 from typing import Final
 
@@ -8,19 +9,38 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from nexus.abi import LINK_SIZE_MAX, QosClass, ServiceId
+from nexus.abi import (
+    LINK_SIZE_MAX,
+    DeviceGrant,
+    Grants,
+    Isolation,
+    ListenGrant,
+    Nanos,
+    QosClass,
+    ServiceId,
+)
+from nexus.init import crosschecks
 from nexus.init import plan as plan_module
+from nexus.init.crosschecks import CORE_STAGE, POLICY_STAGE, REST_STAGE
 from nexus.init.declare import FOUND_SIZE_MAX, SIZE_UNITS, amount_text
 from nexus.init.errors import SystemFileError
 from nexus.init.frames import reply_frame_size_max, request_frame_size_max
-from nexus.init.plan import Plan, make_plan, reserved_size
-from nexus.init.system import parse, schema_text
+from nexus.init.plan import (
+    Plan,
+    PlannedGroup,
+    make_plan,
+    plan_data,
+    reserved_size,
+)
+from nexus.init.policy import policy_schema_text
+from nexus.init.system import Exceeded, Strategy, parse, schema_text
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Register
 from nexus.wire import BODY_SIZE_MAX, HEADER_SIZE, encode
 
 ROOT = Path(__file__).parents[2]
 FILE = Path("test.toml")
+TIME_MAX: Final = 3.0  # s of CPU for a file of 256 KiB; it takes one at most, on two cores of 2020
 
 HEAD = """[system]
 name = "test"
@@ -137,7 +157,7 @@ WRONG = [
     ("", 1, 'the key "service" in the file', "none"),
     ("[service]", 3, "at least one service", "none"),
     ("service = 3", 3, "one of the keys", '"service"'),
-    ("[service.timed]", 3, 'the key "program" in service.timed', "none"),
+    ("[service.timed]", 3, 'the key "program" or "module" in service.timed', "none"),
     ("[service.timed]\nprogram = 7", 4, "service.timed.program to be a name", "7"),
     ('[service.timed]\nprogram = "clock"', 4, "a program, one of demo.interactive", '"clock"'),
     ('[service.Timed]\nprogram = "timed"', 3, "to be a name of at most 48 small", '"Timed"'),
@@ -148,7 +168,7 @@ WRONG = [
     (TIMED_ENTRY + "endpoints = 97", 6, "from 2 to 96", "97"),
     (TIMED_ENTRY + "endpoints = 1", 6, "from 2 to 96", "1"),
     (TIMED_ENTRY + 'capabilities = "proof.control"', 6, "an array", '"proof.control"'),
-    (TIMED_ENTRY + 'capabilities = ["Proof"]', 6, "a capability such as", '"Proof"'),
+    (TIMED_ENTRY + 'capabilities = ["Proof"]', 6, "a right such as", '"Proof"'),
     (TIMED_ENTRY + 'capabilities = ["a.b", "a.b"]', 6, "each capability once", '"a.b" again'),
     (TIMED_ENTRY + "restart = { backoff = 50 }", 6, '(ns, us, ms, s, min) such as "50ms"', "50"),
     (TIMED_ENTRY + 'restart = { backoff = "50" }', 6, "service.timed.restart.backoff", '"50"'),
@@ -244,7 +264,7 @@ def test_a_table_of_capabilities_that_would_overflow_is_refused() -> None:
 
 
 def test_two_names_with_one_identity_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "service_id", lambda name: ServiceId(len(name)))
+    monkeypatch.setattr(crosschecks, "service_id", lambda name: ServiceId(len(name)))
 
     error = error_of(HEAD + TIMED_ENTRY + CLIENT + '[service.timer]\nprogram = "timed"\n')
 
@@ -254,7 +274,7 @@ def test_two_names_with_one_identity_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_name_with_the_identity_of_init_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "service_id", lambda _: ServiceId(1))
+    monkeypatch.setattr(crosschecks, "service_id", lambda _: ServiceId(1))
 
     assert 'not that of "init-lite"' in error_of(HEAD + TIMED_ENTRY).expected
 
@@ -347,3 +367,275 @@ def test_the_published_schema_is_the_one_of_the_code() -> None:
 
     assert published.read_text() == schema_text(), "nexus check --schema > the file"
     assert json.loads(schema_text())["additionalProperties"] is False
+
+
+def test_the_schema_of_policy_files_is_published_too() -> None:
+    published = ROOT / "docs" / "reference" / "policy-file.schema.json"
+
+    assert published.read_text() == policy_schema_text()
+    allow = json.loads(policy_schema_text())["properties"]["allow"]
+    assert allow["additionalProperties"]["uniqueItems"] is True
+
+
+def test_the_schema_says_which_keys_exclude_and_need_each_other() -> None:
+    service = json.loads(schema_text())["properties"]["service"]["additionalProperties"]
+
+    assert service["oneOf"] == [{"required": ["program"]}, {"required": ["module"]}]
+    assert service["dependentRequired"]["module"] == ["protocol"]
+    assert service["dependentRequired"]["double"] == ["ordinary"]
+    assert service["properties"]["program"]["pattern"].startswith("^(?:")
+
+
+# ---------------------------------------------------------------- stages, groups, watching, grants
+
+POLICYD = """
+[service.policyd]
+program = "policyd"
+"""
+
+
+def test_services_start_by_stage_and_in_a_stage_as_in_the_file() -> None:
+    plan = plan_of(
+        HEAD
+        + 'total_size = "2MiB"\n'
+        + CLIENT
+        + TIMED_ENTRY
+        + 'stage = "core"\n'
+        + '\n[service.logd]\nprogram = "logd"\nstage = "core"\nuses = { policyd = {} }\n'
+        + POLICYD
+    )
+
+    assert [(service.name, service.stage) for service in plan.services] == [
+        ("policyd", POLICY_STAGE),
+        ("timed", CORE_STAGE),
+        ("logd", CORE_STAGE),
+        ("client", REST_STAGE),
+    ]
+    assert plan.policyd == "policyd"
+    assert plan.policy.services == ["policyd", "timed", "logd", "client"]
+
+
+def test_the_policy_service_is_watched_more_closely_and_is_there_in_safe_mode() -> None:
+    plan = plan_of(HEAD + POLICYD + TIMED_ENTRY)
+
+    policyd, timed = plan.services
+    assert policyd.safe
+    assert not timed.safe
+    assert (policyd.probe_every, policyd.probe_answer) == (250_000_000, 500_000_000)
+    assert policyd.probe_every + policyd.probe_answer <= plan.policy_stale_max
+    assert (timed.probe_every, timed.probe_answer) == (1_000_000_000, 2_000_000_000)
+
+
+def test_a_system_without_the_new_keys_gets_their_defaults() -> None:
+    plan = plan_of(HEAD + TIMED_ENTRY)
+
+    (timed,) = plan.services
+    assert (plan.stable, plan.safe_after) == (10_000_000_000, 3)
+    assert (plan.policy_stale_max, plan.policyd, plan.path) == (1_000_000_000, None, ())
+    assert (plan.state_dir, plan.runtime_dir, plan.log_dir) == (None, None, None)
+    assert (timed.backoff_max, timed.backoff_reset) == (5_000_000_000, 10_000_000_000)
+    assert (timed.probe_misses, timed.late_max, timed.stop_max) == (1, 0, 1_000_000_000)
+    assert timed.grants == Grants()
+    assert (timed.entry, timed.double, timed.ordinary, timed.posts) == ("", "", False, ())
+    assert plan.groups == (
+        PlannedGroup(
+            name="timed",
+            strategy=Strategy.ONE,
+            restarts=10,
+            within=Nanos(60_000_000_000),
+            exceeded=Exceeded.GIVE_UP,
+            members=("timed",),
+        ),
+    )
+
+
+def test_every_new_key_reaches_the_plan() -> None:
+    plan = plan_of(
+        HEAD
+        + """stable = "20s"
+safe_after = 0
+policy_stale_max = "2s"
+state_dir = "/var/lib/x"
+runtime_dir = "/run/x"
+log_dir = "/var/log/x"
+
+[group.time]
+strategy = "rest"
+restarts = 2
+within = "1min"
+exceeded = "shut-down"
+"""
+        + TIMED_ENTRY
+        + """
+group = "time"
+safe = true
+threads = 4
+ports = ["console"]
+isolation = "exec"
+devices.serial = { path = "/dev/ttyS0", writable = true }
+devices.clock = { path = "/dev/rtc0" }
+listen.web = { port = 8080 }
+connect = [1883, 8883]
+restart = { backoff = "20ms", backoff_max = "2s", reset = "3s" }
+health = { deadline = "4s", every = "500ms", misses = 3, late_max = 9 }
+stop = "5s"
+"""
+        + CLIENT
+        + 'group = "time"\nsafe = true\nuses = { timed = { sync = false } }\n'
+    )
+
+    timed, client = plan.services
+    assert (plan.stable, plan.safe_after, plan.policy_stale_max) == (20 * 10**9, 0, 2 * 10**9)
+    assert (plan.state_dir, plan.runtime_dir, plan.log_dir) == (
+        "/var/lib/x",
+        "/run/x",
+        "/var/log/x",
+    )
+    assert plan.groups == (
+        PlannedGroup(
+            name="time",
+            strategy=Strategy.REST,
+            restarts=2,
+            within=Nanos(60_000_000_000),
+            exceeded=Exceeded.SHUT_DOWN,
+            members=("timed", "client"),
+        ),
+    )
+    assert timed.grants == Grants(
+        isolation=Isolation.EXEC,
+        threads=4,
+        ports=("console",),
+        devices=(
+            DeviceGrant("serial", "/dev/ttyS0", writable=True),
+            DeviceGrant("clock", "/dev/rtc0", writable=False),
+        ),
+        listen=(ListenGrant("web", "127.0.0.1", 8080),),
+        connect=(1883, 8883),
+    )
+    assert (timed.backoff, timed.backoff_max, timed.backoff_reset) == (
+        20_000_000,
+        2_000_000_000,
+        3_000_000_000,
+    )
+    assert (timed.health_deadline, timed.probe_every, timed.probe_answer) == (
+        4_000_000_000,
+        500_000_000,
+        4_000_000_000,
+    )
+    assert (timed.probe_misses, timed.late_max, timed.stop_max) == (3, 9, 5_000_000_000)
+    assert timed.safe
+    assert client.posts == ("timed",)
+    assert not plan.links[0].sync
+
+
+def test_the_longest_backoff_follows_a_longer_first_one() -> None:
+    plan = plan_of(HEAD + TIMED_ENTRY + 'restart = { backoff = "20s" }\n')
+
+    assert plan.services[0].backoff_max == 20_000_000_000
+
+
+def test_every_service_is_in_exactly_one_group() -> None:
+    plan = plan_of(HEAD + "[group.pair]\n" + TIMED_ENTRY + 'group = "pair"\n' + CLIENT + POLICYD)
+
+    members = [name for group in plan.groups for name in group.members]
+    assert sorted(members) == ["client", "policyd", "timed"]
+    assert {service.name: service.group for service in plan.services} == {
+        "policyd": "policyd",
+        "timed": "pair",
+        "client": "client",
+    }
+    assert {group.name for group in plan.groups} == {"pair", "policyd", "client"}
+    assert plan.groups[0].exceeded is Exceeded.SAFE_MODE
+
+
+def test_posts_may_go_in_circles_and_waiting_may_not() -> None:
+    posts = HEAD + TIMED_ENTRY + "uses = { client = { sync = false } }\n"
+    posts += CLIENT + "uses = { timed = {} }\n"
+
+    assert [link.sync for link in plan_of(posts).links] == [False, True]
+    assert "timed -> client -> timed" in error_of(posts.replace("{ sync = false }", "{}")).found
+
+
+def test_a_cycle_behind_a_long_way_is_named_without_the_way() -> None:
+    chain = "".join(
+        f'\n[service.s{index}]\nprogram = "timed"\nowner_size = "64KiB"\n'
+        f"uses = {{ s{index + 1} = {{}}, s39 = {{}} }}\n"
+        for index in range(38)
+    )
+    tail = '\n[service.s38]\nprogram = "timed"\nowner_size = "64KiB"\nuses = { s39 = {} }\n'
+    tail += '\n[service.s39]\nprogram = "timed"\nowner_size = "2MiB"\nuses = { s38 = {} }\n'
+
+    error = error_of(HEAD + 'total_size = "16MiB"\n' + chain + tail)
+
+    assert error.found.startswith("s38 -> s39 -> s38 (lines ")
+
+
+BASE = HEAD + TIMED_ENTRY + CLIENT
+CHANGES = {
+    "system": ("stable", "safe_after", "policy_stale_max", "state_dir", "runtime_dir", "log_dir"),
+    "values": ('"9s"', "5", '"900ms"', '"/a"', '"/b"', '"/c"'),
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            HEAD + f"{key} = {value}\n" + TIMED_ENTRY + CLIENT
+            for key, value in zip(CHANGES["system"], CHANGES["values"], strict=True)
+        ),
+        HEAD + '[group.client]\nstrategy = "all"\n' + TIMED_ENTRY + CLIENT + 'group = "client"\n',
+        BASE + 'stage = "core"\n',
+        BASE + "safe = true\n",
+        BASE + "threads = 1\n",
+        BASE + 'ports = ["a"]\n',
+        BASE + 'isolation = "exec"\n',
+        BASE + 'isolation = "exec"\nconnect = [80]\n',
+        BASE + 'isolation = "exec"\nlisten.a = { port = 80 }\n',
+        BASE + 'isolation = "exec"\ndevices.a = { path = "/dev/a" }\n',
+        BASE + 'restart = { backoff_max = "1s" }\n',
+        BASE + 'restart = { reset = "1s" }\n',
+        BASE + 'health = { every = "3s" }\n',
+        BASE + 'health = { answer = "3s" }\n',
+        BASE + "health = { misses = 2 }\n",
+        BASE + "health = { late_max = 2 }\n",
+        BASE + 'stop = "2s"\n',
+        BASE + 'capabilities = ["proof.control"]\n',
+        BASE + "uses = { timed = {} }\n",
+        BASE + "uses = { timed = { sync = false } }\n",
+    ],
+)
+def test_every_key_counts_for_the_digest(text: str) -> None:
+    assert plan_of(text).digest != plan_of(BASE).digest
+    assert plan_of(text).digest == plan_of(text + "# why\n").digest
+
+
+def test_a_post_and_a_call_are_two_digests() -> None:
+    call = BASE + "uses = { timed = {} }\n"
+
+    assert plan_of(call).digest != plan_of(call.replace("{}", "{ sync = false }")).digest
+
+
+def test_the_data_of_a_plan_is_json_with_the_names_of_its_fields() -> None:
+    plan = plan_of(BASE + 'isolation = "exec"\nconnect = [80]\ncapabilities = ["a.b"]\n')
+
+    data = json.loads(json.dumps(plan_data(plan)))
+
+    assert data["services"][1]["grants"]["connect"] == [80]
+    assert data["policy"]["allow"] == {"client": [["a.b", "test.toml", 11]]}
+    assert data["groups"][0]["strategy"] == "one"
+    assert "by_name" not in data
+
+
+def test_a_file_that_fills_its_bound_is_read_in_bounded_time() -> None:
+    for text in (
+        "a." * 60_000 + "a = 1\n",
+        '"\\"".' + '"a".' * 60_000 + "a = 1\n",
+        'x = { x = """\n""", ' + "a." * 100_000 + "a = 1 }\n",
+        "".join(f"a{index} = 1\n" for index in range(20_000)),
+        "a = [\n" + "1,\n" * 80_000 + "]\n",
+        "a = " + "{a = " * 400 + "1" + "}" * 400,
+    ):
+        before = time.process_time()
+        _ = error_of(text)
+        assert time.process_time() - before < TIME_MAX

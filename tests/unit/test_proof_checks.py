@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from nexus.proof.expected import Scope
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Mismatch
 from nexus.protocols.ladder import KERNEL, RUNGS, SELFTEST, Ground, rung
+from nexus.protocols.policy import Policy, Right
 
 
 def _service(name: str, *uses: PlannedLink) -> PlannedService:
@@ -63,6 +65,10 @@ PLAN = Plan(
     ends_with=None,
     services=(_service("timed"), _service(SELFTEST, LINK)),
 )
+POLICY = Policy(services=["policyd"], allow={"policyd": [Right("policy.authority", "f", 1)]})
+JOURNAL = replace(_service("logd"), settings=(("records", 128), ("size", 16_384)))
+WATCHED = replace(_service("demo.testsvc"), probe_every=Nanos(500), probe_answer=Nanos(1_000))
+LARGER = replace(PLAN, policy=POLICY, services=(_service("policyd"), JOURNAL, WATCHED))
 
 
 class Bench:
@@ -75,6 +81,7 @@ class Bench:
         self.after: list[Event] = []
         self.ground = Ground.SIM
         self.printer_pid = Pid(1)
+        self.plan = PLAN
 
     def check(self) -> None:
         row = rung(self.number)
@@ -86,7 +93,7 @@ class Bench:
             line = Event(Nanos(100), EventKind.CONSOLE, self.printer_pid, fields)
         trace = Trace((*self.events, line, *self.after))
         scope = Scope(ground=self.ground, smp=2, services=("timed", SELFTEST))
-        case = Case(scope=scope, plan=PLAN, checks=CHECKS)
+        case = Case(scope=scope, plan=self.plan, checks=CHECKS)
         printed = next(each for each in trace.lines if each.text == row.marker)
         CHECKS[self.number](case, trace, printed)
 
@@ -105,6 +112,31 @@ def _spawn(name: str, pid: int = 5) -> Event:
         digest=f"digest of {name}",
         service=f"{service_id(name):016x}",
     )
+
+
+def _ready(number: int, name: str, facts: dict[str, int]) -> Bench:
+    """A service that says it is ready, and init's record of its first answer."""
+    bench = Bench(number, {"seen": 1}, _spawn(name))
+    bench.printer_pid = Pid(5)
+    bench.plan = LARGER
+    answered = {"generation": 1, "nonce": 9, "facts": facts}
+    said: dict[str, object] = {"line": f"init: health {name} ok", "evidence": answered}
+    bench.after.append(_event(EventKind.CONSOLE, 1, name=INIT_NAME, generation=1, **said))
+    return bench
+
+
+def _rejected(number: int, reason: str, measured: dict[str, Any]) -> Bench:
+    """A line of logd about a refused record, and what the client measured."""
+    sender = f"0x{service_id(SELFTEST):016x}"
+    bench = Bench(number, {"sender": sender, "reason": reason, "count": 1}, _spawn("logd"))
+    bench.printer_pid = Pid(5)
+    said = {"line": f"{SELFTEST}: measured #{number}", "evidence": measured}
+    bench.after.append(_event(EventKind.CONSOLE, 6, name=SELFTEST, generation=1, **said))
+    return bench
+
+
+def _growth(**grown: int) -> dict[str, int]:
+    return {"accepted": 0, "invalid_args": 0, "over_limit": 0, "rate_limited": 0, **grown}
 
 
 def _bench(number: int) -> Bench:
@@ -182,6 +214,36 @@ def _bench(number: int) -> Bench:
             fields |= {"line": "init: health timed ok", "evidence": answered}
             bench.after.append(_event(EventKind.CONSOLE, 1, **fields))
             return bench
+        case 8:
+            return _ready(8, "policyd", {"policy_digest": int(POLICY.digest[:15], 16)})
+        case 30:
+            return _ready(30, "logd", {"capacity_records": 128, "capacity_size": 16_384})
+        case 48:
+            about = {"subject": "timed", "right": "device.mmio.blk", "target": "window blk"}
+            told = {"decision": "deny", "reason": "policy", "grants": 0, "nonce": 5, **about}
+            return Bench(48, told | {"denied_before": 2, "denied_after": 3, "took_ns": 900})
+        case 96:
+            bench = Bench(96, {"generation": 2, "noticed_ns": 1_400})
+            bench.plan = LARGER
+            ended = {"generation": 1, "code": 0, "signal": 9, "reason": "hang"}
+            line = {"line": "init: end of demo.testsvc", "evidence": ended}
+            bench.events.append(_event(EventKind.CONSOLE, 1, name=INIT_NAME, generation=1, **line))
+            again = _spawn("demo.testsvc", 7)
+            fields = dict(again.fields) | {"generation": 2}
+            bench.events.append(again._replace(time=Nanos(11), fields=fields))
+            return bench
+        case 111:
+            statuses = {"status": "INVALID_ARGS", "again": "INVALID_ARGS", "ids": 0}
+            return _rejected(111, "invalid_args", statuses | {"growth": _growth(invalid_args=1)})
+        case 112:
+            told = {"sizes": [512, 513], "statuses": ["OK", "OVER_LIMIT"]}
+            told["growth"] = _growth(accepted=1, over_limit=1)
+            return _rejected(112, "over_limit", told)
+        case 113:
+            told = {"statuses": ["OK"] * 24 + ["RATE_LIMITED"], "took_ns": 900_000_000}
+            told["growth"] = _growth(accepted=24, rate_limited=1)
+            told["policyd"] = _growth(accepted=1)
+            return _rejected(113, "rate_limited", told)
         case 143:
             account = {"slots": 4, "endpoints": 2}
             names = ("timed", SELFTEST, INIT_NAME)
@@ -195,7 +257,10 @@ def _bench(number: int) -> Bench:
             raise AssertionError(number)
 
 
-SHOWN = (1, 2, 3, 4, 5, 13, 14, 29, 32, *range(39, 48), 60, 143)
+SHOWN = (
+    *(1, 2, 3, 4, 5, 8, 13, 14, 29, 30, 32, *range(39, 49)),
+    *(60, 96, 111, 112, 113, 143),
+)
 
 
 @pytest.mark.parametrize("number", SHOWN)
@@ -272,7 +337,20 @@ LIES: tuple[tuple[int, Lie], ...] = (
     (47, _set("stolen", 1)),
     (47, _set("qos", 1)),
     (14, _set("echo_nonce", 78)),
+    (48, _set("decision", "allow")),
+    (48, _set("reason", "unavailable")),
+    (48, _set("subject", INIT_NAME)),
+    (48, _set("grants", 1)),
+    (48, _set("nonce", 0)),
+    (48, _set("denied_after", 2)),
+    (48, _set("took_ns", 1_000_000_001)),
     (60, _set("late_ns.0.2", 900_000)),
+    (96, _set("noticed_ns", 600_000_000)),
+    (96, _set("generation", 3)),
+    (111, _set("reason", "over_limit")),
+    (111, _set("sender", f"0x{service_id('timed'):016x}")),
+    (112, _set("sender", "0x1")),
+    (113, _set("reason", "invalid_args")),
     (143, _set("accounts.timed.now.slots", 5)),
     (143, lambda evidence: evidence["accounts"].pop("timed")),
 )
@@ -288,7 +366,87 @@ def test_each_lie_in_the_evidence_is_found(number: int, lie: Lie) -> None:
         bench.check()
 
 
-@pytest.mark.parametrize("number", [14, 29, 32])
+OTHERS_LIES: tuple[tuple[int, Lie], ...] = (
+    (8, _set("facts.policy_digest", 1)),
+    (8, _set("nonce", 0)),
+    (30, _set("facts.capacity_records", 129)),
+    (30, _set("facts.capacity_size", 0)),
+    (30, _set("generation", 2)),
+    (111, _set("status", "OK")),
+    (111, _set("again", "OVER_LIMIT")),
+    (111, _set("ids", 1)),
+    (111, _set("growth.invalid_args", 2)),
+    (111, _set("growth.accepted", 1)),
+    (112, _set("statuses", ["OK", "OK"])),
+    (112, _set("sizes", [512, 514])),
+    (112, _set("growth.over_limit", 0)),
+    (113, _set("statuses", ["OK"] * 25)),
+    (113, _set("took_ns", 1_000_000_000)),
+    (113, _set("growth.rate_limited", 0)),
+    (113, _set("policyd.accepted", 0)),
+    (113, _set("policyd.rate_limited", 1)),
+)
+"""Lies of who did not print the line: the first event after it."""
+
+
+@pytest.mark.parametrize(("number", "lie"), OTHERS_LIES)
+def test_each_lie_of_the_other_side_is_found(number: int, lie: Lie) -> None:
+    bench = _bench(number)
+    fields = copy.deepcopy(dict(bench.after[0].fields))
+    evidence: Any = fields["evidence"]
+    lie(evidence)
+    bench.after[0] = bench.after[0]._replace(fields=fields)
+
+    with pytest.raises(Mismatch):
+        bench.check()
+
+
+@pytest.mark.parametrize(
+    ("lie", "sentence"),
+    [
+        (_set("reason", "exit"), "reason in init's record"),
+        (_set("signal", 0), "signal of the end"),
+        (_set("generation", 7), "ends of the instance"),
+    ],
+)
+def test_an_end_that_was_no_hang_is_found(lie: Lie, sentence: str) -> None:
+    bench = _bench(96)
+    fields = copy.deepcopy(dict(bench.events[0].fields))
+    evidence: Any = fields["evidence"]
+    lie(evidence)
+    bench.events[0] = bench.events[0]._replace(fields=fields)
+
+    with pytest.raises(Mismatch, match=sentence):
+        bench.check()
+
+
+def test_a_restart_without_its_back_off_is_found() -> None:
+    bench = _bench(96)
+    bench.events[1] = bench.events[1]._replace(time=Nanos(10))
+
+    with pytest.raises(Mismatch, match="back-off"):
+        bench.check()
+
+
+def test_a_grant_asked_for_after_the_grants_were_made_is_found() -> None:
+    bench = _bench(48)
+    fields: dict[str, object] = {"name": INIT_NAME, "generation": 1, "evidence": {}}
+    bench.events.append(_event(EventKind.CONSOLE, 1, **fields, line="init: ready"))
+
+    with pytest.raises(Mismatch, match="after the grants"):
+        bench.check()
+
+
+@pytest.mark.parametrize("number", [111, 112, 113])
+def test_a_rejection_that_nobody_measured_is_found(number: int) -> None:
+    bench = _bench(number)
+    bench.after.clear()
+
+    with pytest.raises(Mismatch, match="lines of selftest-client"):
+        bench.check()
+
+
+@pytest.mark.parametrize("number", [8, 14, 29, 30, 32, 96])
 def test_evidence_that_the_kernels_own_record_does_not_show_is_found(number: int) -> None:
     bench = _bench(number)
     bench.events.clear()
@@ -363,9 +521,9 @@ def test_on_linux_the_sentinel_counts_descriptors_and_children_too() -> None:
 
 
 def test_every_rung_of_this_issue_that_is_not_selftests_has_a_check() -> None:
-    issue = (*range(1, 6), 13, 14, 27, 28, 29, 32, *range(39, 48))
+    issue = (*range(1, 11), 13, 14, 27, 28, 29, 30, 32, *range(39, 49), 111, 112, 113)
 
     assert all(number in CHECKS for number in issue)
-    looked_at_again = {60, 143}  # the client cannot see these alone
+    looked_at_again = {60, 96, 143}  # the client cannot see these alone
     assert {number for number in CHECKS if rung(number).printer == SELFTEST} == looked_at_again
     assert len(RUNGS) == 144

@@ -112,7 +112,7 @@ def test_a_full_climb_is_green_and_names_nothing_missing() -> None:
 
 
 def test_the_rungs_of_a_small_system_on_linux_are_those_of_the_issue() -> None:
-    expected = {1, 2, 3, 5, 13, 14, 27, 28, 29, 32, *range(56, 74), 75, 76, 142, 143, 144}
+    expected = {1, 2, 3, 5, 13, 14, 27, 28, 29, 32, *range(56, 74), 75, 76, 95, 96, 142, 143, 144}
 
     assert set(_run(SCOPE)) == expected
 
@@ -120,7 +120,7 @@ def test_the_rungs_of_a_small_system_on_linux_are_those_of_the_issue() -> None:
 def test_the_rungs_of_a_small_system_on_two_simulated_cpus_add_the_smp_rows() -> None:
     scope = Scope(ground=Ground.SIM, smp=2, services=SERVICES)
 
-    assert set(_run(scope)) == set(_run(SCOPE)) | {4, *range(39, 48)}
+    assert set(_run(scope)) == set(_run(SCOPE)) - {95} | {4, *range(39, 48)}
 
 
 def test_every_reason_for_not_running_is_told_apart() -> None:
@@ -129,15 +129,26 @@ def test_every_reason_for_not_running_is_told_apart() -> None:
 
     assert reasons[4] == "not on ground linux"
     assert reasons[6] == "not in this system: policyd"
-    assert reasons[96] == "not built yet: a watchdog for tasks that stop answering"
+    assert reasons[9] == "not in this system: logd"
     assert reasons[144] == "behind RUN_PHASE=ipc"
     assert not_run(Scope(ground=Ground.SIM, smp=1, services=SERVICES))[39].startswith("SMP=1")
 
 
 def test_a_mechanism_that_is_built_makes_its_rows_run() -> None:
-    scope = dataclasses.replace(SCOPE, built=frozenset({Mechanism.WATCHDOG}))
+    without = dataclasses.replace(SCOPE, built=frozenset())
 
-    assert 96 not in not_run(scope)
+    assert not_run(without)[96] == "not built yet: a watchdog for tasks that stop answering"
+    assert 96 not in not_run(dataclasses.replace(without, built=frozenset({Mechanism.WATCHDOG})))
+
+
+def test_a_rung_that_fails_behind_a_red_one_is_blocked() -> None:
+    stream = _green(without=(61, 63))
+    stream.line("SELFTEST: ipc forged identity refused FAIL of what came before", SELFTEST)
+    verdict = _judge(stream)
+
+    assert _red(verdict) == [61]
+    assert _state(verdict, 63) is State.BLOCKED
+    assert verdict.exit_code == 1
 
 
 def test_a_missing_line_is_red_and_what_comes_behind_it_is_blocked() -> None:

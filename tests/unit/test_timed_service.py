@@ -106,7 +106,7 @@ def run(test: Callable[[Rig], Coroutine[Trap[Any], Any, Any]], **clients: Main) 
     results: list[Any] = []
 
     async def root(boot: BootImage) -> int:
-        config = ServiceConfig(uses=[], settings={}, trace_seed=bytes(16))
+        config = ServiceConfig(uses=[], posts=[], settings={}, trace_seed=bytes(16))
         timed = await Spawn(
             SpawnSpec(
                 name="timed",

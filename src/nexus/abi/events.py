@@ -10,7 +10,7 @@ from nexus.abi.types import Nanos, Pid
 class EventKind(StrEnum):
     """The closed set of recorded events."""
 
-    SPAWN = "spawn"  # name, generation, program, digest, qos, service (hex id)
+    SPAWN = "spawn"  # name, generation, program, digest, qos, service (hex id), grants
     SPAWN_FAILED = "spawn_failed"  # name, program, reason
     EXIT = "exit"  # name, generation, code, signal
     CONSOLE = "console"  # name, generation, line, evidence (object)

@@ -22,6 +22,11 @@ ENTROPY_SIZE_MAX: Final = 256  # bytes; getrandom(2) never short-reads at or bel
 CONSOLE_LINE_SIZE_MAX: Final = 512  # bytes of UTF-8; a marker or a statement, not a log
 EVIDENCE_SIZE_MAX: Final = 4096  # bytes of JSON next to a console line
 AUDIT_LINES_MAX: Final = 64  # QoS audit lines kept for init; one proof run makes about ten
+BOOT_MEMORY_SIZE_MAX: Final = 4096  # bytes; init's memory of crashes, a page
+NOTIFY_SIZE_MAX: Final = 256  # bytes of one sd_notify message
+PORT_PEERS_MAX: Final = 8  # connections of one port; people and scripts, not services
+PORTS_MAX: Final = 2  # ports of one task; the operator has one
+THREADS_MAX: Final = 64  # threads one service may be granted
 SERVICE_NAME_SIZE_MAX: Final = 48  # bytes of ASCII; the reference system's routing limit
 
 assert MESSAGE_SIZE_MAX <= LINK_SIZE_MAX, "a link holds at least one largest message"

@@ -14,6 +14,7 @@ class BootImage:
 
     `control` is a SEND link to the task that spawned it; `endpoint` is its own endpoint
     (RECV and MANAGE) to which the spawner holds a link. The root task has no `control`.
+    `descriptors` are for programs with ordinary libraries; the simulated kernel has none.
     """
 
     name: str
@@ -24,15 +25,25 @@ class BootImage:
     endpoint: Slot
     now: Nanos
     argument: bytes
+    ports: tuple[Slot, ...] = ()  # in the order of Grants.ports
+    descriptors: tuple[tuple[str, int], ...] = ()  # granted devices and sockets, by name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A program: `main` returns the exit code (None is 0); `digest` is SHA-256, hexadecimal."""
+    """A program: `main` returns the exit code (None is 0); `digest` is SHA-256, hexadecimal.
+
+    `entry` is where an interpreter of its own finds `main`, as "package.module:name", with
+    `path` in front of its import path. `ordinary` programs use libraries that need an event loop
+    of their own; on linux they run under the asyncio driver, and `main` is their double.
+    """
 
     name: str
     main: Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
     digest: str
+    entry: str = ""
+    path: tuple[str, ...] = ()
+    ordinary: bool = False
 
 
 Programs = Mapping[str, Program]

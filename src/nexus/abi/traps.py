@@ -9,6 +9,7 @@ right is PermissionDenied; a refused trap changes nothing.
 """
 
 from collections.abc import Generator
+from enum import IntEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from nexus.abi.identity import Sender
@@ -84,6 +85,64 @@ class CapInfo(NamedTuple):
     length: int
 
 
+class Isolation(IntEnum):
+    """How a service's process is made on linux; the simulated kernel takes note only."""
+
+    FORK = 0  # of init: shares its pages, and with them layout and hash seed
+    EXEC = 1  # an interpreter of its own
+
+
+class DeviceGrant(NamedTuple):
+    """A character or block device, opened before the start; `name` is the service's word for it."""
+
+    name: str
+    path: str
+    writable: bool
+
+
+class ListenGrant(NamedTuple):
+    """A listening TCP socket, bound before the start; `name` is the service's word for it."""
+
+    name: str
+    address: str
+    port: int
+
+
+class Grants(NamedTuple):
+    """What a service may do beyond the ABI. Nothing by default.
+
+    `threads` is how many further threads it may start. `ports` name doors to the outside
+    (PortSend); devices, `listen`, `connect` (TCP port numbers) and `streams` (AF_UNIX stream
+    pairs, which asyncio needs) are for programs with ordinary libraries and need EXEC.
+    """
+
+    isolation: Isolation = Isolation.FORK
+    threads: int = 0
+    ports: tuple[str, ...] = ()
+    devices: tuple[DeviceGrant, ...] = ()
+    listen: tuple[ListenGrant, ...] = ()
+    connect: tuple[int, ...] = ()
+    streams: bool = False
+
+
+class PolicyWord(NamedTuple):
+    """The word of the policy page: the generation of decisions, and whether policyd answers.
+
+    A decision may be kept as long as `generation` is what it was when the decision was asked for.
+    While policyd is not `available` nothing that is not kept is allowed.
+    """
+
+    generation: int
+    available: bool
+
+
+class PeerIdentity(NamedTuple):
+    """Who is at the other end of a port's connection, as Linux says."""
+
+    pid: int
+    uid: int
+
+
 class SpawnSpec(NamedTuple):
     """What to start. The budgets are reserved from the system's totals at spawn."""
 
@@ -97,6 +156,7 @@ class SpawnSpec(NamedTuple):
     endpoints: int = ENDPOINTS_PER_OWNER_MAX
     budget: int = BUDGET_SIZE_DEFAULT  # bytes of kernel objects
     delegations: int = 0  # links derivable from the spawner's link to the child's endpoint
+    grants: Grants = Grants()
 
 
 class Spawned(NamedTuple):
@@ -511,3 +571,93 @@ class AuditLog(Trap[AuditLines]):
     """
 
     __slots__ = ()
+
+
+class PolicyRead(Trap[PolicyWord]):
+    """The word of the policy page: no message, no round trip. Generation 0 before the first."""
+
+    __slots__ = ()
+
+
+class PolicyRaise(Trap[PolicyWord]):
+    """Raise the generation by one and say whether policyd answers. Only the root task may.
+
+    In force for every task's next PolicyRead when the trap returns. Nobody else can write the page.
+    """
+
+    __slots__ = ("available",)
+
+    def __init__(self, available: bool) -> None:
+        self.available = available
+
+
+class BootMemoryRead(Trap[bytes]):
+    """What BootMemoryReplace last stored, in this or an earlier boot; empty if nothing was.
+
+    Only the root task may. Refuses: Unsupported (this run has no state directory).
+    """
+
+    __slots__ = ()
+
+
+class BootMemoryReplace(Trap[None]):
+    """Store at most BOOT_MEMORY_SIZE_MAX bytes so that they survive this boot: all or nothing,
+    durable when the trap returns. Only the root task may.
+
+    Refuses: InvalidArgument (size), NoSpace (disk full), Unsupported (no state directory).
+    """
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class Notify(Trap[None]):
+    """Tell the service manager outside, in the words of sd_notify(3). Only the root task may.
+
+    Without one nothing happens. Refuses: InvalidArgument (longer than NOTIFY_SIZE_MAX bytes).
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class PortSend(Trap[None]):
+    """Queue one message to the peer at `link` of an own port, without waiting.
+
+    A port is a slot with RECV that Recv and ReplyRecv take as a source. Its messages come from
+    processes outside the system: `sender.service` is OUTSIDE, `sender.pid` the process, `link`
+    the connection; PeerGone ends it. At most PORT_PEERS_MAX connections live; only root and the
+    user who runs the system get one.
+    Refuses: QueueFull, NoSuchEndpoint (no such connection), InvalidArgument (size, no port).
+    """
+
+    __slots__ = ("data", "link", "port")
+
+    def __init__(self, port: Slot, link: LinkId, data: bytes | bytearray) -> None:
+        self.port = port
+        self.link = link
+        self.data = data
+
+
+class PortClose(Trap[None]):
+    """End a connection of an own port. Refuses: NoSuchEndpoint, InvalidArgument."""
+
+    __slots__ = ("link", "port")
+
+    def __init__(self, port: Slot, link: LinkId) -> None:
+        self.port = port
+        self.link = link
+
+
+class PortPeer(Trap[PeerIdentity]):
+    """Who is at the other end of a connection. Refuses: NoSuchEndpoint, InvalidArgument."""
+
+    __slots__ = ("link", "port")
+
+    def __init__(self, port: Slot, link: LinkId) -> None:
+        self.port = port
+        self.link = link

@@ -1,77 +1,95 @@
 """`nexus check FILE`: is this system file right, and what follows from it?"""
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Final
 
+from nexus.abi import Grants
 from nexus.init.declare import DURATION_UNITS, SIZE_UNITS, amount_text
-from nexus.init.plan import Plan, load_plan
-from nexus.init.system import schema_text
+from nexus.init.plan import Plan, load_plan, own_group, plan_data
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
+STAGES: Final = ("policy", "core", "rest")  # by their number
 
 
-def add_check(commands: "_SubParsersAction[Any]") -> None:
-    """Declare the command."""
-    command = commands.add_parser(
-        "check",
-        help="check a system file and show the plan that follows from it",
-        description="Check a system file: units, providers, identities, shares and budgets.",
-        epilog="Example: nexus check systems/selftest.toml --digest",
-    )
-    what = command.add_mutually_exclusive_group()
-    _ = what.add_argument("--digest", action="store_true", help="print the plan's digest only")
-    _ = what.add_argument("--json", action="store_true", help="print the whole plan as JSON")
-    _ = what.add_argument(
-        "--schema", action="store_true", help="print the JSON schema of system files"
-    )
-    _ = command.add_argument("file", type=Path, nargs="?", help="the system file (TOML)")
-    command.set_defaults(parser=command)
-
-
-def check(options: argparse.Namespace) -> int:
-    """Do it; the exit code. Raises SystemFileError."""
-    if options.schema:
-        print(schema_text(), end="")
-        return 0
-    if options.file is None:
-        options.parser.error("name the system file to check")
-    plan = load_plan(options.file)
-    if options.digest:
+def check(file: Path, *, digest: bool, as_json: bool) -> None:
+    """Print what follows from a system file. Raises SystemFileError."""
+    plan = load_plan(file)
+    if digest:
         print(plan.digest)
-    elif options.json:
-        print(json.dumps({"digest": plan.digest, "plan": asdict(plan)}, indent=2))
+    elif as_json:
+        print(json.dumps({"digest": plan.digest, "plan": plan_data(plan)}, indent=2))
     else:
         print("\n".join(describe(plan)))
-    return 0
 
 
 def describe(plan: Plan) -> list[str]:
-    """The plan for a person, in lines."""
+    """The plan for a person, in lines. A table that would be empty is left out."""
     owned = plan.root_size + sum(service.owner_size for service in plan.services)
-    services = [
+    counts = f"{len(plan.services)} services, {len(plan.links)} links"
+    tables = (
+        _services(plan),
+        _times(plan),
+        _links(plan),
+        _groups(plan),
+        _grants(plan),
+        _rights(plan),
+    )
+    return [
+        f"{plan.name}: {counts}, {_size(owned)} of {_size(plan.total_size)}, smp {plan.smp}",
+        *(line for table in tables if table for line in ("", *table)),
+        "",
+        f"digest {plan.digest}",
+    ]
+
+
+def _services(plan: Plan) -> list[str]:
+    """What each service is and costs, in the order of their start."""
+    heads = ("SERVICE", "STAGE", "PROGRAM", "QOS", "CPU", "SAFE", "RESERVED", "SLOTS", "ENDPOINTS")
+    rows = [
         (
             service.name,
+            STAGES[service.stage],
             service.program,
             service.qos.name.lower().replace("_", "-"),
             "any" if service.cpu is None else str(service.cpu),
+            "yes" if service.safe else "no",
             f"{_size(service.reserved_size)} of {_size(service.owner_size)}",
             str(service.slots),
             str(service.endpoints),
-            amount_text(service.backoff, DURATION_UNITS),
-            amount_text(service.health_deadline, DURATION_UNITS),
-            ", ".join(service.capabilities) or "-",
         )
         for service in plan.services
     ]
-    links = [
+    return _table(heads, rows)
+
+
+def _times(plan: Plan) -> list[str]:
+    """How each service is watched, started again and stopped."""
+    rows = [
+        (
+            service.name,
+            _span(service.health_deadline),
+            _span(service.probe_every) if service.probe_every else "first only",
+            f"{_span(service.probe_answer)}, {service.probe_misses} missed"
+            if service.probe_every
+            else "-",
+            str(service.late_max) if service.late_max else "-",
+            f"{_span(service.backoff)} to {_span(service.backoff_max)}",
+            _span(service.backoff_reset),
+            _span(service.stop_max),
+        )
+        for service in plan.services
+    ]
+    heads = ("SERVICE", "READY", "PROBE", "ANSWER", "LATE MAX", "BACKOFF", "RESET", "STOP")
+    return _table(heads, rows)
+
+
+def _links(plan: Plan) -> list[str]:
+    rows = [
         (
             link.client,
             link.server,
+            "sync" if link.sync else "post",
             str(link.depth),
             _size(link.size),
             str(link.delegations),
@@ -79,30 +97,66 @@ def describe(plan: Plan) -> list[str]:
         )
         for link in plan.links
     ]
-    counts = f"{len(plan.services)} services, {len(plan.links)} links"
-    return [
-        f"{plan.name}: {counts}, {_size(owned)} of {_size(plan.total_size)}, smp {plan.smp}",
-        "",
-        *_table(
-            (
-                "SERVICE",
-                "PROGRAM",
-                "QOS",
-                "CPU",
-                "RESERVED",
-                "SLOTS",
-                "ENDPOINTS",
-                "BACKOFF",
-                "HEALTH",
-                "CAPABILITIES",
-            ),
-            services,
-        ),
-        "",
-        *_table(("CLIENT", "SERVER", "DEPTH", "SIZE", "DELEGATIONS", "REPLIES"), links),
-        "",
-        f"digest {plan.digest}",
+    heads = ("CLIENT", "SERVER", "KIND", "DEPTH", "SIZE", "DELEGATIONS", "REPLIES")
+    return _table(heads, rows) if rows else []
+
+
+def _groups(plan: Plan) -> list[str]:
+    """The declared groups; those of services without one are all alike."""
+    rows = [
+        (
+            group.name,
+            group.strategy.value,
+            f"{group.restarts} in {_span(group.within)}",
+            group.exceeded.value,
+            ", ".join(group.members),
+        )
+        for group in plan.groups
+        if group != own_group(group.name)
     ]
+    heads = ("GROUP", "STRATEGY", "RESTARTS", "EXCEEDED", "SERVICES")
+    return _table(heads, rows) if rows else []
+
+
+def _grants(plan: Plan) -> list[str]:
+    """What services may do beyond their links; those who may do nothing are left out."""
+    rows = [
+        (
+            service.name,
+            service.grants.isolation.name.lower(),
+            str(service.grants.threads),
+            "; ".join(_ways(service.grants)) or "-",
+        )
+        for service in plan.services
+        if service.grants != Grants()
+    ]
+    heads = ("SERVICE", "ISOLATION", "THREADS", "GRANTS")
+    return _table(heads, rows) if rows else []
+
+
+def _ways(grants: Grants) -> list[str]:
+    ways = [f"port {name}" for name in grants.ports]
+    ways += [
+        f"device {each.name} {each.path}{' writable' if each.writable else ''}"
+        for each in grants.devices
+    ]
+    ways += [f"listens {each.name} {each.address} port {each.port}" for each in grants.listen]
+    return ways + [f"connects to port {port}" for port in grants.connect]
+
+
+def _rights(plan: Plan) -> list[str]:
+    """The policy: who holds what, and where it says so."""
+    given: dict[tuple[str, str], list[str]] = {}
+    for name, rights in plan.policy.allow.items():
+        for right in rights:
+            given.setdefault((name, f"{right.file}:{right.line}"), []).append(right.name)
+    rows = [(name, ", ".join(rights), where) for (name, where), rights in given.items()]
+    rows += [(f"route to {name}", right, "-") for name, right in plan.policy.routes.items()]
+    return _table(("SUBJECT", "RIGHTS", "GIVEN BY"), rows) if rows else []
+
+
+def _span(amount: int) -> str:
+    return amount_text(amount, DURATION_UNITS)
 
 
 def _size(amount: int) -> str:

@@ -1,53 +1,80 @@
-"""What `nexus` was asked to do, and who does it."""
+"""What `nexus` was asked to do, and how it ends: an exit code, and one sentence if it failed."""
 
-import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Final
 
-from nexus import __version__
-from nexus.cli.check import add_check, check
-from nexus.init.errors import SystemFileError
+from nexus.cli.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandFailed, UsageError
 
-EXIT_USAGE: Final = 2
-
-DESCRIPTION: Final = "Start, check and prove systems of Nexus services."
-PROVE_HELP: Final = "climb the proof ladder on a ground (`nexus prove --help`)"
-
-
-class UsageError(Exception):
-    """The command line makes no sense; the text is one sentence."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argparse, with one sentence on stderr instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `nexus`. What follows `prove` is the proof runner's to read."""
-    root = _Parser(prog="nexus", description=DESCRIPTION)
-    _ = root.add_argument("--version", action="version", version=f"nexus {__version__}")
-    commands = root.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=_Parser
-    )
-    add_check(commands)
-    _ = commands.add_parser("prove", help=PROVE_HELP, add_help=False)
-    return root
+PROG: Final = "nexus"
+TYPER_INTERRUPTED: Final = 130  # what typer makes of a KeyboardInterrupt
+TRACEBACK_VARIABLE: Final = "NEXUS_TRACEBACK"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code: 0 done, 1 not done, 2 wrong usage or a wrong system file."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["prove"]:
-        # Imported here: a system file is checked without loading any kernel.
+        # What follows is the proof runner's to read, `--help` and wrong usage too.
         from nexus.proof.command import main as prove
 
         return prove(arguments[1:])
+    from nexus.init.errors import SystemFileError
+
     try:
-        return check(parser().parse_args(arguments))
+        code = _run(arguments)
+        _ = sys.stdout.flush()
     except (UsageError, SystemFileError) as error:
-        print(f"nexus: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return _end(str(error), EXIT_USAGE)
+    except CommandFailed as error:
+        return _end(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _end("interrupted", EXIT_FAILED)
+    except BrokenPipeError:
+        # Whoever read the answer has had enough; Python would complain once more at its exit.
+        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 (the outermost frame of the command)
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        return _end(
+            f"a fault of nexus itself, {type(error).__name__}: {error}; please report it with "
+            f"`nexus bugreport`, and with what {TRACEBACK_VARIABLE}=1 prints",
+            EXIT_FAILED,
+        )
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Hand the words to typer; what it finds wrong with them becomes a UsageError."""
+    import typer
+    from typer.exceptions import TyperException
+
+    from nexus.cli.app import app
+
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name=PROG, standalone_mode=False)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    except TyperException as error:
+        context = getattr(error, "ctx", None)  # usage errors have one
+        path = PROG if context is None else context.command_path
+        text = error.format_message().rstrip(".").replace("\n", " ")
+        raise UsageError(f"{text} (see `{path} --help`)") from error
+    if code == TYPER_INTERRUPTED:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def _end(text: str, code: int) -> int:
+    """One sentence on standard error."""
+    try:
+        print(f"{PROG}: {text}", file=sys.stderr)
+    except BrokenPipeError:
+        return code
+    return code

@@ -18,14 +18,16 @@ from nexus.abi import Message, Nanos
 from nexus.init.record import Record
 from nexus.ipc import NonceGen, Spans
 from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.wire import (
     FRAME_KIND,
     HEADER,
     HEADER_SIZE,
     PREFIX_SIZE,
-    REPLY_BIT,
+    STATUS_OFFSET,
     Codec,
     Header,
+    Protocol,
     RemoteProtocolError,
     ReplyStatus,
     encode,
@@ -33,6 +35,7 @@ from nexus.wire import (
 )
 
 NONCE_START: Final = 1
+SPOKEN: Final = (META, POLICYD)  # what init asks in: everybody, and the policy service
 
 Done = Callable[[Any, int], Awaitable[None]]
 """Called once, with the reply and the nonce; the reply is None if there is none to use."""
@@ -64,15 +67,15 @@ class Asking:
         return len(self._out)
 
     def frame(self, record: Record, request: Any, deadline: Nanos, done: Done) -> tuple[int, bytes]:
-        """The frame of a meta request to the present instance, counted as out; and its nonce."""
-        codec = META.codecs[type(request)]
+        """The frame of a request to the present instance, counted as out; and its nonce."""
+        protocol, codec = _BY_REQUEST[type(request)]
         nonce = self._nonces.take()
         header = Header(
             FRAME_KIND,
-            META.version,
+            protocol.version,
             codec.op,
             0,
-            META.number,
+            protocol.number,
             ReplyStatus.OK,
             nonce,
             deadline,
@@ -120,6 +123,11 @@ class Asking:
         await asked.done(reply, header.nonce)
 
 
+_BY_REQUEST: Final[dict[type, tuple[Protocol, Codec]]] = {
+    request: (protocol, codec) for protocol in SPOKEN for request, codec in protocol.codecs.items()
+}
+
+
 def _is_answer(message: Message, asked: Asked) -> bool:
     """Whether this instance sent it, on its own link, to this very request."""
     record = asked.record
@@ -127,7 +135,7 @@ def _is_answer(message: Message, asked: Asked) -> bool:
         message.link == record.answers
         and record.generation == asked.generation
         and record.is_sender(message.sender)
-        and message.data[2] == asked.codec.op | REPLY_BIT
+        and message.data[:STATUS_OFFSET] == asked.codec.reply_prefix[:STATUS_OFFSET]
         and message.data[PREFIX_SIZE:HEADER_SIZE] == asked.frame[PREFIX_SIZE:HEADER_SIZE]
     )
 

@@ -7,6 +7,7 @@ two cannot differ.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Final, Protocol
 
 from nexus.abi import Nanos
@@ -51,15 +52,15 @@ class WrongKey(WrongValue):
         return f"{self.wanted} in {place(self.path)}"
 
 
-class UnknownKey(WrongKey):
-    """A key that the table does not have; the line is the key's own."""
+class MisplacedKey(WrongKey):
+    """A key that may not stand in its table, or not alone; the line is the key's own."""
 
-    def __init__(self, table: KeyPath, key: str, wanted: str) -> None:
-        super().__init__((*table, key), wanted, show(key))
+    def __init__(self, table: KeyPath, key: str, wanted: str, found: str) -> None:
+        super().__init__((*table, key), wanted, found)
 
     @property
     def expected(self) -> str:
-        """The keys that the table has."""
+        """What the table should have instead."""
         return f"{self.wanted} in {place(self.path[:-1])}"
 
 
@@ -129,10 +130,40 @@ class Word:
     def schema(self) -> dict[str, Any]:
         return {
             "type": "string",
-            "pattern": self.pattern,
+            "pattern": f"^(?:{self.pattern})$",  # a schema's pattern may match anywhere
             "maxLength": self.size_max,
             "description": self.what,
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """A truth value."""
+
+    def read(self, value: object, path: KeyPath) -> bool:
+        if not isinstance(value, bool):
+            raise WrongValue(path, "true or false", show(value))
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """The address of a network interface of this machine, as numbers."""
+
+    def read(self, value: object, path: KeyPath) -> str:
+        expected = 'an IPv4 or IPv6 address such as "127.0.0.1"'
+        if not isinstance(value, str):
+            raise WrongValue(path, expected, show(value))
+        try:
+            return str(ip_address(value))
+        except ValueError as error:
+            raise WrongValue(path, expected, show(value)) from error
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,20 +267,26 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListOf:
-    """An array."""
+    """An array. `unique` is what an element is called if it may stand there once only."""
 
     item: Kind
     count_max: int
+    unique: str = ""
 
     def read(self, value: object, path: KeyPath) -> list[Any]:
         if not isinstance(value, list):
             raise WrongValue(path, "an array", show(value))
         if len(value) > self.count_max:
             raise WrongValue(path, f"at most {self.count_max} elements", str(len(value)))
-        return [self.item.read(each, (*path, index)) for index, each in enumerate(value)]
+        elements = [self.item.read(each, (*path, index)) for index, each in enumerate(value)]
+        for index, each in enumerate(elements if self.unique else ()):
+            if each in elements[:index]:
+                raise WrongValue((*path, index), f"each {self.unique} once", f"{show(each)} again")
+        return elements
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "array", "items": self.item.schema(), "maxItems": self.count_max}
+        schema = {"type": "array", "items": self.item.schema(), "maxItems": self.count_max}
+        return {**schema, "uniqueItems": True} if self.unique else schema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,27 +369,46 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A table with a closed set of keys. `read` leaves absent keys out."""
+    """A table with a closed set of keys. `read` leaves absent keys out.
+
+    Exactly one of the keys `one_of` stands in it; a key of `beside` only with the one it names.
+    """
 
     doc: str
     keys: Mapping[str, Key] = field(default_factory=dict)
+    one_of: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, value: object, path: KeyPath) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise WrongValue(path, "a table", show(value))
         for name in value:
             if name not in self.keys:
-                raise UnknownKey(path, name, f"one of the keys {', '.join(self.keys)}")
+                listed = ", ".join(self.keys)
+                raise MisplacedKey(path, name, f"one of the keys {listed}", show(name))
         read = {
             name: self.keys[name].kind.read(each, (*path, name)) for name, each in value.items()
         }
         for name, key in self.keys.items():
             if key.required and name not in value:
                 raise WrongKey(path, f'the key "{name}"', "none")
+        self._check_together(value, path)
         return read
 
+    def _check_together(self, value: Mapping[str, object], path: KeyPath) -> None:
+        """Which keys exclude or need each other."""
+        chosen = [name for name in self.one_of if name in value]
+        either = " or ".join(f'"{name}"' for name in self.one_of)
+        if self.one_of and not chosen:
+            raise WrongKey(path, f"the key {either}", "none")
+        if len(chosen) > 1:
+            raise MisplacedKey(path, chosen[1], f"only one of the keys {either}", "both")
+        for name, needed in self.beside.items():
+            if name in value and needed not in value:
+                raise MisplacedKey(path, name, f'the key "{needed}" beside "{name}"', "none")
+
     def schema(self) -> dict[str, Any]:
-        return {
+        schema: dict[str, Any] = {
             "type": "object",
             "description": self.doc,
             "properties": {
@@ -361,6 +417,11 @@ class Table:
             "required": [name for name, key in self.keys.items() if key.required],
             "additionalProperties": False,
         }
+        if self.one_of:
+            schema["oneOf"] = [{"required": [name]} for name in self.one_of]
+        if self.beside:
+            schema["dependentRequired"] = {name: [each] for name, each in self.beside.items()}
+        return schema
 
 
 def _described(schema: dict[str, Any], doc: str) -> dict[str, Any]:

@@ -25,28 +25,38 @@ from nexus.abi import (
     TaskTable,
     service_id,
 )
+from nexus.init.authority import BadPolicy
 from nexus.init.links import LinkState
 from nexus.init.record import NO_ACCOUNT, Record
+from nexus.ipc.bulk import Bulk, BulkFault, accept_bulk, offer_bulk
 from nexus.protocols.init import (
     AUDIT_LINE_SIZE_MAX,
     AUDIT_ROWS_MAX,
     LINK_ROWS_MAX,
     PROOF_CONTROL,
     PROTOCOL,
+    REASON_TEXT_SIZE_MAX,
     REPLY_NAME,
+    SYSTEM_CONTROL,
+    SYSTEM_OBSERVE,
     Account,
     AuditRows,
     AwaitReady,
     GetAudit,
     GetLinks,
+    GetPolicy,
     GetResources,
     GetRouteCounts,
     GetService,
+    GetSystem,
     GetTasks,
     InitRequest,
     InitStatus,
+    LeaveSafeMode,
     LinkRow,
     LinkRows,
+    PolicyGiven,
+    PolicyTaken,
     Ready,
     Resources,
     Restart,
@@ -54,15 +64,19 @@ from nexus.protocols.init import (
     Route,
     RouteCounts,
     Routed,
+    SafeModeLeft,
     ServiceRecord,
+    SetPolicy,
     Shutdown,
     ShuttingDown,
+    SystemInfo,
     TaskRow,
     TaskRows,
     TaskState,
 )
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Bind, Bound, GetStatus, ServiceStatus
+from nexus.protocols.policy import AUTHORITY
 from nexus.runtime.server import send_reply
 from nexus.wire import (
     FRAME_KIND,
@@ -96,6 +110,13 @@ class Refused(Exception):
         self.status = status
 
 
+class Moving(NamedTuple):
+    """An answer and the capability that moves with it."""
+
+    reply: object
+    slot: Slot
+
+
 class Grant(NamedTuple):
     """The answer to a Route, the link that moves with it, and the row that it fills."""
 
@@ -117,6 +138,21 @@ class Held:
     header: bytes
     about: Record | None
     due: Nanos | None
+
+
+def rights_for(request: InitRequest) -> tuple[str, ...]:
+    """The rights of which a request needs one; Route needs none."""
+    match request:
+        case Route():
+            return ()
+        case AwaitReady():
+            return (PROOF_CONTROL,)
+        case GetPolicy() | SetPolicy():
+            return (AUTHORITY,)
+        case Restart() | Shutdown() | LeaveSafeMode():
+            return (SYSTEM_CONTROL, PROOF_CONTROL)
+        case _:
+            return (SYSTEM_OBSERVE, PROOF_CONTROL)
 
 
 class Desk:
@@ -146,13 +182,15 @@ class Desk:
         if codec is not None and codec.request_type is Bind and message.cap is not None:
             await self._bind(record, message, codec)
             return
-        back = message.cap if message.cap is not None else record.replies
+        moves = codec is not None and codec.moves and codec.request_type is not Bind
+        back = record.replies if message.cap is None or moves else message.cap
         if back is None:
             self.unanswerable += 1
+            await self._drop(message.cap)
             return
         await self._serve(record, message, codec, back)
-        if message.cap is not None:
-            await CapClose(message.cap)
+        if not moves:  # what moved in is closed by whoever took it
+            await self._drop(message.cap)
 
     async def _bind(self, record: Record, message: Message, codec: Codec) -> None:
         """Keep the moved link as the way back, in place of an earlier one, if it works."""
@@ -178,15 +216,40 @@ class Desk:
         if codec is not None and codec.request_type is Route:
             await self._serve_route(record, message, codec, back)
             return
+        if codec is not None and codec.request_type is SetPolicy:
+            await self._serve_set_policy(record, message, codec, back)
+            return
         try:
             request = self._decoded(record, message, codec)
-            self._authorise(record)
+            self._authorise(record, request)
             reply = await self._answered(record, message, request)
         except Refused as refused:
             _ = await self._send(back, answer(message.data, refused.status))
             return
+        moving: Slot | None = None
+        if isinstance(reply, Moving):
+            reply, moving = reply
         if reply is not None:
-            _ = await self._send(back, answer(message.data, ReplyStatus.OK, encode(reply)))
+            frame = answer(message.data, ReplyStatus.OK, encode(reply))
+            _ = await self._send(back, frame, move=moving)
+
+    async def _serve_set_policy(
+        self, record: Record, message: Message, codec: Codec, back: Slot
+    ) -> None:
+        """As `_serve`, with the memory that moved in, which is closed whatever comes of it."""
+        cap = message.cap
+        try:
+            request = self._decoded(record, message, codec)
+            assert isinstance(request, SetPolicy), "the prefix named it"
+            self._authorise(record, request)
+            bulk = await accept_bulk(cap, 0, request.size)
+            cap = None
+            reply = await self._set_policy(bulk)
+        except Refused as refused:
+            await self._drop(cap)
+            _ = await self._send(back, answer(message.data, refused.status))
+            return
+        _ = await self._send(back, answer(message.data, ReplyStatus.OK, encode(reply)))
 
     async def _serve_route(
         self, record: Record, message: Message, codec: Codec, back: Slot
@@ -222,9 +285,9 @@ class Desk:
             raise Refused(ReplyStatus.EXPIRED)
         return request
 
-    def _authorise(self, record: Record) -> None:
-        """Everything but Route needs `proof.control`."""
-        if PROOF_CONTROL not in record.planned.capabilities:
+    def _authorise(self, record: Record, request: InitRequest) -> None:
+        """Everything but Route needs a right, as the policy in force gives them."""
+        if not self._init.authority.may(record, *rights_for(request)):
             raise Refused(ReplyStatus.DENIED)
 
     async def _send(
@@ -315,16 +378,18 @@ class Desk:
                 tally.denied += 1
             case InitStatus.ROUTE_DOWN:
                 tally.down += 1
+            case InitStatus.BAD_POLICY | InitStatus.NOT_IN_SAFE_MODE:
+                raise AssertionError("no route is refused with it")
 
     # ------------------------------------------------------------------ the other requests
 
     async def _answered(
         self, record: Record, message: Message, request: InitRequest
     ) -> object | None:
-        """The answer, or None if it waits."""
+        """The answer, a Moving one too, or None if it waits."""
         match request:
-            case Route():
-                raise AssertionError("routes are served before")
+            case Route() | SetPolicy():
+                raise AssertionError("what moves a capability is served before")
             case AwaitReady():
                 return await self._await_ready(record, message)
             case GetTasks():
@@ -351,8 +416,16 @@ class Desk:
                 return await self._resources(record, message, request.name)
             case Shutdown():
                 running = sum(each.lives for each in self._init.records.values())
-                self._init.shut_down()
+                self._init.shut_down(orderly=True)
                 return ShuttingDown(services=running)
+            case GetPolicy():
+                return await self._policy()
+            case GetSystem():
+                return self._system()
+            case LeaveSafeMode():
+                if not self._init.is_safe or self._init.is_going_down:
+                    raise Refused(InitStatus.NOT_IN_SAFE_MODE)
+                return SafeModeLeft(services=await self._init.leave_safe_mode())
             case _:
                 assert_never(request)
 
@@ -363,7 +436,7 @@ class Desk:
         return record
 
     async def _await_ready(self, record: Record, message: Message) -> Ready | None:
-        if self._init.baseline_done:
+        if self._init.baseline.is_taken:
             return self._ready()
         _ = self._hold(record, message, about=None, due=None)
         return None
@@ -410,7 +483,7 @@ class Desk:
         rows = self._init.links.rows
         return LinkRows(
             total=len(rows),
-            grants=0,
+            grants=self._init.grants.count,
             rows=[
                 LinkRow(
                     client=row.planned.client,
@@ -445,7 +518,7 @@ class Desk:
             died=record.died,
             exit_code=0 if last is None else last.info.code,
             exit_signal=0 if last is None else last.info.signal,
-            reason="" if last is None else last.reason,
+            reason=record.reason,
             spawn_refused=record.spawn_refused,
             spawn_reason=record.spawn_reason,
             probe_nonce=record.probe_nonce,
@@ -463,6 +536,48 @@ class Desk:
             total=init.audit_total,
             dropped=init.audit_dropped,
             lines=[line[:AUDIT_LINE_SIZE_MAX] for line in kept],
+        )
+
+    # ------------------------------------------------------------------ policy and system
+
+    async def _policy(self) -> Moving:
+        """The policy in force, in memory that its taker can only read."""
+        authority = self._init.authority
+        encoded = authority.policy.encoded()
+        slot = await offer_bulk(encoded)
+        if slot is None:
+            raise Refused(ReplyStatus.BUSY)
+        return Moving(PolicyGiven(size=len(encoded), generation=authority.generation), slot)
+
+    async def _set_policy(self, bulk: Bulk | BulkFault) -> PolicyTaken:
+        authority = self._init.authority
+        if isinstance(bulk, BulkFault):
+            await self._init.say("init: policy refused", error=bulk.value)
+            raise Refused(InitStatus.BAD_POLICY)
+        try:
+            policy = authority.read(bulk)
+        except BadPolicy as error:
+            await self._init.say("init: policy refused", error=str(error)[:400])
+            raise Refused(InitStatus.BAD_POLICY) from error
+        finally:
+            await bulk.release()
+        await authority.put_in_force(policy)
+        return PolicyTaken(generation=authority.generation)
+
+    def _system(self) -> SystemInfo:
+        init = self._init
+        return SystemInfo(
+            name=init.plan.name,
+            digest=init.checked_digest(),
+            state=init.state,
+            why=init.safe_why[:REASON_TEXT_SIZE_MAX],
+            started=init.boot.now,
+            ready=init.ready_at or 0,
+            now=init.now,
+            boots=init.memory.boots,
+            policy_generation=init.authority.generation,
+            policy_digest=init.authority.digest,
+            policy_available=init.authority.is_available,
         )
 
     # ------------------------------------------------------------------ accounts
@@ -489,7 +604,7 @@ class Desk:
         self._held.remove(held)
         init = self._init
         if held.about is None:
-            accounts = await self._accounts(init.own_at_ready, await init.own_account())
+            accounts = await self._accounts(init.baseline.own, await init.own_account())
             await self._release(held, accounts)
             return
         now = NO_ACCOUNT
@@ -503,7 +618,7 @@ class Desk:
         return Resources(
             ready=ready,
             now=now,
-            tasks_ready=self._init.tasks_ready,
+            tasks_ready=self._init.baseline.tasks,
             tasks_now=len(await TaskTable()),
         )
 

@@ -3,11 +3,23 @@
 import os
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
-from nexus.abi import INIT_NAME, BootImage, ExitInfo, Nanos, Program, Programs, Recorder, Trap
-from nexus.init.plan import ROOT_ENDPOINTS, Plan
-from nexus.init.programs import PROGRAMS, load_program, program_digest
+from nexus.abi import (
+    INIT_NAME,
+    NEVER,
+    BootImage,
+    ExitInfo,
+    Nanos,
+    Program,
+    Programs,
+    Recorder,
+    Trap,
+)
+from nexus.init.authority import PolicySource
+from nexus.init.plan import ROOT_ENDPOINTS, Plan, sources_of
+from nexus.init.programs import load_program, program_digest
 from nexus.init.supervisor import Supervisor
 from nexus.kernel.core.limits import SystemLimits
 from nexus.protocols.ladder import Ground
@@ -15,23 +27,51 @@ from nexus.protocols.ladder import Ground
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Booted:
-    """How a boot ended. `log_lines` is the simulated kernel's event log, empty elsewhere."""
+    """How a boot ended. `log_lines` is the simulated kernel's event log, empty elsewhere, and
+    `boot_memory` what its init left for the next boot."""
 
     exit: ExitInfo
     log_lines: Iterable[str] = ()
+    boot_memory: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where a system keeps what outlives a boot, and its sockets, and whom it tells.
+
+    `notify` is the address of a service manager's socket, as NOTIFY_SOCKET gives it; services get
+    user ids from `uid_first` on, when started by root. The simulated kernel has no file system:
+    it begins with `boot_memory`, None for a system that keeps nothing.
+    """
+
+    state: Path | None = None
+    runtime: Path | None = None
+    notify: str | None = None
+    uid_first: int | None = None
+    boot_memory: bytes | None = None
+
+
+NOWHERE: Final = Places()
 
 
 def programs_of(plan: Plan) -> Programs:
     """Every program the plan names, imported. On linux the services are forked from here."""
-    names = {service.program for service in plan.services}
-    return {name: load_program(PROGRAMS[name]) for name in sorted(names)}
+    return {name: load_program(source) for name, source in sources_of(plan).items()}
 
 
-def init_program(plan: Plan, cpu_count: int) -> Program:
-    """init-lite for one plan on so many CPUs."""
+def init_program(
+    plan: Plan,
+    cpu_count: int,
+    *,
+    policy_source: PolicySource | None = None,
+    watchdog: Nanos | None = None,
+) -> Program:
+    """init-lite for one plan on so many CPUs; see Supervisor for the other two."""
 
     def main(boot: BootImage) -> Coroutine[Trap[Any], Any, int]:
-        return Supervisor(boot, plan, cpu_count).run()
+        return Supervisor(
+            boot, plan, cpu_count, policy_source=policy_source, watchdog=watchdog
+        ).run()
 
     return Program(name=INIT_NAME, main=main, digest=program_digest("nexus.init"))
 
@@ -53,16 +93,28 @@ def boot(
     limit: Nanos,
     trace: bool = False,
     selftest: bool = False,
+    places: Places = NOWHERE,
+    policy_source: PolicySource | None = None,
+    watchdog: Nanos | None = None,
 ) -> Booted:
-    """Run a plan to its end, `limit` ns of the kernel's clock at most.
+    """Run a plan to its end, `limit` ns of the kernel's clock at most (NEVER: no bound).
 
-    `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses.
+    `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses, and
+    `places` say where the run keeps things. `policy_source` reads the policy files again on
+    SIGHUP; `watchdog` is the service manager's interval.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
-    root = init_program(plan, smp)
+    root = init_program(plan, smp, policy_source=policy_source, watchdog=watchdog)
     if ground is Ground.SIM:
-        return _boot_sim(plan, root, seed, smp, recorder, limit, trace=trace, selftest=selftest)
-    return _boot_linux(plan, root, smp, recorder, limit, trace=trace, selftest=selftest)
+        return _boot_sim(
+            plan, root, seed, smp, recorder, limit, places, trace=trace, selftest=selftest
+        )
+    return _boot_linux(plan, root, smp, recorder, limit, places, trace=trace, selftest=selftest)
+
+
+def _until(now: Nanos, limit: Nanos) -> Nanos:
+    """When a run of at most `limit` that begins now is over."""
+    return NEVER if limit == NEVER else Nanos(now + limit)
 
 
 def _boot_sim(
@@ -72,6 +124,7 @@ def _boot_sim(
     smp: int,
     recorder: Recorder,
     limit: Nanos,
+    places: Places,
     *,
     trace: bool,
     selftest: bool,
@@ -86,9 +139,10 @@ def _boot_sim(
         limits=limits_of(plan),
         trace=trace,
         selftest=selftest,
+        boot_memory=places.boot_memory,
     )
-    ended = kernel.run(root, plan.digest.encode(), until=Nanos(kernel.now + limit))
-    return Booted(exit=ended, log_lines=kernel.log_lines())
+    ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))
+    return Booted(exit=ended, log_lines=kernel.log_lines(), boot_memory=kernel.boot_memory)
 
 
 def _boot_linux(
@@ -97,11 +151,13 @@ def _boot_linux(
     smp: int,
     recorder: Recorder,
     limit: Nanos,
+    places: Places,
     *,
     trace: bool,
     selftest: bool,
 ) -> Booted:
     from nexus.kernel.linux import LinuxKernel
+    from nexus.kernel.linux.harden import UID_FIRST
 
     kernel = LinuxKernel(
         programs_of(plan),
@@ -110,6 +166,10 @@ def _boot_linux(
         cpus=tuple(sorted(os.sched_getaffinity(0)))[:smp],
         trace=trace,
         selftest=selftest,
+        state_dir=places.state,
+        runtime_dir=places.runtime,
+        notify_socket=places.notify,
+        uid_first=UID_FIRST if places.uid_first is None else places.uid_first,
     )
-    ended = kernel.run(root, plan.digest.encode(), until=Nanos(kernel.now + limit))
+    ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))
     return Booted(exit=ended)

@@ -1,7 +1,8 @@
 """On which line of a TOML text a key stands: tomllib does not say.
 
 Reads a text that tomllib has already accepted, so nothing is checked here; what this scanner
-does not understand it skips, and the key then has the line of what surrounds it.
+does not understand it skips, and the key then has the line of what surrounds it. The time it
+takes grows with the text, as long as no key has very many parts: `too_many_parts` finds those.
 """
 
 import re
@@ -20,6 +21,16 @@ _STRING: Final = re.compile(
 )
 _SCALAR: Final = re.compile(r"[^,\]}\n#]+")
 _BLANK: Final = re.compile(r"[ \t]*")
+KEY_PARTS_MAX: Final = 64  # of one dotted key; a system file has five
+
+_OPAQUE: Final = re.compile(  # strings and comments; one without an end goes on to the last
+    r'"""(?:[^"\\]|\\.|"(?!""))*(?:"{3,5}|\\?\Z)'
+    r"|'''(?:[^']|'(?!''))*(?:'{3,5}|\Z)"
+    r'|"(?:[^"\\\n]|\\[^\n])*(?:"|\\?$)'
+    r"|'[^'\n]*(?:'|$)"
+    r"|\#[^\n]*",
+    re.DOTALL | re.MULTILINE,
+)
 _GAP: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 
 
@@ -29,6 +40,8 @@ class KeyLines:
     def __init__(self, text: str) -> None:
         self._text = text.replace("\r\n", "\n")
         self._at = 0
+        self._counted_at = 0  # up to here the lines are counted: once, or a file takes minutes
+        self._counted = 1
         self._lines: dict[KeyPath, int] = {(): 1}
         self._counts: dict[KeyPath, int] = {}  # elements seen of each [[array of tables]]
         self._scan()
@@ -46,11 +59,16 @@ class KeyLines:
         return path in self._lines
 
     def _here(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
+        self._counted += self._text.count("\n", self._counted_at, self._at)
+        self._counted_at = self._at
+        return self._counted
 
     def _note(self, path: KeyPath, line: int) -> None:
-        for length in range(1, len(path) + 1):
-            _ = self._lines.setdefault(path[:length], line)
+        """Write the line down for `path` and for what is around it and has none yet."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._lines:
+                return
+            self._lines[path[:length]] = line
 
     def _take(self, pattern: re.Pattern[str]) -> str:
         """What matches here, and go on behind it; the empty string if nothing does."""
@@ -156,6 +174,19 @@ class KeyLines:
                 self._pair(path)
             if self._at == before:
                 self._at += 1
+
+
+def too_many_parts(text: str) -> int | None:
+    """The first line with a dotted key of more than KEY_PARTS_MAX parts, or None.
+
+    Both tomllib and this scanner take quadratic time for such a key. Dots in strings and
+    comments do not count. The text may be any: tomllib has not seen it yet.
+    """
+    bare = _OPAQUE.sub(lambda match: "\n" * match.group().count("\n"), text)
+    for number, line in enumerate(bare.split("\n"), start=1):
+        if line.count(".") > KEY_PARTS_MAX:
+            return number
+    return None
 
 
 def _unquoted(string: str) -> str:

@@ -7,11 +7,13 @@ table of capabilities is large enough, no two services share an identity.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from nexus.abi import (
     CONTROL_LINK_SIZE,
@@ -20,30 +22,80 @@ from nexus.abi import (
     INIT_NAME,
     LINK_DEPTH_DEFAULT,
     SLOTS_MAX,
+    Grants,
     Nanos,
     QosClass,
     ServiceId,
     service_id,
 )
+from nexus.init.crosschecks import (
+    REST_STAGE,
+    check_cycles,
+    check_grants,
+    check_identities,
+    check_path,
+    check_policyd,
+    check_programs,
+    check_waits,
+    in_order,
+    is_safe,
+    policyd_of,
+    probe_answer,
+    probe_every,
+    stage_of,
+)
 from nexus.init.declare import SIZE_UNITS, amount_text
 from nexus.init.frames import link_size, reply_frame_size_max, request_frame_size_max
-from nexus.init.programs import PROGRAMS, ProgramSource, program_digest, protocols_of
-from nexus.init.system import Service, System, Use, load
+from nexus.init.policy import read_policy
+from nexus.init.programs import (
+    PROGRAMS,
+    ProgramSource,
+    WrongProgram,
+    check_own,
+    own_digest,
+    own_source,
+    program_digest,
+    protocols_of,
+)
+from nexus.init.system import (
+    BACKOFF_MAX_DEFAULT,
+    BACKOFF_RESET_DEFAULT,
+    HEALTH_DEADLINE_DEFAULT,
+    OWN_RESTARTS,
+    OWN_WITHIN,
+    POLICY_STALE_DEFAULT,
+    PROBE_EVERY_DEFAULT,
+    SAFE_AFTER_DEFAULT,
+    STABLE_DEFAULT,
+    STOP_DEFAULT,
+    Exceeded,
+    Service,
+    Strategy,
+    System,
+    Use,
+    load,
+)
 from nexus.kernel.core.spawn import DELEGATIONS_MAX
 from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.policy import Policy
 from nexus.runtime import BINDS_MAX, ONE_SHOTS_MAX
 
 SLOTS_SPARE: Final = ONE_SHOTS_MAX + 4  # one-shot links; a link made, moved in, or replaced
 ROOT_ENDPOINTS: Final = ENDPOINTS_PER_OWNER_MAX  # what one owner may have; a self-test shows it
 ROOT_LINKS_SPARE: Final = 4  # control links of instances whose end is not yet received
 EXTRA_LINKS_MAX: Final = 32  # links beyond the planned ones that one provider may have
+NO_GRANTS: Final = Grants()
+NO_POLICY: Final = Policy(services=[], allow={})
 
 assert SLOTS_SPARE < SLOTS_MAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedLink:
-    """A client's link into a server's endpoint, and the reply link back into its inbox."""
+    """A client's link into a server's endpoint, and the reply link back into its inbox.
+
+    The client of a link that is not `sync` posts over it and waits for no answer.
+    """
 
     client: str
     server: str
@@ -52,6 +104,7 @@ class PlannedLink:
     delegations: int
     reply_depth: int
     reply_size: int
+    sync: bool = True
 
     @property
     def share(self) -> int:
@@ -65,6 +118,8 @@ class PlannedService:
 
     `reserved_size` bytes of its `owner_size` belong to planned links; `slots` is what its
     capability table needs; `delegations` is how many links init may derive into its endpoint.
+    `stage` is POLICY_STAGE, CORE_STAGE or REST_STAGE; `probe_every` 0 is the first probe only.
+    `entry` is empty for the programs Nexus has.
     """
 
     name: str
@@ -84,11 +139,50 @@ class PlannedService:
     reserved_size: int
     slots: int
     delegations: int
+    stage: int = REST_STAGE
+    safe: bool = False
+    group: str = ""
+    backoff_max: Nanos = BACKOFF_MAX_DEFAULT
+    backoff_reset: Nanos = BACKOFF_RESET_DEFAULT
+    probe_every: Nanos = PROBE_EVERY_DEFAULT
+    probe_answer: Nanos = HEALTH_DEADLINE_DEFAULT
+    probe_misses: int = 1
+    late_max: int = 0
+    stop_max: Nanos = STOP_DEFAULT
+    grants: Grants = NO_GRANTS
+    entry: str = ""
+    protocol: str = ""
+    double: str = ""
+    ordinary: bool = False
+
+    @property
+    def posts(self) -> tuple[str, ...]:
+        """The servers it posts to and does not wait for."""
+        return tuple(link.server for link in self.uses if not link.sync)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedGroup:
+    """Services that are restarted together, in the order of their start; each is in one group.
+
+    More than `restarts` restarts within `within` and what `exceeded` says happens.
+    """
+
+    name: str
+    strategy: Strategy
+    restarts: int
+    within: Nanos
+    exceeded: Exceeded
+    members: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A system that may be booted. Services are in the order of their start."""
+    """A system that may be booted. Services are in the order of their start.
+
+    `path` are the whole paths of the folders that programs of its own are found in; the other
+    folders are as declared. `policyd` is the policy service, if there is one.
+    """
 
     name: str
     smp: int
@@ -96,6 +190,16 @@ class Plan:
     root_size: int
     ends_with: str | None
     services: tuple[PlannedService, ...]
+    groups: tuple[PlannedGroup, ...] = ()
+    policy: Policy = NO_POLICY
+    policyd: str | None = None
+    policy_stale_max: Nanos = POLICY_STALE_DEFAULT
+    stable: Nanos = STABLE_DEFAULT
+    safe_after: int = SAFE_AFTER_DEFAULT
+    path: tuple[str, ...] = ()
+    state_dir: str | None = None
+    runtime_dir: str | None = None
+    log_dir: str | None = None
 
     @cached_property
     def links(self) -> tuple[PlannedLink, ...]:
@@ -113,9 +217,35 @@ class Plan:
         return sha256(canonical(self)).hexdigest()
 
 
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """The whole plan in dicts, lists and scalars, for JSON."""
+    return {each.name: _data(getattr(plan, each.name)) for each in fields(plan)}
+
+
+def _data(value: Any) -> Any:
+    """One value of a plan; a field of a named tuple keeps its name."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.to_builtins(value)
+    if is_dataclass(value):
+        return {each.name: _data(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _data(each) for name, each in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_data(each) for each in value]
+    return value
+
+
 def canonical(plan: Plan) -> bytes:
-    """The plan as JSON with sorted keys and no spaces: what its digest is made of."""
-    return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":")).encode()
+    """The plan as JSON with sorted keys and no spaces: what its digest is made of.
+
+    Two clones of one system have one digest: where its folders are does not count, nor on which
+    line of which file a right is given. The digests of the programs cover what `path` leads to.
+    """
+    data = plan_data(plan)
+    del data["path"]
+    allow = {name: [right.name for right in rights] for name, rights in plan.policy.allow.items()}
+    data["policy"]["allow"] = allow
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
 def load_plan(file: Path) -> Plan:
@@ -126,12 +256,17 @@ def load_plan(file: Path) -> Plan:
 def make_plan(system: System) -> Plan:
     """Check what the values of a system file mean together. Raises SystemFileError."""
     names = [service.name for service in system.services]
-    _check_identities(system)
+    check_identities(system)
     if system.ends_with is not None and system.ends_with not in names:
         raise system.wrong(
             ("system", "ends_with"), "the name of a service", f'"{system.ends_with}"'
         )
-    sources = {service.name: _source(system, service) for service in system.services}
+    policyd = policyd_of(system)
+    groups = _groups(system)
+    check_path(system)
+    check_programs(system)
+    path = import_path(system)
+    sources = {service.name: _source(system, service, path) for service in system.services}
     links = {
         service.name: tuple(_link(system, service, use, sources) for use in service.uses)
         for service in system.services
@@ -140,9 +275,13 @@ def make_plan(system: System) -> Plan:
     for planned in links.values():
         for link in planned:
             into[link.server].append(link)
+    check_cycles(system)
+    check_waits(system)
+    check_policyd(system, policyd, sources)
+    check_grants(system)
     services = tuple(
         _service(system, service, sources[service.name], links[service.name], into[service.name])
-        for service in system.services
+        for service in in_order(system)
     )
     root_size = (2 * len(services) + ROOT_LINKS_SPARE) * CONTROL_LINK_SIZE
     _check_totals(system, root_size)
@@ -153,32 +292,113 @@ def make_plan(system: System) -> Plan:
         root_size=root_size,
         ends_with=system.ends_with,
         services=services,
+        groups=groups,
+        policy=read_policy(system, [service.name for service in services]),
+        policyd=policyd,
+        policy_stale_max=system.policy_stale_max,
+        stable=system.stable,
+        safe_after=system.safe_after,
+        path=path,
+        state_dir=system.state_dir,
+        runtime_dir=system.runtime_dir,
+        log_dir=system.log_dir,
     )
 
 
-def _check_identities(system: System) -> None:
-    """Refuse two names with one id: the kernel could not tell them apart."""
-    owners = {service_id(INIT_NAME): INIT_NAME}
-    for service in system.services:
-        identity = service_id(service.name)
-        other = owners.setdefault(identity, service.name)
-        if other != service.name:
+def import_path(system: System) -> tuple[str, ...]:
+    """The folders of `path`, as whole paths."""
+    return tuple(str((system.file.parent / folder).resolve()) for folder in system.path)
+
+
+def _groups(system: System) -> tuple[PlannedGroup, ...]:
+    """The declared groups, and one for each service that is in none of them."""
+    members: dict[str, list[str]] = {group.name: [] for group in system.groups}
+    own = []
+    for service in in_order(system):
+        if service.group is None:
+            if service.name in members:
+                raise system.wrong(
+                    ("group", service.name),
+                    f'another name, or group = "{service.name}" in the service of that name',
+                    f'"{service.name}"',
+                )
+            own.append(service.name)
+        elif service.group not in members:
+            listed = ", ".join(members) or "none"
             raise system.wrong(
-                service.path,
-                f'a name whose identity is its own, not that of "{other}"',
-                f'"{service.name}" with 0x{identity:016x}',
+                (*service.path, "group"), f"a declared group ({listed})", f'"{service.group}"'
             )
+        else:
+            members[service.group].append(service.name)
+    for group in system.groups:
+        if not members[group.name]:
+            raise system.wrong(group.path, "a group with a service in it", f'"{group.name}"')
+    declared = [
+        PlannedGroup(
+            name=group.name,
+            strategy=group.strategy,
+            restarts=group.restarts,
+            within=group.within,
+            exceeded=group.exceeded,
+            members=tuple(members[group.name]),
+        )
+        for group in system.groups
+    ]
+    return (*declared, *(own_group(name) for name in own))
 
 
-def _source(system: System, service: Service) -> ProgramSource:
-    source = PROGRAMS.get(service.program)
-    if source is None:
+def own_group(name: str) -> PlannedGroup:
+    """The group of a service that is in no declared one."""
+    return PlannedGroup(
+        name=name,
+        strategy=Strategy.ONE,
+        restarts=OWN_RESTARTS,
+        within=OWN_WITHIN,
+        exceeded=Exceeded.GIVE_UP,
+        members=(name,),
+    )
+
+
+def _source(system: System, service: Service, path: tuple[str, ...]) -> ProgramSource:
+    """What the service runs. A program of the system's own is imported here, and refused here."""
+    if service.entry:
+        source = own_source(
+            service.entry,
+            service.protocol,
+            double=service.double,
+            ordinary=service.ordinary,
+            path=path,
+        )
+        try:
+            check_own(source)
+        except WrongProgram as wrong:
+            raise system.wrong((*service.path, wrong.key), wrong.expected, wrong.found) from wrong
+        return source
+    found = PROGRAMS.get(service.program)
+    if found is None:
         raise system.wrong(
             (*service.path, "program"),
             f"a program, one of {', '.join(sorted(PROGRAMS))}",
             f'"{service.program}"',
         )
-    return source
+    return found
+
+
+def sources_of(plan: Plan) -> Mapping[str, ProgramSource]:
+    """Every program the plan names, by name."""
+    found = {}
+    for service in plan.services:
+        if service.entry:
+            found[service.program] = own_source(
+                service.entry,
+                service.protocol,
+                double=service.double,
+                ordinary=service.ordinary,
+                path=plan.path,
+            )
+        else:
+            found[service.program] = PROGRAMS[service.program]
+    return {name: found[name] for name in sorted(found)}
 
 
 def _link(
@@ -188,6 +408,8 @@ def _link(
     if use.name == client.name:
         raise system.wrong(use.path, "a service other than itself", f'"{use.name}"')
     source = sources.get(use.name)
+    if use.name == INIT_NAME:
+        raise system.wrong(use.path, "no use of init: everybody has a link to it", f'"{use.name}"')
     if source is None:
         listed = ", ".join(name for name in sources if name != client.name) or "none"
         raise system.wrong(use.path, f"a service of this system ({listed})", f'"{use.name}"')
@@ -210,6 +432,7 @@ def _link(
         depth=use.depth,
         size=share if use.size is None else min(use.size, share),
         delegations=use.delegations,
+        sync=use.sync,
         reply_depth=LINK_DEPTH_DEFAULT,
         reply_size=link_size(LINK_DEPTH_DEFAULT, reply_frame),
     )
@@ -251,8 +474,8 @@ def _service(
     return PlannedService(
         name=service.name,
         service=service_id(service.name),
-        program=service.program,
-        program_digest=program_digest(source.module),
+        program=source.name,
+        program_digest=own_digest(source) if source.entry else program_digest(source.module),
         qos=service.qos,
         cpu=service.cpu,
         budget=service.budget,
@@ -266,6 +489,21 @@ def _service(
         reserved_size=reserved,
         slots=slots,
         delegations=min(DELEGATIONS_MAX, len(into) + EXTRA_LINKS_MAX) if into else 0,
+        stage=stage_of(service),
+        safe=is_safe(service),
+        group=service.group or service.name,
+        backoff_max=service.backoff_max,
+        backoff_reset=service.backoff_reset,
+        probe_every=probe_every(service),
+        probe_answer=probe_answer(service),
+        probe_misses=service.probe_misses,
+        late_max=service.late_max,
+        stop_max=service.stop_max,
+        grants=service.grants,
+        entry=service.entry,
+        protocol=service.protocol,
+        double=service.double,
+        ordinary=service.ordinary,
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
 
-from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, SpawnReason
+from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, Spawned, SpawnReason
 from nexus.init.plan import PlannedService
 from nexus.protocols.init import Account, Health, TaskState
 from nexus.runtime import ServiceConfig
@@ -28,11 +28,10 @@ class RouteTally:
 
 @dataclass(slots=True)
 class Exit:
-    """How an instance ended, and when init learnt of it; `reason` is init's own word for why."""
+    """How an instance ended, and when init learnt of it."""
 
     info: ExitInfo
     died: Nanos
-    reason: str
 
 
 @dataclass(slots=True)
@@ -57,10 +56,19 @@ class Record:
     leaving: Nanos | None = None  # its control link closed at this time; it is not yet reaped
     died: Nanos = NEVER_YET  # when its control link closed, kept from then on
     due: Nanos | None = None  # when the next start is to be tried
+    first_started: Nanos | None = None  # when its start was first tried
+    was_up: bool = False  # an instance answered its echo
+    is_settled: bool = False  # it was healthy, or missed its first readiness deadline
     kill_reason: str = ""  # why init killed it, if init did
+    reason: str = ""  # why the last instance ended, or none was started
+    delay: Nanos = NEVER_YET  # the back-off of its last unexpected end
     probe_nonce: int = 0
-    probe_again: Nanos | None = None  # when to ask a service that is not ready yet
+    probe_again: Nanos | None = None  # when to ask next
     probing: bool = False  # a Health or GetStatus is unanswered
+    probe_begun: Nanos | None = None  # when the present later probe was first tried
+    well_since: Nanos | None = None  # when this instance was first healthy
+    misses: int = 0  # later probes in a row that were not answered as they should
+    expired: int = 0  # requests that had expired in its queue, by its last probe
     deaf: Nanos | None = None  # since when its link into init's inbox is closed
     faltered: bool = False  # an instance ended after `init: ready` and before the baseline
     restarts: int = 0
@@ -86,9 +94,29 @@ class Record:
         return self.state is TaskState.UP and self.leaving is None
 
     @property
+    def is_out(self) -> bool:
+        """Whether it neither runs nor is to run: nothing waits for it."""
+        return self.state in _OUT
+
+    @property
     def argument_digest(self) -> str:
         """What a healthy instance says it was started with."""
         return sha256(self.argument).hexdigest()
+
+    def begin_instance(self, spawned: Spawned, now: Nanos) -> None:
+        """A new instance was spawned: forget the health of the former."""
+        self.state = TaskState.STARTING
+        self.health = Health.UNKNOWN
+        self.pid = spawned.pid
+        self.generation = spawned.generation
+        self.slot = spawned.slot
+        self.control = spawned.link
+        self.started = now
+        self.leaving = self.deaf = None
+        self.kill_reason = ""
+        self.probing = False
+        self.probe_again = self.probe_begun = self.well_since = None
+        self.misses = self.expired = 0
 
     def is_sender(self, sender: Sender) -> bool:
         """Whether the kernel's word about a sender names the present instance."""
@@ -99,10 +127,14 @@ class Record:
         )
 
 
+_OUT: Final = (TaskState.STOPPED, TaskState.FAILED, TaskState.LEFT_OUT)
+
+
 def config_of(planned: PlannedService, trace_seed: bytes) -> ServiceConfig:
     """What a service is told when it starts."""
     return ServiceConfig(
         uses=[link.server for link in planned.uses],
+        posts=list(planned.posts),
         settings=dict(planned.settings),
         trace_seed=trace_seed,
     )

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,31 +22,44 @@ from nexus.abi import (
     LINK_DEPTH_MAX,
     LINK_SIZE_MAX,
     OWNER_SIZE_DEFAULT,
+    PORTS_MAX,
     SERVICE_NAME_SIZE_MAX,
+    THREADS_MAX,
     TOTAL_SIZE_DEFAULT,
+    DeviceGrant,
+    Grants,
+    Isolation,
+    ListenGrant,
     Nanos,
     QosClass,
 )
 from nexus.init.declare import (
+    DURATION_UNITS,
+    Address,
     Choice,
     Either,
+    Flag,
     Integer,
     Key,
     ListOf,
     MapOf,
+    MisplacedKey,
     Scalar,
     Table,
     Word,
+    WrongKey,
     WrongValue,
+    amount_text,
     cut,
     duration,
     size,
 )
 from nexus.init.errors import SystemFileError
-from nexus.init.lines import KeyLines, KeyPath
+from nexus.init.lines import KEY_PARTS_MAX, KeyLines, KeyPath, too_many_parts
 from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
 from nexus.protocols.init import DELEGATIONS_MAX, SERVICES_MAX
+from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX
 
 FILE_SIZE_MAX: Final = 256 * 1024  # bytes; a device of 44 services needs a tenth
 ENDPOINTS_DEFAULT: Final = 8  # its own, its reply inbox, and a few it makes at run time
@@ -59,18 +73,79 @@ BACKOFF_DEFAULT: Final = Nanos(50_000_000)  # ns; long enough not to spin, short
 BACKOFF_MAX: Final = Nanos(60_000_000_000)
 HEALTH_DEADLINE_DEFAULT: Final = Nanos(2_000_000_000)  # the reference's route deadline
 HEALTH_DEADLINE_MAX: Final = Nanos(60_000_000_000)
+BACKOFF_MAX_DEFAULT: Final = Nanos(5_000_000_000)  # ns; a person still waits for the next try
+BACKOFF_RESET_DEFAULT: Final = Nanos(10_000_000_000)  # ns; twice the largest wait
+PROBE_EVERY_DEFAULT: Final = Nanos(1_000_000_000)
+PROBE_LEAST: Final = Nanos(10_000_000)  # ns; below it the probes are a load of their own
+POLICY_PROBE_EVERY: Final = Nanos(250_000_000)  # policyd's defaults: together they stay below
+POLICY_PROBE_ANSWER: Final = Nanos(500_000_000)  # POLICY_STALE_DEFAULT on a loaded machine too
+POLICY_STALE_DEFAULT: Final = Nanos(1_000_000_000)  # design.md section 5
+STOP_DEFAULT: Final = Nanos(1_000_000_000)
+STABLE_DEFAULT: Final = Nanos(10_000_000_000)
+SPAN_MAX: Final = Nanos(3600_000_000_000)  # ns; an hour: spans of time that count restarts
+SAFE_AFTER_DEFAULT: Final = 3  # boots
+SAFE_AFTER_MAX: Final = 100
+RESTARTS_DEFAULT: Final = 5  # of a declared group, within WITHIN_DEFAULT
+RESTARTS_MAX: Final = 1000
+WITHIN_DEFAULT: Final = Nanos(30_000_000_000)
+OWN_RESTARTS: Final = 10  # of a service in no declared group, within OWN_WITHIN
+OWN_WITHIN: Final = Nanos(60_000_000_000)
+MISSES_MAX: Final = 100  # probes in a row
+LATE_MAX: Final = 1_000_000  # requests between two probes
+POLICY_FILES_MAX: Final = 16
+PATHS_MAX: Final = 8
+PATH_SIZE_MAX: Final = 256  # characters
+DEVICES_MAX: Final = 16  # grants of one service
+LISTEN_MAX: Final = 8
+CONNECT_MAX: Final = 16
+LISTEN_ADDRESS: Final = "127.0.0.1"
+ENTRY_SIZE_MAX: Final = 128  # characters
+GROUPS_MAX: Final = SERVICES_MAX
 
-_NAME: Final = Word(
+NAME: Final = Word(
     pattern=r"[a-z][a-z0-9]*([.-][a-z0-9]+)*",
     what=f"a name of at most {SERVICE_NAME_SIZE_MAX} small letters, digits, dots and hyphens",
     size_max=SERVICE_NAME_SIZE_MAX,
 )
-_CAPABILITY: Final = Word(
-    pattern=r"[a-z][a-z0-9]*(\.[a-z0-9]+)*", what="a capability such as proof.control", size_max=48
+RIGHT: Final = Word(
+    pattern=RIGHT_PATTERN.removeprefix("^").removesuffix(r"\Z"),
+    what="a right such as proof.control",
+    size_max=RIGHT_SIZE_MAX,
 )
 _SETTING: Final = Word(
     pattern=r"[a-z][a-z0-9_]*", what="a setting in small letters, digits and _", size_max=48
 )
+_GRANT: Final = Word(
+    pattern=r"[a-z][a-z0-9]*([._-][a-z0-9]+)*",
+    what="a name of at most 48 small letters, digits, dots, hyphens and _",
+    size_max=48,
+)
+_ENTRY: Final = Word(
+    pattern=r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*",
+    what='a module and a name in it such as "plant.valve:Valve"',
+    size_max=ENTRY_SIZE_MAX,
+)
+_MODULE: Final = Word(
+    pattern=r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*",
+    what='a module such as "plant.protocol"',
+    size_max=ENTRY_SIZE_MAX,
+)
+_PLACE: Final = Word(
+    pattern=r"[^\x00-\x1f\x7f]+",
+    what=f"a path of at most {PATH_SIZE_MAX} characters",
+    size_max=PATH_SIZE_MAX,
+)
+_INSIDE: Final = Word(
+    pattern=r"(?!/)(?!.*(^|/)\.\.(/|$))[^\x00-\x1f\x7f]+",
+    what=f"a path below the system file, without .., of at most {PATH_SIZE_MAX} characters",
+    size_max=PATH_SIZE_MAX,
+)
+_DEVICE_PATH: Final = Word(
+    pattern=r"(?!.*/\.{0,2}(/|$))/[^\x00-\x1f\x7f]+",
+    what="the whole path of a device such as /dev/ttyUSB0",
+    size_max=PATH_SIZE_MAX,
+)
+_NETWORK_PORT: Final = Integer(minimum=1, maximum=65535)
 _DEPTH: Final = Integer(minimum=1, maximum=LINK_DEPTH_MAX)
 _DELEGATIONS: Final = Integer(minimum=0, maximum=DELEGATIONS_MAX)
 _LINK_SIZE: Final = size(1, LINK_SIZE_MAX, "16KiB")
@@ -79,17 +154,101 @@ _LINK_KEYS: Final = {
     "size": Key(kind=_LINK_SIZE, doc="bytes that may wait; only less than its protocol needs"),
     "delegations": Key(kind=_DELEGATIONS, doc="links the client may hand on at run time"),
 }
+_USE_KEYS: Final = {
+    **_LINK_KEYS,
+    "sync": Key(
+        kind=Flag(),
+        doc="whether the client waits for answers; false for posts, which alone may go in"
+        " circles; default true",
+    ),
+}
 _QOS: Final = {
     "idle": QosClass.IDLE,
     "normal": QosClass.NORMAL,
     "interactive": QosClass.INTERACTIVE,
     "perf-burst": QosClass.PERF_BURST,
 }
+_ISOLATION: Final = {"fork": Isolation.FORK, "exec": Isolation.EXEC}
+
+GRANT_KEYS: Final = {
+    "isolation": Key(
+        kind=Choice(words=tuple(_ISOLATION)),
+        doc="how its process is made on linux: forked from init, or an interpreter of its own;"
+        " default fork",
+    ),
+    "threads": Key(
+        kind=Integer(minimum=0, maximum=THREADS_MAX),
+        doc="how many further threads it may start; default 0",
+    ),
+    "ports": Key(
+        kind=ListOf(item=_GRANT, count_max=PORTS_MAX, unique="port"),
+        doc="its sockets in the runtime directory, for people and scripts outside",
+    ),
+    "devices": Key(
+        kind=MapOf(
+            key=_GRANT,
+            item=Table(
+                doc="One device, opened before the start.",
+                keys={
+                    "path": Key(kind=_DEVICE_PATH, doc="where it is", required=True),
+                    "writable": Key(kind=Flag(), doc="opened for writing too; default false"),
+                },
+            ),
+            count_max=DEVICES_MAX,
+        ),
+        doc='devices by the name the service knows them by; needs isolation "exec"',
+    ),
+    "listen": Key(
+        kind=MapOf(
+            key=_GRANT,
+            item=Table(
+                doc="One listening TCP socket, bound before the start.",
+                keys={
+                    "address": Key(kind=Address(), doc='default "127.0.0.1"'),
+                    "port": Key(kind=_NETWORK_PORT, doc="TCP port", required=True),
+                },
+            ),
+            count_max=LISTEN_MAX,
+        ),
+        doc='listening sockets by the name the service knows them by; needs isolation "exec"',
+    ),
+    "connect": Key(
+        kind=ListOf(item=_NETWORK_PORT, count_max=CONNECT_MAX, unique="port"),
+        doc='TCP ports it may connect to; needs isolation "exec"',
+    ),
+}
+PROGRAM_KEYS: Final = {
+    "program": Key(kind=NAME, doc="the program it runs, one of those Nexus has"),
+    "module": Key(kind=_ENTRY, doc="the class of your own that it runs, as package.module:Class"),
+    "protocol": Key(kind=_MODULE, doc="the module whose PROTOCOL your class serves"),
+    "ordinary": Key(
+        kind=Flag(),
+        doc="whether `module` names a coroutine function that uses ordinary libraries under"
+        " asyncio; default false",
+    ),
+    "double": Key(
+        kind=_ENTRY, doc="the class that stands for an ordinary program in the simulator"
+    ),
+}
 
 SERVICE: Final = Table(
     doc="One service: what it is, what it may reach and what it may cost.",
+    one_of=("program", "module"),
+    beside={
+        "module": "protocol",
+        "protocol": "module",
+        "ordinary": "module",
+        "double": "ordinary",
+    },
     keys={
-        "program": Key(kind=_NAME, doc="the program it runs", required=True),
+        **PROGRAM_KEYS,
+        **GRANT_KEYS,
+        "stage": Key(
+            kind=Choice(words=("core", "rest")),
+            doc="when it starts: policyd, then core, then the rest; default rest",
+        ),
+        "safe": Key(kind=Flag(), doc="whether it runs in safe mode too; default false"),
+        "group": Key(kind=NAME, doc="the group it is restarted with; default one of its own"),
         "qos": Key(kind=Choice(words=tuple(_QOS)), doc="scheduling class; default normal"),
         "cpu": Key(kind=Integer(minimum=0, maximum=CPUS_MAX - 1), doc="the CPU it is placed on"),
         "budget": Key(
@@ -105,7 +264,8 @@ SERVICE: Final = Table(
             doc="endpoints it may have at a time: its own, its reply inbox, and what it makes",
         ),
         "capabilities": Key(
-            kind=ListOf(item=_CAPABILITY, count_max=CAPABILITIES_MAX), doc="rights by name"
+            kind=ListOf(item=RIGHT, count_max=CAPABILITIES_MAX, unique="capability"),
+            doc="its rights by name, the first layer of the policy",
         ),
         "uses": Key(
             kind=Either(
@@ -113,15 +273,15 @@ SERVICE: Final = Table(
                     item=Table(
                         doc="One link to another service.",
                         keys={
-                            "name": Key(kind=_NAME, doc="the service used", required=True),
-                            **_LINK_KEYS,
+                            "name": Key(kind=NAME, doc="the service used", required=True),
+                            **_USE_KEYS,
                         },
                     ),
                     count_max=SERVICES_MAX,
                 ),
                 table=MapOf(
-                    key=_NAME,
-                    item=Table(doc="One link to another service.", keys=_LINK_KEYS),
+                    key=NAME,
+                    item=Table(doc="One link to another service.", keys=_USE_KEYS),
                     count_max=SERVICES_MAX,
                 ),
             ),
@@ -133,23 +293,52 @@ SERVICE: Final = Table(
                 keys={
                     "backoff": Key(
                         kind=duration(Nanos(1_000_000), BACKOFF_MAX, "50ms"),
-                        doc="wait before the next start",
-                    )
+                        doc="wait before the next start; doubles with each restart",
+                    ),
+                    "backoff_max": Key(
+                        kind=duration(Nanos(1_000_000), BACKOFF_MAX, "5s"),
+                        doc="the longest wait; default 5s, or `backoff` if that is more",
+                    ),
+                    "reset": Key(
+                        kind=duration(Nanos(1_000_000), SPAN_MAX, "10s"),
+                        doc="how long an instance must live for the wait to be `backoff` again",
+                    ),
                 },
             ),
             doc="restart after an exit",
         ),
         "health": Key(
             kind=Table(
-                doc="How its readiness is probed.",
+                doc="How its readiness and its health are probed.",
                 keys={
                     "deadline": Key(
                         kind=duration(Nanos(1_000_000), HEALTH_DEADLINE_MAX, "2s"),
-                        doc="time to answer the probe after its start, and to stop in",
-                    )
+                        doc="time to answer the first probe, from its start",
+                    ),
+                    "every": Key(
+                        kind=duration(Nanos(0), SPAN_MAX, "1s"),
+                        doc='time from an answer to the next probe; "0s" for the first probe only',
+                    ),
+                    "answer": Key(
+                        kind=duration(Nanos(1_000_000), HEALTH_DEADLINE_MAX, "2s"),
+                        doc="time to answer each later probe; default `deadline`",
+                    ),
+                    "misses": Key(
+                        kind=Integer(minimum=1, maximum=MISSES_MAX),
+                        doc="missed probes in a row after which it is restarted; default 1",
+                    ),
+                    "late_max": Key(
+                        kind=Integer(minimum=0, maximum=LATE_MAX),
+                        doc="requests that may expire between two probes before it counts as a"
+                        " missed one; default 0: not watched",
+                    ),
                 },
             ),
             doc="health probe",
+        ),
+        "stop": Key(
+            kind=duration(Nanos(1_000_000), HEALTH_DEADLINE_MAX, "1s"),
+            doc="time it has to end when the system shuts down",
         ),
         "settings": Key(
             kind=MapOf(
@@ -159,48 +348,105 @@ SERVICE: Final = Table(
         ),
     },
 )
+GROUP: Final = Table(
+    doc="Services that are restarted together, and how often.",
+    keys={
+        "strategy": Key(
+            kind=Choice(words=("one", "all", "rest")),
+            doc="who is restarted when one ends: that one, all, or it and those started after"
+            " it; default one",
+        ),
+        "restarts": Key(
+            kind=Integer(minimum=1, maximum=RESTARTS_MAX),
+            doc="restarts that are allowed within `within`; default 5",
+        ),
+        "within": Key(
+            kind=duration(Nanos(1_000_000), SPAN_MAX, "30s"), doc="see restarts; default 30s"
+        ),
+        "exceeded": Key(
+            kind=Choice(words=("give-up", "safe-mode", "shut-down")),
+            doc="what happens when it is more; default safe-mode",
+        ),
+    },
+)
+SYSTEM: Final = Table(
+    doc="What holds for the whole system.",
+    keys={
+        "name": Key(kind=NAME, doc="name of the system", required=True),
+        "smp": Key(
+            kind=Integer(minimum=1, maximum=CPUS_MAX),
+            doc="CPUs of the simulated machine; default 1",
+        ),
+        "total_size": Key(
+            kind=size(4096, TOTAL_SIZE_MAX, "1MiB"),
+            doc="bytes of link shares of all services and init together",
+        ),
+        "owner_size": Key(
+            kind=size(4096, OWNER_SIZE_MAX, "256KiB"),
+            doc="bytes of link shares of a service that does not say its own",
+        ),
+        "link": Key(
+            kind=Table(
+                doc="Defaults of every link.",
+                keys={name: _LINK_KEYS[name] for name in ("depth", "size")},
+            ),
+            doc="defaults of every link",
+        ),
+        "ends_with": Key(kind=NAME, doc="the service with whose end the system shuts down"),
+        "policy": Key(
+            kind=ListOf(item=_INSIDE, count_max=POLICY_FILES_MAX, unique="policy file"),
+            doc="policy files; a later one replaces what an earlier one says of a service",
+        ),
+        "path": Key(
+            kind=ListOf(item=_PLACE, count_max=PATHS_MAX, unique="folder"),
+            doc="folders in which `module`, `protocol` and `double` are looked for first",
+        ),
+        "state_dir": Key(kind=_PLACE, doc="folder of what survives a boot"),
+        "runtime_dir": Key(kind=_PLACE, doc="folder of sockets and of the present boot"),
+        "log_dir": Key(kind=_PLACE, doc="folder of logd's files"),
+        "stable": Key(
+            kind=duration(Nanos(1_000_000), SPAN_MAX, "10s"),
+            doc="how long a boot must go well to count as stable; default 10s",
+        ),
+        "safe_after": Key(
+            kind=Integer(minimum=0, maximum=SAFE_AFTER_MAX),
+            doc="boots in a row that did not become stable, after which the next is in safe"
+            " mode; default 3, 0 is never",
+        ),
+        "policy_stale_max": Key(
+            kind=duration(PROBE_LEAST, HEALTH_DEADLINE_MAX, "1s"),
+            doc="how long a decision may hold while policyd is silent; default 1s",
+        ),
+    },
+)
 SYSTEM_FILE: Final = Table(
     doc="A Nexus system: the file that names every service and what it may do.",
     keys={
-        "system": Key(
-            kind=Table(
-                doc="What holds for the whole system.",
-                keys={
-                    "name": Key(kind=_NAME, doc="name of the system", required=True),
-                    "smp": Key(
-                        kind=Integer(minimum=1, maximum=CPUS_MAX),
-                        doc="CPUs of the simulated machine; default 1",
-                    ),
-                    "total_size": Key(
-                        kind=size(4096, TOTAL_SIZE_MAX, "1MiB"),
-                        doc="bytes of link shares of all services and init together",
-                    ),
-                    "owner_size": Key(
-                        kind=size(4096, OWNER_SIZE_MAX, "256KiB"),
-                        doc="bytes of link shares of a service that does not say its own",
-                    ),
-                    "link": Key(
-                        kind=Table(
-                            doc="Defaults of every link.",
-                            keys={name: _LINK_KEYS[name] for name in ("depth", "size")},
-                        ),
-                        doc="defaults of every link",
-                    ),
-                    "ends_with": Key(
-                        kind=_NAME, doc="the service with whose end the system shuts down"
-                    ),
-                },
-            ),
-            doc="the system",
-            required=True,
-        ),
+        "system": Key(kind=SYSTEM, doc="the system", required=True),
+        "group": Key(kind=MapOf(key=NAME, item=GROUP, count_max=GROUPS_MAX), doc="groups by name"),
         "service": Key(
-            kind=MapOf(key=_NAME, item=SERVICE, count_max=SERVICES_MAX),
-            doc="the services by name, in the order of their start",
+            kind=MapOf(key=NAME, item=SERVICE, count_max=SERVICES_MAX),
+            doc="the services by name, in the order of their start within a stage",
             required=True,
         ),
     },
 )
+
+
+class Strategy(StrEnum):
+    """Who is restarted when a service of a group ends."""
+
+    ONE = "one"
+    ALL = "all"
+    REST = "rest"  # it, and those of the group that start after it
+
+
+class Exceeded(StrEnum):
+    """What happens when a group is restarted more often than it may be."""
+
+    GIVE_UP = "give-up"  # its services stay down
+    SAFE_MODE = "safe-mode"
+    SHUT_DOWN = "shut-down"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,15 +457,28 @@ class Use:
     depth: int
     size: int | None
     delegations: int
+    sync: bool
     path: KeyPath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """One service as the file declares it, defaults filled in."""
+    """One service as the file declares it, defaults filled in.
+
+    `program` is empty for a service with an `entry` of its own, and the other way round; an
+    absent `group` is one of its own; `probe_every` and `probe_answer` None are left to the plan.
+    """
 
     name: str
     program: str
+    entry: str
+    protocol: str
+    ordinary: bool
+    double: str
+    grants: Grants
+    core: bool
+    safe: bool
+    group: str | None
     qos: QosClass
     cpu: int | None
     budget: int
@@ -228,8 +487,27 @@ class Service:
     capabilities: tuple[str, ...]
     uses: tuple[Use, ...]
     backoff: Nanos
+    backoff_max: Nanos
+    backoff_reset: Nanos
     health_deadline: Nanos
+    probe_every: Nanos | None
+    probe_answer: Nanos | None
+    probe_misses: int
+    late_max: int
+    stop_max: Nanos
     settings: tuple[tuple[str, str | int | bool], ...]
+    path: KeyPath
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One declared group."""
+
+    name: str
+    strategy: Strategy
+    restarts: int
+    within: Nanos
+    exceeded: Exceeded
     path: KeyPath
 
 
@@ -244,6 +522,15 @@ class System:
     total_size: int
     owner_size: int
     ends_with: str | None
+    policy: tuple[str, ...]
+    path: tuple[str, ...]
+    state_dir: str | None
+    runtime_dir: str | None
+    log_dir: str | None
+    stable: Nanos
+    safe_after: int
+    policy_stale_max: Nanos
+    groups: tuple[Group, ...]
     services: tuple[Service, ...]
 
     def wrong(self, path: KeyPath, expected: str, found: str) -> SystemFileError:
@@ -268,24 +555,32 @@ def load(file: Path) -> System:
 
 def parse(data: bytes, file: Path) -> System:
     """Read the bytes of a system file. Raises SystemFileError; `file` is what it names."""
-    if len(data) > FILE_SIZE_MAX:
-        raise SystemFileError(file, 1, f"at most {FILE_SIZE_MAX} bytes", str(len(data)))
+    document, lines = read_toml(data, file, FILE_SIZE_MAX)
+    try:
+        return _system(SYSTEM_FILE.read(document, ()), file, lines)
+    except WrongValue as wrong:
+        raise SystemFileError(file, lines.line(wrong.path), wrong.expected, wrong.found) from wrong
+
+
+def read_toml(data: bytes, file: Path, size_max: int) -> tuple[dict[str, Any], KeyLines]:
+    """The document in `data`, and the lines of its keys. Raises SystemFileError."""
+    if len(data) > size_max:
+        raise SystemFileError(file, 1, f"at most {size_max} bytes", str(len(data)))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise SystemFileError(file, line, "UTF-8", f"byte 0x{data[error.start]:02x}") from error
+    line_found = too_many_parts(text)
+    if line_found is not None:
+        expected = f"a key of at most {KEY_PARTS_MAX} parts"
+        raise SystemFileError(file, line_found, expected, "more dots in a line")
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text), KeyLines(text)
     except ValueError as error:  # TOMLDecodeError is one; a number too long for int() another
         raise SystemFileError(file, _toml_line(error, text), "TOML", cut(str(error))) from error
     except RecursionError as error:
         raise SystemFileError(file, 1, "TOML", "tables nested too deeply") from error
-    lines = KeyLines(text)
-    try:
-        return _system(SYSTEM_FILE.read(document, ()), file, lines)
-    except WrongValue as wrong:
-        raise SystemFileError(file, lines.line(wrong.path), wrong.expected, wrong.found) from wrong
 
 
 def _toml_line(error: ValueError, text: str) -> int:
@@ -305,6 +600,7 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
     )
     if not services:
         raise WrongValue(("service",), "at least one service", "none")
+    groups = tuple(_group(name, entry) for name, entry in document.get("group", {}).items())
     return System(
         file=file,
         lines=lines,
@@ -313,6 +609,15 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
         total_size=head.get("total_size", TOTAL_SIZE_DEFAULT),
         owner_size=owner_size,
         ends_with=head.get("ends_with"),
+        policy=tuple(head.get("policy", ())),
+        path=tuple(head.get("path", ())),
+        state_dir=head.get("state_dir"),
+        runtime_dir=head.get("runtime_dir"),
+        log_dir=head.get("log_dir"),
+        stable=Nanos(head.get("stable", STABLE_DEFAULT)),
+        safe_after=head.get("safe_after", SAFE_AFTER_DEFAULT),
+        policy_stale_max=Nanos(head.get("policy_stale_max", POLICY_STALE_DEFAULT)),
+        groups=groups,
         services=services,
     )
 
@@ -323,26 +628,96 @@ def _service(
     path: KeyPath = ("service", name)
     if name == INIT_NAME:
         raise WrongValue(path, "another name than init's own", f'"{name}"')
-    capabilities = tuple(entry.get("capabilities", ()))
-    for index, capability in enumerate(capabilities):
-        if capability in capabilities[:index]:
-            raise WrongValue(
-                (*path, "capabilities", index), "each capability once", f'"{capability}" again'
-            )
+    ordinary = entry.get("ordinary", False)
+    if ordinary and "double" not in entry:
+        raise WrongKey(path, 'the key "double" beside "ordinary"', "none")
+    if not ordinary and "double" in entry:
+        raise WrongValue((*path, "ordinary"), 'true beside "double"', "false")
+    restart = entry.get("restart", {})
+    health = entry.get("health", {})
+    backoff = restart.get("backoff", BACKOFF_DEFAULT)
+    backoff_max = restart.get("backoff_max", max(backoff, BACKOFF_MAX_DEFAULT))
+    if backoff_max < backoff:
+        least = amount_text(backoff, DURATION_UNITS)
+        found = f'"{amount_text(backoff_max, DURATION_UNITS)}"'
+        raise WrongValue((*path, "restart", "backoff_max"), f"at least backoff, {least}", found)
+    every = health.get("every")
+    if every is not None and 0 < every < PROBE_LEAST:
+        expected = f'"0s" or at least {amount_text(PROBE_LEAST, DURATION_UNITS)}'
+        found = f'"{amount_text(every, DURATION_UNITS)}"'
+        raise WrongValue((*path, "health", "every"), expected, found)
     return Service(
         name=name,
-        program=entry["program"],
+        program=entry.get("program", ""),
+        entry=entry.get("module", ""),
+        protocol=entry.get("protocol", ""),
+        ordinary=ordinary,
+        double=entry.get("double", ""),
+        grants=_grants(entry, path),
+        core=entry.get("stage") == "core",
+        safe=entry.get("safe", False),
+        group=entry.get("group"),
         qos=_QOS[entry.get("qos", "normal")],
         cpu=entry.get("cpu"),
         budget=entry.get("budget", BUDGET_SIZE_DEFAULT),
         owner_size=entry.get("owner_size", owner_size),
         endpoints=entry.get("endpoints", ENDPOINTS_DEFAULT),
-        capabilities=capabilities,
+        capabilities=tuple(entry.get("capabilities", ())),
         uses=_uses(entry.get("uses", ()), (*path, "uses"), link),
-        backoff=Nanos(entry.get("restart", {}).get("backoff", BACKOFF_DEFAULT)),
-        health_deadline=Nanos(entry.get("health", {}).get("deadline", HEALTH_DEADLINE_DEFAULT)),
+        backoff=Nanos(backoff),
+        backoff_max=Nanos(backoff_max),
+        backoff_reset=Nanos(restart.get("reset", BACKOFF_RESET_DEFAULT)),
+        health_deadline=Nanos(health.get("deadline", HEALTH_DEADLINE_DEFAULT)),
+        probe_every=every,
+        probe_answer=health.get("answer"),
+        probe_misses=health.get("misses", 1),
+        late_max=health.get("late_max", 0),
+        stop_max=Nanos(entry.get("stop", STOP_DEFAULT)),
         settings=tuple(sorted(entry.get("settings", {}).items())),
         path=path,
+    )
+
+
+def _grants(entry: Mapping[str, Any], path: KeyPath) -> Grants:
+    """What the service may do beyond the ABI; what needs a process of its own has one."""
+    isolation = _ISOLATION[entry.get("isolation", "fork")]
+    ordinary = entry.get("ordinary", False)
+    if isolation is not Isolation.EXEC:
+        for key in ("ordinary", "devices", "listen", "connect"):
+            if entry.get(key):
+                raise MisplacedKey(path, key, f'isolation = "exec" beside "{key}"', "fork")
+    devices = entry.get("devices", {})
+    listen = entry.get("listen", {})
+    for name in listen:
+        if name in devices:
+            raise WrongValue(
+                (*path, "listen", name), "another name than a device's", f'"{name}" for both'
+            )
+    return Grants(
+        isolation=isolation,
+        threads=entry.get("threads", 0),
+        ports=tuple(entry.get("ports", ())),
+        devices=tuple(
+            DeviceGrant(name, device["path"], device.get("writable", False))
+            for name, device in devices.items()
+        ),
+        listen=tuple(
+            ListenGrant(name, socket.get("address", LISTEN_ADDRESS), socket["port"])
+            for name, socket in listen.items()
+        ),
+        connect=tuple(entry.get("connect", ())),
+        streams=ordinary,  # asyncio wakes itself up over such a pair
+    )
+
+
+def _group(name: str, entry: Mapping[str, Any]) -> Group:
+    return Group(
+        name=name,
+        strategy=Strategy(entry.get("strategy", Strategy.ONE)),
+        restarts=entry.get("restarts", RESTARTS_DEFAULT),
+        within=Nanos(entry.get("within", WITHIN_DEFAULT)),
+        exceeded=Exceeded(entry.get("exceeded", Exceeded.SAFE_MODE)),
+        path=("group", name),
     )
 
 
@@ -360,21 +735,23 @@ def _uses(declared: Any, path: KeyPath, link: Mapping[str, Any]) -> tuple[Use, .
             depth=use.get("depth", link.get("depth", LINK_DEPTH_DEFAULT)),
             size=use.get("size", link.get("size")),
             delegations=use.get("delegations", 0),
+            sync=use.get("sync", True),
             path=use_path,
         )
         for use_path, name, use in items
     )
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of a system file (JSON Schema 2020-12)."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Nexus system file",
-        **SYSTEM_FILE.schema(),
-    }
-
-
 def schema_text() -> str:
     """The schema as it is published: docs/reference/system-file.schema.json."""
-    return json.dumps(schema(), indent=2) + "\n"
+    return published("Nexus system file", SYSTEM_FILE)
+
+
+def published(title: str, table: Table) -> str:
+    """The JSON schema of a file (JSON Schema 2020-12), as text."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": title,
+        **table.schema(),
+    }
+    return json.dumps(schema, indent=2) + "\n"

@@ -12,6 +12,7 @@ from nexus.ipc.correlate import GENERATION_ANY, Correlator, Peer, Pending, Verdi
 from nexus.ipc.deadline import deadline_after, nested_deadline
 from nexus.ipc.exchange import CALL_MISMATCHES, Answer, Caller, Exchange, Parent, Started
 from nexus.ipc.nonce import NonceGen, NonceMismatchBudget
+from nexus.ipc.oneshots import OneShots
 from nexus.ipc.outcome import (
     CallFailure,
     Closed,
@@ -28,6 +29,7 @@ from nexus.ipc.outcome import (
     Unknown,
 )
 from nexus.ipc.peers import CONTROL_TERMS, Client, Peers
+from nexus.ipc.poster import OUTSTANDING_MAX, TAKEN_MAX, Posted, Poster
 from nexus.ipc.retry import Retry, RetryBudget, RetryTokens, retry_until
 from nexus.ipc.route import ROUTE_MISMATCHES, RouteAttempt, route_with_nonce_budgeted
 
@@ -36,7 +38,9 @@ __all__ = [
     "CALL_MISMATCHES",
     "CONTROL_TERMS",
     "GENERATION_ANY",
+    "OUTSTANDING_MAX",
     "ROUTE_MISMATCHES",
+    "TAKEN_MAX",
     "Answer",
     "Bulk",
     "BulkFault",
@@ -53,10 +57,13 @@ __all__ = [
     "NonceGen",
     "NonceMismatchBudget",
     "NotFound",
+    "OneShots",
     "Parent",
     "Peer",
     "Peers",
     "Pending",
+    "Posted",
+    "Poster",
     "Push",
     "Refused",
     "ReplyBuffer",

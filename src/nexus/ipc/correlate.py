@@ -8,8 +8,9 @@ duplicate, and a reply with the right nonce that came by another link, or from a
 than the one asked, is foreign. None of them is ever taken for the answer; each is counted.
 """
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import Final, TypeAlias
 
 from nexus.abi import LinkId, LinkTerms, Message, Nanos, Sender, ServiceId, Slot
 from nexus.ipc.buffer import ReplyBuffer
@@ -83,10 +84,11 @@ class Pending:
     """A call in flight: what was asked of whom, until when; `early` is set if it has ended.
 
     `echo` are the header bytes behind the prefix, which a reply returns unchanged; `count` is the
-    number of requests of a batch, 0 for a single one.
+    number of requests of a batch, 0 for a single one. `taker` gets the outcome of a posted request,
+    for which nobody waits, from whoever meets it.
     """
 
-    __slots__ = ("codec", "count", "deadline", "early", "echo", "nonce", "peer")
+    __slots__ = ("codec", "count", "deadline", "early", "echo", "nonce", "peer", "taker")
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class Pending:
         deadline: Nanos,
         echo: bytes,
         count: int,
+        taker: "Taker | None" = None,
     ) -> None:
         self.nonce = nonce
         self.peer = peer
@@ -103,7 +106,12 @@ class Pending:
         self.deadline = deadline
         self.echo = echo
         self.count = count
+        self.taker = taker
         self.early: CallFailure | Refused | None = None
+
+
+Taker: TypeAlias = Callable[[Pending, object], None]
+"""Told once how a posted request ended: its reply, Refused, or a CallFailure."""
 
 
 class Verdict(Enum):
@@ -157,13 +165,16 @@ class Correlator:
         self.on_abandoned(pending.nonce)
         if pending.early is None:
             pending.early = failure
+            if pending.taker is not None:
+                self.on_ended(pending)
+                pending.taker(pending, failure)
 
     def on_gone(self, link: LinkId) -> None:
         """The peer of a reply link is gone: whoever waits for it, or asks it next, learns that."""
         peer = self.peers.pop(link, None)
         if peer is not None:
             peer.alive = False
-        for pending in self.in_flight.values():
+        for pending in list(self.in_flight.values()):
             if pending.peer.link == link and pending.nonce not in self.buffer:
                 self.on_failed(pending, Unknown())
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from nexus.abi import (
     MESSAGE_SIZE_MAX,
+    NO_WAIT,
     AbiError,
     CapClose,
     LinkId,
@@ -34,6 +35,7 @@ from nexus.ipc.correlate import (
     Correlator,
     Peer,
     Pending,
+    Taker,
     Verdict,
 )
 from nexus.ipc.deadline import nested_deadline
@@ -110,6 +112,21 @@ class Caller:
     def deadline_within(self, parent: Parent, own: Nanos) -> Nanos:
         """The deadline of a call made while `parent` is served."""
         return nested_deadline(parent.deadline, own)
+
+    async def keep(self, message: Message) -> None:
+        """Give a message that was judged a MATCH to whom it belongs.
+
+        That is the taker of a post, or else the call in flight that comes for it later.
+        """
+        correlator = self.correlator
+        pending = correlator.in_flight[nonce_of(message.data)]
+        if pending.taker is not None:
+            correlator.on_ended(pending)
+            await close_if_any(message.cap)
+            pending.taker(pending, outcome_of(correlator, message.data, pending))
+            return
+        for evicted in correlator.buffer.push(pending.nonce, message).evicted:
+            await close_if_any(evicted.cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +259,85 @@ class Exchange:
         if isinstance(reply, Refused | CallFailure):
             return reply
         return Answer(reply, message.cap)
+
+    async def post(
+        self, request: Request[Any], deadline: Nanos, taker: Taker
+    ) -> Pending | Refused | CallFailure:
+        """Send one request without waiting, for room or for its answer; `taker` gets the answer.
+
+        Without a Pending nothing was sent and the taker hears nothing: Refused BUSY if there is no
+        room, a CallFailure if there is no peer.
+        """
+        if not self.peer.alive:
+            return Closed()
+        return await self._send_now(self.peer, request, deadline, taker)
+
+    async def _send_now(
+        self,
+        peer: Peer,
+        request: Request[Any],
+        deadline: Nanos,
+        taker: Taker,
+        move: Slot | None = None,
+    ) -> Pending | Refused | CallFailure:
+        """Send a request whose answer `peer` gives; if it is not sent, `move` stays."""
+        correlator = self._correlator
+        if len(correlator.in_flight) >= PENDING_COUNT_MAX:
+            return Refused(ReplyStatus.BUSY)
+        codec = self._codecs[type(request)]
+        # Of the request being served it has the trace and not the deadline, which is the answer's.
+        _, trail = self._inherit(deadline, None)
+        nonce = self._take_nonce()
+        pending = Pending(nonce, peer, codec, deadline, ECHO.pack(nonce, deadline, trail), 0, taker)
+        correlator.on_sent(pending)
+        try:
+            await Send(peer.slot, codec.prefix + pending.echo + encode(request), move=move)
+        except AbiError as error:
+            correlator.on_ended(pending)
+            failure = self._not_sent(error)
+            return Refused(ReplyStatus.BUSY) if isinstance(failure, TimedOut) else failure
+        return pending
+
+    def is_in_flight(self, pending: Pending) -> bool:
+        """Whether its answer is still to come."""
+        return self._correlator.in_flight.get(pending.nonce) is pending
+
+    def give_up(self, posted: Pending, failure: CallFailure) -> None:
+        """End a post without its answer, which is stale if it still comes. Its taker is told."""
+        self._correlator.on_failed(posted, failure)
+
+    async def take(self, count_max: int) -> None:
+        """Take what has arrived over this link, `count_max` messages at most, without waiting.
+
+        Each goes to whom it belongs: an answer to a post to its taker, one to a started call into
+        the buffer until `finish`.
+        """
+        _ = await self._take_from(self.peer, count_max)
+
+    async def _take_from(self, peer: Peer, count_max: int) -> int:
+        """Take what has arrived by the reply link of `peer`; how many messages that were."""
+        recv = Recv((peer.inbox,), NO_WAIT, link=peer.link)
+        for taken in range(count_max):
+            if not self._is_open(peer):
+                return taken
+            try:
+                message = await recv
+            except PeerGone as gone:
+                self._correlator.on_gone(gone.link)
+                return taken
+            except AbiError as error:
+                if error.status in (Status.QUEUE_EMPTY, Status.TIMED_OUT, Status.NO_SPACE):
+                    return taken
+                raise
+            if self._correlator.judge(message) is Verdict.MATCH:
+                await self._keep(message)
+            else:
+                await close_if_any(message.cap)
+        return count_max
+
+    def _is_open(self, peer: Peer) -> bool:
+        """Whether the end of this reply link is still to be seen."""
+        return self._correlator.peers.get(peer.link) is peer
 
     async def call_many(
         self,
@@ -428,9 +524,8 @@ class Exchange:
             raise error
 
     async def _keep(self, message: Message) -> None:
-        """An answer to another call in flight: it waits in the buffer."""
-        for evicted in self._correlator.buffer.push(nonce_of(message.data), message).evicted:
-            await close_if_any(evicted.cap)
+        """An answer to another call in flight."""
+        await self._caller.keep(message)
 
     async def _read(self, message: Message, pending: Pending, *, with_cap: bool = False) -> Any:
         """The outcome a matched answer stands for. Fails closed: Malformed, nothing used."""
@@ -440,31 +535,37 @@ class Exchange:
         return outcome
 
     def _outcome(self, data: bytes, pending: Pending) -> Any:
-        codec = pending.codec
-        prefix = codec.batch_reply_prefix if pending.count else codec.reply_prefix
-        echoed = data[PREFIX_SIZE:HEADER_SIZE] == pending.echo
-        if not echoed or data[:STATUS_OFFSET] != prefix[:STATUS_OFFSET]:
-            self._correlator.malformed += 1
-            return Malformed()
-        try:
-            return self._decode(codec, status_of(data), data[HEADER_SIZE:], pending.count)
-        except RemoteProtocolError:
-            self._correlator.malformed += 1
-            return Malformed()
+        return outcome_of(self._correlator, data, pending)
 
-    def _decode(self, codec: Codec, status: int, body: bytes, count: int) -> Any:
-        """The reply or replies, or Refused; RemoteProtocolError for what is neither."""
-        if status == ReplyStatus.OK:
-            return codec.decode_replies(body, count) if count else codec.decode_reply(body)
-        if status == ReplyStatus.REFUSED_ITEM and count:
-            return [
-                Refused(item) if isinstance(item, IntEnum) else item
-                for item in codec.decode_items(body, count)
-            ]
-        declared = codec.statuses.get(status)
-        if declared is None or declared is ReplyStatus.REFUSED_ITEM or body:
-            raise RemoteProtocolError(f"status {status} with {len(body)} bytes")
-        return Refused(declared)
+
+def outcome_of(correlator: Correlator, data: bytes, pending: Pending) -> Any:
+    """What a matched answer says: the reply or replies, Refused, or Malformed (counted)."""
+    codec = pending.codec
+    prefix = codec.batch_reply_prefix if pending.count else codec.reply_prefix
+    echoed = data[PREFIX_SIZE:HEADER_SIZE] == pending.echo
+    if not echoed or data[:STATUS_OFFSET] != prefix[:STATUS_OFFSET]:
+        correlator.malformed += 1
+        return Malformed()
+    try:
+        return _decoded(codec, status_of(data), data[HEADER_SIZE:], pending.count)
+    except RemoteProtocolError:
+        correlator.malformed += 1
+        return Malformed()
+
+
+def _decoded(codec: Codec, status: int, body: bytes, count: int) -> Any:
+    """The reply or replies, or Refused; RemoteProtocolError for what is neither."""
+    if status == ReplyStatus.OK:
+        return codec.decode_replies(body, count) if count else codec.decode_reply(body)
+    if status == ReplyStatus.REFUSED_ITEM and count:
+        return [
+            Refused(item) if isinstance(item, IntEnum) else item
+            for item in codec.decode_items(body, count)
+        ]
+    declared = codec.statuses.get(status)
+    if declared is None or declared is ReplyStatus.REFUSED_ITEM or body:
+        raise RemoteProtocolError(f"status {status} with {len(body)} bytes")
+    return Refused(declared)
 
 
 async def close_if_any(cap: Slot | None) -> None:

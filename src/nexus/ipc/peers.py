@@ -30,10 +30,20 @@ from nexus.abi import (
 from nexus.ipc.context import Spans
 from nexus.ipc.correlate import GENERATION_ANY, Peer
 from nexus.ipc.exchange import Caller, Exchange, close_if_any
-from nexus.ipc.outcome import CallFailure, Closed, Refused, Routed, RouteFailure, Stale, TimedOut
+from nexus.ipc.outcome import (
+    CallFailure,
+    Closed,
+    Refused,
+    Routed,
+    RouteFailure,
+    RouteRetryOutcome,
+    Stale,
+    TimedOut,
+)
 from nexus.ipc.retry import RetryBudget, RetryTokens
 from nexus.ipc.route import ROUTE_MISMATCHES, route_with_nonce_budgeted
 from nexus.protocols.init import PROTOCOL as INIT
+from nexus.protocols.init import REPLY_NAME
 from nexus.protocols.meta import Bind
 from nexus.wire import Protocol
 
@@ -53,6 +63,18 @@ class Client(Exchange):
         self.name = peer.name
         self.tokens = tokens
         self.rebinds = 0
+
+    async def renew(self, deadline: Nanos) -> CallFailure | None:
+        """If the instance is gone, look for the new one now; for who posts and never calls.
+
+        What the old one had answered is taken first; what it had not has ended as Unknown.
+        """
+        peer = self.peer
+        if peer.alive:
+            return None
+        await self.take(peer.reply_terms.depth)
+        self._correlator.on_gone(peer.link)
+        return await self._revive(deadline)
 
     async def _revive(self, _deadline: Nanos) -> CallFailure | None:
         """One bounded search for the service's new instance."""
@@ -193,6 +215,15 @@ class Peers:
             return Closed() if isinstance(answer, Refused) else answer
         await close_if_any(answer.cap)
         return exchange
+
+    async def reply_route(self, budget: RetryBudget, tokens: RetryTokens) -> RouteRetryOutcome:
+        """What init says about `@reply`: this task's own inbox, or why not."""
+        control = await self.control(budget.deadline)
+        if not isinstance(control, Exchange):
+            return control if isinstance(control, TimedOut) else Closed()
+        return await route_with_nonce_budgeted(
+            control, REPLY_NAME, budget, ROUTE_MISMATCHES, tokens
+        )
 
     async def discard(self, peer: Peer) -> None:
         """Let go of a link: close its slot, give its share of the inbox back. Once is enough."""

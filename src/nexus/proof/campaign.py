@@ -28,10 +28,21 @@ from nexus.init.plan import Plan as SystemPlan
 from nexus.init.plan import make_plan
 from nexus.init.system import parse
 from nexus.kernel.core import Hang, RunOver
-from nexus.kernel.sim import FAILURES, FaultPoint, Faults, Forge, NthFailure, Plan, SimKernel
+from nexus.kernel.sim import (
+    FAILURES,
+    FaultPoint,
+    Faults,
+    Forge,
+    Freeze,
+    NthFailure,
+    Plan,
+    SimKernel,
+)
 from nexus.proof import workload
 
 FAULTS_SPAN: Final = Nanos(400_000_000)  # ns of virtual time in which faults fire
+FREEZE_SPAN_MIN: Final = Nanos(5_000_000)  # ns; nobody notices
+FREEZE_SPAN_MAX: Final = Nanos(1_500_000_000)  # ns; longer than every deadline of a probe
 SWEEP_SPAN: Final = Nanos(60_000_000)  # ns; one failure is planned, and early
 HEALTHY_WITHIN: Final = Nanos(12_000_000_000)  # ns after the faults; testsvc tries 10 s to start
 RUN_LIMIT: Final = Nanos(40_000_000_000)  # ns of virtual time; a run that needs it hangs
@@ -41,8 +52,9 @@ SHRINK: Final = 6  # problems kept of one run
 GREEN, RED, USAGE = 0, 1, 2
 
 CLIENTS: Final = ("campaign.one", "campaign.two")
-SERVICES: Final = ("timed", "demo.testsvc")
+SERVICES: Final = ("timed", "demo.testsvc", "policyd")
 JUDGE: Final = "campaign.judge"
+SIGNAL_LINK: Final = "0"  # by which the kernel tells the root task of signals
 STRANGER: Final = Pid(60_000)  # no task of a run has this number
 
 _SYSTEM: Final = """
@@ -51,6 +63,11 @@ name = "campaign"
 smp = 2
 total_size = "8MiB"
 owner_size = "512KiB"
+
+[service.policyd]
+program = "policyd"
+health = {{ deadline = "500ms", every = "50ms", answer = "100ms" }}
+capabilities = ["policy.authority"]
 
 [service.timed]
 program = "timed"
@@ -66,8 +83,8 @@ _CLIENT: Final = """
 [service."{name}"]
 program = "selftest-client"
 health = {{ deadline = "500ms" }}
-capabilities = ["proof.control"]
-uses = [{{ name = "timed" }}, {{ name = "demo.testsvc" }}]
+capabilities = ["proof.control", "policy.delegate"]
+uses = [{{ name = "timed" }}, {{ name = "demo.testsvc" }}, {{ name = "policyd" }}]
 settings = {{ judge = {judge}, faults = {faults}, healthy_within = {healthy} }}
 """
 
@@ -95,6 +112,8 @@ RECOVERIES: Final = (
     "deadline met an unanswered call",
     "call cut off by a death told as Unknown",
     "forged identity refused",
+    "denied while policyd did not answer",
+    "allowed after a denial for want of policyd",
     GAVE_UP,
     "healthy after the faults",
 )
@@ -170,7 +189,8 @@ def system_plan(faults: Nanos) -> SystemPlan:
 
 
 def drawn_faults(seed: int) -> Plan:
-    """The fault plan of a seed: some points, each with a chance of its own, and two forgeries."""
+    """The fault plan of a seed: some points, each with a chance of its own, two forgeries, and
+    services that are stopped for a while."""
     source = Random(f"nexus.campaign.{seed}")  # noqa: S311 (a choice of tests, not keys)
     chances = {
         point: source.randint(*bounds) for point, bounds in CHANCES.items() if source.random() < 0.5
@@ -181,7 +201,17 @@ def drawn_faults(seed: int) -> Plan:
         if source.random() < 0.5
     )
     tasks = frozenset((*CLIENTS, *SERVICES))
-    return Plan(forge=forge, chances=chances, tasks=tasks, span=FAULTS_SPAN)
+    # Services alone: a client that is stopped sees its own outcomes late, and rightly says so.
+    freeze = tuple(
+        Freeze(
+            task=task,
+            after=Nanos(source.randrange(FAULTS_SPAN)),
+            span=Nanos(source.randint(FREEZE_SPAN_MIN, FREEZE_SPAN_MAX)),
+        )
+        for task in SERVICES
+        if source.random() < 0.5
+    )
+    return Plan(forge=forge, freeze=freeze, chances=chances, tasks=tasks, span=FAULTS_SPAN)
 
 
 class Observer:
@@ -285,12 +315,12 @@ def unaccounted(lines: Iterator[str]) -> Iterator[str]:
     """Messages received that were not sent, twice, or out of order, by the kernel's event log.
 
     A forged copy is neither sent nor received in it: it is dropped at the receiver, and those
-    are counted.
+    are counted. Signals come in an order of their own.
     """
     queued: dict[str, deque[str]] = defaultdict(deque)
     for line in lines:
         match = _MESSAGE.match(line)
-        if match is None:
+        if match is None or match[2] == SIGNAL_LINK:
             continue
         link, size = match[2], match[3]
         if match[1] == "sent":
@@ -342,7 +372,10 @@ class _Seen:
         self.calls.update(told["outcomes"])
         self.recoveries["new instance found"] += told["rebinds"]
         self.recoveries["call answered after one that failed"] += told["recovered"]
+        self.recoveries["allowed after a denial for want of policyd"] += told["available_again"]
         outcomes = told["outcomes"]
+        unavailable = outcomes.get(f"Unavailable {Status.TIMED_OUT.name}", 0)
+        self.recoveries["denied while policyd did not answer"] += unavailable
         self.recoveries["deadline met an unanswered call"] += outcomes.get("TimedOut", 0)
         self.recoveries["call cut off by a death told as Unknown"] += outcomes.get("Unknown", 0)
         self.problems += [f"{who}: outcome {late} ns after its deadline" for late in told["late"]]
@@ -432,6 +465,7 @@ SWEPT: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
 _RIGHTS: Final = "refuses only for a slot, a right or a value, which are the caller's own"
 _ROOT: Final = "made by init alone, whose kernel refuses it to others only"
 _SURE: Final = "refuses nothing"
+_PORT: Final = "refuses only for a slot or a connection; no service of the campaign has a port"
 NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.SleepUntil: _SURE,
     abi_traps.Now: _SURE,
@@ -449,6 +483,12 @@ NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.TaskTable: _ROOT,
     abi_traps.Entropy: _ROOT,
     abi_traps.AuditLog: _ROOT,
+    abi_traps.PolicyRead: _SURE,
+    abi_traps.PolicyRaise: _ROOT,
+    abi_traps.BootMemoryRead: _ROOT,
+    abi_traps.Notify: _ROOT,
+    abi_traps.PortClose: _PORT,
+    abi_traps.PortPeer: _PORT,
 }
 """Traps without a failure that could be injected, and why."""
 
@@ -462,15 +502,25 @@ SELDOM: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.Exit: "every task returns instead",
     abi_traps.SpawnLastError: "made after a refused Spawn",
     abi_traps.Kill: "made when a service does not answer",
+    abi_traps.PortSend: "no service of the campaign has a port",
+    abi_traps.PortClose: "no service of the campaign has a port",
+    abi_traps.PortPeer: "no service of the campaign has a port",
 }
 """Traps that a run without faults need not make."""
 
 UNMADE: Final[Mapping[tuple[type[Trap[Any]], Status], str]] = {
     (abi_traps.Wait, Status.TIMED_OUT): "init looks with NO_WAIT, which is refused as QueueEmpty",
+    (abi_traps.PortSend, Status.QUEUE_FULL): "no service of the campaign has a port",
 }
 """Failures of SWEPT that no task of the system can meet, and why."""
 
-INIT_TRAPS: Final = (abi_traps.Spawn, abi_traps.Wait, abi_traps.ConsoleWrite, abi_traps.Send)
+INIT_TRAPS: Final = (
+    abi_traps.Spawn,
+    abi_traps.Wait,
+    abi_traps.ConsoleWrite,
+    abi_traps.Send,
+    abi_traps.BootMemoryReplace,
+)
 """What init must survive. Its other traps fail only by a bug of its own or of its kernel."""
 
 

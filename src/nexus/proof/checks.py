@@ -20,10 +20,11 @@ from nexus.abi import (
     SpawnReason,
     service_id,
 )
+from nexus.init.grants import wanted_by
 from nexus.init.plan import PlannedLink, PlannedService
 from nexus.proof.trace import Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
-from nexus.protocols.ladder import KERNEL, Ground, rung
+from nexus.protocols.ladder import KERNEL, SELFTEST, Ground, rung
 
 SENTINEL_CYCLES: Final = 64  # spawn and exit cycles of #2
 QUEUE_CAPACITY: Final = 64  # entries of a class queue (core.md 1.1)
@@ -210,13 +211,13 @@ def service_started(case: Case, trace: Trace, line: Line) -> None:
 
 
 def _next_start(trace: Trace, line: Line) -> int:
-    """Where the next `init: start X` stands, or the end of the stream."""
+    """Where the next `init: start X` or `init: restart X` stands, or the end of the stream."""
     places = (
         each.place
         for each in trace.lines
         if each.place > line.place
         and each.printer == INIT_NAME
-        and each.text.startswith("init: start ")
+        and each.text.startswith(("init: start ", "init: restart "))
     )
     return next(places, len(trace.events))
 
@@ -255,7 +256,12 @@ def system_ready(case: Case, trace: Trace, line: Line) -> None:
     for row in line.evidence["links"]:
         starts = [len(_started_before(trace, line, name)) for name in row[:2]]
         demand_equal(row[5:], starts, f"generations of the link from {row[0]} to {row[1]}")
-    demand_equal(line.evidence["grants"], [], "device grants")
+    wanted_grants = [
+        [service.name, *wanted, "allow"]
+        for service in case.plan.services
+        for wanted in wanted_by(service)
+    ]
+    demand_equal(line.evidence["grants"], wanted_grants, "grants and their decisions")
     made = [
         (str(event.fields["owner"]), int(event.fields["depth"]), int(event.fields["size"]))  # type: ignore[call-overload]
         for event in _before(trace, line, EventKind.LINK)
@@ -286,14 +292,12 @@ def _without(wanted: Sequence[tuple[Any, ...]], found: Iterable[tuple[Any, ...]]
 # ---------------------------------------------------------------- services
 
 
-def timed_ready(case: Case, trace: Trace, line: Line) -> None:
-    """#32: init's probe was answered by this instance, with its nonce and without a timer."""
+def _healthy(case: Case, trace: Trace, line: Line) -> Mapping[str, int]:
+    """That init's probe was answered by this instance in time, with its nonce; its facts."""
     name = line.printer
     _, event = _first_spawn(trace, name)
     demand_equal(line.pid, event.pid, "pid of the printer")
-    ready = _of_init(trace, "init: ready")
-    begun = event.time if ready is None else max(event.time, ready.time)
-    deadline = begun + case.plan.by_name[name].health_deadline
+    deadline = event.time + case.plan.by_name[name].health_deadline
     demand(line.time <= deadline, "printed after the readiness deadline")
     probe = _of_init(trace, f"init: health {name} ok")
     if probe is None:
@@ -301,7 +305,31 @@ def timed_ready(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(probe.evidence["generation"], line.generation, "generation in init's record")
     demand(probe.evidence["nonce"], "no nonce came back with the answer")
     demand(probe.time <= deadline, "answered after the readiness deadline")
-    demand_equal(probe.evidence["facts"]["timers"], 0, "live timers")
+    facts: Mapping[str, int] = probe.evidence["facts"]
+    return facts
+
+
+def policyd_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#8: its policy is the one that the policy files make here."""
+    facts = _healthy(case, trace, line)
+    wanted = int(case.plan.policy.digest[:DIGEST_DIGITS], 16)
+    demand_equal(facts["policy_digest"], wanted, "first digits of the policy's digest")
+
+
+def logd_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#30: its journal is as large as the system file says."""
+    facts = _healthy(case, trace, line)
+    settings = dict(case.plan.by_name[line.printer].settings)
+    for name, fact in (("records", "capacity_records"), ("size", "capacity_size")):
+        demand_equal(facts[fact], settings[name], fact)
+
+
+def timed_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#32: it holds no timer."""
+    demand_equal(_healthy(case, trace, line)["timers"], 0, "live timers")
+
+
+DIGEST_DIGITS: Final = 15  # hexadecimal digits that a fact has room for
 
 
 def _of_init(trace: Trace, text: str) -> Line | None:
@@ -318,6 +346,142 @@ def fires_exactly(case: Case, _trace: Trace, line: Line) -> None:
 
 
 WAKE_COST_MAX: Final = 50_000  # ns; two resumes of the cost model
+
+
+# ---------------------------------------------------------------- policy
+
+
+def mmio_policy_deny(_case: Case, trace: Trace, line: Line) -> None:
+    """#48: DENY for reason policy, in time, counted by policyd, and before any grant."""
+    evidence = line.evidence
+    wanted = {
+        "decision": "deny",
+        "reason": "policy",
+        "subject": "timed",
+        "right": "device.mmio.blk",
+        "target": "window blk",
+        "grants": 0,
+    }
+    demand_equal({name: evidence[name] for name in wanted}, wanted, "the decision")
+    demand(evidence["nonce"], "no nonce came back with the decision")
+    demand(0 < evidence["took_ns"] <= MMIO_ANSWER_MAX, f"it took {evidence['took_ns']} ns")
+    growth = evidence["denied_after"] - evidence["denied_before"]
+    demand_equal(growth, 1, "growth of policyd's deny counter")
+    ready = _of_init(trace, "init: ready")
+    demand(ready is None or line.place < ready.place, "asked after the grants were made")
+
+
+MMIO_ANSWER_MAX: Final = 1_000_000_000  # ns; ladder #48
+
+
+# ---------------------------------------------------------------- hangs and escapes
+
+
+def sandbox_escape(_case: Case, trace: Trace, line: Line) -> None:
+    """#95: what init read of that very process from outside is what `nexus doctor` says of this
+    machine. What the doctor calls absent is in the evidence of nobody, and is not claimed."""
+    from nexus.kernel.linux.report import State, hardening_report
+
+    pid = line.evidence["pid"]
+    spawns = [event for _, event in trace.spawns("demo.testsvc") if event.pid == pid]
+    demand_equal(len(spawns), 1, f"starts of the attacker, pid {pid}")
+    outside: Any = spawns[0].fields["outside"]
+    demand(outside, "init saw nothing of the attacker from outside")
+    held = {row.name for row in hardening_report() if row.state is State.HELD}
+    if "seccomp" in held:
+        demand_equal((outside["no_new_privs"], outside["seccomp"]), (1, 2), "filter, seen outside")
+    if "capabilities" in held:
+        demand_equal((outside["cap_eff"], outside["cap_prm"]), (0, 0), "capabilities, seen outside")
+    if "not_dumpable" in held and outside["dumpable"] is not None:
+        demand_equal(outside["dumpable"], False, "dumpable, seen outside")
+    if "ids" in held:
+        others = [event for _, event in trace.of_kind(EventKind.SPAWN) if event.pid != pid]
+        uids = [seen["uid"] for seen in (event.fields.get("outside") for event in others) if seen]  # type: ignore[index]
+        demand(outside["uid"] not in (0, *uids), f"uid {outside['uid']} is another's too")
+    if outside["descriptors"] is not None:
+        demand_equal(outside["descriptors"], outside["granted"], "descriptors, seen outside")
+
+
+def watchdog_restart(case: Case, trace: Trace, line: Line) -> None:
+    """#96: init's own lines say why and when, the kernel's events that it was a kill."""
+    name = "demo.testsvc"
+    service = case.plan.by_name[name]
+    new = line.evidence["generation"]
+    ends = [
+        each
+        for each in trace.lines
+        if each.printer == INIT_NAME
+        and each.text == f"init: end of {name}"
+        and each.evidence["generation"] == new - 1
+    ]
+    demand_equal(len(ends), 1, f"ends of the instance before generation {new}")
+    (end,) = ends
+    demand_equal(end.evidence["reason"], "hang", "reason in init's record")
+    demand_equal(end.evidence["signal"], KILLED, "signal of the end")
+    declared = service.probe_every + service.probe_answer * service.probe_misses
+    demand(
+        line.evidence["noticed_ns"] <= declared + NOTICE_MARGIN,
+        f"noticed after {line.evidence['noticed_ns']} ns, declared are {declared}",
+    )
+    started = [event.time for _, event in trace.spawns(name) if event.fields["generation"] == new]
+    demand_equal(len(started), 1, f"starts of generation {new}")
+    demand(started[0] - end.time >= service.backoff, "restarted before its back-off was over")
+
+
+NOTICE_MARGIN: Final = (
+    500_000_000  # ns; a kill, its reaping and the ladder's looking, on a busy host
+)
+KILLED: Final = 9
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def _measured(trace: Trace, number: int) -> Evidence:
+    """What selftest-client measured for a rung that logd prints."""
+    text = f"{SELFTEST}: measured #{number}"
+    lines = [line for line in trace.lines if line.printer == SELFTEST and line.text == text]
+    demand_equal(len(lines), 1, f"lines of {SELFTEST} about #{number}")
+    return lines[0].evidence
+
+
+def _rejection(line: Line, reason: str) -> None:
+    demand_equal(line.evidence["reason"], reason, "reason")
+    sender = f"{service_id(SELFTEST):016x}"
+    demand_equal(_hex(line.evidence["sender"]), sender, "sender whose message was refused")
+
+
+def reject_invalid_args(_case: Case, trace: Trace, line: Line) -> None:
+    """#111: the client holds the status, its row of STATS grew by one, no id was used."""
+    _rejection(line, "invalid_args")
+    measured = _measured(trace, 111)
+    demand_equal([measured["status"], measured["again"]], ["INVALID_ARGS"] * 2, "statuses")
+    demand_equal(measured["growth"], _growth_of(invalid_args=1), "growth of its row in STATS")
+    demand_equal(measured["ids"], 0, "record ids that the refused message used")
+
+
+def reject_over_limit(_case: Case, trace: Trace, line: Line) -> None:
+    """#112: 512 bytes of fields are taken, 513 refused, and both counted."""
+    _rejection(line, "over_limit")
+    measured = _measured(trace, 112)
+    demand_equal(measured["sizes"], [512, 513], "bytes of fields")
+    demand_equal(measured["statuses"], ["OK", "OVER_LIMIT"], "statuses")
+    demand_equal(measured["growth"], _growth_of(accepted=1, over_limit=1), "growth of its row")
+
+
+def reject_rate_limited(_case: Case, trace: Trace, line: Line) -> None:
+    """#113: the 25th of one sender is refused, another sender's in the same second is not."""
+    _rejection(line, "rate_limited")
+    measured = _measured(trace, 113)
+    demand_equal(measured["statuses"], ["OK"] * 24 + ["RATE_LIMITED"], "statuses")
+    demand(measured["took_ns"] < 1_000_000_000, "the burst took longer than its window")
+    demand_equal(measured["growth"], _growth_of(accepted=24, rate_limited=1), "growth of its row")
+    demand(measured["policyd"]["accepted"] >= 1, "nothing of the other sender was accepted")
+    demand_equal(measured["policyd"]["rate_limited"], 0, "refusals of the other sender")
+
+
+def _growth_of(**grown: int) -> dict[str, int]:
+    return {"accepted": 0, "invalid_args": 0, "over_limit": 0, "rate_limited": 0, **grown}
 
 
 # ---------------------------------------------------------------- the end
@@ -344,7 +508,9 @@ _NUMBERED: Final[dict[int, Check]] = {
     3: heap_report,
     4: qos_rollback,
     5: plan_started,
+    8: policyd_ready,
     29: system_ready,
+    30: logd_ready,
     32: timed_ready,
     39: cpu_online,
     40: smp_online,
@@ -355,7 +521,13 @@ _NUMBERED: Final[dict[int, Check]] = {
     45: work_stealing,
     46: steal_bound,
     47: steal_class,
+    48: mmio_policy_deny,
     60: fires_exactly,
+    95: sandbox_escape,
+    96: watchdog_restart,
+    111: reject_invalid_args,
+    112: reject_over_limit,
+    113: reject_rate_limited,
     143: nothing_left_behind,
 }
 _STARTS: Final = dict.fromkeys((6, *range(9, 28, 2)), service_started)

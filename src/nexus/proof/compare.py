@@ -145,6 +145,23 @@ LEFT_OUT: Final = (
         kinds=frozenset({EventKind.HANG}),
     ),
     LeftOut(
+        "confinement",
+        "what Linux says about a started process: ids, capabilities, descriptors",
+        "a property of a process; sim has none. The ladder and the attacks judge it",
+        fields=frozenset({"outside"}),
+    ),
+    LeftOut(
+        "world",
+        "signals, ports, boot memory and notices: what comes from outside the system or goes there",
+        "the scenario has no world outside; the conformance suite has one on both grounds",
+    ),
+    LeftOut(
+        "probes",
+        "what init and the runtime of services send each other: health probes and their answers",
+        "how many fit into a run is a matter of its length, which is the host's on linux; the "
+        "scenario has its own root task in the place of init, so that every trap has one reason",
+    ),
+    LeftOut(
         "degraded",
         "what the host did not grant a task",
         "a property of the host; sim has none to ask",

@@ -6,7 +6,7 @@ from typing import Final
 
 from nexus.protocols.ladder import RUNGS, Ground, Mechanism, Phase, Rung
 
-BUILT: Final[frozenset[Mechanism]] = frozenset()
+BUILT: Final = frozenset({Mechanism.DOCTOR, Mechanism.WATCHDOG})
 """The mechanisms this tree has. A rung that needs another one is not_run, never passed."""
 
 PHASES: Final = tuple(Phase)

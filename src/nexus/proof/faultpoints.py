@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from nexus.abi import Pid
+from nexus.proof.escapes import escape
 from nexus.proof.hostile import foreign_credentials
 from nexus.proof.sabotage import replace
 from nexus.protocols.ladder import Ground
 from nexus.services.demo import testsvc
 from nexus.services.selftest.identity_rungs import FOREIGN_CREDENTIALS, FORGED_SENDERS
+from nexus.services.selftest.watch_rungs import ESCAPE
 
 CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 PID_NOBODY_HAS: Final = (1 << 22) + 1  # above the largest pid_max of Linux
@@ -28,7 +30,8 @@ def plant_fault_points(ground: Ground) -> None:
         _plant_sim()
     else:
         _plant_linux()
-        _ = replace(testsvc, "ATTACKS", {FOREIGN_CREDENTIALS: foreign_credentials})
+        attacks = {FOREIGN_CREDENTIALS: foreign_credentials, ESCAPE: escape}
+        _ = replace(testsvc, "ATTACKS", attacks)
 
 
 def _plant_sim() -> None:

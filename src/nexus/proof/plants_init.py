@@ -1,4 +1,6 @@
-"""Saboteurs of what init prints and of `timed: ready`: 5, 13, 14, 27-29, 32."""
+"""Saboteurs of what init prints and of `timed: ready`: 5, 13, 14, 27-29, 32.
+
+Those that another service can have as well are public: `plants_policy` plants them there."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +11,7 @@ from nexus.init import links
 from nexus.init.plan import PlannedService
 from nexus.init.record import Record
 from nexus.init.supervisor import Supervisor
+from nexus.init.watch import Watch
 from nexus.kernel.linux.identity import IdentityView
 from nexus.kernel.sim.ipc import Ipc
 from nexus.proof.sabotage import Saboteur, replace
@@ -27,7 +30,9 @@ def _plan_unchecked() -> None:
     _ = replace(Supervisor, "checked_digest", lambda _supervisor: "")
 
 
-def _missing(name: str) -> None:
+def missing(name: str) -> None:
+    """One service is not started."""
+
     def faulty(supervisor: Supervisor) -> tuple[PlannedService, ...]:
         services: tuple[PlannedService, ...] = original(supervisor)
         return tuple(service for service in services if service.name != name)
@@ -35,7 +40,7 @@ def _missing(name: str) -> None:
     original = replace(Supervisor, "start_list", faulty)
 
 
-def _withheld(name: str) -> None:
+def withheld(name: str) -> None:
     """Nobody finds the task in the identity table, so its messages are refused."""
     withheld = service_id(name)
 
@@ -61,38 +66,40 @@ def _all_but_the_last(original: Callable[[Any], list[Any]]) -> Callable[[Any], l
     return lambda plan: original(plan)[:-1]
 
 
-def _ready_late() -> None:
-    """timed becomes ready after its deadline, and init waits for it all the same.
+def ready_late(kind: type) -> None:
+    """A service of this class becomes ready after its deadline, and init waits all the same.
 
     Only its first instance: a later one, in a process of its own on linux, is ready at once.
     """
     probes = 0
 
-    def made(server: Server, service: Any, protocol: Any, boot: BootImage, *rest: Any) -> None:
+    def made(
+        server: Server, service: Any, protocol: Any, boot: BootImage, *rest: Any, **options: Any
+    ) -> None:
         nonlocal probes
         if boot.generation > 1:
             probes = PROBES_UNREADY
-        original_init(server, service, protocol, boot, *rest)
+        original_init(server, service, protocol, boot, *rest, **options)
 
-    def faulty(_timed: Timed) -> bool:
+    def faulty(_service: Any) -> bool:
         nonlocal probes
         probes += 1
         return probes > PROBES_UNREADY
 
-    def patient(supervisor: Supervisor, record: Record) -> Nanos:
-        return Nanos(original(supervisor, record) + PATIENCE)
+    def patient(watch: Watch, record: Record, since: Nanos) -> Nanos:
+        return Nanos(original(watch, record, since) + PATIENCE)
 
-    _ = replace(Timed, "ready", faulty)
+    kind.ready = faulty  # type: ignore[attr-defined]
     original_init = replace(Server, "__init__", made)
-    original = replace(Supervisor, "_late_time", patient)
+    original = replace(Watch, "late_time", patient)
 
 
 SABOTEURS: Final = (
     Saboteur(rung=5, grounds=BOTH, plant=_plan_unchecked),
-    Saboteur(rung=13, grounds=BOTH, plant=partial(_missing, "timed")),
-    Saboteur(rung=14, grounds=BOTH, plant=partial(_withheld, "timed")),
-    Saboteur(rung=27, grounds=BOTH, plant=partial(_missing, SELFTEST)),
-    Saboteur(rung=28, grounds=BOTH, plant=partial(_withheld, SELFTEST)),
+    Saboteur(rung=13, grounds=BOTH, plant=partial(missing, "timed")),
+    Saboteur(rung=14, grounds=BOTH, plant=partial(withheld, "timed")),
+    Saboteur(rung=27, grounds=BOTH, plant=partial(missing, SELFTEST)),
+    Saboteur(rung=28, grounds=BOTH, plant=partial(withheld, SELFTEST)),
     Saboteur(rung=29, grounds=BOTH, plant=_link_left_out),
-    Saboteur(rung=32, grounds=BOTH, plant=_ready_late),
+    Saboteur(rung=32, grounds=BOTH, plant=partial(ready_late, Timed)),
 )

@@ -4,13 +4,14 @@ from typing import Final
 
 from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
+from nexus.proof.plants_policy import SABOTEURS as POLICY
 from nexus.proof.plants_selftest import SABOTEURS as SELFTEST
 from nexus.proof.sabotage import NoSuchSaboteur, Saboteur, replace
 from nexus.protocols.ladder import RUNGS, Ground
 
 __all__ = ["SABOTEURS", "NoSuchSaboteur", "Saboteur", "find", "replace"]
 
-SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *SELFTEST)
+SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *SELFTEST)
 
 
 def find(number: int, ground: Ground) -> Saboteur:

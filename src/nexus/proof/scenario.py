@@ -12,13 +12,17 @@ from hashlib import sha256
 from typing import Any, Final
 
 from nexus.abi import (
+    BOOT_MEMORY_SIZE_MAX,
     INIT_NAME,
     LINK_SIZE_MAX,
     MESSAGE_SIZE_MAX,
     NEVER,
     NO_WAIT,
+    NOTIFY_SIZE_MAX,
     AbiError,
     BootImage,
+    BootMemoryRead,
+    BootMemoryReplace,
     Call,
     CapClone,
     CapClose,
@@ -34,9 +38,16 @@ from nexus.abi import (
     LinkTerms,
     Message,
     Nanos,
+    Notify,
     Now,
     PeerGone,
     Pid,
+    PolicyRaise,
+    PolicyRead,
+    PolicyWord,
+    PortClose,
+    PortPeer,
+    PortSend,
     Program,
     Programs,
     QosClass,
@@ -69,6 +80,7 @@ SHORT_WAIT: Final = Nanos(3_000_000)  # ns; a wait that is meant to run out
 OWNER_SIZE: Final = 160 * 1024  # bytes of link shares of each task; five fit the total with root
 ENDPOINTS: Final = 8
 NOBODY: Final = Pid(1 << 30)  # beyond every number that Linux or the simulation gives
+NO_LINK: Final = LinkId(1 << 30)
 CALLS: Final = 20  # fused calls after the others, to see the fast path settle
 PEER_TERMS: Final = LinkTerms(depth=4, size=LINK_SIZE_MAX, delegations=8)
 
@@ -128,6 +140,10 @@ async def _say_counters(text: str) -> None:
 
 
 async def _root(boot: BootImage) -> int:
+    assert await PolicyRead() == PolicyWord(0, available=False)
+    assert await PolicyRaise(True) == PolicyWord(1, available=True)
+    await _refused(BootMemoryReplace(bytes(BOOT_MEMORY_SIZE_MAX + 1)), Status.INVALID_ARGUMENT)
+    await _refused(Notify("x" * (NOTIFY_SIZE_MAX + 1)), Status.INVALID_ARGUMENT)
     server, doomed, client = [await _start(boot, name) for name in ("server", "doomed", "client")]
     for peer in (server, doomed):
         link = await LinkCreate(peer.slot, PEER_TERMS)
@@ -380,6 +396,17 @@ async def _refusals(boot: BootImage, server: Slot) -> None:
     await _refused(Wait(boot.pid, NO_WAIT), Status.PERMISSION_DENIED)
     await _refused(TaskTable(), Status.PERMISSION_DENIED)
     await _refused(Entropy(8), Status.PERMISSION_DENIED)
+    await _refused(PolicyRaise(False), Status.PERMISSION_DENIED)
+    assert await PolicyRead() == PolicyWord(1, available=True)
+    await _refused(BootMemoryRead(), Status.PERMISSION_DENIED)
+    await _refused(BootMemoryReplace(b""), Status.PERMISSION_DENIED)
+    await _refused(Notify("READY=1"), Status.PERMISSION_DENIED)
+    for trap in (
+        PortSend(boot.endpoint, NO_LINK, b"\x01"),
+        PortClose(boot.endpoint, NO_LINK),
+        PortPeer(server, NO_LINK),
+    ):
+        await _refused(trap, Status.INVALID_ARGUMENT)
     await _refused(CapQuery(boot.endpoint), Status.PERMISSION_DENIED)
     await _refused(CapClone(boot.endpoint), Status.PERMISSION_DENIED)
     await _refused(CapDerive(server, Rights.SEND | Rights.MANAGE), Status.PERMISSION_DENIED)

@@ -2,9 +2,9 @@
 
 A rung passes when its line was printed once, by its printer, behind the rungs it comes after,
 with evidence that holds. It is red when one of these is not so, or when the line is missing;
-blocked when the line is missing and a rung it comes after is red or blocked; not_run outside
-its scope. What makes a run red without naming a rung (a stray FAIL line, a traceback, a dirty
-exit) is a finding: it denies #144, whose claim is the whole stream.
+blocked when the line is missing, failed or not, and a rung it comes after is red or blocked;
+not_run outside its scope. What makes a run red without naming a rung (a stray FAIL line, a
+traceback, a dirty exit) is a finding: it denies #144, whose claim is the whole stream.
 """
 
 from collections import defaultdict
@@ -269,7 +269,7 @@ class _Judge:
             return RungResult(number=row.number, state=State.NOT_RUN, reason=reason)
         faults = self._faults[row.number]
         lines = self._printed[row.number]
-        if not lines and not faults:
+        if not lines and (not faults or self._first_in_the_way(row) is not None):
             return self._decide_missing(row)
         if lines and not faults:
             faults = list(self._mismatches(row, lines))
@@ -283,14 +283,18 @@ class _Judge:
         )
 
     def _decide_missing(self, row: Rung) -> RungResult:
-        behind = next((number for number in row.after if self._stands_in_the_way(number)), None)
-        if behind is not None:
-            reason = f"behind #{behind}"
+        behind = self._first_in_the_way(row)
+        if behind is not None:  # also if it failed: that is what it came after that failed first
+            reason = "; ".join((f"behind #{behind}", *self._faults[row.number]))
             return RungResult(number=row.number, state=State.BLOCKED, reason=reason)
         if self._trace.ending.stopped and row.number not in self._passed_by:
             reason = "the run was stopped before it"
             return RungResult(number=row.number, state=State.NOT_RUN, reason=reason)
         return RungResult(number=row.number, state=State.RED, reason="its line was not printed")
+
+    def _first_in_the_way(self, row: Rung) -> int | None:
+        """The first rung this one comes after that does not hold."""
+        return next((number for number in row.after if self._stands_in_the_way(number)), None)
 
     def _stands_in_the_way(self, number: int) -> bool:
         return self._results[number].state in {State.RED, State.BLOCKED}

@@ -27,6 +27,7 @@ from nexus.abi import (
     EndpointCreate,
     Nanos,
     Now,
+    PolicyRead,
     Rights,
     SetTaskQos,
     SleepUntil,
@@ -46,15 +47,19 @@ from nexus.ipc import (
     Peers,
     Refused,
     RetryBudget,
+    RouteFailure,
     call_until,
     deadline_after,
 )
 from nexus.protocols.init import GetTasks, Shutdown, TaskRows, TaskState
+from nexus.protocols.policyd import PROTOCOL as POLICYD
+from nexus.protocols.policyd import Reason
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Echo, Echoed, Hold, Release, Released
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Cancel, Cancelled, Register, Seen, Sleep, Timer, Whoami, Woken
 from nexus.runtime import Call, Server, ServiceConfig
+from nexus.runtime.authority import Authority
 from nexus.wire import ReplyStatus
 
 CALL_WAIT: Final = Nanos(100_000_000)  # ns; deadline of each call
@@ -68,6 +73,8 @@ and wake-ups (3 ms) and a hundred resumes on a CPU that was made slow (0.4 ms ea
 NAP: Final = Nanos(20_000)  # ns; a sleep that a client takes by itself
 ROUND_PAUSE: Final = Nanos(1_000_000)  # ns; between two rounds of a client
 TELL_EVERY: Final = 16  # rounds; a client that is killed takes at most that much with it
+GIVEN: Final = "proof.control"  # a right that the system file gives each client
+NOT_GIVEN: Final = "keystore.sign"  # and one that it gives nobody
 JUDGE_ROUNDS: Final = 3  # rounds without a failure that the judge wants to see
 
 
@@ -86,15 +93,31 @@ class NoRoom(NamedTuple):
     status: Status
 
 
+class Unavailable(NamedTuple):
+    """A right was denied because policyd did not answer; nothing else was asked."""
+
+    status: Status
+
+
 Step = Callable[[], Awaitable[object]]
 
 
 class Workload:
     """One client's connections, its rotation of calls, and what came of each."""
 
-    def __init__(self, boot: BootImage, peers: Peers, timed: Client, testsvc: Client) -> None:
+    def __init__(
+        self,
+        boot: BootImage,
+        peers: Peers,
+        authority: Authority,
+        timed: Client,
+        testsvc: Client,
+    ) -> None:
         self._boot = boot
         self._peers = peers
+        self._authority = authority
+        self.available_again = 0
+        self._denied = False
         self._timed = timed
         self._testsvc = testsvc
         self._round = 0
@@ -103,6 +126,7 @@ class Workload:
         self.wrong: list[str] = []
         self.recovered = 0
         self._failing = False
+        self._generation = 0  # of the policy page, when it was last read
 
     @property
     def rebinds(self) -> int:
@@ -113,7 +137,7 @@ class Workload:
         """Every kind of call once. Whether all of them were answered."""
         self._round += 1
         steps = (self._whoami, self._echo, self._timer, self._sleep, self._held, self._batch)
-        others = (self._unknown_name, self._objects)
+        others = (self._unknown_name, self._objects, self._policy)
         answered = [await self._measure(step) for step in (*steps, *others)]
         return all(answered)
 
@@ -124,9 +148,9 @@ class Workload:
         late = await Now() - deadline
         if late > LATE_MAX:
             self.late.append(late)
-        failed = isinstance(outcome, CallFailure | Refused | NoRoom)
+        failed = isinstance(outcome, CallFailure | Refused | NoRoom | Unavailable)
         name = type(outcome).__name__ if failed else "answered"
-        if isinstance(outcome, Refused | NoRoom):
+        if isinstance(outcome, Refused | NoRoom | Unavailable):
             name = f"{name} {outcome.status.name}"
         self.outcomes[name] += 1
         if self._failing and not failed:
@@ -209,6 +233,29 @@ class Workload:
         right = isinstance(found, NotFound | CallFailure)
         return self._expect(found, NotFound, right, "unknown name")
 
+    async def _policy(self) -> object:
+        """Two questions to policyd, whatever ends and starts again meanwhile.
+
+        What the policy does not give is never allowed; what it gives is allowed, or denied
+        because policyd does not answer; and the generation of the page never goes back.
+        """
+        generation = (await PolicyRead()).generation
+        if generation < self._generation:
+            self.wrong.append(f"policy: generation {generation} after {self._generation}")
+        self._generation = generation
+        deadline = await self._ahead()
+        service = self._boot.service
+        stolen = await self._authority.check(service, NOT_GIVEN, "", deadline)
+        mine = await self._authority.check(service, GIVEN, "", deadline)
+        if stolen.allowed or not (mine.allowed or mine.reason is Reason.UNAVAILABLE):
+            self.wrong.append(f"policy: {stolen}, {mine}"[:120])
+        if mine.allowed:
+            self.available_again += self._denied
+            self._denied = False
+            return mine
+        self._denied = True
+        return Unavailable(Status.TIMED_OUT)
+
     async def _objects(self) -> object:
         """The traps that no call makes: memory, capabilities, endpoints, classes, sleep."""
         held: list[Slot] = []
@@ -285,7 +332,12 @@ class Task:
         if isinstance(client, Client):
             self._found.append(client)
         if len(self._found) == 2:
-            self.workload = Workload(self.boot, self.peers, *self._found)
+            authority = Authority(self._find_policyd, None)
+            self.workload = Workload(self.boot, self.peers, authority, *self._found)
+
+    async def _find_policyd(self, until: Nanos) -> Client | RouteFailure:
+        budget = RetryBudget(attempts_max=ATTEMPTS_MAX, backoff=BACKOFF, deadline=until)
+        return await self.peers.connect("policyd", POLICYD, budget)
 
 
 async def main(boot: BootImage) -> int:
@@ -360,5 +412,6 @@ async def _tell_outcomes(text: str, workload: Workload) -> None:
         wrong=workload.wrong[:8],
         rebinds=workload.rebinds,
         recovered=workload.recovered,
+        available_again=workload.available_again,
         slots=(await TaskStats()).slots,
     )

@@ -1,8 +1,10 @@
 """init-lite protocol: routes for everybody; the state of the system for `proof.control`.
 
 Spoken on the control link, whose other end is init's. Who asks is what the kernel stamped on
-the message and the link it came by; a payload never says it. Everything but Route is refused
-with DENIED to a service whose entry does not hold the capability `proof.control`.
+the message and the link it came by; a payload never says it. Everything but Route needs a right
+that the policy gives (DENIED without it): SYSTEM_OBSERVE to look, SYSTEM_CONTROL to act,
+`policy.authority` for the policy itself; PROOF_CONTROL stands for the first two, and is what
+AwaitReady needs.
 """
 
 from enum import IntEnum
@@ -17,10 +19,13 @@ from nexus.abi import (
     QosClass,
 )
 from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, Fact
+from nexus.protocols.policy import POLICY_SIZE_MAX
 from nexus.wire import I64, U8, U16, U32, U64, List, Message, Protocol, Request, Text
 
 REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
-PROOF_CONTROL: Final = "proof.control"  # the capability that everything but Route needs
+PROOF_CONTROL: Final = "proof.control"  # AwaitReady, and what the next two allow
+SYSTEM_OBSERVE: Final = "system.observe"  # the Get requests
+SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, LeaveSafeMode
 INIT_SLOTS_SPARE: Final = 8  # of init's table: endpoint, inbox, and capabilities on their way
 SERVICES_MAX: Final = (SLOTS_MAX - INIT_SLOTS_SPARE) // 2  # init holds two links per service
 LINK_ROWS_MAX: Final = 24  # rows of one answer to GetLinks; it fits a control link
@@ -28,6 +33,7 @@ AUDIT_ROWS_MAX: Final = 16  # lines of one answer to GetAudit; it fits a control
 AUDIT_LINE_SIZE_MAX: Final = 192  # characters; core.md 1.2 gives at most 171
 DELEGATIONS_MAX: Final = 32  # links one use may hand on at run time
 REASON_SIZE_MAX: Final = 32  # characters
+REASON_TEXT_SIZE_MAX: Final = 200  # characters of a sentence for people
 
 assert SERVICES_MAX < TASKS_MAX
 
@@ -38,6 +44,8 @@ class InitStatus(IntEnum):
     ROUTE_NOT_FOUND = 16  # no service of that name in the system
     ROUTE_DENIED = 17  # the caller's entry does not use it
     ROUTE_DOWN = 18  # it is not up now; asking again later is harmless
+    BAD_POLICY = 19  # what was given is no policy, or names a service that is not in the plan
+    NOT_IN_SAFE_MODE = 20
 
 
 class TaskState(IntEnum):
@@ -48,6 +56,8 @@ class TaskState(IntEnum):
     UP = 2
     BACKING_OFF = 3  # it ended; the restart is due after its declared back-off
     STOPPED = 4  # ended for good: the system is going down, or it ends with this service
+    FAILED = 5  # given up: it ended more often than its restart intensity allows
+    LEFT_OUT = 6  # not started: the system is in safe mode and this service is not marked `safe`
 
 
 class Health(IntEnum):
@@ -271,6 +281,73 @@ class Shutdown(Request[ShuttingDown], op=10, idempotent=True):
     """End the run in order."""
 
 
+class PolicyGiven(Message):
+    """The policy in force moves with this reply as a sealed VMO, of which it is the first `size`
+    bytes; `generation` is the policy page's."""
+
+    size: Annotated[int, U32(maximum=POLICY_SIZE_MAX)]
+    generation: Annotated[int, U32()]
+
+
+class GetPolicy(Request[PolicyGiven], op=11, idempotent=True, refuses=InitStatus):
+    """The policy: the plan's, or the last one that was set. Needs `policy.authority`."""
+
+
+class PolicyTaken(Message):
+    """The policy is kept, and the policy page has this new generation."""
+
+    generation: Annotated[int, U32()]
+
+
+class SetPolicy(Request[PolicyTaken], op=12, idempotent=True, refuses=InitStatus, moves=True):
+    """Keep this policy instead: the first `size` bytes of the sealed VMO that moves along.
+
+    Kept until the end of the boot, also over a restart of policyd. Needs `policy.authority`.
+    *Refuses*: BAD_POLICY.
+    """
+
+    size: Annotated[int, U32(minimum=1, maximum=POLICY_SIZE_MAX)]
+
+
+class SystemState(IntEnum):
+    """Where the whole system is."""
+
+    STARTING = 0
+    READY = 1  # every planned link exists
+    SAFE = 2  # only the services marked `safe` run
+    STOPPING = 3
+
+
+class SystemInfo(Message):
+    """The system as a whole. `why` is the reason of safe mode; times are the kernel's clock."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    digest: Annotated[str, Text(size_max=64)]
+    state: SystemState
+    why: Annotated[str, Text(size_max=REASON_TEXT_SIZE_MAX)]
+    started: Annotated[int, U64()]
+    ready: Annotated[int, U64()]
+    now: Annotated[int, U64()]
+    boots: Annotated[int, U32()]
+    policy_generation: Annotated[int, U32()]
+    policy_digest: Annotated[str, Text(size_max=64)]
+    policy_available: bool
+
+
+class GetSystem(Request[SystemInfo], op=13, idempotent=True):
+    """The state of the system. `boots` counts this state directory's boots, this one included."""
+
+
+class SafeModeLeft(Message):
+    """Safe mode is over: so many services are being started now."""
+
+    services: Annotated[int, U16()]
+
+
+class LeaveSafeMode(Request[SafeModeLeft], op=14, idempotent=True, refuses=InitStatus):
+    """Forget the crashes and start what safe mode left out. *Refuses*: NOT_IN_SAFE_MODE."""
+
+
 InitRequest: TypeAlias = (
     Route
     | AwaitReady
@@ -282,11 +359,15 @@ InitRequest: TypeAlias = (
     | GetAudit
     | GetResources
     | Shutdown
+    | GetPolicy
+    | SetPolicy
+    | GetSystem
+    | LeaveSafeMode
 )
 PROTOCOL: Final = Protocol(
     "init",
     number=1,
-    version=1,
+    version=2,
     requests=(
         Route,
         AwaitReady,
@@ -298,5 +379,9 @@ PROTOCOL: Final = Protocol(
         GetAudit,
         GetResources,
         Shutdown,
+        GetPolicy,
+        SetPolicy,
+        GetSystem,
+        LeaveSafeMode,
     ),
 )

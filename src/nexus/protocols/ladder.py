@@ -1671,7 +1671,7 @@ RUNGS: Final = (
         printer="logd",
         after=(30, 56),
         grounds=ALL,
-        needs=("logd",),
+        needs=("logd", "policyd"),
         boot=Boot.BEFORE_OTA,
         claim=(
             "The 25th message of one sender inside 1 s was refused, another sender's accepted in "
@@ -1720,7 +1720,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(30, 56),
         grounds=ALL,
-        needs=("logd",),
+        needs=("logd", "policyd", "demo.testsvc"),
         boot=Boot.BEFORE_OTA,
         claim=(
             "A record with a fresh token was acknowledged with a record id and is found once, by "

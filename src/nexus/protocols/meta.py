@@ -39,10 +39,16 @@ class Bind(Request[Bound], op=1, idempotent=True, moves=True):
 
 
 class Healthy(Message):
-    """The service does its work. `digest` is the SHA-256 of the argument it was started with."""
+    """The service does its work. `digest` is the SHA-256 of the argument it was started with.
+
+    `served` and `expired` count this instance's requests: all, and those whose deadline had passed
+    before their turn came. init's watchdog compares them from probe to probe.
+    """
 
     generation: Annotated[int, U32()]
     digest: Annotated[str, Text(size_min=DIGEST_SIZE, size_max=DIGEST_SIZE)]
+    served: Annotated[int, U64()]
+    expired: Annotated[int, U64()]
 
 
 class Health(Request[Healthy], op=2, idempotent=True, refuses=MetaStatus):
@@ -105,4 +111,4 @@ class Stop(Request[Stopping], op=4, idempotent=True):
 
 
 MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop
-PROTOCOL: Final = Protocol("meta", number=0, version=1, requests=(Bind, Health, GetStatus, Stop))
+PROTOCOL: Final = Protocol("meta", number=0, version=2, requests=(Bind, Health, GetStatus, Stop))

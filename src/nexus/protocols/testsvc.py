@@ -16,6 +16,7 @@ PLACED_SIZE_MAX: Final = 64  # bytes of one placed frame; a header and a tiny bo
 STEPS_MAX: Final = 96  # steps of one raw session
 STEP_DATA_SIZE_MAX: Final = 128  # bytes
 SESSION_WAIT_MAX_MS: Final = 5_000
+HANG_MAX_MS: Final = 60_000  # longer than any watchdog of a test waits
 
 
 class TestsvcStatus(IntEnum):
@@ -185,6 +186,27 @@ class Attack(Request[AttackResult], op=11, idempotent=False, refuses=TestsvcStat
     target_pid: Annotated[int, U32()]
 
 
+class LogdAnswer(Message):
+    """The status logd answered with, and how many records it gave."""
+
+    status: Annotated[int, U16()]
+    records: Annotated[int, U8()]
+
+
+class ReadLog(Request[LogdAnswer], op=12, idempotent=False, refuses=TestsvcStatus, moves=True):
+    """The request carries a SEND link to logd; ask logd over it for its oldest record."""
+
+
+class Hung(Message):
+    """The hang is over; sent only if nobody ended it."""
+
+
+class Hang(Request[Hung], op=13, idempotent=False):
+    """Do nothing at all for `for_ms`: no request is served, no health probe answered."""
+
+    for_ms: Annotated[int, U32(minimum=1, maximum=HANG_MAX_MS)]
+
+
 TestsvcRequest: TypeAlias = (
     Echo
     | Hold
@@ -197,11 +219,13 @@ TestsvcRequest: TypeAlias = (
     | Die
     | Forge
     | Attack
+    | ReadLog
+    | Hang
 )
 PROTOCOL: Final = Protocol(
     "testsvc",
     number=3,
-    version=1,
+    version=2,
     requests=(
         Echo,
         Hold,
@@ -214,5 +238,7 @@ PROTOCOL: Final = Protocol(
         Die,
         Forge,
         Attack,
+        ReadLog,
+        Hang,
     ),
 )

@@ -14,11 +14,13 @@ SettingsT = TypeVar("SettingsT")
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The service's entry in the system file, as far as the service itself needs it.
 
-    `uses` are the services it may ask for; `settings` its own values; `trace_seed` makes its
-    trace and span ids.
+    `uses` are the services it may ask for; of these it never waits for `posts`, which the plan
+    declares with `sync = false` so that no cycle of waiting can be; `settings` are its own values;
+    `trace_seed` makes its trace and span ids.
     """
 
     uses: list[str]
+    posts: list[str]
     settings: dict[str, Any]
     trace_seed: bytes
 

@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import json
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from enum import IntEnum
 from types import coroutine
 from typing import Any, Final, NamedTuple, Protocol
@@ -82,6 +82,8 @@ BINDS_MAX: Final = 56  # reply links kept, one per link into the endpoint
 ONE_SHOTS_MAX: Final = 8  # reply links of deferred one-shot requests
 OWN_SLOTS: Final = 32  # of the table for the service itself, and one message on its way
 REMARKS_MAX: Final = 32  # refused calls remembered with their notes
+LOG_PAUSE_LEAST: Final = Nanos(5_000_000)  # ns between two looks after lines that wait
+LOG_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
 DEADLINE: Final = struct.Struct(f"<{DEADLINE_OFFSET}xQ")
 INIT: Final = service_id(INIT_NAME)
 
@@ -104,8 +106,21 @@ class Hooks(NamedTuple):
     on_time: Callable[[Nanos], Any] | None  # next_time() has come; plain or coroutine
     next_time: Callable[[], Nanos | None] | None
     on_gone: Callable[[LinkId], Any] | None  # the holder of a link is gone; plain or coroutine
+    on_other: Callable[[Message], Any] | None  # a message of a further source; plain or coroutine
     facts: Callable[[], dict[str, int]] | None
     ready: Callable[[], bool] | None
+    on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
+
+
+class Log(Protocol):
+    """What the runtime needs of nexus.log.Logger: to be driven in the task's idle moments."""
+
+    @property
+    def due(self) -> bool:
+        """Whether lines wait to be sent, or answers to be taken."""
+
+    async def flush(self) -> None:
+        """Send and take what can be without waiting."""
 
 
 class Remark(NamedTuple):
@@ -130,12 +145,18 @@ class Server:
         protocol: WireProtocol,
         boot: BootImage,
         caller: Caller | None = None,
+        *,
+        sources: tuple[Slot, ...] = (),
+        log: Log | None = None,
     ) -> None:
         self.boot = boot
         self.account = Account()
         self.remarks: list[Remark] = []
         self.stopping = False
+        self.starting = False  # while set, the health probe finds the service not ready
         self._service = service
+        self._log = log
+        self._log_pause = LOG_PAUSE_LEAST
         self._handle = service.handle
         self._awaits = inspect.iscoroutinefunction(service.handle)
         self._hooks = Hooks(
@@ -148,7 +169,8 @@ class Server:
         self._one_shots: dict[Slot, Deferred] = {}
         self._outbox: list[tuple[Deferred, bytes | bytearray]] = []
         self._call = Call(self._caller.spans, self._post)
-        self._trap = ReplyRecv((boot.endpoint,), NEVER)
+        assert not sources or self._hooks.on_other is not None, "further sources need on_other"
+        self._trap = ReplyRecv((boot.endpoint, *sources), NEVER)
         self._announced = False
         self._echoed = 0  # nonce of init's Bind, told with the line that we are ready
         self._announcing = False
@@ -194,6 +216,8 @@ class Server:
         handle = self._handle
         awaits = self._awaits
         next_time = self._hooks.next_time
+        log = self._log
+        timed = next_time is not None or log is not None
         forever = deadline == NEVER
         trap.deadline = deadline
         while True:
@@ -202,6 +226,8 @@ class Server:
                 if due is not None and due <= self._latest:
                     due = yield from self._ring(next_time).__await__()
                 trap.deadline = deadline if due is None else min(due, deadline)
+            if log is not None and log.due:
+                yield from self._drive(log).__await__()
             if self._outbox:
                 yield from self._flush().__await__()
             try:
@@ -213,7 +239,7 @@ class Server:
                 self._check_sent()
             trap.slot = None
             data, sender, link, cap, now, _ = message
-            if next_time is not None:
+            if timed:
                 self._latest = now
             codec = dispatch.get(data[:PREFIX_SIZE])
             slot = replies.get(link)
@@ -263,14 +289,35 @@ class Server:
         trap.reply_status = None
         trap.slot = None
 
+    async def _send_held(self) -> None:
+        """Send the reply that the trap holds for its next wait: something else comes first."""
+        trap = self._trap
+        if trap.slot is not None:
+            slot, trap.slot = trap.slot, None
+            self.account.replies -= 1
+            _ = await self._send(slot, trap.data)
+
     async def _ring(self, next_time: Callable[[], Nanos | None]) -> Nanos | None:
-        """Tell the service that its time has come; its next one."""
+        """Tell the service that its time has come; its next one. No caller waits for that."""
         on_time = self._hooks.on_time
         assert on_time is not None
+        await self._send_held()
         await _settled(on_time(self._latest))
         due = next_time()
         assert due is None or due > self._latest, "on_time has left its time standing"
         return due
+
+    async def _drive(self, log: Log) -> None:
+        """Let the log send and take what it can, and come back for the rest a little later.
+
+        The pause doubles with each wake-up that finds a rest: nobody takes the lines now.
+        """
+        await self._send_held()
+        await log.flush()
+        if log.due:
+            self._trap.deadline = min(self._trap.deadline, Nanos(self._latest + self._log_pause))
+        else:
+            self._log_pause = LOG_PAUSE_LEAST
 
     async def _on_refused_receive(self, error: AbiError) -> bool:
         """A wake-up without a message; what only a bug can cause is raised, never waited out."""
@@ -278,6 +325,7 @@ class Server:
             await self._on_gone(error.link)
         elif error.status in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
             self._latest = await Now()
+            self._log_pause = min(Nanos(2 * self._log_pause), LOG_PAUSE_MAX)
         else:
             raise error
         return False
@@ -297,6 +345,11 @@ class Server:
 
     async def _serve(self, message: Message) -> None:
         """Serve any message: the checks of the fast path, and what it leaves out."""
+        if message.source != self.boot.endpoint:
+            # Its link was never bound, so the fast path has not touched it.
+            assert self._hooks.on_other is not None
+            await _settled(self._hooks.on_other(message))
+            return
         self.account.row(message.sender.service)[0] += 1
         prefix = message.data[:PREFIX_SIZE]
         codec = self._dispatch.get(prefix) or META.dispatch.get(prefix)
@@ -475,6 +528,8 @@ class Server:
             account.expired += 1
         elif request is None and status in (ReplyStatus.MALFORMED, ReplyStatus.UNSUPPORTED):
             account.malformed += 1
+            if status is ReplyStatus.MALFORMED and self._hooks.on_malformed is not None:
+                self._hooks.on_malformed(message)
         if len(self.remarks) >= REMARKS_MAX:
             del self.remarks[0]
         name = "" if request is None else type(request).__name__
@@ -523,10 +578,11 @@ class Server:
                 return self._stop(call)
 
     def _health(self, call: Call) -> Healthy:
-        if self._hooks.ready is not None and not self._hooks.ready():
+        if self.starting or (self._hooks.ready is not None and not self._hooks.ready()):
             raise call.refuse(MetaStatus.NOT_READY)
         self._announcing = not self._announced and call.sender.service == INIT
-        return Healthy(self.boot.generation, self._digest)
+        account = self.account
+        return Healthy(self.boot.generation, self._digest, account.requests, account.expired)
 
     def _stop(self, call: Call) -> Stopping:
         if call.sender.service != INIT:
@@ -596,17 +652,34 @@ async def _settled(result: Any) -> None:
 
 
 async def serve(
-    service: Service, protocol: WireProtocol, boot: BootImage, peers: Peers | None = None
+    service: Service,
+    protocol: WireProtocol,
+    boot: BootImage,
+    peers: Peers | None = None,
+    log: Log | None = None,
 ) -> int:
     """Run `service` on the task's own endpoint until init says Stop; the exit code.
 
-    Calls made through `peers` while a request is served inherit its deadline and trace. An error
-    nobody expected ends the task: one line on the console, and the supervisor decides.
+    Calls made through `peers` while a request is served inherit its deadline and trace. `log` is
+    driven between requests.
     """
-    server = Server(service, protocol, boot, None if peers is None else peers.caller)
+    server = Server(service, protocol, boot, None if peers is None else peers.caller, log=log)
+    return await told_if_crashed(boot, server.run())
+
+
+async def told_if_crashed(boot: BootImage, running: Coroutine[Trap[Any], Any, int]) -> int:
+    """The outermost frame of a service: the exit code of `running`.
+
+    An error nobody expected ends the task: one line on the console, and the supervisor decides.
+    """
     try:
-        return await server.run()
+        return await running
     except Exception as error:
-        with contextlib.suppress(AbiError):
-            await ConsoleWrite(f"{boot.name}: crashed, {type(error).__name__}")
+        await tell_of_crash(boot, error)
         raise
+
+
+async def tell_of_crash(boot: BootImage, error: Exception) -> None:
+    """One line on the console."""
+    with contextlib.suppress(AbiError):
+        await ConsoleWrite(f"{boot.name}: crashed, {type(error).__name__}")

@@ -16,6 +16,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -40,6 +41,7 @@ from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.linux.harden import preload
 from nexus.kernel.sim import SimKernel
+from nexus.testing.outside import LinuxOutside, Place, SimOutside, new_place
 
 RUN_TIME_MAX: Final = Nanos(20_000_000_000)  # of the kernel's clock; a case takes well under 5 s
 HOST_TIME_MAX: Final = 30.0  # seconds; then the whole process tree is killed
@@ -72,10 +74,18 @@ class Kernel(Protocol):
 
 
 class MakeKernel(Protocol):
-    """Makes a fresh kernel for one run."""
+    """Makes a fresh kernel for one run, without a state directory."""
 
     def __call__(
         self, programs: Programs, *, recorder: Recorder, limits: SystemLimits
+    ) -> Kernel: ...
+
+
+class MakePlacedKernel(Protocol):
+    """Makes a fresh kernel for one run in a place, and sets its `current` world outside."""
+
+    def __call__(
+        self, programs: Programs, *, recorder: Recorder, limits: SystemLimits, place: Place
     ) -> Kernel: ...
 
 
@@ -115,6 +125,7 @@ class Rig:
     """One kind of kernel, ready to run programs.
 
     `lateness_max` bounds how late the median of several waits may end on an idle CPU.
+    Runs in a place, with a world outside, need `make_placed`.
     `forked` kernels turn the calling process into init and get a process of their own;
     `user` is the uid and gid that process takes first, None to keep the test's own.
     `time_max` bounds a run, in the kernel's own time. Events of `kinds` are kept; a test that
@@ -124,10 +135,15 @@ class Rig:
     name: str
     make_kernel: MakeKernel
     lateness_max: Nanos
+    make_placed: MakePlacedKernel | None = None
     forked: bool = False
     user: int | None = None
     time_max: Nanos = RUN_TIME_MAX
     kinds: frozenset[EventKind] = frozenset(EventKind)
+
+    def place(self) -> AbstractContextManager[Place]:
+        """A place for runs that keep something, or talk to the world outside."""
+        return new_place(self.user)
 
     def run(
         self,
@@ -136,9 +152,11 @@ class Rig:
         programs: Mapping[str, Main] | None = None,
         limits: SystemLimits | None = None,
         argument: bytes = b"",
+        place: Place | None = None,
     ) -> Any:
         """Run `root` to its end and return its result."""
-        return self.observe(root, programs=programs, limits=limits, argument=argument).result
+        run = self.observe(root, programs=programs, limits=limits, argument=argument, place=place)
+        return run.result
 
     def observe(
         self,
@@ -147,11 +165,12 @@ class Rig:
         programs: Mapping[str, Main] | None = None,
         limits: SystemLimits | None = None,
         argument: bytes = b"",
+        place: Place | None = None,
     ) -> Run:
         """Run `root` to its end and return its result with the kernel's evidence."""
 
         def work() -> Outcome:
-            return self.run_here(root, programs or {}, limits or SystemLimits(), argument)
+            return self.run_here(root, programs or {}, limits or SystemLimits(), argument, place)
 
         outcome = _in_a_fork(work, user=self.user) if self.forked else work()
         if outcome.failures:
@@ -160,7 +179,12 @@ class Rig:
         return Run(result=outcome.result, exit=outcome.exit, events=tuple(outcome.events))
 
     def run_here(
-        self, root: Main, programs: Mapping[str, Main], limits: SystemLimits, argument: bytes
+        self,
+        root: Main,
+        programs: Mapping[str, Main],
+        limits: SystemLimits,
+        argument: bytes,
+        place: Place | None = None,
     ) -> Outcome:
         """Run `root` in the calling process, whatever that does to it."""
         outcome = Outcome()
@@ -179,12 +203,18 @@ class Rig:
                 outcome.events.append(event._replace(fields=dict(event.fields)))
 
         table = {name: program(name, reporting(main)) for name, main in programs.items()}
-        kernel = self.make_kernel(table, recorder=record, limits=limits)
+        if place is None:
+            kernel = self.make_kernel(table, recorder=record, limits=limits)
+        else:
+            assert self.make_placed is not None, "this kernel has no world outside"
+            kernel = self.make_placed(table, recorder=record, limits=limits, place=place)
         until = Nanos(kernel.now + self.time_max)
         try:
             outcome.exit = kernel.run(program(INIT_NAME, root_main), argument, until=until)
         except Exception:  # noqa: BLE001 (whatever a kernel raises is the test's failure)
             outcome.failures.append(f"the kernel raised:\n{traceback.format_exc()}")
+        if place is not None and isinstance(kernel, SimKernel):
+            place.memory = kernel.boot_memory
         reports = _task_reports(outcome.events)
         if reports:
             # The first cause comes first: root usually fails because a child did.
@@ -198,7 +228,9 @@ def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
     `heap_size` bounds all tasks together, which no other kernel does.
     """
 
-    def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
+    def make_with(
+        programs: Programs, recorder: Recorder, limits: SystemLimits, boot_memory: bytes | None
+    ) -> SimKernel:
         return SimKernel(
             programs,
             seed=seed,
@@ -206,10 +238,24 @@ def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
             cpu_count=cpu_count,
             limits=limits,
             heap_size=heap_size,
+            boot_memory=boot_memory,
         )
 
+    def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
+        return make_with(programs, recorder, limits, None)
+
+    def make_placed(
+        programs: Programs, *, recorder: Recorder, limits: SystemLimits, place: Place
+    ) -> Kernel:
+        kernel = make_with(programs, recorder, limits, place.memory)
+        place.current = SimOutside(kernel)
+        return kernel
+
     return Rig(
-        name=f"sim-smp{cpu_count}-seed{seed}", make_kernel=make, lateness_max=SIM_LATENESS_MAX
+        name=f"sim-smp{cpu_count}-seed{seed}",
+        make_kernel=make,
+        make_placed=make_placed,
+        lateness_max=SIM_LATENESS_MAX,
     )
 
 
@@ -219,10 +265,26 @@ def linux_rig(*, harden: bool = True, user: int | None = None) -> Rig:
     def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
         return LinuxKernel(programs, recorder=recorder, limits=limits, harden=harden)
 
+    def make_placed(
+        programs: Programs, *, recorder: Recorder, limits: SystemLimits, place: Place
+    ) -> Kernel:
+        outside = LinuxOutside(place)
+        place.current = outside
+        return LinuxKernel(
+            programs,
+            recorder=recorder,
+            limits=limits,
+            harden=harden,
+            state_dir=place.state_dir,
+            runtime_dir=place.runtime_dir,
+            notify_socket=outside.manager,
+        )
+
     words = ["linux", *([] if harden else ["soft"]), *([] if user is None else ["user"])]
     return Rig(
         name="-".join(words),
         make_kernel=make,
+        make_placed=make_placed,
         lateness_max=LINUX_LATENESS_MAX,
         forked=True,
         user=user,

@@ -22,8 +22,11 @@ from nexus.kernel.core.ending import (
     end_coroutine,
     exit_code,
 )
+from nexus.kernel.core.grants import PORT_SIZE, grants_fields
 from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.core.message import check_data, check_derived, check_terms
+from nexus.kernel.core.name import name_is_valid
+from nexus.kernel.core.notice import check_boot_memory, check_notice
 from nexus.kernel.core.qos import (
     QOS_PRIVILEGED,
     QOS_STATUS,
@@ -43,8 +46,8 @@ from nexus.kernel.core.spawn import (
     SPAWN_STATUS,
     SpawnRefused,
     check_cpu,
+    check_ports,
     check_spec,
-    name_is_valid,
 )
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "LINK_END_SIZE",
     "MESSAGE_SIZE",
     "OBJECT_ALIGN",
+    "PORT_SIZE",
     "QOS_PRIVILEGED",
     "QOS_STATUS",
     "SLOT_SIZE",
@@ -79,16 +83,20 @@ __all__ = [
     "SystemLimits",
     "SystemShares",
     "audit_line",
+    "check_boot_memory",
     "check_console",
     "check_cpu",
     "check_data",
     "check_derived",
+    "check_notice",
+    "check_ports",
     "check_spec",
     "check_terms",
     "decide",
     "derive",
     "end_coroutine",
     "exit_code",
+    "grants_fields",
     "moved",
     "name_is_valid",
     "page_round",

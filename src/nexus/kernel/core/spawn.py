@@ -12,7 +12,6 @@ from nexus.abi import (
     BUDGET_SIZE_DEFAULT,
     CONTROL_LINK_SIZE,
     ENDPOINTS_PER_OWNER_MAX,
-    SERVICE_NAME_SIZE_MAX,
     TASKS_MAX,
     AbiError,
     Program,
@@ -23,12 +22,12 @@ from nexus.abi import (
     Status,
 )
 from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
+from nexus.kernel.core.grants import PORT_BUDGET_SIZE, grants_problem, ports_problem
+from nexus.kernel.core.name import name_is_valid
 
 ARGUMENT_SIZE_MAX: Final = 16 * 1024  # bytes; a service's settings, not data
 BUDGET_SIZE_MAX: Final = 16 * BUDGET_SIZE_DEFAULT  # bytes; above it a budget is a mistake
 DELEGATIONS_MAX: Final = TASKS_MAX  # links; at most one for each task that can live
-
-NAME_CHARACTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-_")
 
 SPAWN_STATUS: Final = {
     SpawnReason.OOM: Status.NO_SPACE,
@@ -48,11 +47,6 @@ class SpawnRefused(AbiError):
         self.reason = reason
 
 
-def name_is_valid(name: str) -> bool:
-    """Whether a service may have this name: 1 to SERVICE_NAME_SIZE_MAX of [a-z0-9._-]."""
-    return 1 <= len(name) <= SERVICE_NAME_SIZE_MAX and NAME_CHARACTERS.issuperset(name)
-
-
 def check_spec(spec: SpawnSpec, programs: Programs, live_names: Collection[str]) -> Program:
     """The program to start. Refuses: SpawnRefused with invalid-payload."""
     problem = _problem_of(spec, live_names)
@@ -62,6 +56,13 @@ def check_spec(spec: SpawnSpec, programs: Programs, live_names: Collection[str])
             return program
         problem = f"no program {spec.program!r}"
     raise SpawnRefused(SpawnReason.INVALID_PAYLOAD, problem)
+
+
+def check_ports(spec: SpawnSpec, live_ports: Collection[str]) -> None:
+    """Refuse a port that a live task has: SpawnRefused with invalid-payload."""
+    problem = ports_problem(spec.grants, live_ports)
+    if problem is not None:
+        raise SpawnRefused(SpawnReason.INVALID_PAYLOAD, problem)
 
 
 def check_cpu(spec: SpawnSpec, cpu_count: int) -> None:
@@ -79,11 +80,15 @@ def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
         return f"no class {spec.qos!r}"
     if spec.cpu is not None and spec.cpu < 0:
         return f"no CPU {spec.cpu}"
+    problem = grants_problem(spec.grants)
+    if problem is not None:
+        return problem
+    least_budget = BOOT_BUDGET_SIZE + PORT_BUDGET_SIZE * len(spec.grants.ports)
     ranges = (
         ("argument", len(spec.argument), 0, ARGUMENT_SIZE_MAX),
         ("owner_size", spec.owner_size, CONTROL_LINK_SIZE, 1 << 31),
         ("endpoints", spec.endpoints, 1, ENDPOINTS_PER_OWNER_MAX),
-        ("budget", spec.budget, BOOT_BUDGET_SIZE, BUDGET_SIZE_MAX),
+        ("budget", spec.budget, least_budget, BUDGET_SIZE_MAX),
         ("delegations", spec.delegations, 0, DELEGATIONS_MAX),
     )
     for field, value, least, most in ranges:

@@ -17,6 +17,8 @@ from typing import Final, NamedTuple
 from nexus.abi import (
     AbiError,
     AuditLog,
+    BootMemoryRead,
+    BootMemoryReplace,
     Call,
     CapClone,
     CapClose,
@@ -30,8 +32,14 @@ from nexus.abi import (
     Exit,
     Kill,
     LinkCreate,
+    Notify,
     Now,
     Pid,
+    PolicyRaise,
+    PolicyRead,
+    PortClose,
+    PortPeer,
+    PortSend,
     Recv,
     ReplyRecv,
     Send,
@@ -111,6 +119,14 @@ TRAPS: Final[tuple[type, ...]] = (
     ConsoleWrite,
     TaskStats,
     AuditLog,
+    PolicyRead,
+    PolicyRaise,
+    BootMemoryRead,
+    BootMemoryReplace,
+    Notify,
+    PortSend,
+    PortClose,
+    PortPeer,
 )
 TRAP_NUMBER: Final = {kind: number for number, kind in enumerate(TRAPS)}
 

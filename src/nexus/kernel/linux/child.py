@@ -4,6 +4,7 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 from nexus.abi import (
@@ -36,11 +37,11 @@ class Birth(NamedTuple):
     """Everything a child inherits by the fork on purpose; descriptors by number."""
 
     spec: SpawnSpec
-    program: Program
+    program: Program | None  # None in an interpreter of its own, which has imported it by itself
     me: Sender
     spawner: ServiceId
-    descriptors: tuple[int, ...]  # kernel channel, control link, own endpoint's link, identity
-    confinement: Confinement
+    names: tuple[str, ...]  # of granted devices and sockets
+    confinement: Confinement  # keeps channel, control link, own link, identity, ports, granted
     share: OwnerShare
     truesize: Truesize
     trace: bool
@@ -60,21 +61,25 @@ def live(birth: Birth) -> NoReturn:
 
 def _live(birth: Birth) -> int:
     hardening = Hardening(birth.confinement)
-    channel, control, endpoint, identity = hardening.before_identity()
+    channel, *inherited = hardening.before_identity()
     port = TaskPort(adopt_channel(channel))
     try:
-        view = IdentityView(identity)
-        os.close(identity)
-        driver = _driver(birth, port, view, control, endpoint)
+        assert birth.program is not None, "a fork has what init has"
+        driver, boot = furnish(birth, port, inherited)
         hardening.finish()
-        coroutine = birth.program.main(_boot_image(birth, driver))
+        coroutine = birth.program.main(boot)
     except Exception as error:  # noqa: BLE001 (a program that cannot be started is told as such)
         port.prepared(Prepared(0, 0, (), f"{type(error).__name__}: {error}"))
         return EXIT_CRASH
     port.prepared(Prepared(os.getuid(), os.getgid(), tuple(hardening.why), ""))
+    return run(port, lambda: driver.run(coroutine)[0])
+
+
+def run(port: TaskPort, work: Callable[[], int]) -> int:
+    """Run a program to its end: its exit code. A traceback is left with init."""
     code = EXIT_CRASH
     try:
-        code, _ = driver.run(coroutine)
+        code = work()
     except InitIsGone:
         raise
     except BaseException:  # noqa: BLE001 (the process ends here, whatever the program raised)
@@ -83,8 +88,18 @@ def _live(birth: Birth) -> int:
     return code
 
 
-def _boot_image(birth: Birth, driver: Driver) -> BootImage:
-    return BootImage(
+def furnish(birth: Birth, port: TaskPort, inherited: Sequence[int]) -> tuple[Driver, BootImage]:
+    """A task's driver with its first slots, and the boot image that names them."""
+    control, endpoint, identity, *rest = inherited
+    view = IdentityView(identity)
+    os.close(identity)
+    driver = _driver(birth, port, view, control, endpoint)
+    ports = birth.spec.grants.ports
+    slots = tuple(
+        driver.open_port(name, adopt_channel(descriptor))
+        for name, descriptor in zip(ports, rest[: len(ports)], strict=True)
+    )
+    boot = BootImage(
         name=birth.spec.name,
         service=driver.me.service,
         pid=driver.me.pid,
@@ -93,7 +108,10 @@ def _boot_image(birth: Birth, driver: Driver) -> BootImage:
         endpoint=driver.endpoint,
         now=Nanos(time.monotonic_ns()),
         argument=birth.spec.argument,
+        ports=slots,
+        descriptors=tuple(zip(birth.names, rest[len(ports) :], strict=True)),
     )
+    return driver, boot
 
 
 def _driver(
@@ -122,5 +140,5 @@ def _driver(
 
 
 def adopt_channel(descriptor: int) -> socket.socket:
-    """The kernel channel's own end."""
+    """The kernel channel's own end, or a port's."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)

@@ -4,7 +4,8 @@ The same code drives the root task in init's process and every service in its ow
 is the port: a service asks init over its kernel channel, the root task's port is the kernel.
 
 Decisions that a test must be able to break sit in small methods looked up at each use:
-`_sender_of`, `_expired`, `_fits`, `_passed`, `_let_go`, `_vmo_length`, `_arm`, `_confirmable`.
+`_sender_of`, `_expired`, `_fits`, `_passed`, `_let_go`, `_vmo_length`, `_arm`, `_confirmable`,
+`_may_call`, `_room_for_caller`.
 """
 
 import errno
@@ -24,10 +25,14 @@ from nexus.abi import (
     NEVER,
     NO_WAIT,
     PAGE_SIZE,
+    PORT_PEERS_MAX,
+    PORTS_MAX,
     SLOTS_MAX,
     VMO_SIZE_MAX,
     AbiError,
     AuditLog,
+    BootMemoryRead,
+    BootMemoryReplace,
     Call,
     CapClone,
     CapClose,
@@ -48,9 +53,17 @@ from nexus.abi import (
     Message,
     Nanos,
     NewLink,
+    Notify,
     Now,
     PeerGone,
+    PeerIdentity,
     Pid,
+    PolicyRaise,
+    PolicyRead,
+    PolicyWord,
+    PortClose,
+    PortPeer,
+    PortSend,
     QosClass,
     Recv,
     ReplyRecv,
@@ -115,7 +128,13 @@ from nexus.kernel.linux.frames import (
     unpack_attach,
     unpack_trailer,
 )
-from nexus.kernel.linux.identity import CREDENTIALS, EPOCH, IdentityView
+from nexus.kernel.linux.identity import (
+    CREDENTIALS,
+    EPOCH,
+    POLICY,
+    IdentityView,
+    unpack_policy,
+)
 from nexus.kernel.linux.native import (
     MSG_CMSG_CLOEXEC,
     SO_COOKIE,
@@ -135,18 +154,22 @@ from nexus.kernel.linux.objects import (
     adopt,
     make_pair,
 )
+from nexus.kernel.linux.outside import Door, OutsideLink, PeerLink, SignalLink
 from nexus.kernel.linux.truesize import Truesize
 
 OWNED_LINKS_MAX: Final = 512  # far ends of one task: they take descriptors and no slots
 WAIT_SETS_MAX: Final = 4  # sets of several endpoints kept ready for waiting
 FRAMES_PER_TURN: Final = 64  # refused or kernel frames taken from a link before others' turn
 EVENTS_PER_POLL: Final = 64
+CALLERS_PER_TURN: Final = 2 * PORT_PEERS_MAX  # taken from a port's door before others' turn
+ROOT_UID: Final = 0
 INIT_ID: Final = service_id(INIT_NAME)
 NOTES_MAX: Final = 256  # events a task may have recorded about refusals; then it only counts
 
 # Descriptors of a service that no slot and no link names: 0-2, kernel channel, timer, the idle
-# set, sets of several endpoints.
-FIXED_DESCRIPTORS: Final = 6 + WAIT_SETS_MAX
+# set, sets of several endpoints. And of each port: the door, its callers, one to be turned away.
+PORT_DESCRIPTORS: Final = PORTS_MAX * (PORT_PEERS_MAX + 2)
+FIXED_DESCRIPTORS: Final = 6 + WAIT_SETS_MAX + PORT_DESCRIPTORS
 SPARE_DESCRIPTORS: Final = 16
 DESCRIPTORS_MAX: Final = SLOTS_MAX + FIXED_DESCRIPTORS + OWNED_LINKS_MAX + SPARE_DESCRIPTORS
 
@@ -177,7 +200,15 @@ DESCRIPTOR: Final = struct.Struct("=i")
 GONE_ERRORS: Final = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN))
 
 SHORT_ERRORS: Final = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
+    (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    )
 )
 
 _new_message: Final = tuple.__new__  # a third of the time of Message(...)
@@ -246,6 +277,7 @@ class Driver:
         "_idle",
         "_next_link",
         "_notes",
+        "_outside",
         "_port",
         "_received",
         "_received_size",
@@ -291,7 +323,7 @@ class Driver:
         self.share = share
         self.budget = budget
         self.table: CapTable[Named] = CapTable()
-        self.links: dict[int, OwnerLink] = {}  # by id: links into own endpoints
+        self.links: dict[int, OwnerLink] = {}  # by id: links into own endpoints and ports
         self.control: Slot | None = None  # of the link to the spawner
         self.endpoint = Slot(-1)  # of the task's first endpoint
         self.wall = port.root
@@ -302,6 +334,7 @@ class Driver:
         self._truesize = truesize
         self._trace = trace
         self._next_link = 1
+        self._outside = 0  # of `links`, those that no task holds
         self._timer = timerfd()
         self._armed: int = NEVER
         self._idle = select.epoll(flags=select.EPOLL_CLOEXEC)
@@ -357,6 +390,14 @@ class Driver:
                 SleepUntil: self._sleep_until,
                 ConsoleWrite: self._console_write,
                 TaskStats: self._task_stats,
+                PolicyRead: self._policy_read,
+                PolicyRaise: self._root_only,
+                BootMemoryRead: self._root_only,
+                BootMemoryReplace: self._root_only,
+                Notify: self._root_only,
+                PortSend: self._port_send,
+                PortClose: self._port_close,
+                PortPeer: self._port_peer,
             }
         )
 
@@ -416,7 +457,7 @@ class Driver:
                 size = 0
                 if isinstance(result, Message):
                     size = len(result.data)
-                elif isinstance(trap, Send) and status == 0:
+                elif isinstance(trap, (Send, PortSend)) and status == 0:
                     size = len(trap.data)
                 port.trace(type(trap), status, size)
             trap = throw(refusal) if refusal is not None else resume(result)
@@ -515,7 +556,8 @@ class Driver:
 
     def _no_inbox(self, slot: Slot, link: LinkId) -> AbiError:
         """Why an endpoint's slot and a link do not go together."""
-        _ = self._endpoint(slot)
+        if isinstance(self._endpoint(slot), Door):
+            return AbiError(Status.INVALID_ARGUMENT, "no answer comes by a port")
         return AbiError(Status.NO_SUCH_ENDPOINT, f"no link {link} at slot {slot}")
 
     # ------------------------------------------------------------------ the fast paths
@@ -733,7 +775,7 @@ class Driver:
                 self._fired = True
                 self._disarm()
             else:
-                self._port.serve()
+                _ = self._attend(endpoint, descriptor)
 
     def _poll(self, endpoint: Endpoint, deadline: int, rounds: int) -> None:
         """Wait until links of an endpoint are ready and make them its batch.
@@ -753,7 +795,7 @@ class Driver:
         """Make a batch of what a poll found. Refuses: QueueEmpty, TimedOut."""
         links = endpoint.links
         ready = []
-        fired = False
+        fired = admitted = False
         for descriptor, _ in events:
             link = links.get(descriptor)
             if link is not None:
@@ -762,12 +804,24 @@ class Driver:
                 fired = True
                 self._disarm()
             else:
-                self._port.serve()
+                admitted |= self._attend(endpoint, descriptor)
         if ready:
             ready.reverse()
             endpoint.batch = ready
+        elif admitted:
+            return  # what the new callers have sent already wins over a past deadline
         elif deadline == NO_WAIT or (fired and monotonic_ns() >= deadline):
             raise self._expired(deadline)
+
+    def _attend(self, endpoint: Endpoint, descriptor: int) -> bool:
+        """See to what is neither a link nor the timer: callers at a door, or the kernel.
+        Returns whether there is a new caller."""
+        if isinstance(endpoint, Door) and descriptor == endpoint.listener.fileno():
+            callers = len(endpoint.links)
+            self._admit_callers(endpoint)
+            return len(endpoint.links) > callers
+        self._port.serve()
+        return False
 
     def _arm(self, deadline: int) -> None:
         """Let the timer fire at a deadline, unless it fires before that anyway."""
@@ -836,6 +890,10 @@ class Driver:
             data, ancillary, flags, _ = link.recvmsg(RECEIVE_SIZE, LOOK_SIZE, LOOKING)
         except (BlockingIOError, ConnectionResetError):
             return True
+        if isinstance(link, OutsideLink):
+            if size_max < len(data) <= MESSAGE_SIZE_MAX:
+                raise AbiError(Status.INVALID_ARGUMENT, f"the message is of {len(data)} bytes")
+            return True
         if not data or not ancillary or data[0] >= RESERVED:
             return True
         # Not `_identify`: a link whose sender is known skips `_judge`, which marks it spoken.
@@ -881,6 +939,8 @@ class Driver:
 
         Refuses: PeerGone.
         """
+        if isinstance(link, OutsideLink):
+            return self._admit_outside(link, data, flags)
         if self._cells[EPOCH] == self._epoch:
             return self._judge(link, data, ancillary, flags)
         self._epoch = self._cells[EPOCH]
@@ -891,6 +951,23 @@ class Driver:
         finally:
             # Only now: what init says about dead tasks may free the row this message needed.
             self._port.serve()
+
+    def _admit_outside(self, link: OutsideLink, data: bytes, flags: int) -> Message:
+        """Judge what came from outside: what is no message ends the connection.
+
+        Refuses: PeerGone.
+        """
+        reason = None
+        if flags & socket.MSG_CTRUNC:
+            reason = "several_caps"
+        elif flags & socket.MSG_TRUNC or len(data) > MESSAGE_SIZE_MAX:
+            reason = "oversize"
+        if reason is None and data:
+            return self._message(link, link.stamp, data, None)._replace(source=link.endpoint.slot)
+        if reason is not None:
+            self._refuse(reason, link, [])
+        self.disown(link)
+        raise PeerGone(link.link)
 
     def _judge(
         self, link: OwnerLink, data: bytes, ancillary: Ancillary, flags: int
@@ -1076,22 +1153,27 @@ class Driver:
 
     def own(self, endpoint: Endpoint, terms: LinkTerms, far: socket.socket) -> OwnerLink:
         """Let a far end join an endpoint. Refuses: NoSpace (share, links)."""
-        if len(self.links) >= OWNED_LINKS_MAX:
+        if len(self.links) - self._outside >= OWNED_LINKS_MAX:
             raise AbiError(Status.NO_SPACE, f"{OWNED_LINKS_MAX} links lead here")
         self.share.size.take(terms.size)
         far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RECEIVE_TIMEOUT)
-        owned = OwnerLink(far, LinkId(self._next_link), endpoint, terms)
-        self._next_link += 1
+        owned = OwnerLink(far, self._new_link(), endpoint, terms)
         endpoint.add(owned)
         self.links[owned.link] = owned
         return owned
+
+    def _new_link(self) -> LinkId:
+        number, self._next_link = self._next_link, self._next_link + 1
+        return LinkId(number)
 
     def disown(self, link: OwnerLink) -> None:
         """Close a far end and give back what it had reserved."""
         self._emptied(link)
         link.endpoint.remove(link)
         del self.links[link.link]
-        link.sock.close()
+        link.close()
+        if isinstance(link, OutsideLink):
+            self._outside -= 1
         self.share.size.give(link.size)
         parent = link.parent
         if parent is not None and self.links.get(parent.link) is parent:
@@ -1115,13 +1197,98 @@ class Driver:
         if not void:
             raise PeerGone(link.link)
 
+    # ------------------------------------------------------------------ the world outside
+
+    def open_port(self, name: str, listening: socket.socket) -> Slot:
+        """Give a port the lowest free slot. Its socket does not block; root may call, and the
+        user who runs init, whose child this is. Refuses: NoSpace."""
+        uids = frozenset((ROOT_UID, self._view.uid_of(os.getppid())))
+        return self.place(Door(name, listening, uids), rights=Rights.RECV)
+
+    def hear_signals(self, link: SignalLink) -> None:
+        """Let the signals that wait for the root task join its endpoint."""
+        self._join_outside(link)
+
+    def _join_outside(self, link: OutsideLink) -> None:
+        link.endpoint.add(link)
+        self.links[link.link] = link
+        self._outside += 1
+
+    def _admit_callers(self, door: Door) -> None:
+        """Give those who wait at a door a connection, or turn them away."""
+        for _ in range(CALLERS_PER_TURN):
+            try:
+                sock, _ = door.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                # Linux itself is short of something; the caller waits, and is asked in again.
+                self._refused["excess_link"] += 1
+                return
+            stamp = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+            pid, uid, _ = CREDENTIALS.unpack(stamp)
+            if not self._may_call(door, uid):
+                self._turn_away(door, sock, "identity", uid)
+            elif not self._room_for_caller(door):
+                self._turn_away(door, sock, "excess_link", uid)
+            else:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RECEIVE_TIMEOUT)
+                identity = PeerIdentity(pid, uid)
+                self._join_outside(PeerLink(sock, self._new_link(), door, identity))
+
+    def _may_call(self, door: Door, uid: int) -> bool:
+        """Whether a user gets a connection: asked of Linux's stamp on the connection."""
+        return uid in door.uids
+
+    def _room_for_caller(self, door: Door) -> bool:
+        return len(door.links) < PORT_PEERS_MAX
+
+    def _turn_away(self, door: Door, sock: socket.socket, reason: str, uid: int) -> None:
+        sock.close()
+        self._refused[reason] += 1
+        self._note(EventKind.REFUSED, {"reason": reason, "port": door.name, "uid": uid})
+
+    def _door(self, slot: Slot) -> Door:
+        door = self.table.get(slot).object
+        if not isinstance(door, Door):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {slot} is no port")
+        return door
+
+    def _peer(self, door: Door, link: LinkId) -> PeerLink:
+        peer = self.links.get(link)
+        if not isinstance(peer, PeerLink) or peer.endpoint is not door:
+            raise AbiError(Status.NO_SUCH_ENDPOINT, f"no connection {link} of this port")
+        return peer
+
+    def _port_send(self, trap: PortSend) -> None:
+        door = self._door(trap.port)
+        size = len(trap.data)
+        if not 0 < size <= MESSAGE_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"a message of {size} bytes")
+        peer = self._peer(door, trap.link)
+        try:
+            _ = peer.sock.send(trap.data, DONT_WAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            if error.errno in GONE_ERRORS:
+                raise AbiError(Status.NO_SUCH_ENDPOINT, "the peer has closed") from None
+            # EAGAIN; ENOBUFS and ENOMEM are Linux's own want of room for it.
+            raise AbiError(Status.QUEUE_FULL, os.strerror(error.errno or 0)) from None
+        self._sent += 1
+        self._sent_size += size
+
+    def _port_close(self, trap: PortClose) -> None:
+        self.disown(self._peer(self._door(trap.port), trap.link))
+
+    def _port_peer(self, trap: PortPeer) -> PeerIdentity:
+        return self._peer(self._door(trap.port), trap.link).identity
+
     # ------------------------------------------------------------------ dead tasks
 
     def peer_dead(self, pid: int) -> None:
         """Init says that a task died: confirm when nothing it sent can be queued here."""
         marks = {}
         for link in self.links.values():
-            unread = link.unread_size()
+            unread = 0 if isinstance(link, OutsideLink) else link.unread_size()
             if unread:
                 marks[link.fileno] = unread
         self._undrained[pid] = marks
@@ -1312,9 +1479,13 @@ class Driver:
             self.share.endpoints.give(1)
             raise
 
-    def place(self, endpoint: Endpoint, at: Slot | None = None) -> Slot:
+    def place(
+        self,
+        endpoint: Endpoint,
+        at: Slot | None = None,
+        rights: Rights = Rights.RECV | Rights.MANAGE,
+    ) -> Slot:
         """Give an endpoint its slot and let it hear the timer and the kernel."""
-        rights = Rights.RECV | Rights.MANAGE
         try:
             if at is None:
                 slot = self.put(endpoint, rights)
@@ -1343,7 +1514,10 @@ class Driver:
         for link in list(endpoint.links.values()):
             self.disown(link)
         endpoint.epoll.close()
-        self.share.endpoints.give(1)
+        if isinstance(endpoint, Door):
+            endpoint.listener.close()
+        else:
+            self.share.endpoints.give(1)
 
     def _link_create(self, trap: LinkCreate) -> NewLink:
         held = self.table.get(trap.slot)
@@ -1561,6 +1735,9 @@ class Driver:
     def _set_task_qos(self, trap: SetTaskQos) -> None:
         self._port.set_qos(self.me.pid if trap.pid is None else trap.pid, trap.qos)
 
+    def _policy_read(self, trap: PolicyRead) -> PolicyWord:  # noqa: ARG002
+        return unpack_policy(self._cells[POLICY])
+
     def _now(self, trap: Now) -> Nanos:  # noqa: ARG002
         return Nanos(monotonic_ns())
 
@@ -1597,20 +1774,21 @@ class Driver:
     def counters(self) -> TaskCounters:
         """The account of the task."""
         queued = queued_size = 0
-        for link in self.links.values():
+        links = [link for link in self.links.values() if not isinstance(link, OutsideLink)]
+        for link in links:
             count, size = self._count_queued(link)
             queued += count
             queued_size += size
-        endpoints = {id(link.endpoint) for link in self.links.values()}
+        endpoints = {id(link.endpoint) for link in links}
         endpoints |= {
             id(held.object)
             for held in self.table.entries.values()
-            if isinstance(held.object, Endpoint)
+            if isinstance(held.object, Endpoint) and not isinstance(held.object, Door)
         }
         return TaskCounters(
             slots=self.table.used,
             endpoints=len(endpoints),
-            links=len(self.links),
+            links=len(links),
             reserved_size=self.share.size.used,
             queued=queued,
             queued_size=queued_size,

@@ -1,9 +1,15 @@
-"""What a forked child does to itself before it runs anything of a service, in a fixed order.
+"""What a child does to itself before it runs anything of a service, in a fixed order.
+
+A forked service takes all steps at once. One with an interpreter of its own takes them in two
+stages, `before_exec` in the forked child and the rest in the new interpreter: between them it
+imports the program, so the first stage leaves it to read files of the import path and nothing
+else of the outside.
 
 Steps that this machine or user cannot take are reported by name, never passed over in silence.
 Each step is a method looked up when it is taken.
 """
 
+import ctypes
 import faulthandler
 import fcntl
 import gc
@@ -13,21 +19,27 @@ import random  # noqa: TID251 (the child's own generator is made different from 
 import resource
 import select
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nexus.abi import VMO_SIZE_MAX
+from nexus.abi import VMO_SIZE_MAX, Grants, Isolation
 from nexus.kernel.linux import landlock, seccomp
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.native import (
     CLONE_NEWIPC,
     CLONE_NEWNET,
     CLONE_NEWUTS,
+    LIBC,
     PR_SET_DUMPABLE,
+    PR_SET_KEEPCAPS,
+    PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
     close_descriptors_except,
     drop_capabilities,
+    environment_strings,
+    keep_read_capability,
     prctl,
     set_name,
     setns,
@@ -40,7 +52,27 @@ GC_THRESHOLD: Final = 50_000  # allocations: what init made is frozen, a service
 # bytes beside what a task inherits and its budget; generous, not measured: Python asks Linux for
 # 1 MiB at a time, and a traceback needs room too.
 MEMORY_MARGIN: Final = 64 * 1024 * 1024
+# bytes per granted thread: a stack of 8 MiB, and what the C library keeps for it
+THREAD_MARGIN: Final = 16 * 1024 * 1024
+# bytes an interpreter of its own may take while it imports; afterwards the margin counts from
+# what it has then. Large libraries take under 300 MiB, and map far more than they touch.
+IMPORT_DATA_MAX: Final = 512 * 1024 * 1024
+IMPORT_ADDRESSES_MAX: Final = 4 * 1024 * 1024 * 1024
+ORDINARY_DESCRIPTORS: Final = 64  # an event loop's own and TCP connections
+# Beside the import path and the interpreter: shared libraries, and what the C library reads.
+SYSTEM_PATHS: Final = (
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/share/zoneinfo",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/dev/urandom",
+)
 HOLDER_TIME: Final = 5_000  # milliseconds the maker of the namespaces may take
+STATM_SIZE_MAX: Final = 256  # bytes of /proc/self/statm
 STATM_SIZE: Final = 0  # fields of /proc/self/statm, proc_pid_statm(5)
 STATM_DATA: Final = 5
 
@@ -73,6 +105,11 @@ def preload() -> None:
     """Import what a confined child cannot import any more."""
     for name in PRELOADED:
         _ = importlib.import_module(name)
+
+
+def import_paths() -> list[str]:
+    """The directories and archives that init imports from, without relative ones."""
+    return [path for path in sys.path if Path(path).is_absolute()]
 
 
 class Namespaces:
@@ -147,21 +184,23 @@ class Confinement(NamedTuple):
     enabled: bool  # False: only what correctness needs
     name: str  # for ps
     budget: int  # bytes of objects the service may hold
+    grants: Grants
 
 
 class Hardening:
     """Takes the steps; `why` names those that could not be taken, with the reason."""
 
-    def __init__(self, confinement: Confinement) -> None:
+    def __init__(self, confinement: Confinement, why: dict[str, str] | None = None) -> None:
         self.confinement = confinement
-        self.why: dict[str, str] = {}
+        self.why: dict[str, str] = {} if why is None else why
 
     def before_identity(self) -> tuple[int, ...]:
         """Signals, descriptors, limits, namespaces, ids; returns the kept descriptors under
         their new, low numbers. Raises OSError where a step is not optional."""
         self._signals()
-        kept = self._descriptors()
+        kept = self._descriptors(self.confinement.keep)
         if self.confinement.enabled:
+            self._environment()
             self._try("limits", self._limits)
             self._try("memory", self._memory)
             self._try("namespaces", self._namespaces)
@@ -181,6 +220,60 @@ class Hardening:
         gc.set_threshold(GC_THRESHOLD)
         gc.enable()
 
+    # ------------------------------------------------------------------ the two stages of EXEC
+
+    def before_exec(self, readable: Iterable[str]) -> tuple[int, ...]:
+        """All that can be done before an interpreter starts and reads the files of the import
+        path; returns the kept descriptors, which the interpreter inherits, the last one to
+        measure its memory with. Raises OSError where a step is not optional."""
+        self._signals()
+        statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        kept = self._descriptors((*self.confinement.keep, statm))
+        for number in kept:
+            os.set_inheritable(number, True)
+        if self.confinement.enabled:
+            self._try("limits", self._limits)
+            self._try("memory", self._import_memory)
+            self._try("namespaces", self._namespaces)
+            self._try("ids", self._ids)
+            self._try("capabilities", self._import_capabilities)
+            self._try("landlock", lambda: self._import_landlock(readable))
+            _ = prctl(PR_SET_NO_NEW_PRIVS, 1)
+        self._die_with_parent()
+        if self.confinement.enabled:
+            self._try("seccomp", lambda: self._import_seccomp(seccomp.Stage.START))
+        return kept
+
+    def before_import(self) -> None:
+        """In the new interpreter, which is not dumpable already and has loaded this module."""
+        self._signals()
+        os.environ.clear()  # the C library's locale, which Python sets
+        if self.confinement.enabled:
+            self._try("not_dumpable", self._not_dumpable)
+            self._try("seccomp", lambda: self._import_seccomp(seccomp.Stage.IMPORT))
+
+    def after_import(self, statm: int) -> None:
+        """The program is imported and nothing is opened any more."""
+        set_name(self.confinement.name)
+        if self.confinement.enabled:
+            text = os.pread(statm, STATM_SIZE_MAX, 0).decode()
+            self._try("memory", lambda: self._bound_memory(text))
+            self._try("capabilities", drop_capabilities)
+        os.close(statm)
+        self._die_with_parent()
+        if self.confinement.enabled:
+            self._try("landlock", self._landlock)
+            self._try("seccomp", self._seccomp)
+            grants = self.confinement.grants
+            for step in ("landlock", "seccomp"):
+                if step in self.why and (grants.listen or grants.connect):
+                    raise OSError(f"no bound on TCP connections, {step}: {self.why[step]}")
+        _ = gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_THRESHOLD)
+
+    # ------------------------------------------------------------------ the steps
+
     def _try(self, name: str, step: Callable[[], None]) -> None:
         try:
             step()
@@ -197,14 +290,22 @@ class Hardening:
             _ = signal.signal(number, signal.SIG_DFL)
         _ = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
-    def _descriptors(self) -> tuple[int, ...]:
+    def _environment(self) -> None:
+        """Overwrite init's environment in this process's copy of it. What init's own objects
+        have taken from it stays: init is given no secrets that way."""
+        for text in environment_strings():
+            _ = ctypes.memset(text, 0, len(ctypes.string_at(text)))
+        _ = LIBC.clearenv()
+        vars(os.environ)["_data"].clear()  # `clear()` unsets one by one: a millisecond
+
+    def _descriptors(self, keep: tuple[int, ...]) -> tuple[int, ...]:
         confinement = self.confinement
         if confinement.enabled:
             for number in range(3):
                 _ = os.dup2(confinement.null, number)
-        close_descriptors_except((*confinement.keep, *confinement.namespaces))
+        close_descriptors_except((*keep, *confinement.namespaces))
         moved = []
-        for number in confinement.keep:
+        for number in keep:
             # Low numbers, whatever init's table looks like: select takes none above 1023.
             moved.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3))
             os.close(number)
@@ -212,49 +313,95 @@ class Hardening:
 
     def _limits(self) -> None:
         for kind, limit in (
-            (resource.RLIMIT_NOFILE, DESCRIPTORS_MAX),
+            (resource.RLIMIT_NOFILE, self._descriptors_max()),
             (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NPROC, 0),
             (resource.RLIMIT_MEMLOCK, 0),
         ):
-            _, hard = resource.getrlimit(kind)
-            if hard != resource.RLIM_INFINITY:
-                limit = min(limit, hard)
-            resource.setrlimit(kind, (limit, limit))
+            _lower(kind, limit)
+        processes = self._processes_max()
+        if processes is None:
+            self.why["threads"] = "Linux counts all processes of the user, so nothing counts ours"
+        else:
+            _lower(resource.RLIMIT_NPROC, processes)
         if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < DESCRIPTORS_MAX:
             raise OSError("fewer descriptors than a full table and all links need")
+
+    def _descriptors_max(self) -> int:
+        grants = self.confinement.grants
+        granted = len(grants.devices) + len(grants.listen)
+        ordinary = bool(grants.streams or grants.listen or grants.connect)
+        return DESCRIPTORS_MAX + granted + ORDINARY_DESCRIPTORS * ordinary
+
+    def _processes_max(self) -> int | None:
+        """RLIMIT_NPROC counts the processes and threads of an id, the one that asks included;
+        None where the service has no id of its own and is granted threads.
+
+        An exec after a change of ids is refused above it, so an exec needs a limit of one.
+        """
+        grants = self.confinement.grants
+        if self.confinement.uid is not None and (grants.threads or grants.isolation):
+            return 1 + grants.threads
+        return None if grants.threads else 0
 
     def _memory(self) -> None:
         """Bound what raw calls can take: private memory, all mappings (shared anonymous ones
         are no private data), and the length of a memory object."""
-        statm = Path("/proc/self/statm").read_text().split()
+        self._bound_memory(Path("/proc/self/statm").read_text())
+
+    def _bound_memory(self, statm: str) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
-        data, size = (int(statm[field]) * page for field in (STATM_DATA, STATM_SIZE))
-        room = self.confinement.budget + MEMORY_MARGIN
-        for kind, limit in (
-            (resource.RLIMIT_DATA, data + room),
-            (resource.RLIMIT_AS, size + room + self.confinement.budget),  # views of its objects
-            (resource.RLIMIT_FSIZE, VMO_SIZE_MAX),
-        ):
-            _, hard = resource.getrlimit(kind)
-            if hard != resource.RLIM_INFINITY:
-                limit = min(limit, hard)
-            resource.setrlimit(kind, (limit, limit))
+        fields = statm.split()
+        data, size = (int(fields[field]) * page for field in (STATM_DATA, STATM_SIZE))
+        budget = self.confinement.budget
+        room = budget + MEMORY_MARGIN + THREAD_MARGIN * self.confinement.grants.threads
+        _lower(resource.RLIMIT_DATA, data + room)
+        _lower(resource.RLIMIT_AS, size + room + budget)  # views of its objects
+        _lower(resource.RLIMIT_FSIZE, VMO_SIZE_MAX)
+
+    def _import_memory(self) -> None:
+        _lower(resource.RLIMIT_DATA, IMPORT_DATA_MAX)
+        _lower(resource.RLIMIT_AS, IMPORT_ADDRESSES_MAX)
+        _lower(resource.RLIMIT_FSIZE, VMO_SIZE_MAX)
 
     def _namespaces(self) -> None:
         if not self.confinement.namespaces:
             raise OSError("no namespaces of our own")
-        for descriptor in self.confinement.namespaces:
-            setns(descriptor)
+        grants = self.confinement.grants
+        for name, descriptor in zip(PRIVATE_NAMESPACES, self.confinement.namespaces, strict=True):
+            if name != "net" or not (grants.listen or grants.connect):
+                setns(descriptor)
             os.close(descriptor)
 
     def _ids(self) -> None:
         uid = self.confinement.uid
         if uid is None:
             raise OSError("the services share the user's id")
+        if self.confinement.grants.isolation is Isolation.EXEC:
+            _ = prctl(PR_SET_KEEPCAPS, 1)  # until `_import_capabilities`; an exec clears it
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+
+    def _import_capabilities(self) -> None:
+        """None, unless only root may read the interpreter or the import path: then reading goes
+        on until the import is over, and Landlock says what."""
+        needed = (sys.executable, os.__file__, __file__)
+        if all(os.access(path, os.R_OK) for path in needed) or not landlock.version():
+            drop_capabilities()
+        elif self.confinement.uid is not None:
+            keep_read_capability()
+            self.why["import_reading"] = f"only root may read {sys.executable} or its modules"
+
+    def _import_landlock(self, readable: Iterable[str]) -> None:
+        abi = landlock.version()
+        if abi == 0:
+            raise OSError("no Landlock in this kernel")
+        paths = (sys.prefix, sys.base_prefix, *SYSTEM_PATHS, *readable)
+        connect = self.confinement.grants.connect if abi >= landlock.NET_SINCE else ()
+        os.close(landlock.restrict(abi, connect=connect, readable=dict.fromkeys(paths)))
+
+    def _import_seccomp(self, stage: seccomp.Stage) -> None:
+        seccomp.install(self.confinement.grants, stage)
 
     def _die_with_parent(self) -> None:
         """After the change of ids, which clears it."""
@@ -272,9 +419,20 @@ class Hardening:
         abi = landlock.version()
         if abi == 0:
             raise OSError("no Landlock in this kernel")
-        os.close(landlock.restrict(abi))
+        grants = self.confinement.grants
+        if abi < landlock.NET_SINCE and (grants.listen or grants.connect):
+            raise OSError(f"Landlock ABI {abi} knows no TCP ports, {landlock.NET_SINCE} is needed")
+        os.close(landlock.restrict(abi, connect=grants.connect))
         if abi < landlock.SCOPE_SINCE:
             self.why["landlock_scope"] = f"Landlock ABI {abi}, {landlock.SCOPE_SINCE} is needed"
 
     def _seccomp(self) -> None:
-        seccomp.install()
+        seccomp.install(self.confinement.grants)
+
+
+def _lower(kind: int, limit: int) -> None:
+    """Set a limit for ever, never above what it is."""
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(kind, (limit, limit))

@@ -8,6 +8,8 @@ queued any more, so a reader sees it complete or not at all: the pid cell is wri
 cleared first, and the sequence cell tells a reader that the row was used again meanwhile. The
 class is one cell, changed by one store. Ordering between CPUs: a reader learns a pid from a
 message, which was sent after the row was written.
+
+The policy page is one cell of row 0, so that asking it costs a task no call and no message.
 """
 
 import fcntl
@@ -16,15 +18,16 @@ import os
 import struct
 from typing import Final
 
-from nexus.abi import Pid, QosClass, Sender, ServiceId
+from nexus.abi import Pid, PolicyWord, QosClass, Sender, ServiceId
 from nexus.kernel.core import qos_class
 from nexus.kernel.linux.native import F_SEAL_FUTURE_WRITE, map_read_only
 
 ROWS: Final = 4096  # sixteen times the tasks that can live, so burned numbers rarely collide
-CELLS: Final = 8  # of 8 bytes per row; row 0 holds the epoch
+CELLS: Final = 8  # of 8 bytes per row; row 0 holds the epoch and the policy page
 TABLE_SIZE: Final = (ROWS + 1) * CELLS * 8 + 4096 - (ROWS + 1) * CELLS * 8 % 4096
 
 EPOCH: Final = 0  # cell that changes with every row, and when the kernel channel has news
+POLICY: Final = 1  # cell of the policy page: twice the generation, plus one while available
 SEQUENCE: Final = 0  # cells of a row
 PID: Final = 1
 SERVICE: Final = 2
@@ -96,6 +99,23 @@ class IdentityTable:
         """Make every reader look at the table and at its kernel channel again."""
         self._cells[EPOCH] = (self._cells[EPOCH] + 1) & 0xFFFF_FFFF_FFFF_FFFF
 
+    @property
+    def policy(self) -> PolicyWord:
+        """What every task reads."""
+        return unpack_policy(self._cells[POLICY])
+
+    def raise_policy(self, *, available: bool) -> PolicyWord:
+        """Raise the generation by one. One store of one aligned cell: a reader sees the former
+        word or this one, never a generation with the other's availability."""
+        word = PolicyWord(self.policy.generation + 1, available)
+        self._cells[POLICY] = word.generation << 1 | word.available
+        return word
+
+
+def unpack_policy(cell: int) -> PolicyWord:
+    """The meaning of the policy cell; zero before the first raise."""
+    return PolicyWord(cell >> 1, bool(cell & 1))
+
 
 class IdentityView:
     """A task's read-only side."""
@@ -113,6 +133,11 @@ class IdentityView:
         """The class of a live task."""
         assert self.cells[row_of(pid) + PID] == pid, "a live task is in the table"
         return QosClass(self.cells[row_of(pid) + QOS])
+
+    def uid_of(self, pid: int) -> int:
+        """The user id that a live task runs under."""
+        assert self.cells[row_of(pid) + PID] == pid, "a live task is in the table"
+        return self.cells[row_of(pid) + UID]
 
     def sender_of(self, credentials: bytes) -> Sender | None:
         """The task that the kernel says sent a message; None for pid 0, a pid that is not in

@@ -5,7 +5,8 @@ program, stamps identities, keeps the shares and the classes, reads the kernel c
 the root's traps and while it waits, and never blocks on a service.
 
 Decisions a test must be able to break are small methods looked up at each use:
-`_next_generation`, `_spawn_reason`, `_give_back`, `_may_reuse`, `_decide_qos`, `_forget_ends`.
+`_next_generation`, `_spawn_reason`, `_give_back`, `_may_reuse`, `_decide_qos`, `_forget_ends`,
+`_policy_raise`, `_boot_memory_replace`, `_remove_ports`.
 """
 
 import gc
@@ -35,13 +36,20 @@ from nexus.abi import (
     AuditLines,
     AuditLog,
     BootImage,
+    BootMemoryRead,
+    BootMemoryReplace,
     Entropy,
     Event,
     EventKind,
     ExitInfo,
+    Grants,
+    Isolation,
     Kill,
     Nanos,
+    Notify,
     Pid,
+    PolicyRaise,
+    PolicyWord,
     Program,
     Programs,
     QosClass,
@@ -71,13 +79,19 @@ from nexus.kernel.core import (
     SystemLimits,
     SystemShares,
     audit_line,
+    check_boot_memory,
     check_console,
     check_cpu,
+    check_notice,
+    check_ports,
     check_spec,
     decide,
+    grants_fields,
     parse_evidence,
 )
 from nexus.kernel.linux import channel as wire
+from nexus.kernel.linux import outside, seccomp
+from nexus.kernel.linux.bootmemory import BootMemory
 from nexus.kernel.linux.child import CONTROL_TERMS, Birth, live
 from nexus.kernel.linux.driver import (
     AT_ONCE,
@@ -88,10 +102,16 @@ from nexus.kernel.linux.driver import (
     Exited,
     cookie_of,
 )
+from nexus.kernel.linux.grants import check_grants, open_granted
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
 from nexus.kernel.linux.identity import CREDENTIALS, ROWS, IdentityTable, IdentityView
-from nexus.kernel.linux.native import timerfd, timerfd_arm
+from nexus.kernel.linux.native import MACHINE, timerfd, timerfd_arm
+from nexus.kernel.linux.notify import ServiceManager
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
+from nexus.kernel.linux.outside import SignalLink
+from nexus.kernel.linux.seccomp import Stage
+from nexus.kernel.linux.sight import DRIVER_DESCRIPTORS, STANDARD_DESCRIPTORS, seen
+from nexus.kernel.linux.stage2 import Handover, execute, hand_over
 from nexus.kernel.linux.truesize import Truesize
 
 # Four for each task (process, channel, both control links), and a service's own number.
@@ -102,6 +122,7 @@ CONFIRM_MAX: Final = 5_000_000_000  # nanoseconds a task may keep a burned numbe
 BURNED_MAX: Final = ROWS // 4  # numbers at rest, above which it is one: a fork in four is lost
 FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations may come
 PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a child may take to confine itself
+EXEC_PREPARE_TIME: Final = 15_000_000_000  # and to start an interpreter and import, a second's work
 FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
 MUTED_TIME: Final = 10_000_000  # nanoseconds a channel is left alone that had more than that
 OUTBOX_MAX: Final = ROWS + 16  # frames to one task: each burned number once, and an answer
@@ -131,6 +152,7 @@ class Child:
         "name",
         "notes",
         "outbox",
+        "outside",
         "pid",
         "pidfd",
         "program",
@@ -163,6 +185,7 @@ class Child:
         self.frames = 0  # taken from its channel
         self.notes = 0
         self.traceback = ""
+        self.outside: dict[str, object] = {}  # what init saw of it before it ran
 
 
 class RootPort:
@@ -208,6 +231,11 @@ class LinuxKernel:
 
     `cpus` is the set of processors for everything; SpawnSpec.cpu is an index into it.
     With `harden` False children keep their ids and limits, for debugging.
+
+    `state_dir` holds what outlives a boot; without it BootMemory is Unsupported. `runtime_dir`
+    holds the sockets of the ports; without it a task with ports cannot start. Both are made if
+    they are not there. `notify_socket` is the value of NOTIFY_SOCKET, None without a manager.
+    While `run` is running, SIGTERM, SIGINT and SIGHUP are messages to the root task.
     """
 
     def __init__(
@@ -220,6 +248,10 @@ class LinuxKernel:
         harden: bool = True,
         trace: bool = False,
         selftest: bool = False,
+        state_dir: Path | None = None,
+        runtime_dir: Path | None = None,
+        notify_socket: str | None = None,
+        uid_first: int = UID_FIRST,
     ) -> None:
         self.programs: Programs = programs
         self.limits = limits if limits is not None else SystemLimits()
@@ -227,6 +259,12 @@ class LinuxKernel:
         self.harden = harden
         self.trace = trace
         self.selftest = selftest
+        self.runtime_dir = runtime_dir
+        self.uid_first = uid_first
+        self.boot_memory = BootMemory(state_dir)
+        self.manager = ServiceManager(notify_socket)
+        self.ports: dict[str, tuple[Path, ...]] = {}  # sockets of live tasks, by their name
+        self.told: set[signal.Signals] = set()  # of the run's signals, those the root has taken
         self.shares = SystemShares(self.limits)
         self.children: dict[int, Child] = {}  # live ones, and dead ones nobody has waited for
         self.generations: dict[str, int] = {}
@@ -304,6 +342,9 @@ class LinuxKernel:
     def _enter(self, stack: ExitStack, until: Nanos) -> None:
         """Make what init needs for the run, each with its undoing."""
         preload()
+        # First, so that it is undone last: no signal ends init while it has children.
+        mask = outside.block_signals()
+        _ = stack.callback(outside.restore_signals, mask, self.told)
         self.until = until
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = min(max(soft, DESCRIPTORS_WANTED), hard)
@@ -378,10 +419,17 @@ class LinuxKernel:
                 TaskTable: self._task_table,
                 Entropy: self._entropy,
                 AuditLog: self._audit_log,
+                PolicyRaise: self._policy_raise,
+                BootMemoryRead: self._boot_memory_read,
+                BootMemoryReplace: self._boot_memory_replace,
+                Notify: self._notify,
             }
         )
         share.endpoints.take(1)
-        self.driver.endpoint = self.driver.place(Endpoint(), ROOT_SLOT)
+        endpoint = Endpoint()
+        self.driver.endpoint = self.driver.place(endpoint, ROOT_SLOT)
+        if not self.testing:  # a self test's root must not take the system's signals
+            self.driver.hear_signals(SignalLink(endpoint, self.told))
         self._event(
             EventKind.SPAWN,
             pid,
@@ -392,6 +440,7 @@ class LinuxKernel:
                 "digest": root.digest,
                 "qos": int(self.root.qos),
                 "service": f"{self.root.service:016x}",
+                "grants": grants_fields(Grants()),
             },
         )
         return BootImage(
@@ -663,6 +712,7 @@ class LinuxKernel:
 
     def _died(self, child: Child) -> None:
         """A task's process has ended: record it, give back, and let its number rest."""
+        self._remove_ports(child.name)
         for _ in range(LAST_FRAMES_MAX):
             if not self._read_frame(child):
                 break
@@ -762,6 +812,38 @@ class LinuxKernel:
         self.shares.tasks.give(1)
         return child.exit
 
+    # ------------------------------------------------------------------ ports
+
+    def _open_ports(self, spec: SpawnSpec, undo: ExitStack) -> tuple[socket.socket, ...]:
+        """The listening sockets of a task's ports, in the order of its grants; undone, they are
+        closed and their files removed.
+
+        Refuses: SpawnRefused (invalid-payload, map-failed).
+        """
+        names = spec.grants.ports
+        if not names:
+            return ()
+        check_ports(spec, {path.stem for paths in self.ports.values() for path in paths})
+        if self.runtime_dir is None:
+            raise SpawnRefused(SpawnReason.MAP_FAILED, "ports need a runtime directory")
+        listeners = []
+        _ = undo.callback(self._remove_ports, spec.name)
+        for name in names:
+            path = outside.socket_path(self.runtime_dir, name)
+            try:
+                listener = outside.listen(path)
+            except OSError as error:
+                raise SpawnRefused(SpawnReason.MAP_FAILED, f"port {name}: {error}") from None
+            _ = undo.callback(listener.close)
+            listeners.append(listener)
+            self.ports[spec.name] = (*self.ports.get(spec.name, ()), path)
+        return tuple(listeners)
+
+    def _remove_ports(self, name: str) -> None:
+        """The task of this name has ended, or did not start: nobody answers at its sockets."""
+        for path in self.ports.pop(name, ()):
+            outside.remove(path)
+
     # ------------------------------------------------------------------ spawn
 
     def _next_generation(self, name: str) -> int:
@@ -798,6 +880,7 @@ class LinuxKernel:
     def _start(self, spec: SpawnSpec) -> Spawned:
         live_names = {child.name for child in self.children.values() if child.exit is None}
         program = check_spec(spec, self.programs, live_names | {INIT_NAME})
+        check_grants(spec.grants, program, harden=self.harden)
         check_cpu(spec, len(self.cpus))
         held = self.driver.table.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
@@ -851,8 +934,18 @@ class LinuxKernel:
         # So that init knows its own link if the child sends it back (`Driver._classify`).
         upward.cookie = cookie_of(up_near)
         links = (upward.sock, near)
-        child, degraded = self._fork(spec, program, sender, (up_near, far), share, links)
-        self._forget_ends(up_near, far)
+        ports = self._open_ports(spec, undo)
+        with ExitStack() as granted:
+            names = open_granted(spec.grants, granted)
+            inherited = (
+                *(end.fileno() for end in (up_near, far)),
+                self.table.descriptor,
+                *(port.fileno() for port in ports),
+                *names.values(),
+            )
+            birth = self._birth(spec, program, sender, share, tuple(names))
+            child, degraded = self._fork(birth, inherited, links)
+        self._forget_ends(up_near, far, *ports)
         for owner, holder, terms in (
             (INIT_NAME, spec.name, CONTROL_TERMS),
             (spec.name, INIT_NAME, down),
@@ -871,7 +964,9 @@ class LinuxKernel:
                 "digest": program.digest,
                 "qos": int(child.qos),
                 "service": f"{service:016x}",
+                "grants": grants_fields(spec.grants),
                 "degraded": list(degraded),
+                "outside": child.outside,
             },
         )
         return Spawned(child.pid, service, child.sender.generation, slot, upward.link)
@@ -885,23 +980,53 @@ class LinuxKernel:
         for end in ends:
             end.close()
 
-    def _fork(
+    def _birth(
         self,
         spec: SpawnSpec,
         program: Program,
         sender: Sender,
-        ends: tuple[socket.socket, socket.socket],
         share: OwnerShare,
-        links: tuple[socket.socket, ...],
+        names: tuple[str, ...],
+    ) -> Birth:
+        """What a child takes along; its descriptors and its id follow when there is a process."""
+        if self.harden and MACHINE in seccomp.MACHINES:
+            executed = spec.grants.isolation is Isolation.EXEC
+            _ = seccomp.assembled(spec.grants, Stage.START if executed else Stage.FINAL)
+        return Birth(
+            spec=spec,
+            program=program,
+            me=sender,
+            spawner=self.root.service,
+            names=names,
+            confinement=Confinement(
+                parent=os.getpid(),
+                uid=None,
+                keep=(),
+                null=self._null,
+                namespaces=self.namespaces,
+                enabled=self.harden,
+                name=spec.name,
+                budget=spec.budget,
+                grants=spec.grants,
+            ),
+            share=share,
+            truesize=self.truesize,
+            trace=self.trace,
+        )
+
+    def _fork(
+        self, birth: Birth, inherited: tuple[int, ...], links: tuple[socket.socket, ...]
     ) -> tuple[Child, tuple[str, ...]]:
         """Fork until Linux gives a number that means nobody else, prepare the child, enter it
         into the table, and let it go. Refuses: SpawnRefused (oom, map-failed)."""
+        spec = birth.spec
+        executed = spec.grants.isolation is Isolation.EXEC
         for attempt in range(FORKS_MAX):
             if attempt:
                 self._pause()
             mine, its = make_pair(CONTROL_TERMS, wall=False)
             try:
-                pid = self._fork_once(spec, program, sender, (its, *ends), share)
+                pid = self._fork_once(birth, (its.fileno(), *inherited))
             except OSError as error:
                 mine.close()
                 its.close()
@@ -915,86 +1040,106 @@ class LinuxKernel:
                 if not self._may_reuse(pid):
                     self.forks_discarded += 1
                     continue
-                prepared = self._prepared(mine, pidfd)
+                prepared = self._prepared(
+                    mine, pidfd, pid, EXEC_PREPARE_TIME if executed else PREPARE_TIME
+                )
                 if prepared.failed:
                     raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
-                self._epoll.register(pidfd, select.EPOLLIN)
-                self._epoll.register(mine.fileno(), select.EPOLLIN)
-                sender = sender._replace(pid=Pid(pid))
-                child = Child(spec, sender, pidfd, mine, share, links)
+                sender = birth.me._replace(pid=Pid(pid))
+                child = Child(spec, sender, pidfd, mine, birth.share, links)
+                child.outside = seen(pid, self._granted(spec, inherited))
                 self.names[sender.service] = spec.name
                 self.table.publish(sender, prepared.uid, prepared.gid)
+                _ = undo.callback(self.table.clear, pid)
                 degraded = (*prepared.degraded, *self.degraded)
                 if not self._apply_qos(pid, sender.qos):
                     degraded = (*degraded, "qos")
+                if executed:
+                    # Only now: it can neither be taken for another nor leave what it is given.
+                    handover = Handover(birth.spec, sender, birth.spawner, birth.names, birth.trace)
+                    hand_over(mine, handover, inherited)
+                self._epoll.register(pidfd, select.EPOLLIN)
+                self._epoll.register(mine.fileno(), select.EPOLLIN)
                 self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
                 _ = undo.pop_all()
-                self._tell(child, bytes((wire.GO,)))
+                if not executed:
+                    self._tell(child, bytes((wire.GO,)))
                 return child, degraded
         self._end_deaf()
         raise SpawnRefused(SpawnReason.OOM, f"{FORKS_MAX} numbers in a row are burned")
+
+    def _granted(self, spec: SpawnSpec, inherited: tuple[int, ...]) -> int:
+        """How many descriptors a child ought to have when it says that it is confined."""
+        at_first = STANDARD_DESCRIPTORS + 1  # and the kernel channel
+        if spec.grants.isolation is Isolation.EXEC:
+            return at_first
+        # The identity table is mapped and closed.
+        return at_first + len(inherited) - 1 + DRIVER_DESCRIPTORS + len(spec.grants.ports)
 
     def _pause(self) -> None:
         """Give burned numbers a moment to be confirmed."""
         _ = self._epoll.poll(FORK_PAUSE / 1000, 1)
         self.serve()
 
-    def _fork_once(
-        self,
-        spec: SpawnSpec,
-        program: Program,
-        sender: Sender,
-        ends: tuple[socket.socket, ...],
-        share: OwnerShare,
-    ) -> int:
+    def _fork_once(self, birth: Birth, keep: tuple[int, ...]) -> int:
         """fork(2); the child never returns from here. Raises OSError."""
-        parent = os.getpid()
-        keep = (*(end.fileno() for end in ends), self.table.descriptor)
         for stream in (sys.stdout, sys.stderr):
             flush: Callable[[], object] = stream.flush
             _ = flush()  # or the child would write it a second time
         pid = os.fork()
         if pid:
             return pid
-        me = sender._replace(pid=Pid(os.getpid()))
+        me = birth.me._replace(pid=Pid(os.getpid()))
+        spec, program = birth.spec, birth.program
+        assert program is not None, "init has a program to start"
         if spec.cpu is not None:
             os.sched_setaffinity(0, (self.cpus[spec.cpu],))
-        return live(
-            Birth(
-                spec=spec,
-                program=program,
-                me=me,
-                spawner=self.root.service,
-                descriptors=keep,
-                confinement=Confinement(
-                    parent=parent,
-                    uid=self._uid_of(me.pid),
-                    keep=keep,
-                    null=self._null,
-                    namespaces=self.namespaces,
-                    enabled=self.harden,
-                    name=spec.name,
-                    budget=spec.budget,
-                ),
-                share=share,
-                truesize=self.truesize,
-                trace=self.trace,
-            )
-        )
+        confinement = birth.confinement._replace(uid=self._uid_of(me.pid), keep=keep)
+        if spec.grants.isolation is Isolation.EXEC:
+            confinement = confinement._replace(keep=keep[:1])  # the rest when it is confined
+            return execute(program.entry, program.path, confinement, ordinary=program.ordinary)
+        return live(birth._replace(me=me, confinement=confinement))
 
     def _uid_of(self, pid: int) -> int | None:
         """The id a service runs under; None where init cannot give it one of its own."""
-        return UID_FIRST + pid % ROWS if os.geteuid() == 0 else None
+        return self.uid_first + pid % ROWS if os.geteuid() == 0 else None
 
-    def _prepared(self, channel: socket.socket, pidfd: int) -> wire.Prepared:
-        """Wait for a child to have confined itself."""
-        if not _await_readable(channel.fileno(), PREPARE_TIME):
-            return wire.Prepared(0, 0, (), "the child did not confine itself in time")
-        frame = channel.recv(wire.FRAME_SIZE_MAX)
-        if not frame:
+    def _prepared(self, channel: socket.socket, pidfd: int, pid: int, span: int) -> wire.Prepared:
+        """Wait for a child to have confined itself, and serve the other tasks meanwhile.
+
+        Nothing it says is believed but that it could not: its ids are Linux's stamp.
+        """
+        look = select.poll()
+        look.register(channel, select.POLLIN)
+        look.register(self._epoll, select.POLLIN)
+        give_up = time.monotonic_ns() + span
+        while not _await_readable(channel.fileno(), 0):
+            left = give_up - time.monotonic_ns()
+            if left <= 0:
+                seconds = span // 1_000_000_000
+                return _failed(f"the child did not confine itself in time ({seconds} s)")
+            if look.poll(left / 1_000_000):
+                self.serve()
+        data, ancillary, _, _ = channel.recvmsg(wire.FRAME_SIZE_MAX, CONTROL_SIZE, AT_ONCE)
+        stamps = []
+        for _, kind, content in ancillary:
+            if kind == socket.SCM_CREDENTIALS:
+                stamps.append(CREDENTIALS.unpack(content))
+            elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
+                os.close(DESCRIPTOR.unpack_from(content)[0])
+        if not data:
             _ = _await_readable(pidfd, PREPARE_TIME)
-            return wire.Prepared(0, 0, (), "the child ended before it was confined")
-        return wire.unpack_prepared(frame)
+            return _failed("the child ended before it was confined")
+        try:
+            prepared = wire.unpack_prepared(data)
+        except (ValueError, TypeError, RecursionError):
+            return _failed("the child spoke before it was confined")
+        if prepared.failed:
+            return prepared
+        ((sender, uid, gid),) = stamps
+        if sender != pid:
+            return _failed("another process spoke for the child")
+        return prepared._replace(uid=uid, gid=gid)
 
     # ------------------------------------------------------------------ the root's other traps
 
@@ -1039,6 +1184,18 @@ class LinuxKernel:
         if not 1 <= trap.size <= ENTROPY_SIZE_MAX:
             raise AbiError(Status.INVALID_ARGUMENT, f"{trap.size} bytes of entropy")
         return os.urandom(trap.size)
+
+    def _policy_raise(self, trap: PolicyRaise) -> PolicyWord:
+        return self.table.raise_policy(available=bool(trap.available))
+
+    def _boot_memory_read(self, trap: BootMemoryRead) -> bytes:  # noqa: ARG002
+        return self.boot_memory.read()
+
+    def _boot_memory_replace(self, trap: BootMemoryReplace) -> None:
+        self.boot_memory.replace(check_boot_memory(trap.data))
+
+    def _notify(self, trap: Notify) -> None:
+        self.manager.tell(check_notice(trap.text))
 
     def _audit_log(self, trap: AuditLog) -> AuditLines:  # noqa: ARG002
         self.serve()
@@ -1118,6 +1275,10 @@ def may_renice() -> bool:
 def enough_descriptors() -> bool:
     """Whether init may have the descriptors that a full system needs."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= DESCRIPTORS_WANTED
+
+
+def _failed(why: str) -> wire.Prepared:
+    return wire.Prepared(0, 0, (), why)
 
 
 def _entries(path: str) -> int:

@@ -1,9 +1,15 @@
-"""Landlock: every file and network right handled, none granted, signals and sockets scoped."""
+"""Landlock: every file and network right handled, none granted that is not named here, signals
+and sockets scoped."""
 
 import ctypes
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from nexus.kernel.linux.native import (
+    NR_LANDLOCK_ADD_RULE,
     NR_LANDLOCK_CREATE_RULESET,
     NR_LANDLOCK_RESTRICT_SELF,
     PR_SET_NO_NEW_PRIVS,
@@ -17,7 +23,13 @@ NET_SINCE: Final = 4  # ABI version with TCP bind and connect
 SCOPE_SINCE: Final = 6  # ABI version with abstract sockets and signals
 NET_RIGHTS: Final = 0b11
 SCOPES: Final = 0b11
+FS_EXECUTE: Final = 1 << 0
+FS_READ_FILE: Final = 1 << 2
+FS_READ_DIR: Final = 1 << 3
+NET_CONNECT_TCP: Final = 1 << 1
 _CREATE_RULESET_VERSION: Final = 1
+_RULE_PATH_BENEATH: Final = 1
+_RULE_NET_PORT: Final = 2
 
 
 class _Ruleset(ctypes.Structure):
@@ -28,6 +40,15 @@ class _Ruleset(ctypes.Structure):
     ]
 
 
+class _Beneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]  # type: ignore[mutable-override]
+
+
+class _Port(ctypes.Structure):
+    _fields_ = [("allowed", ctypes.c_uint64), ("port", ctypes.c_uint64)]  # type: ignore[mutable-override]
+
+
 def version() -> int:
     """The ABI version of the running kernel; 0 if it has no Landlock."""
     try:
@@ -36,9 +57,11 @@ def version() -> int:
         return 0
 
 
-def restrict(abi: int) -> int:
+def restrict(abi: int, *, connect: Iterable[int] = (), readable: Iterable[str] = ()) -> int:
     """Confine the calling process for ever; returns a descriptor for the caller to close.
 
+    `connect` are the TCP ports it may still connect to (NET_SINCE), `readable` the files and
+    directories it may still read and execute; those that are not there are left out.
     Raises OSError.
     """
     assert abi >= 1, "the caller has looked at version()"
@@ -50,6 +73,24 @@ def restrict(abi: int) -> int:
     )
     size = fields * ctypes.sizeof(ctypes.c_uint64)
     descriptor = syscall(NR_LANDLOCK_CREATE_RULESET, ctypes.byref(ruleset), size, 0)
+    for path in readable:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            _allow_reading(descriptor, path)
+    for port in connect:
+        rule = _Port(NET_CONNECT_TCP, port)
+        _ = syscall(NR_LANDLOCK_ADD_RULE, descriptor, _RULE_NET_PORT, ctypes.byref(rule), 0)
     _ = prctl(PR_SET_NO_NEW_PRIVS, 1)
     _ = syscall(NR_LANDLOCK_RESTRICT_SELF, descriptor, 0)
     return descriptor
+
+
+def _allow_reading(ruleset: int, path: str) -> None:
+    parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rights = FS_READ_FILE | FS_EXECUTE
+        if Path(path).is_dir():
+            rights |= FS_READ_DIR
+        rule = _Beneath(rights, parent)
+        _ = syscall(NR_LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+    finally:
+        os.close(parent)

@@ -9,7 +9,7 @@ import mmap
 import os
 import platform
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 LIBC: Final = ctypes.CDLL(None, use_errno=True)
@@ -18,9 +18,11 @@ LIBC: Final = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG: Final = 1
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
+PR_SET_KEEPCAPS: Final = 8
 PR_SET_NAME: Final = 15
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_RAISE: Final = 2
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 # include/uapi/linux/sched.h
@@ -48,13 +50,16 @@ CLOCK_MONOTONIC: Final = 1
 # System call numbers that are the same on every 64-bit architecture (unified since 5.1)
 NR_CLOSE_RANGE: Final = 436
 NR_LANDLOCK_CREATE_RULESET: Final = 444
+NR_LANDLOCK_ADD_RULE: Final = 445
 NR_LANDLOCK_RESTRICT_SELF: Final = 446
 
 MACHINE: Final = platform.machine()
 
-_CAPABILITY_VERSION_3: Final = 0x2008_0522  # include/uapi/linux/capability.h
+CAP_DAC_READ_SEARCH: Final = 2  # include/uapi/linux/capability.h
+_CAPABILITY_VERSION_3: Final = 0x2008_0522
 _UINT_MAX: Final = 0xFFFF_FFFF
 _ITIMERSPEC: Final = struct.Struct("@qqqq")
+_SIGSET_SIZE: Final = 128  # bytes of sigset_t in glibc and musl, on every architecture
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _mmap: Final = LIBC.mmap
@@ -81,9 +86,10 @@ def _checked(result: int, what: str) -> int:
     return result
 
 
-def prctl(option: int, value: int) -> int:
-    """prctl(2) with one argument."""
-    return _checked(LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+def prctl(option: int, value: int, third: int = 0) -> int:
+    """prctl(2) with one argument, or two."""
+    words = (ctypes.c_ulong(value), ctypes.c_ulong(third), 0, 0)
+    return _checked(LIBC.prctl(option, *words), f"prctl({option})")
 
 
 def syscall(number: int, *arguments: object) -> int:
@@ -108,9 +114,33 @@ def _close_range(low: int, high: int) -> None:
 def drop_capabilities() -> None:
     """Give up every capability of the calling process, and the way to any."""
     _ = prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    _set_capabilities(0)
+
+
+def keep_read_capability() -> None:
+    """Give up every capability but CAP_DAC_READ_SEARCH, and keep that one through an exec: for
+    an interpreter whose files only root may read. For a process that set PR_SET_KEEPCAPS
+    before it changed its ids."""
+    _set_capabilities(1 << CAP_DAC_READ_SEARCH)
+    _ = prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH)
+
+
+def _set_capabilities(low: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    none = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, high words
-    _ = _checked(LIBC.capset(header, none), "capset")
+    # effective, permitted, inheritable; low words, high words
+    words = (ctypes.c_uint32 * 6)(low, low, low, 0, 0, 0)
+    _ = _checked(LIBC.capset(header, words), "capset")
+
+
+def environment_strings() -> list[int]:
+    """The addresses of the strings of the C library's environment."""
+    listed = ctypes.POINTER(ctypes.c_void_p).in_dll(LIBC, "environ")
+    found: list[int] = []
+    if not ctypes.cast(listed, ctypes.c_void_p).value:
+        return found
+    while address := listed[len(found)]:
+        found.append(address)
+    return found
 
 
 def set_name(name: str) -> None:
@@ -142,6 +172,15 @@ def timerfd_arm(descriptor: int, deadline: int) -> None:
     if _timerfd_settime(descriptor, TFD_TIMER_ABSTIME, setting, None) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def signalfd(numbers: Iterable[int]) -> int:
+    """A non-blocking descriptor by which the process takes those of its blocked signals."""
+    wanted = ctypes.create_string_buffer(_SIGSET_SIZE)
+    _ = _checked(LIBC.sigemptyset(wanted), "sigemptyset")
+    for number in numbers:
+        _ = _checked(LIBC.sigaddset(wanted, ctypes.c_int(number)), "sigaddset")
+    return _checked(LIBC.signalfd(-1, wanted, os.O_CLOEXEC | os.O_NONBLOCK), "signalfd")
 
 
 class _Mapping:

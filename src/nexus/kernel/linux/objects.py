@@ -5,7 +5,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from nexus.abi import AbiError, LinkId, LinkTerms, Sender, ServiceId, Slot, Status
 from nexus.kernel.linux.frames import NO_COOKIE, TRAILER_SIZE
@@ -18,6 +18,9 @@ KERNEL_FRAME: Final = 1 << 21  # counts neither as a message nor as bytes
 SIZE_MASK: Final = WITH_CAP - 1
 
 EPOLL_IN: Final = select.EPOLLIN
+
+Receive = Callable[[int, int, int], tuple[bytes, list[tuple[int, int, bytes]], int, Any]]
+"""recvmsg(2) of a link: sizes of the message and of its ancillary data, flags."""
 
 
 def make_pair(terms: LinkTerms, *, wall: bool) -> tuple[socket.socket, socket.socket]:
@@ -175,7 +178,11 @@ class OwnerLink:
         self, sock: socket.socket, link: LinkId, endpoint: "Endpoint", terms: LinkTerms
     ) -> None:
         self.sock = sock
-        self.fileno = sock.fileno()
+        self.recvmsg: Receive = sock.recvmsg
+        self._join(sock.fileno(), link, endpoint, terms)
+
+    def _join(self, fileno: int, link: LinkId, endpoint: "Endpoint", terms: LinkTerms) -> None:
+        self.fileno = fileno
         self.link = link
         self.endpoint = endpoint
         self.source = endpoint.slot
@@ -189,7 +196,10 @@ class OwnerLink:
         self.fresh = True  # nothing has been received on it
         self.spoken = False  # something of its holder has been received, beside kernel frames
         self.void = False  # its maker took it back before anybody got it
-        self.recvmsg = sock.recvmsg
+
+    def close(self) -> None:
+        """Close its descriptor, after it has left its endpoint."""
+        self.sock.close()
 
     def unread_size(self) -> int:
         """Bytes on the wire that wait to be received."""

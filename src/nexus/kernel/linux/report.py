@@ -1,18 +1,36 @@
 """Which of the promises about a service's confinement this machine and user can keep, tried.
 
-`nexus doctor` shows it. A child goes through the very steps every service goes through and
-tells which it could take; the rest is looked up.
+`nexus doctor` shows it. A child goes through the very steps every service goes through, tells
+which it could take, and tries to get out (`escapes`); another one does without the system call
+filter, to show what stands behind it; and a whole kernel runs services that try, forked and in an
+interpreter of their own, without grants and with. The rest is looked up.
 """
 
 import json
 import os
 import signal
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
-from nexus.abi import HEAP_SIZE
-from nexus.kernel.linux import landlock, seccomp
+from nexus.abi import (
+    HEAP_SIZE,
+    INIT_NAME,
+    AbiError,
+    BootImage,
+    Event,
+    EventKind,
+    Grants,
+    Isolation,
+    Nanos,
+    Program,
+    Send,
+    Spawn,
+    SpawnSpec,
+)
+from nexus.kernel.linux import escapes, landlock, seccomp
+from nexus.kernel.linux.escapes import DONE, Wall
 from nexus.kernel.linux.harden import (
     UID_FIRST,
     Confinement,
@@ -21,12 +39,14 @@ from nexus.kernel.linux.harden import (
     preload,
     readable,
 )
-from nexus.kernel.linux.kernel import enough_descriptors, may_renice
+from nexus.kernel.linux.kernel import LinuxKernel, enough_descriptors, may_renice
 from nexus.kernel.linux.native import MACHINE
 
 PID_MAX_LARGE: Final = 1 << 22  # the largest Linux has: a number comes again late
 ANSWER_TIME: Final = 5_000  # milliseconds the child may take
-ANSWER_SIZE_MAX: Final = 4096  # bytes
+RUN_TIME: Final = 60_000  # milliseconds a whole kernel with three interpreters may take
+ANSWER_SIZE_MAX: Final = 4096  # bytes of one read
+PORT_GRANTED: Final = 10  # a TCP port that the attempts do not try; nobody connects to it
 
 
 class State(StrEnum):
@@ -60,11 +80,55 @@ STEPS: Final = (
 )
 
 
+# Which attempts show a step at work, where it was taken: in a process with the filter, and in
+# one without it.
+FILTERED: Final = {
+    "seccomp": tuple(one.name for one in escapes.ATTEMPTS if one.wall is Wall.FILTER),
+    "limits": ("descriptors without end",),
+    "memory": ("memory without end", "shared memory without end", "an object too large"),
+    "capabilities": ("forge credentials", "become root"),
+}
+UNFILTERED: Final = {
+    "limits": ("fork", "thread"),
+    "landlock": (
+        "open a path",
+        "list a directory",
+        "open a sibling's memory",
+        "a sibling's environment",
+    ),
+    "landlock_scope": ("signal a sibling",),
+    "not_dumpable": ("trace a sibling", "read a sibling"),
+}
+
+
+class Found(NamedTuple):
+    """What a child found: steps it could not take, and what came of its attempts."""
+
+    refused: dict[str, str]
+    outcomes: dict[str, str]
+
+
+class Service(NamedTuple):
+    """What a service found that tried to get out, or why it could not be started."""
+
+    failed: str
+    degraded: tuple[str, ...]
+    report: dict[str, Any]
+
+
 def hardening_report() -> tuple[Guarantee, ...]:
     """The state of each guarantee on this machine, for this user."""
     preload()
-    refused = _try_in_a_child()
-    root = os.geteuid() == 0
+    found = _try_in_a_child(filtered=True)
+    behind = _try_in_a_child(filtered=False)
+    refused = dict(found.refused)
+    for step, names in FILTERED.items():
+        _ = refused.setdefault(step, _open(names, found.outcomes, "refusal"))
+    for step, names in UNFILTERED.items():
+        left = _open(names, behind.outcomes, "beyond")
+        if not refused.get(step) and left:
+            refused[step] = f"{left}, without the filter"
+    refused = {step: why for step, why in refused.items() if why}
     rows = [
         Guarantee(name, left if name in refused else State.HELD, gives, refused.get(name, ""))
         for name, gives, left in STEPS
@@ -72,6 +136,98 @@ def hardening_report() -> tuple[Guarantee, ...]:
     if "landlock" in refused:
         index = [row.name for row in rows].index("landlock_scope")
         rows[index] = rows[index]._replace(state=State.ABSENT, why=refused["landlock"])
+    rows += _tried_rows(_try_in_a_run())
+    rows += _looked_up_rows()
+    return tuple(rows)
+
+
+def _open(names: tuple[str, ...], outcomes: dict[str, str], field: str) -> str:
+    """The attempts that were not refused as they should, for a reader; empty if all were."""
+    expected = {one.name: getattr(one, field) for one in escapes.ATTEMPTS}
+    wrong = [name for name in names if outcomes.get(name, "not tried") != expected[name]]
+    return ", ".join(f"{name}: {outcomes.get(name, 'not tried')}" for name in wrong)
+
+
+def _tried_rows(services: dict[str, Service]) -> list[Guarantee]:
+    """What whole services found."""
+    forked, executed = services["fork"], services["exec"]
+    rows = []
+
+    def row(name: str, gives: str, why: str, degraded: str = "") -> None:
+        state = State.ABSENT if why else State.DEGRADED if degraded else State.HELD
+        rows.append(Guarantee(name, state, gives, why or degraded))
+
+    def attempts(service: Service, **expected: str) -> str:
+        """Why a service's attempts do not show it; `expected` in place of the table's word."""
+        if service.failed:
+            return service.failed
+        words = {name.replace("_", " "): outcome for name, outcome in expected.items()}
+        outcomes = service.report["outcomes"]
+        wrong = [name for name, outcome in words.items() if outcomes[name] != outcome]
+        return ", ".join(f"{name}: {outcomes[name]}" for name in wrong)
+
+    row(
+        "environment",
+        "a service sees nothing of the environment that the system was started with",
+        forked.failed or ", ".join(forked.report["environment"]),
+    )
+    row(
+        "identity_table",
+        "only init can write who is who",
+        attempts(forked, write_the_identity_table="EACCES"),
+    )
+    row(
+        "policy_page",
+        "only init can write the word of the policy page",
+        attempts(forked, write_the_policy_page="EACCES"),
+    )
+    row(
+        "credentials",
+        "each message carries who sent it, from Linux itself",
+        attempts(forked, forge_credentials="EPERM") or forked.report["sender"],
+    )
+    alike = (
+        "" if executed.failed or _differ(forked, executed) else "layout and hash seed are init's"
+    )
+    names = tuple(one.name for one in escapes.ATTEMPTS)
+    left = executed.failed or alike or _open(names, executed.report["outcomes"], "refusal")
+    reading = "import_reading" in executed.degraded
+    row(
+        "exec_isolation",
+        "an interpreter of its own: other layout, other hash seed, nothing of init's memory",
+        left,
+        "only root may read the interpreter: an import reads its path as root would" * reading,
+    )
+    threads = services["threads"]
+    row(
+        "threads",
+        "a grant of threads lets a service start that many, and no process",
+        attempts(threads, thread=DONE, fork="EPERM"),
+        "Linux counts all processes of the user: only memory bounds how many"
+        * ("threads" in threads.degraded),
+    )
+    row(
+        "streams",
+        "a grant of streams opens stream pairs, through which nothing else is reached",
+        attempts(
+            services["streams"], stream_pair=DONE, datagram_to_a_path="EPERM", UDP_socket="EPERM"
+        ),
+    )
+    row(
+        "network",
+        "a grant of TCP ports opens these, and no other port or protocol",
+        attempts(services["network"], TCP_connection="EACCES", UDP_socket="EPERM"),
+    )
+    return rows
+
+
+def _differ(one: Service, other: Service) -> bool:
+    return all(one.report[what] != other.report[what] for what in ("hash", "layout"))
+
+
+def _looked_up_rows() -> list[Guarantee]:
+    root = os.geteuid() == 0
+    rows = []
     renice = may_renice()
     rows.append(
         Guarantee(
@@ -91,62 +247,159 @@ def hardening_report() -> tuple[Guarantee, ...]:
         )
     )
     pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
+    why = "" if root else "pid_max is the machine's, not ours to raise"
+    if pid_max < PID_MAX_LARGE:
+        why = f"pid_max is {pid_max}: it comes again soon"
     rows.append(
         Guarantee(
             "pid_reuse",
-            State.HELD if root and pid_max >= PID_MAX_LARGE else State.DEGRADED,
+            State.DEGRADED if why else State.HELD,
             "a pid never means two services; two colluding ones cannot wait for it to come again",
-            "" if pid_max >= PID_MAX_LARGE else f"pid_max is {pid_max}: it comes again soon",
+            why,
         )
     )
-    return tuple(rows)
+    rows.append(
+        Guarantee(
+            "cgroup",
+            State.ABSENT,
+            "processor time and memory of a service are bounded as a whole",
+            "cgroups are not used: limits are per process, and a class is a weight",
+        )
+    )
+    return rows
 
 
-def _try_in_a_child() -> dict[str, str]:
-    """Confine a child and learn which steps it could not take."""
-    namespaces = Namespaces() if os.geteuid() == 0 else None
+def _in_a_child(work: Callable[[int], object], time: int) -> Any:
+    """Do `work` in a forked child and return the JSON it writes to the descriptor it is handed;
+    None if there was none within `time` milliseconds. The child is dead then."""
     reader, writer = os.pipe()
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    parent = os.getpid()
     child = os.fork()
     if child == 0:
-        _confined(
-            Confinement(
-                parent=parent,
-                uid=UID_FIRST if os.geteuid() == 0 else None,
-                keep=(writer,),
-                null=null,
-                namespaces=() if namespaces is None else namespaces.descriptors,
-                enabled=True,
-                name="doctor",
-                budget=HEAP_SIZE,
-            )
-        )
+        try:
+            os.close(reader)
+            _ = work(writer)
+        finally:
+            os._exit(0)
     os.close(writer)
-    os.close(null)
     answer = b""
     # A part at a time, each bounded: the child writes once.
-    while readable(reader, ANSWER_TIME) and (part := os.read(reader, ANSWER_SIZE_MAX)):
+    while readable(reader, time) and (part := os.read(reader, ANSWER_SIZE_MAX)):
         answer += part
     os.close(reader)
     os.kill(child, signal.SIGKILL)
     _ = os.waitpid(child, 0)
-    if namespaces is not None:
-        namespaces.close()
-    if not answer:
-        return {name: "the confined child ended" for name, _, _ in STEPS}
-    refused: dict[str, str] = dict(json.loads(answer))
-    return refused
+    return json.loads(answer) if answer else None
 
 
-def _confined(confinement: Confinement) -> NoReturn:
-    try:
-        hardening = Hardening(confinement)
+def _try_in_a_child(*, filtered: bool) -> Found:
+    """Confine a child, learn which steps it could not take, and let it try to get out."""
+    namespaces = Namespaces() if os.geteuid() == 0 else None
+    parent = os.getpid()
+
+    def work(writer: int) -> None:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        confinement = Confinement(
+            parent=parent,
+            uid=UID_FIRST if os.geteuid() == 0 else None,
+            keep=(writer,),
+            null=null,
+            namespaces=() if namespaces is None else namespaces.descriptors,
+            enabled=True,
+            name="doctor",
+            budget=HEAP_SIZE,
+            grants=Grants(),
+        )
+        hardening = Hardening(confinement) if filtered else _Unfiltered(confinement)
         (writer,) = hardening.before_identity()
         hardening.finish()
-        _ = os.write(writer, json.dumps(hardening.why).encode())
-    finally:
-        os._exit(0)
+        target = escapes.Target(parent)
+        tried = {
+            one.name: escapes.outcome(one, target)
+            for one in escapes.ATTEMPTS
+            if one.wall is not Wall.SEALS
+        }
+        _ = os.write(writer, json.dumps((hardening.why, tried)).encode())
+
+    found = _in_a_child(work, ANSWER_TIME)
+    if namespaces is not None:
+        namespaces.close()
+    if found is None:
+        return Found({name: "the confined child ended" for name, _, _ in STEPS}, {})
+    return Found(*found)
+
+
+class _Unfiltered(Hardening):
+    """Everything but the filter, to see what stands behind it."""
+
+    def _seccomp(self) -> None:
+        """Not taken."""
+
+
+def _try_in_a_run() -> dict[str, Service]:
+    """Run a kernel whose services try to get out."""
+
+    def work(writer: int) -> None:
+        found = _run_services()
+        text = memoryview(json.dumps(found).encode())
+        while text:
+            text = text[os.write(writer, text) :]
+
+    found = _in_a_child(work, RUN_TIME)
+    if found is None:
+        found = {name: ("the kernel did not run", (), {}) for name in SERVICES}
+    return {name: Service(*fields) for name, fields in found.items()}
+
+
+EXECUTED: Final = Grants(isolation=Isolation.EXEC)
+SERVICES: Final = {
+    "fork": Grants(),
+    "exec": EXECUTED,
+    "threads": Grants(threads=1),
+    "streams": EXECUTED._replace(streams=True),
+    "network": EXECUTED._replace(connect=(PORT_GRANTED,)),
+}
+
+
+def _run_services() -> dict[str, Service]:
+    digest = "0" * 64  # nobody asks for it
+    hostile = Program(
+        name="hostile",
+        main=escapes.main,
+        digest=digest,
+        entry=f"{escapes.__name__}:{escapes.main.__name__}",
+    )
+    events: list[Event] = []
+    found: dict[str, Service] = {}
+
+    async def root(boot: BootImage) -> None:
+        prey = await Spawn(SpawnSpec("prey", "hostile", boot.endpoint, endpoints=1))
+        for name, grants in SERVICES.items():
+            argument = str(prey.pid).encode()
+            try:
+                spawned = await Spawn(
+                    SpawnSpec(name, "hostile", boot.endpoint, argument, endpoints=1, grants=grants)
+                )
+            except AbiError as refusal:
+                found[name] = Service(str(refusal), (), {})
+                continue
+            report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
+            degraded = _degraded(events, name)
+            found[name] = Service("", degraded, report)
+        await Send(prey.slot, b"end")
+
+    kernel = LinuxKernel({"hostile": hostile}, recorder=events.append)
+    until = Nanos(kernel.now + RUN_TIME * 1_000_000)
+    _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
+    return found
+
+
+def _degraded(events: list[Event], name: str) -> tuple[str, ...]:
+    for event in events:
+        if event.kind is EventKind.SPAWN and event.fields["name"] == name:
+            listed = event.fields["degraded"]
+            assert isinstance(listed, list), "the kernel's own event"
+            return tuple(listed)
+    raise AssertionError(f"{name} has been started")
 
 
 def kernel_facts() -> dict[str, int | str]:

@@ -1,16 +1,21 @@
 """The system call filter of a service: an allow list, as data, and the program made from it.
 
 Anything not listed fails with EPERM; clone3 with ENOSYS, so that a C library falls back to
-clone, which is not listed; a call made for another architecture kills the process. Extended
-only by grants. A call's address arguments cannot be read by a filter: what would need that
-(open, connect, sendto on anything but a pair) is impossible because its first step is not here.
+clone, which only a grant of threads lists; a call made for another architecture kills the
+process. Extended only by grants, and for an interpreter of its own by what starting and importing
+take, until the program is imported. A call's address arguments cannot be read by a filter: what
+would need that (open, connect, sendto on anything but a pair) is impossible because its first
+step is not here, or Landlock decides it.
 """
 
 import ctypes
 import errno
 import struct
+from enum import IntEnum
+from functools import cache
 from typing import Final, NamedTuple
 
+from nexus.abi import Grants
 from nexus.kernel.linux.native import LIBC, MACHINE, PR_SET_NO_NEW_PRIVS, SIOCINQ, SIOCOUTQ, prctl
 
 
@@ -87,8 +92,58 @@ CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     "exit_group": (231, 94),
 }
 
+# What a C library does in a thread it starts, beside the clone itself.
+THREAD_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+}
+ACCEPT_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"accept4": (288, 242)}
+TCP_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
+    "getpeername": (52, 205),
+    "shutdown": (48, 210),
+}
+# asyncio calls it again on a socket that listens. With `connect` as well it gives a service a
+# port that Linux chooses.
+LISTEN_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"listen": (50, 201)}
+CONNECT_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"connect": (42, 203)}
+# What an interpreter needs to import, and to confine itself afterwards. Landlock bounds the paths.
+IMPORT_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
+    **THREAD_CALLS,
+    "open": (2, None),
+    "openat": (257, 56),
+    "stat": (4, None),
+    "lstat": (6, None),
+    "newfstatat": (262, 79),
+    "statx": (332, 291),
+    "access": (21, None),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "getcwd": (79, 17),
+    "getdents64": (217, 61),
+    "uname": (63, 160),
+    "sysinfo": (99, 179),
+    "sched_getaffinity": (204, 123),
+    "prctl": (157, 167),
+    "capset": (126, 91),
+    "landlock_create_ruleset": (444, 444),
+    "landlock_add_rule": (445, 445),
+    "landlock_restrict_self": (446, 446),
+}
+EXEC_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
+    "execve": (59, 221),
+    "arch_prctl": (158, None),
+    "set_tid_address": (218, 96),
+}
+
 # Calls allowed with some arguments only.
 SOCKETPAIR: Final = (53, 199)
+SOCKET: Final = (41, 198)
+CLONE: Final = (56, 220)
+PRLIMIT: Final = (302, 261)
+SENDTO: Final = (44, 206)
+SENDMSG: Final = (46, 211)
 SETSOCKOPT: Final = (54, 208)
 IOCTL: Final = (16, 29)
 FCNTL: Final = (72, 25)
@@ -97,13 +152,27 @@ MPROTECT: Final = (10, 226)
 CLONE3: Final = (435, 435)
 
 AF_UNIX: Final = 1
+AF_INET: Final = 2
+AF_INET6: Final = 10
+SOCK_STREAM: Final = 1
 SOCK_SEQPACKET: Final = 5
+IPPROTO_TCP: Final = 6
+TCP_NODELAY: Final = 1
+MSG_FASTOPEN: Final = 0x2000_0000  # a connect that Landlock does not see
 SOCK_FLAGS: Final = 0o2004000  # SOCK_CLOEXEC | SOCK_NONBLOCK
 SOL_SOCKET: Final = 1
 # SO_PASSCRED, SO_RCVTIMEO and SO_PEEK_OFF (to count what is queued without taking it). Never
 # SO_SNDBUF: with it a client would lift the wall of its own link.
 SOCKET_OPTIONS: Final = (16, 20, 42)
+TCP_SOCKET_OPTIONS: Final = (*SOCKET_OPTIONS, 9)  # SO_KEEPALIVE
 IOCTLS: Final = (SIOCOUTQ, SIOCINQ)
+FIONBIO: Final = 0x5421  # how Python makes a socket non-blocking
+# With a device any request but these, for a filter does not see which descriptor it is about:
+# FIOSETOWN, SIOCSPGRP, FIOASYNC have Linux signal others, TIOCSTI types for them, TIOCSCTTY.
+DEVICE_IOCTLS_REFUSED: Final = (0x8901, 0x8902, 0x5452, 0x5412, 0x540E)
+# CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID: what
+# pthread_create asks for, with CLONE_DETACHED in musl. Nothing less is a thread of this process.
+THREAD_FLAGS: Final = (0x3D_0F00, 0x7D_0F00)
 # F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS, F_GET_SEALS: none makes a descriptor.
 FCNTLS: Final = (1, 2, 3, 1033, 1034)
 PROT_EXEC: Final = 4
@@ -130,6 +199,14 @@ _INSTRUCTION: Final = struct.Struct("=HBBI")
 Instruction = tuple[int, int, int, int]
 
 
+class Stage(IntEnum):
+    """How far a process is: the filters are stacked, so each is as strict as those before."""
+
+    FINAL = 0  # the only one of a forked service
+    IMPORT = 1  # an interpreter of its own, before it imports the program
+    START = 2  # before it is executed
+
+
 class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # type: ignore[mutable-override]
 
@@ -140,6 +217,14 @@ def _one_of(index: int, values: tuple[int, ...]) -> list[Instruction]:
     for position, value in enumerate(values):
         code.append((JUMP_EQUAL, len(values) - position, 0, value))
     return [*code, (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
+
+
+def _none_of(index: int, values: tuple[int, ...]) -> list[Instruction]:
+    """Refuse if argument `index` is one of the values, allow otherwise."""
+    code: list[Instruction] = [(LOAD, 0, 0, ARGUMENT_AT[index])]
+    for position, value in enumerate(values):
+        code.append((JUMP_EQUAL, len(values) - position, 0, value))
+    return [*code, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
 
 
 def _without(index: int, bits: int) -> list[Instruction]:
@@ -153,16 +238,31 @@ def _without(index: int, bits: int) -> list[Instruction]:
     ]
 
 
-def _pair() -> list[Instruction]:
-    """Allow a SEQPACKET pair only: from a DGRAM socket any other could be reached."""
+def _pair(kinds: tuple[int, ...]) -> list[Instruction]:
+    """Allow a UNIX pair of these kinds; never DGRAM: from such a socket any other could be
+    reached."""
+    masked = _one_of(1, kinds)
+    masked.insert(1, (AND, 0, 0, 0xFFFF_FFFF & ~SOCK_FLAGS))
     return [
         (LOAD, 0, 0, ARGUMENT_AT[0]),
-        (JUMP_EQUAL, 0, 3, AF_UNIX),
+        (JUMP_EQUAL, 1, 0, AF_UNIX),
+        (RETURN, 0, 0, REFUSE),
+        *masked,
+    ]
+
+
+def _tcp_socket() -> list[Instruction]:
+    """Allow a TCP socket, the only kind whose connect Landlock knows: not MPTCP, not SMC."""
+    return [
+        (LOAD, 0, 0, ARGUMENT_AT[0]),
+        (JUMP_EQUAL, 2, 0, AF_INET),
+        (JUMP_EQUAL, 1, 0, AF_INET6),
+        (RETURN, 0, 0, REFUSE),
         (LOAD, 0, 0, ARGUMENT_AT[1]),
         (AND, 0, 0, 0xFFFF_FFFF & ~SOCK_FLAGS),
-        (JUMP_EQUAL, 1, 0, SOCK_SEQPACKET),
+        (JUMP_EQUAL, 1, 0, SOCK_STREAM),
         (RETURN, 0, 0, REFUSE),
-        (RETURN, 0, 0, ALLOW),
+        *_one_of(2, (0, IPPROTO_TCP)),
     ]
 
 
@@ -176,43 +276,118 @@ def _option() -> list[Instruction]:
     ]
 
 
-def allowed_calls(machine: str) -> dict[str, int]:
+def _tcp_option() -> list[Instruction]:
+    """Allow what `_option` does, and what an event loop sets on a TCP socket."""
+    return [
+        (LOAD, 0, 0, ARGUMENT_AT[1]),
+        (JUMP_EQUAL, 0, 4, IPPROTO_TCP),
+        (LOAD, 0, 0, ARGUMENT_AT[2]),
+        (JUMP_EQUAL, 0, 1, TCP_NODELAY),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, REFUSE),
+        (JUMP_EQUAL, 1, 0, SOL_SOCKET),
+        (RETURN, 0, 0, REFUSE),
+        *_one_of(2, TCP_SOCKET_OPTIONS),
+    ]
+
+
+Numbers = tuple[int | None, int | None]
+
+
+def _calls(grants: Grants, stage: Stage) -> dict[str, Numbers]:
+    """The calls allowed with any argument."""
+    calls: dict[str, Numbers] = dict(CALLS)
+    if grants.threads:
+        calls |= THREAD_CALLS
+    if grants.ports or grants.listen:
+        calls |= ACCEPT_CALLS
+    if grants.listen or grants.connect:
+        calls |= TCP_CALLS
+        del calls["sendto"], calls["sendmsg"]  # limited, below
+    if grants.listen:
+        calls |= LISTEN_CALLS
+    if grants.connect:
+        calls |= CONNECT_CALLS
+    if stage >= Stage.IMPORT:
+        calls |= IMPORT_CALLS
+    if stage >= Stage.START:
+        calls |= EXEC_CALLS
+    return calls
+
+
+def _limited(grants: Grants, stage: Stage) -> list[tuple[Numbers, list[Instruction]]]:
+    """The calls allowed with some arguments only."""
+    stream = (SOCK_STREAM,) if grants.streams else ()
+    tcp = bool(grants.listen or grants.connect)
+    ioctls = (*IOCTLS, FIONBIO) if grants.streams or tcp else IOCTLS
+    limited: list[tuple[Numbers, list[Instruction]]] = [
+        (SOCKETPAIR, _pair((SOCK_SEQPACKET, *stream))),
+        (SETSOCKOPT, _tcp_option() if tcp else _option()),
+        (IOCTL, _none_of(1, DEVICE_IOCTLS_REFUSED) if grants.devices else _one_of(1, ioctls)),
+        (FCNTL, _one_of(1, FCNTLS)),
+        (CLONE3, [(RETURN, 0, 0, NO_SUCH_CALL)]),
+    ]
+    executable: list[Instruction] = [(RETURN, 0, 0, ALLOW)]
+    memory = _without(2, PROT_EXEC) if stage is Stage.FINAL else executable
+    limited += [(MMAP, memory), (MPROTECT, memory)]
+    if stage >= Stage.IMPORT:
+        limited.append((PRLIMIT, _one_of(0, (0,))))  # its own: Linux lets an id set its others'
+    if grants.threads:
+        limited.append((CLONE, _one_of(0, THREAD_FLAGS)))
+    if tcp:
+        limited += [(SENDTO, _without(3, MSG_FASTOPEN)), (SENDMSG, _without(2, MSG_FASTOPEN))]
+    if grants.connect:
+        limited.append((SOCKET, _tcp_socket()))
+    return limited
+
+
+NO_GRANTS: Final = Grants()
+
+
+def allowed_calls(
+    machine: str, grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL
+) -> dict[str, int]:
     """The calls allowed with any argument on an architecture, by name."""
     column = MACHINES[machine].column
-    numbers = {name: pair[column] for name, pair in CALLS.items()}
+    numbers = {name: pair[column] for name, pair in _calls(grants, stage).items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def program(machine: str) -> list[Instruction]:
+def program(
+    machine: str, grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL
+) -> list[Instruction]:
     """The filter of an architecture. Raises KeyError for one without a table."""
     known = MACHINES[machine]
-    limited = (
-        (SOCKETPAIR, _pair()),
-        (SETSOCKOPT, _option()),
-        (IOCTL, _one_of(1, IOCTLS)),
-        (FCNTL, _one_of(1, FCNTLS)),
-        (MMAP, _without(2, PROT_EXEC)),
-        (MPROTECT, _without(2, PROT_EXEC)),
-        (CLONE3, [(RETURN, 0, 0, NO_SUCH_CALL)]),
-    )
     code: list[Instruction] = [
         (LOAD, 0, 0, ARCH_AT),
         (JUMP_EQUAL, 1, 0, known.audit),
         (RETURN, 0, 0, KILL_PROCESS),
         (LOAD, 0, 0, NUMBER_AT),
     ]
-    for number in allowed_calls(machine).values():
+    for number in allowed_calls(machine, grants, stage).values():
         code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    for numbers, body in limited:
-        code += [(JUMP_EQUAL, 0, len(body), numbers[known.column]), *body]
+    for numbers, body in _limited(grants, stage):
+        limited = numbers[known.column]
+        if limited is not None:
+            code += [(JUMP_EQUAL, 0, len(body), limited), *body]
     code.append((RETURN, 0, 0, REFUSE))
     assert all(true <= 255 and false <= 255 for _, true, false, _ in code), "jumps are bytes"
     return code
 
 
-def install(machine: str = MACHINE) -> None:
-    """Confine the calling process for ever. Raises OSError, KeyError without a table."""
-    code = b"".join(_INSTRUCTION.pack(*instruction) for instruction in program(machine))
+@cache
+def assembled(grants: Grants, stage: Stage) -> bytes:
+    """The filter of this machine as Linux reads it. Asked for by init before it forks, so that a
+    child finds it made. Raises KeyError for a machine without a table."""
+    instructions = program(MACHINE, grants, stage)
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
+
+
+def install(grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL) -> None:
+    """Confine the calling process for ever. Raises OSError."""
+    if MACHINE not in MACHINES:
+        raise OSError(f"there is no list of the calls of {MACHINE}")
+    code = assembled(grants, stage)
     text = ctypes.create_string_buffer(code, len(code))
     listing = _Program(len(code) // _INSTRUCTION.size, ctypes.addressof(text))
     _ = prctl(PR_SET_NO_NEW_PRIVS, 1)

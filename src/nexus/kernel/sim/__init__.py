@@ -1,6 +1,26 @@
 """The simulated kernel: the same ABI under a virtual clock, from one seed."""
 
-from nexus.kernel.sim.faults import FAILURES, FaultPoint, Faults, Forge, NthFailure, Plan
+from nexus.kernel.sim.faults import (
+    FAILURES,
+    FaultPoint,
+    Faults,
+    Forge,
+    Freeze,
+    NthFailure,
+    Plan,
+)
 from nexus.kernel.sim.kernel import SimKernel
+from nexus.kernel.sim.ports import SimPeer, SimPort
 
-__all__ = ["FAILURES", "FaultPoint", "Faults", "Forge", "NthFailure", "Plan", "SimKernel"]
+__all__ = [
+    "FAILURES",
+    "FaultPoint",
+    "Faults",
+    "Forge",
+    "Freeze",
+    "NthFailure",
+    "Plan",
+    "SimKernel",
+    "SimPeer",
+    "SimPort",
+]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from nexus.abi import (
     NEVER,
+    BootMemoryReplace,
     Call,
     CapClone,
     CapDerive,
@@ -16,6 +17,7 @@ from nexus.abi import (
     LinkCreate,
     Nanos,
     Pid,
+    PortSend,
     Recv,
     ReplyRecv,
     Send,
@@ -46,6 +48,7 @@ class FaultPoint(StrEnum):
     LATE_WAKE = "late_wake"
     LATE_TIMER = "late_timer"
     LATE_DELIVERY = "late_delivery"
+    FREEZE = "freeze"  # a task is stopped for a while, and goes on: SIGSTOP and SIGCONT
     LOST_SIGNAL = "lost_signal"  # a resched interrupt is not sent; the CPU's own tick finds it
 
 
@@ -62,6 +65,8 @@ FAILURES: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
     Spawn: (Status.NO_SPACE,),
     Wait: (Status.TIMED_OUT, Status.QUEUE_EMPTY),
     ConsoleWrite: (Status.QUEUE_FULL,),
+    BootMemoryReplace: (Status.NO_SPACE,),
+    PortSend: (Status.QUEUE_FULL,),
 }
 """What an injected failure may answer, by trap: statuses its docstring names."""
 
@@ -94,6 +99,18 @@ class Forge:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Freeze:
+    """The task of this name is stopped `after` the start of the run, in ns, for `span` ns.
+
+    Nothing happens if no such task lives then.
+    """
+
+    task: str
+    after: Nanos
+    span: Nanos
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What may go wrong in a run.
 
@@ -104,6 +121,7 @@ class Plan:
 
     nth: tuple[NthFailure, ...] = ()
     forge: tuple[Forge, ...] = ()
+    freeze: tuple[Freeze, ...] = ()
     chances: Mapping[FaultPoint, int] = field(default_factory=dict)
     tasks: frozenset[str] | None = None
     stop_at: Nanos = NEVER
@@ -189,6 +207,11 @@ class Faults:
                 self.fired[FaultPoint.FORGE] += 1
                 pids.append(forge.pid)
         return pids
+
+    def freezes(self, now: Nanos) -> bool:
+        """Whether a planned freeze may happen now. Counts the reach."""
+        self.reached[FaultPoint.FREEZE] += 1
+        return now < self.stop_at
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Per point how often it was reached and how often it fired."""

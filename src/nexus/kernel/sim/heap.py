@@ -24,10 +24,11 @@ from nexus.kernel.core import (
     Held,
     page_round,
 )
-from nexus.kernel.sim.objects import KernelObject, Link, Task, Vmo
+from nexus.kernel.sim.objects import Connection, KernelObject, Link, Port, Task, Vmo
 
 VMO_RIGHTS: Final = Rights.MAP | Rights.MANAGE
 TASK_CHARGE: Final = TASK_SIZE + WAITER_SIZE + TIMER_SIZE
+CONNECTION_CHARGE: Final = 2 * LINK_END_SIZE  # one end for each direction of a port's connection
 
 
 class Heap:
@@ -224,7 +225,11 @@ class Heap:
             ends: dict[int, Link] = {}
             total += SLOT_SIZE * task.table.used
             total += sum(endpoint.cost for endpoint in task.endpoints.values())
+            total += sum(port_size(port) for port in task.ports.values())
             total += LINK_END_SIZE * len(task.links)
+            if task.kernel_link is not None:
+                signals = task.kernel_link
+                total += MESSAGE_SIZE * len(signals.queue) + signals.queued_size
             for vmo, _ in task.maps.values():
                 vmos[id(vmo)] = vmo
             for held in task.entries.values():
@@ -241,6 +246,19 @@ class Heap:
                         vmos[id(moved.object)] = moved.object
             total += LINK_END_SIZE * len(ends)
         return total + sum(vmo.cost for vmo in vmos.values() if not vmo.freed)
+
+
+def connection_size(connection: Connection) -> int:
+    """What a connection and everything queued in it cost the heap."""
+    messages = len(connection.queue) + len(connection.outgoing)
+    queued = connection.queued_size + connection.outgoing_size
+    return CONNECTION_CHARGE + MESSAGE_SIZE * messages + queued
+
+
+def port_size(port: Port) -> int:
+    """What a port and its connections cost the heap."""
+    connections = [link for link in port.links.values() if isinstance(link, Connection)]
+    return port.cost + sum(connection_size(each) for each in connections)
 
 
 def _has_views(data: bytearray) -> bool:

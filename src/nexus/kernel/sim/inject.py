@@ -3,6 +3,7 @@
 A kernel without a plan is built from the plain parts and runs none of this.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from nexus.abi import (
@@ -32,6 +33,7 @@ from nexus.kernel.sim.faults import (
     WAKE_DELAY_MAX,
     FaultPoint,
     Faults,
+    Freeze,
 )
 from nexus.kernel.sim.heap import Heap
 from nexus.kernel.sim.ipc import Ipc, OnLink, OnRefused
@@ -154,6 +156,9 @@ class Injector:
         handlers = self._kernel.handlers
         for trap, (handler, code) in list(handlers.items()):
             handlers[trap] = (self._wrapped(trap, handler), code)
+        for freeze in self._faults.plan.freeze:
+            time = Nanos(self._kernel.now + freeze.after)
+            self._kernel.at(time, partial(self._freeze, freeze))
         self._kernel.cost = self._cost
         self._kernel.clock.late = self._lateness
 
@@ -199,6 +204,16 @@ class Injector:
         self._told(FaultPoint.KILL, task, type(task.trap), None)
         kernel.end(task, 0, SIGKILL)
         return True
+
+    def _freeze(self, freeze: Freeze) -> None:
+        kernel, faults = self._kernel, self._faults
+        now = kernel.clock.now
+        task = kernel.living(freeze.task)
+        if not faults.freezes(now) or task is None:
+            return
+        faults.fired[FaultPoint.FREEZE] += 1
+        self._told(FaultPoint.FREEZE, task, None, None)
+        _ = kernel.freeze(freeze.task, Nanos(now + freeze.span))
 
     def _fail(self, task: Task, trap: Any, status: Status) -> Any:
         ipc = self._kernel.ipc

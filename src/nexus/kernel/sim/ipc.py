@@ -3,10 +3,13 @@
 Every decision stands in a small method of its own that is looked up when it is needed.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 from nexus.abi import (
+    KERNEL,
+    LINK_SIZE_MAX,
     MESSAGE_KIND_RESERVED,
     MESSAGE_SIZE_MAX,
     NO_WAIT,
@@ -18,8 +21,10 @@ from nexus.abi import (
     NewLink,
     PeerGone,
     Pid,
+    QosClass,
     Rights,
     Sender,
+    Signal,
     Slot,
     Status,
 )
@@ -34,16 +39,18 @@ from nexus.kernel.core import (
 )
 from nexus.kernel.sim.clock import Clock
 from nexus.kernel.sim.heap import Heap
-from nexus.kernel.sim.log import GONE, SENT, EventLog
+from nexus.kernel.sim.log import GONE, SENT, SIGNAL, EventLog
 from nexus.kernel.sim.objects import (
     BLOCKED,
     WAIT_RECEIVE,
     WAIT_SEND,
     Blocked,
+    Connection,
     Endpoint,
     Entry,
     KernelObject,
     Link,
+    Port,
     Task,
     Vmo,
 )
@@ -58,6 +65,13 @@ _new_message: Final = tuple.__new__  # a third of the time of Message(...)
 
 OnLink = Callable[[Link, Task], None]
 OnRefused = Callable[[Task, str], None]
+
+_KERNEL_SENDER: Final = Sender(KERNEL, Pid(0), 0, QosClass.NORMAL)
+_KERNEL_LINK: Final = LinkId(0)  # links of a task are counted from 1
+_KERNEL_STAMP: Final = Pid(-(1 << 40))  # no task has it, and no connection
+_SIGNAL_ORDER: Final = tuple(name.encode() for name in (Signal.HUP, Signal.INT, Signal.TERM))
+
+assert len(_SIGNAL_ORDER) == len(Signal), "each signal has its place"
 
 
 class NoRoom(AbiError):
@@ -77,7 +91,10 @@ class Ipc:
         "heap",
         "identities",
         "identity_of",
+        "kernel_link",
+        "on_connection_end",
         "on_link",
+        "on_port_end",
         "on_refused",
         "scheduler",
         "serial",
@@ -100,6 +117,9 @@ class Ipc:
         self.event_log = event_log
         self.on_link = on_link
         self.on_refused = on_refused
+        self.on_port_end: Callable[[Port], None] = _no_ports
+        self.on_connection_end: Callable[[Connection], None] = _no_ports
+        self.kernel_link: Link | None = None  # into the root task's own endpoint
         self.endpoints_alive = 0
         self.serial = 0  # links ever made, for the log
         # Rows are overwritten when a pid is given again, never deleted: what a dead task had
@@ -152,6 +172,7 @@ class Ipc:
                 if cap is not None:
                     woken += self.drop_moved(cap.object)
         endpoint.ready.clear()
+        self.drop_signals(endpoint)
         task.share.endpoints.give(1)
         self.heap.refund(endpoint.cost)
         return woken
@@ -166,6 +187,15 @@ class Ipc:
         self.heap.refund(LINK_END_SIZE)
         if link.parent is not None:
             link.parent.derived -= 1
+
+    def forget_connection(self, connection: Connection) -> None:
+        """End a connection for both of its sides; its id is dead."""
+        port = connection.endpoint
+        if connection.listed:
+            port.ready.remove(connection)
+            connection.listed = False
+        del port.links[connection.id]
+        self.on_connection_end(connection)
 
     # ---- making links
 
@@ -248,7 +278,7 @@ class Ipc:
         """Drop a slot; the last slot of an object lets go of the object."""
         held = self.heap.unhold(task, slot)
         object_ = held.object
-        if isinstance(object_, Endpoint):
+        if isinstance(object_, Endpoint) and not isinstance(object_, Port):
             self.close_endpoint(object_)
         elif not task.table.aliases(object_):
             self.wake_all(self.drop(object_))
@@ -259,6 +289,8 @@ class Ipc:
             return self._close_link(object_)
         if isinstance(object_, Vmo):
             self.heap.free_if_unused(object_)
+        elif isinstance(object_, Port):
+            self.on_port_end(object_)
         return []
 
     def drop_moved(self, object_: KernelObject) -> list[Task]:
@@ -423,8 +455,9 @@ class Ipc:
         if len(sources) == 1:
             held = entries.get(sources[0])
             if held is None or held.object.__class__ is not Endpoint:
-                self._refuse_source(sources[0], held)
-            task.sources = (held.object,)
+                task.sources = self._resolve(task, sources)
+            else:
+                task.sources = (held.object,)
         else:
             task.sources = self._resolve(task, sources)
         task.size_max = size_max
@@ -432,9 +465,17 @@ class Ipc:
             task.filter = None
             return
         link = task.links.get(link_id)
+        if link is None:
+            link = self._other_link(task, link_id)
         if link is None or link.endpoint not in task.sources:
             raise AbiError(Status.NO_SUCH_ENDPOINT, f"no link {link_id}")
         task.filter = link
+
+    def _other_link(self, task: Task, link_id: LinkId) -> Link | None:
+        if link_id == _KERNEL_LINK:
+            return task.kernel_link
+        found = (port.links.get(link_id) for port in task.ports.values())
+        return next((link for link in found if link is not None), None)
 
     def _resolve(self, task: Task, sources: tuple[Slot, ...]) -> tuple[Endpoint, ...]:
         if not sources:
@@ -483,7 +524,10 @@ class Ipc:
         while True:
             link = task.filter
             if link is None:
-                link = self.next_link(task)
+                # Of all tasks only the root has a link from the kernel.
+                link = None if task.kernel_link is None else self.first_signal(task)
+                if link is None:
+                    link = self.next_link(task)
                 if link is None:
                     return None
             else:
@@ -579,6 +623,57 @@ class Ipc:
         if cap is not None and not self.heap.may_hold(task, cap.object):
             raise AbiError(Status.NO_SPACE, "no room for the capability at hand")
 
+    # ---- signals
+
+    def hear_signals(self, endpoint: Endpoint) -> None:
+        """Make a root task's own endpoint the one that signals come to."""
+        terms = LinkTerms(len(Signal), LINK_SIZE_MAX, 0)
+        link = Link(endpoint, terms, _KERNEL_LINK, serial=0, maker_pid=Pid(0), parent=None)
+        self.kernel_link = endpoint.owner.kernel_link = link
+        self.identities[_KERNEL_STAMP] = _KERNEL_SENDER
+
+    def signal(self, signal: Signal) -> None:
+        """Keep a signal for the root task until it receives, and wake it if it does.
+
+        One that is kept already is not kept twice, as on linux.
+        """
+        link = self.kernel_link
+        data = signal.encode()
+        if link is None or not link.endpoint.alive or any(data == each[0] for each in link.queue):
+            return
+        link.queue.append((data, _KERNEL_STAMP, None))
+        link.queue = deque(sorted(link.queue, key=lambda entry: _SIGNAL_ORDER.index(entry[0])))
+        link.queued_size += len(data)
+        self.account.used += _OVERHEAD + len(data)
+        owner = link.endpoint.owner
+        records = self.event_log.records
+        records += (self.clock.now, owner.tag | SIGNAL, _SIGNAL_ORDER.index(data))
+        records += (self.clock.now, SENT, len(data))  # on link 0, by no task
+        self.deliver(link)
+
+    def drop_signals(self, endpoint: Endpoint) -> None:
+        """Drop what nobody will receive: the endpoint is closed."""
+        link = self.kernel_link
+        if link is None or link.endpoint is not endpoint:
+            return
+        self.heap.refund(_OVERHEAD * len(link.queue) + link.queued_size)
+        link.queue.clear()
+        link.queued_size = 0
+        self.kernel_link = endpoint.owner.kernel_link = None
+
+    def first_signal(self, task: Task) -> Link | None:
+        """The kernel's link if it has something for this receive: it goes before all others.
+
+        Refuses: InvalidArgument.
+        """
+        link = self.kernel_link
+        if link is None or not link.queue or link.delayed or link.endpoint not in task.sources:
+            return None
+        self.check_take(task, link.queue[0])
+        return link
+
+    # ---- who spoke, and who is gone
+
     def make_lookup(self) -> Callable[[Pid], Sender | None]:
         """What tells who a stamped pid is, by the kernel's table; None if it is not in it."""
         return self.identities.get
@@ -599,13 +694,20 @@ class Ipc:
     def gone(self, link: Link) -> NoReturn:
         """Tell the owner, once, that the other end of a drained link is closed."""
         endpoint = link.endpoint
-        if link.listed:
-            endpoint.ready.remove(link)
-            link.listed = False
-        self.forget(link)
+        if isinstance(link, Connection):
+            self.forget_connection(link)
+        else:
+            if link.listed:
+                endpoint.ready.remove(link)
+                link.listed = False
+            self.forget(link)
         owner = endpoint.owner
         self.event_log.records += (self.clock.now, owner.tag | GONE, link.serial)
         raise PeerGone(link.id)
+
+
+def _no_ports(*_: object) -> NoReturn:
+    raise AssertionError("ports are made by Ports, which is told of their ends")
 
 
 def _refuse_slot(slot: Slot) -> NoReturn:

@@ -25,6 +25,8 @@ from nexus.abi import (
     AuditLines,
     AuditLog,
     BootImage,
+    BootMemoryRead,
+    BootMemoryReplace,
     Call,
     CapClone,
     CapClose,
@@ -39,14 +41,23 @@ from nexus.abi import (
     EventKind,
     Exit,
     ExitInfo,
+    Grants,
     Kill,
     LinkCreate,
     LinkTerms,
     Message,
     Nanos,
     NewLink,
+    Notify,
     Now,
+    PeerIdentity,
     Pid,
+    PolicyRaise,
+    PolicyRead,
+    PolicyWord,
+    PortClose,
+    PortPeer,
+    PortSend,
     Program,
     Programs,
     QosClass,
@@ -57,6 +68,7 @@ from nexus.abi import (
     Send,
     Sender,
     SetTaskQos,
+    Signal,
     SleepUntil,
     Slot,
     Spawn,
@@ -94,13 +106,17 @@ from nexus.kernel.core import (
     SystemLimits,
     SystemShares,
     audit_line,
+    check_boot_memory,
     check_console,
     check_cpu,
+    check_notice,
+    check_ports,
     check_spec,
     decide,
     derive,
     end_coroutine,
     exit_code,
+    grants_fields,
     well_typed,
 )
 from nexus.kernel.sim import log
@@ -114,6 +130,8 @@ from nexus.kernel.sim.log import CHUNK_RECORDS, KEPT_EVENTS_MAX, RECORD_FIELDS, 
 from nexus.kernel.sim.objects import (
     BLOCKED,
     DEAD,
+    PUT_OFF,
+    READY,
     RUNNING,
     WAIT_CHILD,
     WAIT_SEND,
@@ -122,9 +140,11 @@ from nexus.kernel.sim.objects import (
     Endpoint,
     KernelObject,
     Link,
+    Port,
     Task,
     Vmo,
 )
+from nexus.kernel.sim.ports import UID_SYSTEM, Ports, SimPort
 from nexus.kernel.sim.sched import SLICE, Cpu, Scheduler
 from nexus.kernel.sim.watchdog import Spinning, Watchdog
 
@@ -168,6 +188,14 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
     ConsoleWrite,
     TaskStats,
     AuditLog,
+    PolicyRead,
+    PolicyRaise,
+    BootMemoryRead,
+    BootMemoryReplace,
+    Notify,
+    PortSend,
+    PortClose,
+    PortPeer,
 )
 
 
@@ -185,6 +213,9 @@ class SimKernel:
 
     `recorder` gets each event; the same events stand in `log`, up to a named bound. `trace` adds
     an event for each trap. `hang_limit_s` is host time and only decides when a hang is reported.
+    `boot_memory` is what an earlier boot stored, None for a system that cannot store; what this
+    one has stored stands there afterwards. `uid` is the user who runs the system. While
+    `disk_full` is set nothing more is stored.
     """
 
     def __init__(
@@ -200,6 +231,8 @@ class SimKernel:
         selftest: bool = False,
         heap_size: int = HEAP_SIZE,
         hang_limit_s: float = HANG_LIMIT_S,
+        boot_memory: bytes | None = b"",
+        uid: int = UID_SYSTEM,
     ) -> None:
         self.programs: Programs = programs
         self.seed = seed
@@ -214,6 +247,12 @@ class SimKernel:
         self.clock = Clock(Nanos(self.chance.start), self._wake)
         self.heap = Heap(self._report_heap, heap_size)
         self.scheduler, self.ipc = self._make_parts(cpu_count)
+        self.ports = Ports(self.ipc, self._report_refused, uid)
+        self.boot_memory = boot_memory
+        self.disk_full = False
+        self.notices: list[str] = []  # what Notify has said, in order
+        self.policy = PolicyWord(0, available=False)
+        self.uid = uid
         self.shares = SystemShares(self.limits)
         self.tasks: dict[Pid, Task] = {}  # live, and dead ones nobody has waited for
         self.generations: dict[str, int] = {}
@@ -228,6 +267,7 @@ class SimKernel:
         self._record = recorder
         self._trace = trace
         self._started = False
+        self._actions: list[tuple[Nanos, Callable[[], None]]] = []  # before the root's start
         self._watchdog = Watchdog(self._progress, hang_limit_s)
         self.handlers: dict[type[Any], tuple[Handler, int]] = self._make_handlers()
         self.cost: Callable[[Task, int], int] | None = None  # an injected cost; None without faults
@@ -266,6 +306,8 @@ class SimKernel:
             from nexus.kernel.sim.selftest import run_selftest
 
             run_selftest(self)
+        for time, action in self._actions:
+            self.clock.call(time, action)
         return self.run_root(root, argument, until=until)
 
     def run_root(
@@ -280,6 +322,76 @@ class SimKernel:
                 self._end_all()
         assert self.root_end is not None, "the drive ends with the root"
         return self.root_end
+
+    # ---- what the world outside does
+
+    def at(self, time: Nanos, action: Callable[[], None]) -> None:
+        """Do something from outside at a virtual time, such as `kernel.now` plus a span.
+
+        Between two steps of tasks, in the order of time and, at one time, of the calls of `at`:
+        one seed gives one log. It takes no virtual time. What is due during the kernel's self
+        tests is done after them.
+        """
+        if self._started and not self.testing:
+            self.clock.call(time, action)
+        else:
+            self._actions.append((time, action))
+
+    def signal(self, signal: Signal) -> None:
+        """Send a signal to the root task; one that it has not received yet is not sent twice."""
+        assert self._started, "before the run there is nobody to hear it: use at()"
+        self.ipc.signal(signal)
+
+    def port(self, name: str) -> SimPort:
+        """The outer side of a port."""
+        return SimPort(self.ports, name)
+
+    def freeze(self, name: str, until: Nanos) -> bool:
+        """Stop the live task of this name until a virtual time, as SIGSTOP and SIGCONT do.
+
+        It is stopped before its next step, and thawed by the latest of several. False: there is
+        no such task.
+        """
+        task = self.living(name)
+        if task is None:
+            return False
+        self.clock.call(self.clock.now, lambda: self._freeze(task, until))
+        return True
+
+    def living(self, name: str) -> Task | None:
+        """The live task of this name."""
+        alive = (task for task in self.tasks.values() if task.state != DEAD)
+        return next((task for task in alive if task.name == name), None)
+
+    def _freeze(self, task: Task, until: Nanos) -> None:
+        if task.state == DEAD:
+            return
+        task.freezes += 1
+        if not task.frozen:
+            task.frozen = True
+            self.scheduler.note(log.FROZEN, task.cpu, task.pid)
+            if task.state == RUNNING:
+                self.scheduler.take_off(task)
+                task.state = PUT_OFF
+                task.resume = self._resume_trap
+            elif task.state == READY:
+                self.scheduler.take_off(task)
+                task.state = PUT_OFF
+        self.clock.call(until, lambda: self._thaw(task))
+
+    def _thaw(self, task: Task) -> None:
+        task.freezes -= 1
+        if task.state == DEAD or task.freezes:
+            return
+        task.frozen = False
+        self.scheduler.note(log.THAWED, task.cpu, task.pid)
+        if task.state == PUT_OFF:
+            self.scheduler.ready(task)
+
+    def _resume_trap(self, task: Task) -> Any:
+        # It was stopped on its CPU, with a trap that had not taken effect yet.
+        handler, task.code = self.handlers.get(task.trap.__class__) or self._handler_of(task)
+        return handler(task, task.trap)
 
     def log_lines(self) -> Iterator[str]:
         """Every trap and scheduling decision as text: a function of seed and programs alone."""
@@ -442,7 +554,7 @@ class SimKernel:
         if trap is None:
             return  # the first resume answers no trap
         size = len(value.data) if isinstance(value, Message) else 0
-        if isinstance(trap, Send) and not status:
+        if isinstance(trap, Send | PortSend) and not status:
             size = len(trap.data)
         self.record(
             EventKind.TRAP,
@@ -481,6 +593,7 @@ class SimKernel:
         self.root = task
         self.heap.account.charge(TASK_CHARGE)
         endpoint = self.ipc.create_endpoint(task, at=ROOT_SLOT)
+        self.ipc.hear_signals(endpoint)
         self._begin(task, root, argument, None, endpoint.slot)
         self.scheduler.ready(task)
 
@@ -529,7 +642,13 @@ class SimKernel:
         return self.generations.get(name, 0) + 1
 
     def _begin(
-        self, task: Task, program: Program, argument: bytes, control: Slot | None, endpoint: Slot
+        self,
+        task: Task,
+        program: Program,
+        argument: bytes,
+        control: Slot | None,
+        endpoint: Slot,
+        grants: Grants = Grants(),  # noqa: B008 (immutable)
     ) -> None:
         boot = BootImage(
             name=task.name,
@@ -540,6 +659,7 @@ class SimKernel:
             endpoint=endpoint,
             now=self.clock.now,
             argument=argument,
+            ports=tuple(sorted(task.ports)),
         )
         coroutine = program.main(boot)
         task.coroutine = coroutine
@@ -562,6 +682,7 @@ class SimKernel:
                 "digest": program.digest,
                 "qos": int(task.qos),
                 "service": f"{task.service:016x}",
+                "grants": grants_fields(grants),
             },
         )
 
@@ -599,6 +720,7 @@ class SimKernel:
     def _start(self, parent: Task, spec: SpawnSpec) -> Spawned:
         names = {task.name for task in self.tasks.values() if task.state != DEAD}
         program = check_spec(spec, self.programs, names)
+        check_ports(spec, self.ports.live)
         held = parent.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
             raise SpawnRefused(
@@ -639,11 +761,13 @@ class SimKernel:
         control_slot, upward = self.ipc.place_link(control, terms, child, Rights.SEND)
         _ = undo.callback(self._unsee, upward)
         endpoint = self.ipc.create_endpoint(child)
+        for name in spec.grants.ports:
+            _ = self.ports.create(child, name)
         down = terms._replace(delegations=spec.delegations)
         slot, _link = self.ipc.place_link(endpoint, down, parent, Rights.SEND | Rights.MANAGE)
         _ = undo.callback(self.ipc.close_slot, parent, slot)
         try:
-            self._begin(child, program, spec.argument, control_slot, endpoint.slot)
+            self._begin(child, program, spec.argument, control_slot, endpoint.slot, spec.grants)
         except Exception as error:  # noqa: BLE001 (a program that cannot be started)
             raise SpawnRefused(SpawnReason.MAP_FAILED, repr(error)) from None
         self.scheduler.ready(child)
@@ -794,6 +918,14 @@ class SimKernel:
             ConsoleWrite: self._console_write,
             TaskStats: self._task_stats,
             AuditLog: self._audit_log,
+            PolicyRead: self._policy_read,
+            PolicyRaise: self._policy_raise,
+            BootMemoryRead: self._boot_memory_read,
+            BootMemoryReplace: self._boot_memory_replace,
+            Notify: self._notify,
+            PortSend: self._port_send,
+            PortClose: self._port_close,
+            PortPeer: self._port_peer,
         }
         assert set(handlers) == set(TRAPS), "every trap has a handler"
         return {trap: (handlers[trap], code) for code, trap in enumerate(TRAPS)}
@@ -809,6 +941,8 @@ class SimKernel:
         ipc = self.ipc
         link = task.links.get(trap.link)
         inbox = task.entries.get(trap.inbox)
+        if inbox is not None and inbox.object.__class__ is Port:
+            raise AbiError(Status.INVALID_ARGUMENT, "a port is no inbox of calls")
         if link is None or inbox is None or inbox.object is not link.endpoint:
             ipc.listen(task, (trap.inbox,), trap.link, MESSAGE_SIZE_MAX)  # says what is wrong
             raise AssertionError("a link of this endpoint, and yet not")
@@ -1105,6 +1239,56 @@ class SimKernel:
             vmo_size=vmo_size,
         )
 
+    # the policy page
+
+    def _policy_read(self, task: Task, trap: PolicyRead) -> PolicyWord:  # noqa: ARG002
+        return self.policy
+
+    def _policy_raise(self, task: Task, trap: PolicyRaise) -> PolicyWord:
+        self._require_root(task)
+        self.policy = PolicyWord(self.policy.generation + 1, available=bool(trap.available))
+        self._note(task, log.POLICY, self.policy.generation << 1 | self.policy.available)
+        return self.policy
+
+    # the world outside
+
+    def _boot_memory_read(self, task: Task, trap: BootMemoryRead) -> bytes:  # noqa: ARG002
+        self._require_root(task)
+        return self._stored()
+
+    def _boot_memory_replace(self, task: Task, trap: BootMemoryReplace) -> None:
+        self._require_root(task)
+        data = check_boot_memory(trap.data)
+        _ = self._stored()
+        if self.disk_full:
+            raise AbiError(Status.NO_SPACE, "the disk is full")
+        self.boot_memory = data
+        self._note(task, log.BOOT_MEMORY, len(data))
+
+    def _stored(self) -> bytes:
+        if self.boot_memory is None:
+            raise AbiError(Status.UNSUPPORTED, "this run has no state directory")
+        return self.boot_memory
+
+    def _notify(self, task: Task, trap: Notify) -> None:
+        self._require_root(task)
+        data = check_notice(trap.text)
+        if data:
+            self.notices.append(trap.text)
+            self._note(task, log.NOTICE, len(data))
+
+    def _port_send(self, task: Task, trap: PortSend) -> None:
+        self.ports.send(task, trap.port, trap.link, trap.data)
+
+    def _port_close(self, task: Task, trap: PortClose) -> None:
+        self.ports.close(task, trap.port, trap.link)
+
+    def _port_peer(self, task: Task, trap: PortPeer) -> PeerIdentity:
+        return self.ports.peer_of(task, trap.port, trap.link)
+
+    def _note(self, task: Task, code: int, detail: int) -> None:
+        self.event_log.records += (self.clock.now, task.tag | code, detail)
+
     # ---- evidence from outside the system
 
     def heap_audit(self) -> tuple[int, int]:
@@ -1121,6 +1305,7 @@ class SimKernel:
             "slots": sum(task.table.used for task in tasks),
             "endpoints": self.ipc.endpoints_alive,
             "links": len(links),
+            "connections": self.ports.connections,
             "queued": sum(len(link.queue) for link in links),
             "queued_size": sum(link.queued_size for link in links),
             "reserved_size": self.shares.size.used,

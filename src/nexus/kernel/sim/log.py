@@ -36,6 +36,15 @@ RESCHED_TAKEN: Final = 0x6B
 RESCHED_ACKNOWLEDGED: Final = 0x6C
 OVERFLOW: Final = 0x6D
 YIELD: Final = 0x6E
+SIGNAL: Final = 0x6F
+PORT_OPEN: Final = 0x70
+PORT_END: Final = 0x71
+PORT_SENT: Final = 0x72
+POLICY: Final = 0x73
+NOTICE: Final = 0x74
+BOOT_MEMORY: Final = 0x75
+FROZEN: Final = 0x76
+THAWED: Final = 0x77
 
 NAMES: Final[Mapping[int, str]] = {
     SENT: "sent",
@@ -52,6 +61,15 @@ NAMES: Final[Mapping[int, str]] = {
     RESCHED_ACKNOWLEDGED: "resched-acknowledged",
     OVERFLOW: "overflow",
     YIELD: "yield",
+    SIGNAL: "signal",
+    PORT_OPEN: "port-open",
+    PORT_END: "port-end",
+    PORT_SENT: "port-sent",
+    POLICY: "policy",
+    NOTICE: "notice",
+    BOOT_MEMORY: "boot-memory",
+    FROZEN: "frozen",
+    THAWED: "thawed",
 }
 CRASH_KEY: Final = "crash"  # event field with a traceback: file paths, so not in the text
 
@@ -116,8 +134,8 @@ class EventLog:
         if code == EVENT:
             text = self._events_text.get(detail, "not kept")
             return f"{time} pid{pid} event {detail} {text}"
-        if code == SENT:
-            return f"{time} pid{pid} sent {_message(detail)}"
+        if code in (SENT, PORT_SENT):
+            return f"{time} pid{pid} {NAMES[code]} {_message(detail)}"
         return f"{time} cpu{cpu} pid{pid} {NAMES[code]} {detail}"
 
 

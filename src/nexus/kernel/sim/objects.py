@@ -10,6 +10,7 @@ from nexus.abi import (
     LinkId,
     LinkTerms,
     Nanos,
+    PeerIdentity,
     Pid,
     Program,
     QosClass,
@@ -21,6 +22,7 @@ from nexus.abi import (
 from nexus.kernel.core import (
     ENDPOINT_SIZE,
     LINK_END_SIZE,
+    PORT_SIZE,
     Account,
     CapTable,
     Held,
@@ -34,7 +36,7 @@ WAIT_RECEIVE: Final = 2
 WAIT_SEND: Final = 3
 WAIT_TIME: Final = 4
 WAIT_CHILD: Final = 5
-PUT_OFF: Final = 7  # woken, but an injected fault holds it back from its run queue
+PUT_OFF: Final = 7  # woken or stopped, and held back from its run queue
 DEAD: Final = 6  # exited; kept until the root task has waited for it
 
 FIRST_WAIT: Final = WAIT_RECEIVE
@@ -129,6 +131,37 @@ class Link:
         return LinkTerms(self.depth, self.size, self.delegations)
 
 
+class Port(Endpoint):
+    """A door to the outside: an endpoint whose links are the connections of processes there."""
+
+    __slots__ = ("name",)
+
+    cost: Final = PORT_SIZE  # type: ignore[misc]  # of an endpoint, and named on its own
+
+    def __init__(self, owner: "Task", name: str) -> None:
+        super().__init__(owner)
+        self.name = name
+
+
+class Connection(Link):
+    """A connection of a port: a link whose holder is a process outside, and the way back.
+
+    `stamp` is the number its messages carry in the place of a pid; no task has a negative one.
+    """
+
+    __slots__ = ("outgoing", "outgoing_size", "over", "peer", "stamp")
+
+    def __init__(
+        self, port: Port, terms: LinkTerms, link_id: LinkId, *, serial: int, peer: PeerIdentity
+    ) -> None:
+        super().__init__(port, terms, link_id, serial=serial, maker_pid=Pid(0), parent=None)
+        self.peer = peer
+        self.stamp = Pid(-serial)
+        self.outgoing: deque[bytes] = deque()
+        self.outgoing_size = 0
+        self.over = False  # ended for both sides; nothing of it is charged any more
+
+
 class Vmo:
     """A memory object. `references` counts tables and queued messages that hold it."""
 
@@ -164,13 +197,17 @@ class Task:
         "entries",
         "error",
         "filter",
+        "freezes",
+        "frozen",
         "generation",
+        "kernel_link",
         "links",
         "links_made",
         "maps",
         "name",
         "pid",
         "pinned",
+        "ports",
         "program",
         "qos",
         "queued_at",
@@ -228,7 +265,9 @@ class Task:
         self.entries = self.table.entries
         self.endpoints: dict[Slot, Endpoint] = {}  # own ones, by their slot
         self.links: dict[LinkId, Link] = {}  # into own endpoints
-        self.links_made = 0  # ids given; never used twice
+        self.links_made = 0  # ids given, to connections of ports too; never used twice
+        self.kernel_link: Link | None = None  # by which signals come; the root task has one
+        self.ports: dict[Slot, Port] = {}  # own ones, by their slot
         self.maps: dict[int, tuple[Vmo, bytearray]] = {}  # by id of the VMO: views still out
         self.coroutine: Coroutine[Trap[Any], Any, int | None] | None = None
         self.send: Callable[[Any], Any] = _not_started
@@ -253,6 +292,8 @@ class Task:
         self.cpu: Any = None  # a sched.Cpu
         self.pinned = False
         self.queued_at: Nanos = Nanos(0)
+        self.frozen = False  # stopped from outside: it enters no run queue
+        self.freezes = 0  # how many stops have not run out
         # Accounts.
         self.spawn_error = SpawnReason.NONE
         self.crash: str | None = None

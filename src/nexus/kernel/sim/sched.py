@@ -12,7 +12,7 @@ from nexus.abi import NEVER, AbiError, Nanos, QosClass, Status
 from nexus.kernel.sim import log
 from nexus.kernel.sim.clock import Clock
 from nexus.kernel.sim.log import EventLog
-from nexus.kernel.sim.objects import CLASS_COUNT, READY, RUNNING, Task
+from nexus.kernel.sim.objects import CLASS_COUNT, PUT_OFF, READY, RUNNING, Task
 
 CPUS_MAX: Final = 4
 QUEUE_COUNT_MAX: Final = 64  # tasks per class and CPU (core.md 1.1)
@@ -112,8 +112,12 @@ class Scheduler:
         """Put a task that was waiting into its run queue, and see that a CPU looks there.
 
         A full queue does not lose the task: it goes to the CPU's overflow list, which holds at
-        most the tasks of the system and is looked at before each pick.
+        most the tasks of the system and is looked at before each pick. A frozen task is held
+        back until it thaws.
         """
+        if task.frozen:
+            task.state = PUT_OFF
+            return
         cpu: Cpu = task.cpu
         task.state = READY
         task.queued_at = self.clock.now
@@ -145,8 +149,12 @@ class Scheduler:
 
     def remove(self, task: Task) -> None:
         """Take a task that has ended out of wherever it stands."""
+        task.cpu.tasks -= 1
+        self.take_off(task)
+
+    def take_off(self, task: Task) -> None:
+        """Take a task out of its run queue, or off its CPU."""
         cpu: Cpu = task.cpu
-        cpu.tasks -= 1
         if task.state == READY:
             queue = cpu.queues[task.qos]
             if task in queue:

@@ -6,7 +6,7 @@ does is decide whether an attack worked: it reports, and the client compares wit
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeAlias, assert_never
+from typing import Any, Final, TypeAlias, TypeVar, assert_never
 
 from nexus.abi import (
     AbiError,
@@ -22,6 +22,7 @@ from nexus.abi import (
     Pid,
     Recv,
     Send,
+    SleepUntil,
     Slot,
     Status,
     service_id,
@@ -36,6 +37,8 @@ from nexus.ipc import (
     RetryBudget,
     call_until,
 )
+from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.logd import Level, Query
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
     PROTOCOL,
@@ -49,10 +52,14 @@ from nexus.protocols.testsvc import (
     FloodTimed,
     Forge,
     ForgeReport,
+    Hang,
     Hold,
+    Hung,
+    LogdAnswer,
     Place,
     Placed,
     RawSession,
+    ReadLog,
     Release,
     Released,
     SeenBy,
@@ -66,7 +73,8 @@ from nexus.protocols.testsvc import (
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
 from nexus.runtime import Call, Deferred, Server, ServiceConfig
-from nexus.wire import HEADER_SIZE, NONCE_OFFSET, encode, status_of
+from nexus.wire import HEADER_SIZE, NONCE_OFFSET, ReplyStatus, Request, encode, status_of
+from nexus.wire import Protocol as WireProtocol
 
 CONNECT_BUDGET: Final = Nanos(10_000_000_000)  # ns; as long as a whole system may take to start
 CONNECT_ATTEMPTS_MAX: Final = 64
@@ -79,6 +87,7 @@ FILL_SENDS_MAX: Final = 300  # more than the deepest link holds
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
 MILLISECOND: Final = 1_000_000  # ns
 
+ReplyT = TypeVar("ReplyT")
 RawAttack: TypeAlias = Callable[[Pid], Awaitable[AttackResult]]
 ATTACKS: Mapping[str, RawAttack] = {}
 """Attacks by raw system calls. A proof run on a ground that has system calls puts them here."""
@@ -126,6 +135,11 @@ class Testsvc:
                 return await self._forge(call, request)
             case Attack():
                 return await self._attack(call, request)
+            case ReadLog():
+                return await self._read_log(call)
+            case Hang():
+                _ = await SleepUntil(Nanos(call.now + request.for_ms * MILLISECOND))
+                return Hung()
             case _:
                 assert_never(request)
 
@@ -175,14 +189,33 @@ class Testsvc:
         return SessionDone(len(request.script), session.received)
 
     async def _use_link(self, call: Call, request: UseLink) -> SeenBy:
+        claim = Whoami(request.claimed_pid, request.claimed_name)
+        seen = await self._over_given_link(call, "timed", TIMED, claim)
+        if isinstance(seen, Refused | CallFailure):
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        return SeenBy(seen.pid, seen.service, seen.generation)
+
+    async def _read_log(self, call: Call) -> LogdAnswer:
+        oldest = Query(since=0, count=1, level=Level.TRACE, service=0, key="", value="")
+        answer = await self._over_given_link(call, "logd", LOGD, oldest)
+        if isinstance(answer, CallFailure):
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        if isinstance(answer, Refused):
+            return LogdAnswer(int(answer.status), 0)
+        return LogdAnswer(int(ReplyStatus.OK), len(answer.records))
+
+    async def _over_given_link(
+        self, call: Call, name: str, protocol: WireProtocol, request: Request[ReplyT]
+    ) -> ReplyT | Refused | CallFailure:
+        """What the service at the other end of the link that came along answers."""
         slot = call.take_cap()
         if slot is None:
             raise call.refuse(TestsvcStatus.NO_CAPABILITY)
         bound = await self._peers.bind(
             slot,
-            TIMED,
-            name="timed",
-            service=service_id("timed"),
+            protocol,
+            name=name,
+            service=service_id(name),
             generation=GENERATION_ANY,
             terms=LinkTerms(),
             reply_terms=LinkTerms(),
@@ -191,13 +224,9 @@ class Testsvc:
         if not isinstance(bound, Exchange):
             await CapClose(slot)
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
-        seen = await bound.call(
-            Whoami(request.claimed_pid, request.claimed_name), call.deadline, call.context
-        )
+        answer = await bound.call(request, call.deadline, call.context)
         await self._peers.discard(bound.peer)
-        if isinstance(seen, Refused | CallFailure):
-            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
-        return SeenBy(seen.pid, seen.service, seen.generation)
+        return answer
 
     async def _flood_timed(self, call: Call, request: FloodTimed) -> FloodReport:
         timed = await self._timed(call)

@@ -31,7 +31,11 @@ from nexus.ipc import (
 )
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import HoldAt, RegisterFor
+from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.logd import Level, Query
 from nexus.protocols.meta import Bind, GetStatus, Health, Healthy, ServiceStatus
+from nexus.protocols.policyd import PROTOCOL as POLICYD
+from nexus.protocols.policyd import CheckFor
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import (
     Echo,
@@ -47,6 +51,7 @@ from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Register, Seen, Sleep, Whoami
 from nexus.runtime import Call, Server
 from nexus.services.selftest.climb import CALL_WAIT, Climb
+from nexus.services.selftest.end_rungs import state_of
 from nexus.services.selftest.rung import (
     Evidence,
     RungFailed,
@@ -61,6 +66,7 @@ from nexus.wire import (
     REPLY_BIT,
     Codec,
     ReplyStatus,
+    Request,
     encode,
     nonce_of,
     status_of,
@@ -368,17 +374,24 @@ async def _fill(climb: Climb, size: int) -> tuple[int, int, int]:
 # ------------------------------------------------------------------ strict decoding
 
 
-def _bad_bodies(name: str) -> tuple[type, dict[str, bytes]]:
-    """A request of the service with a body of one integer field, and five wrong bodies.
+SAMPLES: Final[dict[str, Request[Any]]] = {
+    "timed": Register(1),
+    "demo.testsvc": Hold(1),
+    "demo.interactive": RegisterFor(1),
+    "policyd": CheckFor(1, "proof.probe", ""),
+    "logd": Query(since=1, count=1, level=Level.TRACE, service=0, key="", value=""),
+}
+"""A request of each service whose first field is an unsigned integer, here 1: one byte."""
 
-    The fields are u64, u32 and u64; the value of the oversize one is outside each.
-    """
-    request: type = {"timed": Register, "demo.testsvc": Hold, "demo.interactive": RegisterFor}[name]
-    return request, {
-        "trailing byte": b"\x91\x01\x00",
-        "extra element": b"\x92\x01\x01",
-        "non-minimal integer": b"\x91\xcc\x01",
-        "oversize field": b"\x91\xd3" + b"\xff" * 8,
+
+def _bad_bodies(good: bytes) -> dict[str, bytes]:
+    """Four wrong bodies made from the right one. The first field's oversize value is -1."""
+    array, rest = good[0], good[2:]
+    return {
+        "trailing byte": good + b"\x00",
+        "extra element": bytes((array + 1,)) + good[1:] + b"\x01",
+        "non-minimal integer": bytes((array,)) + b"\xcc\x01" + rest,
+        "oversize field": bytes((array,)) + b"\xd3" + b"\xff" * 8 + rest,
     }
 
 
@@ -388,6 +401,8 @@ async def strict_decode(climb: Climb) -> Evidence:
         "timed": TIMED,
         "demo.testsvc": TESTSVC,
         "demo.interactive": INTERACTIVE,
+        "policyd": POLICYD,
+        "logd": LOGD,
     }
     answers: dict[str, list[str]] = {}
     for name, client in climb.clients.items():
@@ -397,15 +412,16 @@ async def strict_decode(climb: Climb) -> Evidence:
         health = await climb.call(client, Health())
 
         expect(after.malformed - before.malformed, 6, f"{name}'s malformed counter")
-        expect(after.facts, before.facts, f"{name}'s state")
+        expect(state_of(after.facts), state_of(before.facts), f"{name}'s state")
         expect(expect_type(health, Healthy, name).generation, client.generation, "health probe")
     return {"answers": answers}
 
 
 async def _send_malformed(climb: Climb, client: Client, protocol: "Protocol") -> list[str]:
     """The statuses of the six answers, each with the nonce of its frame."""
-    request, bodies = _bad_bodies(client.name)
-    codec = protocol.codecs[request]
+    request = SAMPLES[client.name]
+    good = encode(request)
+    codec = protocol.codecs[type(request)]
     deadline = await climb.ahead(CALL_WAIT)
 
     def frame(nonce: int, body: bytes, *, version: int = protocol.version) -> bytes:
@@ -425,12 +441,11 @@ async def _send_malformed(climb: Climb, client: Client, protocol: "Protocol") ->
             + body
         )
 
-    good = encode([1])
     frames = {
         "unknown version": frame(RAW_NONCE, good, version=0xFE),
         "short header": frame(RAW_NONCE + 1, b"")[: HEADER_SIZE - 8],
     }
-    for index, (what, body) in enumerate(bodies.items(), start=2):
+    for index, (what, body) in enumerate(_bad_bodies(good).items(), start=2):
         frames[what] = frame(RAW_NONCE + index, body)
     statuses = []
     for index, (what, data) in enumerate(frames.items()):

@@ -42,6 +42,7 @@ from nexus.protocols.init import (
     GetService,
     GetTasks,
     LinkRow,
+    LinkRows,
     Restart,
     Restarting,
     RouteCounts,
@@ -140,15 +141,19 @@ class Climb:
         expect(len(rows), 1, f"rows of {name} in the task list")
         return rows[0]
 
+    async def links_page(self, first: int = 0) -> LinkRows:
+        """The link table from row `first` on, and how many links and grants there are."""
+        return await self.call(self.control, GetLinks(first))
+
     async def links(self) -> list[LinkRow]:
         """The whole link table."""
         rows: list[LinkRow] = []
-        page = await self.call(self.control, GetLinks(0))
+        page = await self.links_page()
         rows += page.rows
         for _ in range(page.total):
             if len(rows) >= page.total:
                 break
-            rows += (await self.call(self.control, GetLinks(len(rows)))).rows
+            rows += (await self.links_page(len(rows))).rows
         return rows
 
     async def route_counts(self) -> RouteCounts:

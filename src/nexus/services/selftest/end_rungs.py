@@ -2,11 +2,16 @@
 
 from typing import Final
 
-from nexus.abi import INIT_NAME, TaskCounters, TaskStats
+from nexus.abi import INIT_NAME, Nanos, TaskCounters, TaskStats
+from nexus.ipc import RetryBudget, RetryTokens, retry_until
 from nexus.protocols.init import Account, GetResources, Resources
-from nexus.services.selftest.climb import Climb
+from nexus.protocols.meta import Fact
+from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.rung import Evidence, expect, require
 
+LOOKS_MAX: Final = 4  # at a task's account
+LOOK_PAUSE: Final = Nanos(7_000_000)  # ns, doubling; no whole part of a probe's interval
+COUNTER_SUFFIX: Final = "_total"
 HELD: Final = (  # counters that say what a task holds now; the others only grow
     "slots",
     "endpoints",
@@ -25,8 +30,13 @@ def held(counters: TaskCounters) -> dict[str, int]:
 
 
 def _held_by(account: Account) -> dict[str, int]:
-    facts = {f"fact {fact.name}": fact.value for fact in account.facts}
+    facts = {f"fact {fact.name}": fact.value for fact in state_of(account.facts)}
     return held(TaskCounters._make(account.counters)) | facts
+
+
+def state_of(facts: list[Fact]) -> list[Fact]:
+    """The facts that say what a service holds. Those named `_total` only ever grow."""
+    return [fact for fact in facts if not fact.name.endswith(COUNTER_SUFFIX)]
 
 
 async def no_resource_left_behind(climb: Climb) -> Evidence:
@@ -34,7 +44,7 @@ async def no_resource_left_behind(climb: Climb) -> Evidence:
     tasks = 0
     compared: dict[str, object] = {}
     for name in (INIT_NAME, *climb.clients):
-        resources = await climb.call(climb.control, GetResources(name))
+        resources = await _resources(climb, name)
         now, ready = _held_by(resources.now), _held_by(resources.ready)
         expect(now, ready, f"what {name} holds")
         compared[name] = {"ready": ready, "now": now}
@@ -43,6 +53,20 @@ async def no_resource_left_behind(climb: Climb) -> Evidence:
     expect(mine, climb.held_at_ready, f"what {climb.boot.name} holds")
     compared[climb.boot.name] = {"ready": climb.held_at_ready, "now": mine}
     return {"accounts": compared, "tasks": tasks}
+
+
+async def _resources(climb: Climb, name: str) -> Resources:
+    """The accounts of a task. A message that was just passing is gone at a second look, and what
+    is left behind is not."""
+    budget = RetryBudget(
+        attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+    )
+    return await retry_until(
+        lambda: climb.call(climb.control, GetResources(name)),
+        lambda seen: _held_by(seen.now) != _held_by(seen.ready),
+        budget,
+        RetryTokens(),
+    )
 
 
 def _same_tasks(resources: Resources) -> int:

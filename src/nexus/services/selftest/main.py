@@ -15,14 +15,17 @@ from nexus.abi import (
 from nexus.ipc import Client, Exchange, Peers, RetryBudget
 from nexus.protocols.init import AwaitReady, Ready
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
+from nexus.protocols.ladder import SELFTEST
 from nexus.protocols.ladder import Rung as Row
 from nexus.protocols.ladder import rung as row_of
+from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.runtime import Call, Server, ServiceConfig
 from nexus.services.selftest.climb import Climb
 from nexus.services.selftest.end_rungs import held
-from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, RungFailed
+from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, RungAbsent, RungFailed
 from nexus.services.selftest.rungs import RUNGS
 from nexus.wire import Protocol, ReplyStatus
 
@@ -35,6 +38,8 @@ PROTOCOLS: Final[dict[str, Protocol]] = {
     "timed": TIMED,
     "demo.testsvc": TESTSVC,
     "demo.interactive": INTERACTIVE,
+    "policyd": POLICYD,
+    "logd": LOGD,
 }
 
 
@@ -88,7 +93,7 @@ async def _connect(boot: BootImage, peers: Peers, uses: list[str], until: Nanos)
 async def _climb(climb: Climb) -> int:
     """Every rung whose services this system has, in order; the others are the runner's to name."""
     rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
-    climb.planned = [rung.number for rung in rungs[:-1]]
+    climb.planned = [rung.number for rung in rungs[:-1] if not rung.stated]
     behind: set[int] = set()  # failed, or blocked by one that failed
     for rung in rungs:
         blocked = behind.intersection(row_of(rung.number).after)
@@ -107,13 +112,19 @@ async def _holds(climb: Climb, rung: Rung) -> bool:
     before = await climb.used_slots()
     try:
         evidence = await rung.check(climb)
+    except RungAbsent:
+        climb.planned.remove(rung.number)
+        return True
     except RungFailed as failure:
         why = str(failure)
     except AbiError as error:
         why = f"the kernel refused a trap of the rung: {error}"
     else:
-        climb.passed.append(rung.number)
-        await report(row, evidence)
+        if rung.stated:
+            await state(row, evidence)
+        else:
+            climb.passed.append(rung.number)
+            await report(row, evidence)
         return True
     climb.failed.append(rung.number)
     await climb.let_go(before)
@@ -126,6 +137,11 @@ async def report(row: Row, evidence: Evidence) -> None:
     encoded = msgspec.json.encode(evidence)
     assert len(encoded) <= EVIDENCE_SIZE_MAX, f"#{row.number}: evidence of {len(encoded)} bytes"
     await ConsoleWrite(row.marker, encoded)
+
+
+async def state(row: Row, evidence: Evidence) -> None:
+    """Say what was measured for a rung whose marker somebody else prints."""
+    await ConsoleWrite(f"{SELFTEST}: measured #{row.number}", msgspec.json.encode(evidence))
 
 
 async def _fail(name: str, why: str) -> None:

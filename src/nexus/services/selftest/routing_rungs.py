@@ -24,6 +24,8 @@ from nexus.ipc import (
 )
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import REPLY_NAME, InitStatus, Route, RouteCounts
+from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.logd import GetStats
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Die, Echo, SessionStep, Step
 from nexus.protocols.timed import PROTOCOL as TIMED
@@ -58,7 +60,7 @@ async def _route(climb: Climb, name: str) -> RouteRetryOutcome:
     )
 
 
-async def _use_once(climb: Climb, name: str, protocol: "Protocol", request: "Request[Any]") -> int:
+async def use_once(climb: Climb, name: str, protocol: "Protocol", request: "Request[Any]") -> int:
     """Resolve `name`, bind the link, make one call, let go; the generation that answered."""
     routed = expect_type(await _route(climb, name), Routed, f"route to {name}")
     assert routed.slot is not None, "only @reply has none"
@@ -79,7 +81,7 @@ async def _use_once(climb: Climb, name: str, protocol: "Protocol", request: "Req
     return routed.generation
 
 
-def _grown(before: RouteCounts, after: RouteCounts) -> dict[str, int]:
+def grown(before: RouteCounts, after: RouteCounts) -> dict[str, int]:
     """By how much each counter of init grew, those that did."""
     return {
         name: getattr(after, name) - getattr(before, name)
@@ -90,21 +92,29 @@ def _grown(before: RouteCounts, after: RouteCounts) -> dict[str, int]:
 
 async def routing(climb: Climb) -> Evidence:
     """#56: two services by name, one's own inbox by `@reply`, and a name that is none."""
+    other, protocol, request = _other_of_two(climb)
     before = await climb.route_counts()
 
-    timed = await _use_once(climb, "timed", TIMED, Whoami(0, ""))
-    testsvc = await _use_once(climb, "demo.testsvc", TESTSVC, Echo(b"once"))
+    timed = await use_once(climb, "timed", TIMED, Whoami(0, ""))
+    second = await use_once(climb, other, protocol, request)
     own = expect_type(await _route(climb, REPLY_NAME), Routed, f"route to {REPLY_NAME}")
     unknown = await _route(climb, UNKNOWN_NAME)
-    grown = _grown(before, await climb.route_counts())
+    counted = grown(before, await climb.route_counts())
 
     expect(own.slot, None, f"capability of {REPLY_NAME}")
     expect((own.service, own.generation), (climb.boot.service, climb.boot.generation), REPLY_NAME)
     expect(unknown, NotFound(), "an unknown name")
-    expect(grown, {"ok": 3, "not_found": 1}, "growth of init's route counters")
+    expect(counted, {"ok": 3, "not_found": 1}, "growth of init's route counters")
     expect(timed, (await climb.task("timed")).generation, "timed's generation in init's entry")
-    expect(testsvc, (await climb.task("demo.testsvc")).generation, "demo.testsvc's generation")
-    return {"counters": grown, "generations": [timed, testsvc]}
+    expect(second, (await climb.task(other)).generation, f"{other}'s generation")
+    return {"counters": counted, "names": ["timed", other], "generations": [timed, second]}
+
+
+def _other_of_two(climb: Climb) -> "tuple[str, Protocol, Request[Any]]":
+    """The second service to be found by name: logd where it is present."""
+    if "logd" in climb.clients:
+        return "logd", LOGD, GetStats()
+    return "demo.testsvc", TESTSVC, Echo(b"once")
 
 
 # ------------------------------------------------------------------ outcomes
@@ -205,7 +215,7 @@ async def route_outcomes(climb: Climb) -> Evidence:
     generation = (await climb.task("demo.testsvc")).generation
     cut_off = await climb.testsvc.call(Die(DIE_CODE), await climb.ahead(CALL_WAIT))
     record = await climb.up_again("demo.testsvc", generation + 1)
-    grown = _grown(before, await climb.route_counts())
+    counted = grown(before, await climb.route_counts())
     _ = await climb.call(climb.testsvc, Echo(b"again"))
 
     outcomes = [routed, denied, not_found, malformed, timed_out, exceeded, closed, cut_off]
@@ -225,8 +235,8 @@ async def route_outcomes(climb: Climb) -> Evidence:
     require(late <= LATE_MAX, f"TimedOut {late} ns after the deadline")
     expect(spent, Closed(), f"a route that stays down for {ATTEMPTS} attempts")
     expect(record.exit_code, DIE_CODE, "exit code of the peer that cut the call off")
-    expect(grown, {"ok": 1, "denied": 1, "not_found": 1}, "growth of init's route counters")
-    return {"outcomes": names, "counters": grown, "waited_ns": waited}
+    expect(counted, {"ok": 1, "denied": 1, "not_found": 1}, "growth of init's route counters")
+    return {"outcomes": names, "counters": counted, "waited_ns": waited}
 
 
 async def rebind_generation(climb: Climb) -> Evidence:

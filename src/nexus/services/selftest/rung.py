@@ -19,6 +19,11 @@ class RungFailed(Exception):
     """The evidence did not agree; the text says what was expected and what was found."""
 
 
+class RungAbsent(Exception):
+    """There is nothing to climb here: what the rung is about does not exist on this ground. The
+    runner knows whether that is so; where it is not, the missing line is red."""
+
+
 def expect(found: ResultT, wanted: object, what: str) -> None:
     """Fail the rung unless `found` equals `wanted`."""
     if found != wanted:
@@ -59,10 +64,15 @@ async def refusal(trap: Trap[Any]) -> Status:
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One row of the ladder as the client climbs it."""
+    """One row of the ladder as the client climbs it.
+
+    With `stated` another service prints the marker: the client says what it measured, on a line
+    of its own, and the runner compares the two.
+    """
 
     number: int
     check: "Callable[[Climb], Awaitable[Evidence]]"
+    stated: bool = False
 
 
 RUNG_LINE_SIZE_MAX: Final = 400  # bytes of a FAIL line; the console takes 512

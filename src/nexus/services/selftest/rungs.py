@@ -26,11 +26,28 @@ from nexus.services.selftest.kernel_rungs import (
     payload_roundtrip,
     qos,
 )
+from nexus.services.selftest.log_rungs import (
+    invalid_args,
+    log_query,
+    over_limit,
+    rate_limited,
+    sink_logd,
+)
+from nexus.services.selftest.policy_rungs import (
+    mmio_policy_deny,
+    policy_allow,
+    policy_deny,
+    policy_malformed,
+    requester_spoof_denied,
+    routing_policyd,
+)
 from nexus.services.selftest.routing_rungs import rebind_generation, route_outcomes, routing
 from nexus.services.selftest.rung import Rung
 from nexus.services.selftest.timed_rungs import timed_coalesce
+from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
 RUNGS: Final = (
+    Rung(53, routing_policyd),
     Rung(56, routing),
     Rung(57, payload_roundtrip),
     Rung(58, loopback),
@@ -51,6 +68,18 @@ RUNGS: Final = (
     Rung(73, strict_decode),
     Rung(75, qos),
     Rung(76, timed_coalesce),
+    Rung(77, policy_allow),
+    Rung(78, policy_deny),
+    Rung(79, requester_spoof_denied),
+    Rung(80, policy_malformed),
+    Rung(95, sandbox_escape),
+    Rung(96, watchdog_restart),
+    Rung(111, invalid_args, stated=True),
+    Rung(112, over_limit, stated=True),
+    Rung(113, rate_limited, stated=True),
+    Rung(116, log_query),
+    Rung(117, sink_logd),
+    Rung(139, mmio_policy_deny),
     Rung(142, cap_query_vmo),
     Rung(143, no_resource_left_behind),
     Rung(144, end),

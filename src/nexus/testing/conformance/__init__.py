@@ -4,7 +4,9 @@ A case is a function whose name is a sentence and whose argument is a Rig. Each 
 cases of one promise of design.md section 3, or of one family of traps:
 
 identity (1), moves (2), queues (3), deadlines (4), endings (5), receiving (6), and the closed set
-of statuses (7) as it falls to memory, capabilities, tasks, qos and console.
+of statuses (7) as it falls to memory, capabilities, tasks, qos and console. Three modules hold
+what is said about the world outside: policy (the policy page, 8), root (signals, boot memory and
+notices, 9) and ports (10).
 
 Use it from pytest:
 
@@ -26,12 +28,15 @@ from nexus.testing.conformance import (
     identity,
     memory,
     moves,
+    policy,
+    ports,
     qos,
     queues,
     receiving,
+    root,
     tasks,
 )
-from nexus.testing.rig import MakeKernel, Rig
+from nexus.testing.rig import MakeKernel, MakePlacedKernel, Rig
 
 MODULES: Final = (
     identity,
@@ -45,6 +50,9 @@ MODULES: Final = (
     tasks,
     qos,
     console,
+    policy,
+    root,
+    ports,
 )
 PROMISES: Final = {
     1: (identity,),
@@ -54,6 +62,9 @@ PROMISES: Final = {
     5: (endings,),
     6: (receiving,),
     7: (memory, capabilities, tasks, qos, console),
+    8: (policy,),
+    9: (root,),
+    10: (ports,),
 }
 
 CaseFunction = Callable[[Rig], None]
@@ -95,8 +106,22 @@ def cases(rig: Rig) -> tuple[Case, ...]:
 
 
 def conformance(
-    make_kernel: MakeKernel, *, lateness_max: Nanos, name: str = "kernel", forked: bool = False
+    make_kernel: MakeKernel,
+    *,
+    lateness_max: Nanos,
+    make_placed: MakePlacedKernel | None = None,
+    name: str = "kernel",
+    forked: bool = False,
 ) -> tuple[Case, ...]:
-    """The suite for a kernel; `forked` when running it takes over the calling process."""
-    rig = Rig(name=name, make_kernel=make_kernel, lateness_max=lateness_max, forked=forked)
+    """The suite for a kernel; `forked` when running it takes over the calling process.
+
+    The cases of promises 9 and 10 need a kernel in a place: `make_placed`.
+    """
+    rig = Rig(
+        name=name,
+        make_kernel=make_kernel,
+        make_placed=make_placed,
+        lateness_max=lateness_max,
+        forked=forked,
+    )
     return cases(rig)

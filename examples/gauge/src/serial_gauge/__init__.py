@@ -1,0 +1,1 @@
+"""A pressure gauge on a serial port, as a Nexus service."""

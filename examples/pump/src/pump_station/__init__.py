@@ -1,0 +1,1 @@
+"""A pump with an interlock, as Nexus services."""

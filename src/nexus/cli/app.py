@@ -1,0 +1,415 @@
+"""The commands of `nexus`, and how each is written on the command line.
+
+Every command imports what it needs when it runs: `nexus check` loads no kernel, `nexus --help`
+loads nothing of ours.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus import __version__
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="nexus",
+    help="Start, check, watch and prove systems of Nexus services.",
+    epilog="Begin with: nexus new system NAME; nexus up -d system.toml; nexus status",
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
+)
+policy_app = typer.Typer(help="The policy of a running system.", rich_markup_mode=None)
+safe_app = typer.Typer(help="The safe mode of a running system.", rich_markup_mode=None)
+new_app = typer.Typer(help="Files to begin with.", rich_markup_mode=None)
+app.add_typer(new_app, name="new")
+app.add_typer(policy_app, name="policy")
+app.add_typer(safe_app, name="safe")
+
+File = Annotated[Path, typer.Argument(help="The system file (TOML).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        "-n",
+        envvar="NEXUS_SYSTEM",
+        help="The running system, NAME or NAME@INSTANCE; not needed when only one runs.",
+    ),
+]
+Instance = Annotated[
+    str | None,
+    typer.Option("--instance", help="A name for one of several instances side by side."),
+]
+
+
+def _examples(*lines: str) -> str:
+    """An epilog that keeps its lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"nexus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command(
+    epilog=_examples(
+        "nexus check system.toml", "nexus check system.toml --digest", "nexus check --schema"
+    )
+)
+def check(
+    file: Annotated[
+        Path | None, typer.Argument(help="The system file (TOML).", show_default=False)
+    ] = None,
+    digest: Annotated[bool, typer.Option("--digest", help="Print the plan's digest only.")] = False,
+    json: Json = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of system files.")
+    ] = False,
+) -> None:
+    """Check a system file and show the plan that follows from it."""
+    from nexus.cli.errors import UsageError
+
+    if digest + json + schema > 1:
+        raise UsageError("choose one of --digest, --json and --schema")
+    if schema:
+        from nexus.init.system import schema_text
+
+        print(schema_text(), end="")
+        return
+    if file is None:
+        raise UsageError("name the system file to check, as in `nexus check system.toml`")
+    from nexus.cli.check import check as act
+
+    act(file, digest=digest, as_json=json)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus up system.toml                      # in the foreground, Ctrl-C ends it",
+        "nexus up -d system.toml                   # return when every service is ready",
+        "nexus up -d system.toml --instance b      # a second one side by side",
+    )
+)
+def up(
+    file: File,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")
+    ] = False,
+    instance: Instance = None,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0.1, max=3600, help="Seconds to get ready in, with -d.")
+    ] = 30.0,
+    exec_: Annotated[
+        bool,
+        typer.Option("--exec", help="Become the system's init: for service managers, see unit."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Start a system."""
+    from nexus.cli.errors import UsageError
+    from nexus.cli.up import up as act
+
+    if detach and exec_:
+        raise UsageError("choose one of --detach and --exec")
+    code = act(file, instance=instance, detach=detach, exec_=exec_, wait=wait, as_json=json)
+    raise typer.Exit(code)
+
+
+@app.command(epilog=_examples("nexus down", "nexus down --name pump@b --timeout 5"))
+def down(
+    name: Name = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0.1, max=3600, help="Seconds it may take to end."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """End a running system in order."""
+    from nexus.cli.ask import asked
+    from nexus.cli.down import down as act
+
+    act(asked(name).running, timeout, as_json=json)
+
+
+@app.command(epilog=_examples("nexus status", "nexus status --json", "nexus status --all"))
+def status(
+    name: Name = None,
+    all_: Annotated[bool, typer.Option("--all", help="Which systems run here.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a running system: a row per service."""
+    from nexus.cli.ask import asked
+    from nexus.cli.status import status as act
+    from nexus.cli.status import systems
+
+    if all_:
+        systems(as_json=json)
+    else:
+        act(asked(name), as_json=json)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus call timed whoami pid=0 service=x",
+        "nexus call timed register deadline=+250ms",
+        "nexus call logd get-stats --json",
+    )
+)
+def call(
+    service: Annotated[str, typer.Argument(help="The service to ask.", show_default=False)],
+    request: Annotated[str, typer.Argument(help="The request's name.", show_default=False)],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value for each field: 250ms is a span, +250ms a time from now on, "
+            "hex:00ff bytes, JSON for lists.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Name = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.01, max=60, help="Seconds to wait for the answer.")
+    ] = 5.0,
+    json: Json = False,
+) -> None:
+    """Ask a service of a running system one thing, as operator."""
+    from nexus.cli.ask import asked
+    from nexus.cli.call import call as act
+
+    code = act(asked(name), service, request, arguments or [], timeout, as_json=json)
+    raise typer.Exit(code)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus logs -f",
+        "nexus logs --level warn --service timed",
+        "nexus logs --field decision=deny --json",
+    )
+)
+def logs(
+    name: Name = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new records until Ctrl-C.")
+    ] = False,
+    last: Annotated[
+        int, typer.Option("--last", "-l", min=0, max=100_000, help="How many records to show.")
+    ] = 50,
+    level: Annotated[
+        str, typer.Option("--level", help="This level and more important ones.")
+    ] = "trace",
+    service: Annotated[
+        str | None, typer.Option("--service", "-s", help="Only records of this service.")
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option("--field", help="Only records with this KEY=VALUE.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Show the journal of a running system."""
+    from nexus.cli.ask import asked
+    from nexus.cli.logs import Filter
+    from nexus.cli.logs import logs as act
+
+    wanted = Filter(level, service, field)
+    act(asked(name), wanted, last=last, follow=follow, as_json=json)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus explain operator timed",
+        "nexus explain operator logd log.read --file system.toml",
+    )
+)
+def explain(
+    client: Annotated[str, typer.Argument(help="Who wants to.", show_default=False)],
+    server: Annotated[str, typer.Argument(help="Whom it wants to reach.", show_default=False)],
+    right: Annotated[
+        str | None, typer.Argument(help="The right it needs there.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="The system file; the running system's if not given."),
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Say why one service may or may not reach another. Exit code 1: it may not."""
+    from nexus.cli.explain import explain as act
+
+    raise typer.Exit(act(_file(file, name), client, server, right, as_json=json))
+
+
+@app.command(epilog=_examples("nexus doctor", "nexus doctor --json"))
+def doctor(json: Json = False) -> None:
+    """Say which guarantees hold on this machine, for this user, and how they degrade."""
+    from nexus.cli.doctor import doctor as act
+
+    act(as_json=json)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def prove(context: typer.Context) -> None:
+    """Climb the proof ladder on a ground (`nexus prove --help`)."""
+    from nexus.proof.command import main as act
+
+    raise typer.Exit(act(context.args))
+
+
+@app.command(epilog=_examples("nexus restart timed"))
+def restart(
+    service: Annotated[str, typer.Argument(help="The service to restart.", show_default=False)],
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Kill the running instance of a service; init starts the next one."""
+    from nexus.cli.ask import asked
+    from nexus.cli.control import restart as act
+
+    act(asked(name), service, as_json=json)
+
+
+@app.command(
+    epilog=_examples("nexus bugreport", "nexus bugreport --file system.toml -o report.tar.gz")
+)
+def bugreport(
+    name: Name = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="A system file, when no system runs.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Collect what somebody else needs to see, without secrets, in one tar.gz."""
+    import os
+
+    from nexus.cli.ask import asked
+    from nexus.cli.bugreport import bugreport as act
+    from nexus.cli.places import all_running
+
+    runs = name is not None or bool(all_running(os.environ, os.getuid()))
+    act(asked(name) if runs and file is None else None, file, output, as_json=json)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus unit system.toml > /etc/systemd/system/pump.service",
+        "nexus unit --user system.toml > ~/.config/systemd/user/pump.service",
+    )
+)
+def unit(
+    file: File,
+    instance: Instance = None,
+    user: Annotated[
+        bool, typer.Option("--user", help="For the user's own systemd, not the machine's.")
+    ] = False,
+) -> None:
+    """Print a systemd unit that runs a system."""
+    from nexus.cli.unit import unit_text
+
+    print(unit_text(file, instance, user=user), end="")
+
+
+@policy_app.command(
+    "reload", epilog=_examples("nexus policy reload", "nexus policy reload new.toml")
+)
+def policy_reload(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A system file; the running system's own if not given."),
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Put the policy of a system file in force, with the policy files it names."""
+    from nexus.cli.ask import asked
+    from nexus.cli.control import reload_policy
+
+    reload_policy(asked(name), file, as_json=json)
+
+
+@safe_app.command("leave", epilog=_examples("nexus safe leave"))
+def safe_leave(name: Name = None, json: Json = False) -> None:
+    """Forget the crashes and start what safe mode left out."""
+    from nexus.cli.ask import asked
+    from nexus.cli.control import leave_safe_mode
+
+    leave_safe_mode(asked(name), as_json=json)
+
+
+@new_app.command(
+    "system", epilog=_examples("nexus new system pump", "nexus new system pump --into /srv/pump")
+)
+def new_system(
+    name: Annotated[str, typer.Argument(help="The system's name.", show_default=False)],
+    into: Annotated[
+        Path | None, typer.Option("--into", help="The folder; NAME here if not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a system file with a policy service, a journal, timers and an operator."""
+    from nexus.cli.check import describe
+    from nexus.cli.new import new_system as act
+    from nexus.cli.output import say, say_json
+    from nexus.init.plan import load_plan
+
+    made = act(name, Path(name) if into is None else into)
+    plan = load_plan(made[0])
+    if json:
+        say_json({"files": [str(path) for path in made], "digest": plan.digest})
+        return
+    say(f"{made[0]}: {describe(plan)[0].partition(': ')[2]}")
+    say(f"start it with: nexus up -d {made[0]}")
+
+
+@new_app.command("service", epilog=_examples("nexus new service water-valve"))
+def new_service(
+    name: Annotated[str, typer.Argument(help="The service's name.", show_default=False)],
+    into: Annotated[
+        Path | None, typer.Option("--into", help="The folder; NAME here if not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a service of your own: protocol, class, system file with its policy, and a test."""
+    from nexus.cli.errors import CommandFailed
+    from nexus.cli.output import say, say_json
+    from nexus.cli.scaffold import ScaffoldError, scaffold
+
+    try:
+        made = scaffold(name, Path(name) if into is None else into)
+    except ScaffoldError as error:
+        raise CommandFailed(str(error)) from error
+    if json:
+        say_json({"files": [str(path) for path in made]})
+        return
+    for path in made:
+        say(str(path))
+
+
+def _file(file: Path | None, name: str | None) -> Path:
+    """The file that is named, or the running system's."""
+    if file is not None:
+        return file
+    from nexus.cli.ask import asked
+
+    return Path(asked(name).running.file)

@@ -1,0 +1,157 @@
+"""The process that becomes init: `python -m nexus.cli.boot JOB`, started or become by `nexus up`.
+
+An interpreter of its own, so that nothing the command needs (typer, rich, a terminal) is in the
+memory that every service is forked from.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from nexus.abi import NEVER, Nanos
+from nexus.cli import lock
+from nexus.cli.places import LOCK_NAME, RECORD_NAME, Running
+from nexus.cli.sink import Sink, Told
+from nexus.init.errors import SystemFileError
+from nexus.init.ground import Places, boot
+from nexus.init.plan import load_plan
+from nexus.kernel.linux.harden import UID_FIRST
+from nexus.kernel.linux.identity import ROWS
+from nexus.protocols.ladder import Ground
+
+EXIT_FAILED: Final = 1
+MICROSECOND: Final = 1_000  # ns
+REFUSED: Final = "refused"  # kind of the Told that says why nothing was booted
+RUNS_ALREADY: Final = (
+    "{title} runs already, as process {pid}: end it with `nexus down`, or give this one a name "
+    "of its own with --instance"
+)
+UID_BLOCKS: Final[tuple[int, ...]] = (UID_FIRST, *range(65_536, 65_536 + 8 * ROWS, ROWS))
+"""First user ids of the blocks, one per instance: no service may share an id with one of another
+instance. Those behind the first are below 100000, where Debian's ranges for containers begin."""
+
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
+
+
+class NoUidsLeft(Exception):
+    """Every block of user ids is taken by another instance."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"{len(UID_BLOCKS)} systems of root run here, and there are no user ids for another: "
+            "end one with `nexus down`"
+        )
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to boot. `watcher` is the descriptor of the watching command's socket, or -1; `leashed`
+    means that the system ends when the command does; `streams`, that lines go to stdout too."""
+
+    running: Running
+    home: str
+    smp: int
+    watcher: int
+    leashed: bool
+    streams: bool
+    parent: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Boot, and stay init until the end; the exit code of the run."""
+    job = msgspec.json.decode(argv[0], type=Job)
+    watcher = None if job.watcher < 0 else socket.socket(fileno=job.watcher)
+    if job.leashed:
+        _leash(job.parent)
+    sink = Sink(
+        Path(job.running.log) / "console.log",
+        watcher,
+        sys.stdout.fileno() if job.streams else None,
+    )
+    try:
+        return _boot(job, sink)
+    except lock.AlreadyRuns as error:
+        why = RUNS_ALREADY.format(title=job.running.title, pid=error.pid)
+    except (SystemFileError, NoUidsLeft) as error:
+        why = str(error)
+    except OSError as error:
+        why = f"the system could not be booted: {error}"
+    sink.tell(Told(REFUSED, job.running.title, why))
+    _ = sys.stderr.write(f"nexus: {why}\n")
+    return EXIT_FAILED
+
+
+def _boot(job: Job, sink: Sink) -> int:
+    home = Path(job.home)
+    with ExitStack() as stack:
+        _ = stack.callback(os.close, lock.take(home / LOCK_NAME))
+        uid_first = _take_uids(home.parent, stack)
+        plan = load_plan(Path(job.running.file))
+        running = msgspec.structs.replace(job.running, digest=plan.digest, pid=os.getpid())
+        fresh = home / f"{RECORD_NAME}.new"
+        _ = fresh.write_bytes(msgspec.json.encode(running))
+        _ = fresh.replace(home / RECORD_NAME)
+        ended = boot(
+            plan,
+            Ground.LINUX,
+            seed=0,
+            smp=job.smp,
+            recorder=sink.record,
+            limit=NEVER,
+            places=Places(
+                state=Path(running.state),
+                runtime=Path(running.runtime),
+                notify=os.environ.get("NOTIFY_SOCKET") if job.streams else None,
+                uid_first=uid_first,
+            ),
+            policy_source=lambda: load_plan(Path(running.file)).policy,
+            watchdog=_watchdog() if job.streams else None,
+        ).exit
+    return SIGNAL_BASE + ended.signal if ended.signal else ended.code
+
+
+def _take_uids(base: Path, stack: ExitStack) -> int | None:
+    """The first of the user ids that this instance's services may have, and no other's.
+
+    Only root gives any. Raises NoUidsLeft.
+    """
+    if os.geteuid() != 0:
+        return None
+    for index, first in enumerate(UID_BLOCKS):
+        try:
+            held = lock.take(base / f".uids.{index}", wait=0)
+        except lock.AlreadyRuns:
+            continue
+        _ = stack.callback(os.close, held)
+        return first
+    raise NoUidsLeft
+
+
+def _watchdog() -> Nanos | None:
+    """How long the service manager may hear nothing, by sd_watchdog_enabled(3)."""
+    interval = os.environ.get("WATCHDOG_USEC", "")
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return Nanos(int(interval) * MICROSECOND) if ours and interval.isdigit() else None
+
+
+def _leash(parent: int) -> None:
+    """Have the kernel ask this process to end when the command ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _ = libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+assert UID_FIRST + ROWS <= 65_534, "the first block ends below the user nobody"
+assert UID_BLOCKS[-1] + ROWS <= 100_000
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,287 @@
+"""`nexus up`: start a system in the foreground, in the background, or as this very process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+import nexus
+from nexus.abi import EventKind
+from nexus.cli.boot import REFUSED, RUNS_ALREADY, Job
+from nexus.cli.client import NANOS
+from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed
+from nexus.cli.lock import holder_of
+from nexus.cli.output import progress, say, say_json, tell
+from nexus.cli.places import Places, Running, make_dirs, places_of
+from nexus.cli.readiness import Readiness
+from nexus.cli.sink import Told
+from nexus.init.plan import Plan, load_plan
+
+STOP_SPARE: Final = 5_000_000_000  # ns; of an orderly end, beyond what the services may take
+TOLD_SIZE_MAX: Final = 8192  # bytes; a console line and its envelope are far below
+KILLED_WAIT: Final = 2.0  # seconds for a killed init to be gone
+ERRORS_NAME: Final = "init.err"  # what init's interpreter itself had to say
+ERRORS_SIZE_MAX: Final = 2000  # bytes of it that are shown
+
+
+def up(
+    file: Path,
+    *,
+    instance: str | None,
+    detach: bool,
+    exec_: bool,
+    wait: float,
+    as_json: bool,
+) -> int:
+    """Start the system of `file`; the exit code. Raises CommandFailed and SystemFileError."""
+    plan = load_plan(file)
+    declared = (plan.state_dir, plan.runtime_dir, plan.log_dir)
+    places = places_of(plan.name, instance, file, declared, os.environ, os.getuid())
+    ports = [port for service in plan.services for port in service.grants.ports]
+    make_dirs(places, os.getuid(), ports)
+    holder = holder_of(places.lock)
+    if holder is not None:
+        raise CommandFailed(RUNS_ALREADY.format(title=places.title, pid=holder))
+    job = _job(plan, places, file)
+    if exec_:
+        return _become(job)
+    watch, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with watch:
+        job = msgspec.structs.replace(job, watcher=theirs.fileno(), leashed=not detach)
+        child = _start(job, theirs.fileno(), places)
+        theirs.close()
+        watching = _Watching(child, watch, Readiness(s.name for s in plan.services), places)
+        if detach:
+            return watching.until_ready(wait, job.running.stop_ns, as_json=as_json)
+        return watching.until_the_end(as_json=as_json)
+
+
+def _job(plan: Plan, places: Places, file: Path) -> Job:
+    running = Running(
+        title=places.title,
+        file=str(file.absolute()),
+        digest=plan.digest,
+        pid=0,
+        state=str(places.state),
+        runtime=str(places.runtime),
+        log=str(places.log),
+        stop_ns=sum(service.stop_max for service in plan.services) + STOP_SPARE,
+    )
+    return Job(
+        running=running,
+        home=str(places.home),
+        smp=len(os.sched_getaffinity(0)),
+        watcher=-1,
+        leashed=False,
+        streams=False,
+        parent=os.getpid(),
+    )
+
+
+def _command(job: Job) -> list[str]:
+    return [sys.executable, "-P", "-m", "nexus.cli.boot", msgspec.json.encode(job).decode()]
+
+
+def _environment() -> dict[str, str]:
+    """This one, with this package found first: the child runs the same code."""
+    source = str(Path(nexus.__file__).parents[1])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _become(job: Job) -> int:
+    """Be the system's init from here on, under the pid that a service manager knows."""
+    job = msgspec.structs.replace(job, streams=True)
+    os.execve(sys.executable, _command(job), _environment())  # noqa: S606 (our own interpreter)
+
+
+def _start(job: Job, watcher: int, places: Places) -> "subprocess.Popen[bytes]":
+    """init's process, in a session of its own: what is typed here reaches only the command."""
+    errors = places.log / ERRORS_NAME
+    with errors.open("wb") as stderr:
+        return subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
+            _command(job),
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            pass_fds=(watcher,),
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+
+
+def _since(start: int) -> float:
+    """Seconds since `start`, which is time.monotonic_ns()."""
+    return (time.monotonic_ns() - start) / NANOS
+
+
+class _Watching:
+    """A system that was just started, seen from the command that started it."""
+
+    def __init__(
+        self,
+        child: "subprocess.Popen[bytes]",
+        watch: socket.socket,
+        readiness: Readiness,
+        places: Places,
+    ) -> None:
+        self._child = child
+        self._watch = watch
+        self._readiness = readiness
+        self._places = places
+        self._refusal = ""
+        self._stops = 0
+
+    # ------------------------------------------------------------------ in the background
+
+    def until_ready(self, wait: float, stop_ns: int, *, as_json: bool) -> int:
+        """Return when every service is ready; end the system if that takes too long."""
+        start = time.monotonic_ns()
+        with self._ending_on_signals(), progress(f"starting {self._places.title}"):
+            while not self._readiness.done and not self._stops:
+                left = wait - _since(start)
+                if left <= 0 or not self._see(left):
+                    break
+        if self._readiness.done and not self._readiness.safe_mode:
+            self._say_up(_since(start), as_json=as_json)
+            return EXIT_OK
+        if self._readiness.safe_mode:
+            raise CommandFailed(
+                f"{self._places.title} runs in safe mode ({self._readiness.safe_mode}): see `nexus "
+                "status`, and go back to normal with `nexus safe leave`"
+            )
+        why = self._why(wait)
+        self._end(stop_ns)
+        raise CommandFailed(why)
+
+    def _say_up(self, seconds: float, *, as_json: bool) -> None:
+        if as_json:
+            say_json(
+                {
+                    "system": self._places.title,
+                    "pid": self._child.pid,
+                    "ready_seconds": round(seconds, 3),
+                    "runtime_dir": str(self._places.runtime),
+                    "state_dir": str(self._places.state),
+                    "log_dir": str(self._places.log),
+                }
+            )
+        else:
+            say(f"{self._places.title} is up, process {self._child.pid}: every service is ready")
+
+    def _why(self, wait: float) -> str:
+        """Why it is not up, in one sentence."""
+        title = self._places.title
+        if self._refusal:
+            return self._refusal
+        if self._stops:
+            return f"{title} was not started: interrupted"
+        lacking = "; ".join(self._readiness.lacking())
+        if self._child.poll() is not None:
+            said = self._said()
+            return f"{title} ended while it started ({lacking}){said}: see {self._places.console}"
+        return (
+            f"{title} was not ready after {wait:g} s and was ended ({lacking}): "
+            f"see {self._places.console}, or give it longer with --wait"
+        )
+
+    def _said(self) -> str:
+        """The last line that init's interpreter wrote, if it wrote any."""
+        try:
+            text = (self._places.log / ERRORS_NAME).read_bytes()[-ERRORS_SIZE_MAX:]
+        except OSError:
+            return ""
+        lines = text.decode("utf-8", "replace").strip().splitlines()
+        return f", its last words: {lines[-1]}" if lines else ""
+
+    def _end(self, stop_ns: int) -> None:
+        """End what was started, in order if it can, at once if it cannot."""
+        if self._child.poll() is None:
+            self._child.terminate()
+        try:
+            _ = self._child.wait(stop_ns / NANOS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            _ = self._child.wait(KILLED_WAIT)
+
+    # ------------------------------------------------------------------ in the foreground
+
+    def until_the_end(self, *, as_json: bool) -> int:
+        """Show the console lines until the system has ended; its exit code, 0 or 1."""
+        said_up = False
+        start = time.monotonic_ns()
+        with self._ending_on_signals():
+            while self._see(None, show=True):
+                if self._readiness.done and not said_up:
+                    said_up = True
+                    self._tell_up(_since(start), as_json=as_json)
+            code = self._child.wait()
+        if self._refusal:
+            raise CommandFailed(self._refusal)
+        if code != EXIT_OK and not said_up and not self._stops:
+            raise CommandFailed(self._why(0))
+        tell(f"{self._places.title} has ended" + ("" if code == 0 else f", exit code {code}"))
+        return EXIT_OK if code == EXIT_OK else EXIT_FAILED
+
+    def _tell_up(self, seconds: float, *, as_json: bool) -> None:
+        if as_json:
+            self._say_up(seconds, as_json=True)
+        elif self._readiness.safe_mode:
+            tell(f"{self._places.title} is in safe mode: leave it with `nexus safe leave`")
+        else:
+            tell(f"{self._places.title} is up after {seconds:.2f} s; Ctrl-C ends it")
+
+    # ------------------------------------------------------------------ both
+
+    def _see(self, seconds: float | None, *, show: bool = False) -> bool:
+        """Take what the system tells next; False when it tells no more, or not in time."""
+        self._watch.settimeout(seconds)
+        try:
+            data = self._watch.recv(TOLD_SIZE_MAX)
+        except TimeoutError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            return False
+        told = msgspec.json.decode(data, type=Told)
+        if told.kind == REFUSED:
+            self._refusal = told.text
+        self._readiness.on_told(told)
+        if show and told.kind == EventKind.CONSOLE:
+            say(told.text)
+            _ = sys.stdout.flush()
+        elif show and told.kind in (EventKind.SPAWN_FAILED, EventKind.HANG):
+            tell(f"{told.name}: {told.text}")
+        return True
+
+    @contextmanager
+    def _ending_on_signals(self) -> Iterator[None]:
+        """Ctrl-C and its like end the system: first in order, the second time at once."""
+        former = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                _ = signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        del number
+        self._stops += 1
+        if self._stops == 1:
+            tell(f"ending {self._places.title}; once more kills it")
+            self._child.terminate()
+        else:
+            self._child.kill()

@@ -1,0 +1,269 @@
+"""Why one service may or may not reach another, with the lines that say so.
+
+Three layers decide: the plan (no link exists that it does not contain), the policy service (a
+route and a right need their entry in the policy), and the sandbox (a service has no other way
+out than its links). Pure: everything follows from the system file and its policy files.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nexus.abi import INIT_NAME
+from nexus.init.crosschecks import is_safe, stage_of
+from nexus.init.declare import SIZE_UNITS, amount_text, cut
+from nexus.init.lines import KeyPath
+from nexus.init.plan import Plan, PlannedLink
+from nexus.init.policy import Layer, layers_of
+from nexus.init.system import Service, System, Use
+from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX, ROUTE_RIGHT
+
+LABEL_WIDTH: Final = 7  # characters; the longest label
+
+
+class UnknownName(Exception):
+    """What was asked about is no service of the system, or no right; the text is a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What one layer says: yes or no, the reason, and where it is written ("" for nowhere)."""
+
+    label: str
+    allowed: bool
+    reason: str
+    where: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line for a person."""
+        verdict = "yes" if self.allowed else "no"
+        where = f"  [{self.where}]" if self.where else ""
+        return f"  {self.label.ljust(LABEL_WIDTH)} {verdict.ljust(3)}  {self.reason}{where}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """The whole answer: each layer's, who holds the right, and what to add if it is no."""
+
+    client: str
+    server: str
+    right: str | None
+    answers: tuple[Answer, ...]
+    holders: tuple[tuple[str, str], ...]  # service, and file:line
+    remedies: tuple[str, ...]
+
+    @property
+    def allowed(self) -> bool:
+        """Whether every layer says yes."""
+        return all(answer.allowed for answer in self.answers)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The answer for a person."""
+        what = f" {self.right}" if self.right else ""
+        verdict = "allowed" if self.allowed else "denied"
+        lines = [f"{self.client} -> {self.server}{what}: {verdict}"]
+        lines += [answer.text for answer in self.answers]
+        if self.right is not None:
+            held = ", ".join(f"{name} [{where}]" for name, where in self.holders) or "nobody"
+            lines.append(f"{self.right} is held by: {held}")
+        if self.remedies:
+            lines.append("to allow it:")
+            lines += [f"  {remedy}" for remedy in self.remedies]
+        return tuple(lines)
+
+
+def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -> Explanation:
+    """Whether `a` may reach `b`, and do what needs the right `op` there.
+
+    `plan` was made from `system`, whose policy files are read again. Raises UnknownName, and
+    SystemFileError if a policy file has become wrong.
+    """
+    services = {service.name: service for service in system.services}
+    client = services.get(a)
+    server = services.get(b)
+    if client is None:
+        raise UnknownName(f'"{cut(a)}" is no service of {plan.name}: {", ".join(services)}')
+    if server is None and b != INIT_NAME:
+        known = ", ".join([*services, INIT_NAME])
+        raise UnknownName(f'"{cut(b)}" is no service of {plan.name}: {known}')
+    if a == b:
+        raise UnknownName(f"{a} needs no link to itself; name two services")
+    if op is not None and (len(op) > RIGHT_SIZE_MAX or not re.match(RIGHT_PATTERN, op)):
+        raise UnknownName(f'"{cut(op)}" is no right; one is a name such as proof.control')
+    layers = layers_of(system)
+    answers: list[Answer] = []
+    remedies: list[str] = []
+    if server is None:
+        answers.append(Answer(label="plan", allowed=True, reason=f"everybody has a link to {b}"))
+    else:
+        answers.append(_plan_answer(plan, system, client, server, remedies))
+        answers += _route_answers(plan, system, layers, a, b, remedies)
+    if op is not None:
+        answers.append(_right_answer(plan, system, layers, a, op, remedies))
+    answers.append(_sandbox_answer(plan, a))
+    return Explanation(
+        client=a,
+        server=b,
+        right=op,
+        answers=tuple(answers),
+        holders=_holders(plan, layers, op) if op is not None else (),
+        remedies=tuple(dict.fromkeys(remedies)),
+    )
+
+
+def _plan_answer(
+    plan: Plan, system: System, client: Service, server: Service, remedies: list[str]
+) -> Answer:
+    """Whether the plan has the link."""
+    for use, link in zip(client.uses, plan.by_name[client.name].uses, strict=True):
+        if use.name == server.name:
+            return Answer(
+                label="plan",
+                allowed=True,
+                reason=f"{client.name} uses {server.name}: {_terms(link)}",
+                where=_at(system, use.path),
+            )
+    remedies.append(_use_remedy(system, client, server))
+    return Answer(
+        label="plan",
+        allowed=False,
+        reason=f"{client.name} does not use {server.name}; init makes no link that is not declared",
+        where=_at(system, (*client.path, "uses")),
+    )
+
+
+def _terms(link: PlannedLink) -> str:
+    kind = "sync" if link.sync else "post"
+    delegations = f", {link.delegations} delegations" if link.delegations else ""
+    return f"{kind}, depth {link.depth}, {amount_text(link.size, SIZE_UNITS)}{delegations}"
+
+
+def _use_remedy(system: System, client: Service, server: Service) -> str:
+    """The line to add; it posts where the client may not wait for the server."""
+    must_post = (
+        _waits_for(system, server.name, client.name)
+        or stage_of(client) < stage_of(server)
+        or (is_safe(client) and not is_safe(server))
+    )
+    sync = "sync = false" if must_post else ""
+    uses: KeyPath = (*client.path, "uses")
+    if system.lines.has((*uses, 0)):
+        entry = f'{{ name = "{server.name}"{", " if sync else ""}{sync} }}'
+        return f"{_at(system, uses)}: add {entry} to the array uses of {client.name}"
+    table = f"{_key(server.name)} = {{ {sync} }}" if sync else f"{_key(server.name)} = {{}}"
+    if system.lines.has(uses):
+        return f"{_at(system, uses)}: add {table} to the table uses of {client.name}"
+    return f"{_at(system, client.path)}: add uses = {{ {table} }} to [service.{_key(client.name)}]"
+
+
+def _waits_for(system: System, client: str, server: str) -> bool:
+    """Whether `client` waits for `server`, directly or by way of others."""
+    uses: Mapping[str, tuple[Use, ...]] = {each.name: each.uses for each in system.services}
+    seen: set[str] = set()
+    ahead = [client]
+    while ahead:
+        name = ahead.pop()
+        if name == server:
+            return True
+        if name not in seen:
+            seen.add(name)
+            ahead += [use.name for use in uses[name] if use.sync]
+    return False
+
+
+def _route_answers(
+    plan: Plan, system: System, layers: Sequence[Layer], a: str, b: str, remedies: list[str]
+) -> list[Answer]:
+    """What the policy service says to ROUTE from `a` to `b`; nothing where there is none."""
+    if plan.policyd is None:
+        return []
+    answers = [_policy_answer("route", plan, system, layers, a, ROUTE_RIGHT, remedies)]
+    further = plan.policy.routes.get(b)
+    if further is not None:
+        answers.append(_policy_answer("route", plan, system, layers, a, further, remedies))
+    return answers
+
+
+def _right_answer(
+    plan: Plan, system: System, layers: Sequence[Layer], a: str, right: str, remedies: list[str]
+) -> Answer:
+    return _policy_answer("policy", plan, system, layers, a, right, remedies)
+
+
+def _policy_answer(
+    label: str,
+    plan: Plan,
+    system: System,
+    layers: Sequence[Layer],
+    a: str,
+    name: str,
+    remedies: list[str],
+) -> Answer:
+    """Whether `a` holds the right, by which layer, and which later layer took it away."""
+    last = next((layer for layer in reversed(layers) if a in layer.allow), None)
+    if plan.policy.right(a, name) is not None and last is not None:
+        right = last.right(a, name)
+        assert right is not None, "the policy was merged from these layers"
+        return Answer(
+            label=label, allowed=True, reason=f"{a} holds {name}", where=f"{last.file}:{right.line}"
+        )
+    remedies.append(_right_remedy(system, layers, last, a, name))
+    lost = next((layer for layer in reversed(layers) if layer.right(a, name)), None)
+    if lost is not None and last is not None:
+        right = lost.right(a, name)
+        assert right is not None
+        return Answer(
+            label=label,
+            allowed=False,
+            reason=f"{a} has {name} from {lost.file}:{right.line}, but a later list replaces it",
+            where=f"{last.file}:{last.line(a)}",
+        )
+    reason = f"{a} does not hold {name}, and what is not listed is denied"
+    where = f"{last.file}:{last.line(a)}" if last is not None else ""
+    return Answer(label=label, allowed=False, reason=reason, where=where)
+
+
+def _right_remedy(
+    system: System, layers: Sequence[Layer], last: Layer | None, a: str, name: str
+) -> str:
+    """Where the right would go: into the list that holds now, or a new one."""
+    if last is not None:
+        return f'{last.file}:{last.line(a)}: add "{name}" to the rights of {a}'
+    if len(layers) > 1:
+        file = layers[-1].file
+        return f'{file}:{layers[-1].lines.line(("allow",))}: add {_key(a)} = ["{name}"] to [allow]'
+    entry = f"[service.{_key(a)}]"
+    return f'{_at(system, ("service", a))}: add capabilities = ["{name}"] to {entry}'
+
+
+def _sandbox_answer(plan: Plan, a: str) -> Answer:
+    """The sandbox never denies a link; it sees to it that there is no other way."""
+    grants = plan.by_name[a].grants
+    ways = [f"port {name}" for name in grants.ports]
+    ways += [f"device {device.name} ({device.path})" for device in grants.devices]
+    ways += [f"listens on {each.address} port {each.port}" for each in grants.listen]
+    ways += [f"connects to TCP port {port}" for port in grants.connect]
+    beside = f"; besides: {', '.join(ways)}" if ways else ""
+    return Answer(label="sandbox", allowed=True, reason=f"{a} has no way out but its links{beside}")
+
+
+def _holders(plan: Plan, layers: Sequence[Layer], name: str) -> tuple[tuple[str, str], ...]:
+    """Every service that holds the right, and where it is given."""
+    files = {layer.shown: layer.file for layer in layers}
+    return tuple(
+        (service.name, f"{files[right.file]}:{right.line}")
+        for service in plan.services
+        if (right := plan.policy.right(service.name, name)) is not None
+    )
+
+
+def _at(system: System, path: KeyPath) -> str:
+    return f"{system.file}:{system.lines.line(path)}"
+
+
+def _key(name: str) -> str:
+    """A service's name as a key of TOML."""
+    return f'"{name}"' if "." in name else name

@@ -1,0 +1,83 @@
+"""What init opens for a service before it exists: granted devices and listening sockets."""
+
+import ipaddress
+import os
+import socket
+import stat
+from contextlib import ExitStack
+from typing import Final
+
+from nexus.abi import DeviceGrant, Grants, Isolation, ListenGrant, Program, SpawnReason
+from nexus.kernel.core import SpawnRefused
+from nexus.kernel.linux import landlock
+
+LISTEN_BACKLOG: Final = 64  # connections not accepted yet; more wait in their own SYN
+
+
+def check_grants(grants: Grants, program: Program, *, harden: bool) -> None:
+    """Refuse what this program or this machine cannot be granted: SpawnRefused with
+    invalid-payload or map-failed."""
+    if grants.isolation is Isolation.EXEC and not program.entry:
+        raise SpawnRefused(
+            SpawnReason.INVALID_PAYLOAD, f"{program.name} names no entry to execute it by"
+        )
+    if program.ordinary and not (grants.isolation is Isolation.EXEC and grants.streams):
+        raise SpawnRefused(
+            SpawnReason.INVALID_PAYLOAD,
+            f"{program.name} needs isolation = exec and streams, for its event loop",
+        )
+    network = bool(grants.listen or grants.connect)
+    if network and harden and landlock.version() < landlock.NET_SINCE:
+        raise SpawnRefused(
+            SpawnReason.MAP_FAILED,
+            f"Landlock ABI {landlock.version()} cannot bound TCP connections to the granted "
+            f"ports: {landlock.NET_SINCE} is needed (Linux 6.7)",
+        )
+
+
+def open_granted(grants: Grants, undo: ExitStack) -> dict[str, int]:
+    """Descriptors by name, devices first; `undo` closes them. Refuses: SpawnRefused
+    (map-failed)."""
+    opened: dict[str, int] = {}
+    for device in grants.devices:
+        try:
+            opened[device.name] = _open_device(device, undo)
+        except OSError as error:
+            raise SpawnRefused(
+                SpawnReason.MAP_FAILED, f"device {device.name}: {device.path}: {error.strerror}"
+            ) from None
+    for listening in grants.listen:
+        try:
+            opened[listening.name] = _listen(listening, undo)
+        except (OSError, ValueError) as error:
+            raise SpawnRefused(
+                SpawnReason.MAP_FAILED,
+                f"socket {listening.name}: {listening.address} port {listening.port}: {error}",
+            ) from None
+    return opened
+
+
+def _open_device(device: DeviceGrant, undo: ExitStack) -> int:
+    """Never waits: a serial line without O_NONBLOCK would until somebody is at its other end."""
+    mode = os.O_RDWR if device.writable else os.O_RDONLY
+    descriptor = os.open(device.path, mode | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    _ = undo.callback(os.close, descriptor)
+    kind = os.fstat(descriptor).st_mode
+    if not (stat.S_ISCHR(kind) or stat.S_ISBLK(kind)):
+        raise SpawnRefused(
+            SpawnReason.MAP_FAILED, f"device {device.name}: {device.path} is no device"
+        )
+    return descriptor
+
+
+def _listen(grant: ListenGrant, undo: ExitStack) -> int:
+    address = ipaddress.ip_address(grant.address)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    listening = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listening.bind((grant.address, grant.port))
+    listening.listen(LISTEN_BACKLOG)
+    listening.setblocking(False)
+    return listening.fileno()

@@ -1,0 +1,70 @@
+"""The policy as init keeps it and policyd reads it: who holds which right, and where it says so.
+
+Made from the policy files by `nexus.init.policy`, carried as a sealed VMO (GetPolicy, SetPolicy)
+in MessagePack. A right is a name such as `proof.control`; what is not listed is denied.
+"""
+
+from hashlib import sha256
+from typing import Annotated, Final
+
+import msgspec
+
+POLICY_SIZE_MAX: Final = 64 * 1024  # bytes of MessagePack; 44 services use a tenth
+RIGHT_SIZE_MAX: Final = 48  # characters of a right's name (core.md 6.1)
+RIGHTS_MAX: Final = 64  # rights of one service
+SUBJECTS_MAX: Final = 64  # services of a system, and a few names that policy files may prepare
+FILE_SIZE_MAX: Final = 256  # characters of a file's name
+RIGHT_PATTERN: Final = r"^[a-z][a-z0-9]*([.-][a-z0-9]+)*\Z"
+
+DELEGATE: Final = "policy.delegate"  # may ask on behalf of somebody else
+AUTHORITY: Final = "policy.authority"  # may take the policy from init, and give it a new one
+RELOAD: Final = "policy.reload"  # may give policyd a new policy
+ROUTE_RIGHT: Final = "ipc.core"  # ROUTE needs it of the requester
+EXEC_RIGHT: Final = "proc.spawn"  # EXEC needs it of the requester
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=RIGHT_SIZE_MAX)]
+
+
+class Right(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A right as a policy file gives it: its name, the file, the line."""
+
+    name: Annotated[
+        str, msgspec.Meta(min_length=1, max_length=RIGHT_SIZE_MAX, pattern=RIGHT_PATTERN)
+    ]
+    file: Annotated[str, msgspec.Meta(max_length=FILE_SIZE_MAX)]
+    line: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+
+
+Rights = Annotated[list[Right], msgspec.Meta(max_length=RIGHTS_MAX)]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Deny by default. `services` are the names init issues identities for, in the plan's order.
+
+    `allow` lists the rights of each subject; `routes` says which further right a ROUTE to a
+    target needs besides ROUTE_RIGHT.
+    """
+
+    services: Annotated[list[Name], msgspec.Meta(max_length=SUBJECTS_MAX)]
+    allow: Annotated[dict[Name, Rights], msgspec.Meta(max_length=SUBJECTS_MAX)]
+    routes: Annotated[dict[Name, Name], msgspec.Meta(max_length=SUBJECTS_MAX)] = {}
+
+    def right(self, subject: str, name: str) -> Right | None:
+        """The entry that gives `subject` the right, or None: denied."""
+        return next((right for right in self.allow.get(subject, ()) if right.name == name), None)
+
+    def encoded(self) -> bytes:
+        """The bytes that travel; the same policy gives the same bytes."""
+        return msgspec.msgpack.encode(self, order="deterministic")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of the encoded policy."""
+        return sha256(self.encoded()).hexdigest()
+
+
+def decode_policy(data: bytes) -> Policy:
+    """The policy in `data`. Raises msgspec.DecodeError or ValidationError for anything else."""
+    if len(data) > POLICY_SIZE_MAX:
+        raise msgspec.ValidationError(f"{len(data)} bytes, a policy has {POLICY_SIZE_MAX} at most")
+    return msgspec.msgpack.decode(data, type=Policy)

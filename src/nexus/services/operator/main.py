@@ -1,0 +1,27 @@
+"""operator as a program."""
+
+from typing import Final
+
+from nexus.abi import BootImage, Nanos
+from nexus.ipc import Peers, deadline_after
+from nexus.log import Logger
+from nexus.protocols.operator import PROTOCOL
+from nexus.runtime import Server, ServiceConfig
+from nexus.services.operator.relay import Relay
+from nexus.services.operator.service import ANY_UID, Operator
+
+START_MAX: Final = Nanos(2_000_000_000)  # ns; for the first message, which is init's Bind
+
+
+async def main(boot: BootImage) -> int:
+    """Answer init's Bind, then serve the port until init says Stop."""
+    config = ServiceConfig.of(boot)
+    peers = Peers(boot, config.trace_seed)
+    log = Logger(peers, config.uses)
+    (port,) = boot.ports
+    uid = int(config.settings.get("uid", ANY_UID))
+    operator = Operator(port, Relay(peers, config.uses), log, uid)
+    sources = (port, await peers.inbox())
+    server = Server(operator, PROTOCOL, boot, peers.caller, log=log, sources=sources)
+    _ = await server.step(deadline_after(boot.now, START_MAX))
+    return await server.run()

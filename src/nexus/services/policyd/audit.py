@@ -1,0 +1,217 @@
+"""The audit of decisions on its way to logd: posted, acknowledged, repeated, counted; not awaited.
+
+    put --room---> waiting --posted--> open --acknowledged with a record id--> audited
+    put --full---> dropped             open --refused for now, no answer, peer gone--> waiting
+                                       open --refused for good, too many attempts----> dropped
+
+`allowed + denied = audited + dropped + waiting` holds after every event, where waiting counts the
+open ones. Records of malformed requests are no decisions: they have a few places of their own and
+count in none of these. A record whose answer was lost may be in the journal twice, never not at
+all; its number tells.
+"""
+
+from bisect import insort
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from nexus.abi import Nanos
+from nexus.ipc import Client, Posted, Poster, Refused, deadline_after
+from nexus.protocols.logd import FIELDS_SIZE_MAX, Append, Appended, Field, Level, LogdStatus
+from nexus.wire import ReplyStatus
+
+SCOPE: Final = "policyd.audit"
+TEXT: Final = "audit"
+WAITING_MAX: Final = 256  # decisions without an acknowledgement; at most 130 KiB
+MALFORMED_MAX: Final = 16  # waiting records of malformed requests; nobody may crowd out decisions
+POSTS_MAX: Final = 8  # posts of one turn, so that a turn has a bound: about 0.1 ms
+ATTEMPTS_MAX: Final = 64  # of one record; with RATE_PAUSE about as long as logd needs for a queue
+POST_PAUSE: Final = Nanos(1_000_000)  # ns from a decision to its post: the reply goes first
+ANSWER_PAUSE: Final = Nanos(2_000_000)  # ns between two looks after answers, doubling
+ANSWER_PAUSE_MAX: Final = Nanos(64_000_000)  # ns
+ANSWER_MAX: Final = Nanos(1_000_000_000)  # ns an answer may take to count
+RATE_PAUSE: Final = Nanos(250_000_000)  # ns; a fourth of logd's window
+LOOK_MAX: Final = Nanos(20_000_000)  # ns for one search for logd, in an idle moment
+LOOK_PAUSE: Final = Nanos(100_000_000)  # ns between two searches, doubling
+LOOK_PAUSE_MAX: Final = Nanos(2_000_000_000)  # ns
+NAME_SIZE_MAX: Final = 48  # bytes of a service's name
+ACTION_SIZE_MAX: Final = 64  # bytes that a record keeps of an action
+TARGET_SIZE_MAX: Final = 128  # bytes that a record keeps of a target
+OTHERS_SIZE_MAX: Final = 160  # bytes of the keys, the two bytes each, and the short values
+
+assert 2 * NAME_SIZE_MAX + ACTION_SIZE_MAX + TARGET_SIZE_MAX + OTHERS_SIZE_MAX <= FIELDS_SIZE_MAX
+
+FOR_NOW: Final = frozenset({LogdStatus.RATE_LIMITED, ReplyStatus.BUSY, ReplyStatus.EXPIRED})
+"""Refusals that another time may not meet."""
+
+Look = Callable[[Nanos], Awaitable[Client | None]]
+"""Finds logd, at most until the given time."""
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One record: its place in the order, whether it is of a decision, how often it was posted."""
+
+    place: int
+    request: Append
+    decides: bool
+    attempts: int = field(default=0)
+
+
+class Audit:
+    """The queue of records, and what became of them. With `look` None there is no logd to look for.
+
+    Time is an argument; the only waits are those of `look`, which are bounded by LOOK_MAX.
+    """
+
+    def __init__(self, look: Look | None) -> None:
+        self.audited = 0
+        self.dropped = 0
+        self._look = look
+        self._logd: Client | None = None
+        self._poster: Poster[Entry] | None = None
+        self._waiting: list[Entry] = []  # by place
+        self._open = 0  # posted, not acknowledged
+        self._decisions = 0  # of both
+        self._places = 0
+        self._told = 0  # of `dropped`, in a record
+        self._now = Nanos(0)
+        self._wake = None if look is None else Nanos(0)  # the planned link is taken first
+        self._not_before = Nanos(0)  # a search or a post makes no sense earlier
+        self._look_pause = LOOK_PAUSE
+        self._answer_pause = ANSWER_PAUSE
+
+    @property
+    def waiting(self) -> int:
+        """Decisions without an acknowledgement."""
+        return self._decisions
+
+    def put(self, fields: dict[str, str], now: Nanos, *, denied: bool, decides: bool) -> None:
+        """Queue a record, or count that it had no place. Values are cut to what a record takes."""
+        others = len(self._waiting) + self._open - self._decisions
+        if decides and self._decisions >= WAITING_MAX:
+            self.dropped += 1
+            return
+        if not decides and others >= MALFORMED_MAX:
+            return
+        if self.dropped > self._told:
+            self._told = self.dropped
+            fields = {**fields, "dropped": str(self.dropped)}
+        self._places += 1
+        request = Append(
+            Level.WARN if denied else Level.INFO,
+            SCOPE,
+            TEXT,
+            [Field(key, value) for key, value in fields.items()],
+        )
+        self._waiting.append(Entry(self._places, request, decides))
+        self._decisions += decides
+        wake = max(Nanos(now + POST_PAUSE), self._not_before)
+        self._wake = wake if self._wake is None else min(self._wake, wake)
+
+    async def hurry(self, now: Nanos) -> None:
+        """Post the record just put if nothing is before it: in logd's queue it outlives us.
+
+        Never waits; what cannot be posted now is posted in an idle moment.
+        """
+        if self._poster is None or not self._poster.exchange.peer.alive:
+            return
+        if len(self._waiting) == 1 and self._not_before <= now:
+            self._now = now
+            _ = await self._post(self._poster, self._waiting[0], now)
+
+    def next_time(self) -> Nanos | None:
+        """When there is something to do."""
+        return self._wake
+
+    async def on_time(self, now: Nanos) -> None:
+        """Take answers, post what waits, look for logd: each a little, and when to go on."""
+        self._now = now
+        self._wake = None
+        settled = self.audited + self.dropped
+        if self._not_before <= now:
+            await self._go_on(now)
+        elif self._poster is not None:
+            await self._poster.take(now)
+        if not self._waiting and not self._open:
+            self._answer_pause = ANSWER_PAUSE
+            if self._look is not None and self._logd is None:
+                self._wake = self._not_before
+            return
+        if self.audited + self.dropped > settled:
+            self._answer_pause = ANSWER_PAUSE
+        self._wake = self._later(now)
+        self._answer_pause = Nanos(min(2 * self._answer_pause, ANSWER_PAUSE_MAX))
+
+    def _later(self, now: Nanos) -> Nanos:
+        """The next moment: for answers soon, for what waits not before it makes sense."""
+        again = deadline_after(now, self._answer_pause)
+        return again if self._open else max(again, self._not_before)
+
+    async def _go_on(self, now: Nanos) -> None:
+        poster = await self._found(now)
+        if poster is None:
+            self._not_before = deadline_after(now, self._look_pause)
+            self._look_pause = Nanos(min(2 * self._look_pause, LOOK_PAUSE_MAX))
+            return
+        self._look_pause = LOOK_PAUSE
+        await poster.take(now)
+        for entry in self._waiting[:POSTS_MAX]:
+            if await self._post(poster, entry, now) is not Posted.SENT:
+                return
+
+    async def _post(self, poster: Poster[Entry], entry: Entry, now: Nanos) -> Posted:
+        posted = await poster.post(entry.request, now, entry)
+        if posted is Posted.SENT:
+            self._waiting.remove(entry)
+            self._open += 1
+            entry.attempts += 1
+        return posted
+
+    async def _found(self, now: Nanos) -> Poster[Entry] | None:
+        """The way to the present instance of logd; a new one is looked for if that is gone."""
+        if self._look is None:
+            return None
+        until = deadline_after(now, LOOK_MAX)
+        if self._logd is None:
+            self._logd = await self._look(until)
+            if self._logd is None:
+                return None
+            self._poster = Poster(self._logd, self._on_ended, wait=ANSWER_MAX)
+        if not self._logd.peer.alive and await self._logd.renew(until) is not None:
+            return None
+        return self._poster
+
+    def _on_ended(self, entry: Entry, outcome: object) -> None:
+        """What logd did with one record."""
+        self._open -= 1
+        if isinstance(outcome, Appended) and outcome.record > 0:
+            self._end(entry)
+            self.audited += entry.decides
+        elif _is_final(outcome) or entry.attempts >= ATTEMPTS_MAX:
+            self._end(entry)
+            self.dropped += entry.decides
+        else:
+            if isinstance(outcome, Refused):
+                self._not_before = deadline_after(self._now, RATE_PAUSE)
+            insort(self._waiting, entry, key=_place)
+
+    def _end(self, entry: Entry) -> None:
+        self._decisions -= entry.decides
+
+
+def cut(text: str, size_max: int) -> str:
+    """`text`, or as much of it as fits `size_max` bytes of UTF-8 with an ellipsis."""
+    data = text.encode()
+    if len(data) <= size_max:
+        return text
+    return data[: size_max - 3].decode(errors="ignore") + "\u2026"
+
+
+def _is_final(outcome: object) -> bool:
+    """Whether another attempt would end the same way."""
+    return isinstance(outcome, Refused) and outcome.status not in FOR_NOW
+
+
+def _place(entry: Entry) -> int:
+    return entry.place

@@ -1,0 +1,358 @@
+"""What the commands print, and how the command line itself behaves."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from nexus.abi import Event, EventKind, Nanos, Pid
+from nexus.cli import main
+from nexus.cli.bugreport import _without_settings, bugreport
+from nexus.cli.new import new_system
+from nexus.cli.output import is_lively, say_table, table_lines
+from nexus.cli.readiness import Readiness
+from nexus.cli.sink import FILE_SIZE_MAX, Sink, Told
+from nexus.cli.status import span
+from nexus.cli.unit import unit_text
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = ROOT / "systems" / "minimal.toml"
+COMMANDS = (
+    *("check", "up", "down", "status", "call", "logs", "explain", "doctor", "restart"),
+    *("bugreport", "unit", "new system", "new service", "policy reload", "safe leave"),
+)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_columns_are_as_wide_as_they_need_to_be() -> None:
+    assert table_lines(("A", "LONG"), [("xyz", "1"), ("", "2")]) == [
+        "A    LONG",
+        "xyz  1",
+        "     2",
+    ]
+
+
+def test_colour_is_for_terminals_and_no_color_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert is_lively(Terminal())
+    assert not is_lively(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not is_lively(Terminal())
+
+
+def test_a_piped_table_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    say_table(("STATE",), [("up",), ("failed",)])
+
+    assert capsys.readouterr().out == "STATE\nup\nfailed\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--help"]) == 0
+
+    output = capsys.readouterr().out
+    assert "Examples:" in output
+    assert f"\n    nexus {command}" in output or f"\n  nexus {command}" in output
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each != "unit"])
+def test_every_command_can_answer_in_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_the_shell_can_complete_commands() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "nexus.cli"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "_NEXUS_COMPLETE": "complete_bash",
+            "COMP_WORDS": "nexus bug",
+            "COMP_CWORD": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.stdout.split() == ["bugreport"]
+
+
+def test_a_command_that_only_checks_loads_no_kernel_and_no_rich() -> None:
+    code = (
+        "import sys\n"
+        "from nexus.cli import main\n"
+        f"assert main(['check', {str(MINIMAL)!r}, '--digest']) == 0\n"
+        "wrong = [n for n in sys.modules if n.split('.')[0] == 'rich' "
+        "or n.startswith(('nexus.kernel.linux', 'nexus.kernel.sim', 'nexus.proof'))]\n"
+        "print(wrong)\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_process_that_becomes_init_has_no_typer_and_no_rich() -> None:
+    code = (
+        "import sys\n"
+        "import nexus.cli.boot\n"
+        "print([n for n in sys.modules if n.split('.')[0] in ('typer', 'rich', 'pydantic')])\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert answer.stdout == "[]\n"
+
+
+def test_who_stops_reading_gets_no_complaint() -> None:
+    answer = subprocess.run(
+        f"{sys.executable} -m nexus.cli check --schema | head -c 1",
+        shell=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.stderr == ""
+
+
+def test_a_fault_of_our_own_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.delenv("NEXUS_TRACEBACK", raising=False)
+    monkeypatch.setattr("nexus.cli.check.check", fault)
+
+    assert main(["check", str(MINIMAL)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nexus: a fault of nexus itself, ZeroDivisionError: of ours; please ")
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nexus.cli.check.check", interrupted)
+
+    assert main(["check", str(MINIMAL)]) == 1
+    assert capsys.readouterr().err == "nexus: interrupted\n"
+
+
+# ------------------------------------------------------------------ readiness and the console file
+
+
+def console(name: str, text: str) -> Told:
+    return Told(EventKind.CONSOLE, name, text)
+
+
+def test_a_system_is_ready_when_it_is_linked_and_everybody_says_so() -> None:
+    readiness = Readiness(["a", "b"])
+    readiness.on_told(console("a", "a: ready"))
+    readiness.on_told(console("init-lite", "init: ready"))
+    assert not readiness.done
+    readiness.on_told(console("a", "b: ready"))  # not its own word
+    assert not readiness.done
+    readiness.on_told(console("b", "b: ready again"))
+    assert readiness.done
+
+
+def test_what_lacks_is_told_with_what_is_known_of_it() -> None:
+    readiness = Readiness(["a", "b"])
+    readiness.on_told(Told(EventKind.EXIT, "a", "exit code 3"))
+    assert readiness.lacking() == ["a: exit code 3", "b: has not said that it is ready"]
+    assert readiness.ends == 1
+
+
+def test_safe_mode_ends_the_wait_and_is_not_ready() -> None:
+    readiness = Readiness(["a"])
+    readiness.on_told(console("init-lite", "init: safe mode"))
+    assert readiness.done
+    assert readiness.safe_mode
+
+
+def event(line: str) -> Event:
+    return Event(Nanos(1), EventKind.CONSOLE, Pid(1), {"name": "a", "line": line})
+
+
+def test_the_console_file_is_bounded_and_keeps_one_predecessor(tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    sink = Sink(path, None, None)
+    for _ in range(3 * FILE_SIZE_MAX // 500):
+        sink.record(event("x" * 500))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["console.log", "console.log.1"]
+    assert all(each.stat().st_size <= FILE_SIZE_MAX for each in tmp_path.iterdir())
+    assert sink.lost == 0
+
+
+def test_a_watcher_that_does_not_read_never_blocks_the_system(tmp_path: Path) -> None:
+    import socket
+
+    watch, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sink = Sink(tmp_path / "console.log", theirs, None)
+    for _ in range(5_000):
+        sink.record(event("x" * 400))
+    assert sink.lost > 0
+    watch.close()
+    sink.record(event("after the watcher has gone"))
+    assert "after the watcher" in (tmp_path / "console.log").read_text()
+
+
+# ------------------------------------------------------------------ files that are made
+
+
+def test_a_new_system_is_right_and_is_never_written_over(tmp_path: Path) -> None:
+    (file,) = new_system("pump", tmp_path / "pump")
+    assert main(["check", str(file)]) == 0
+    before = file.read_bytes()
+    assert main(["new", "system", "pump", "--into", str(file.parent)]) == 1
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["", "1a", "a_b", "x" * 33, "../x"])
+def test_a_system_has_a_plain_name(name: str, tmp_path: Path) -> None:
+    assert main(["new", "system", name, "--into", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0s"), (59.94, "59.9s"), (61, "1m 1s"), (3_700, "1h 1m"), (200_000, "2d 7h")],
+)
+def test_spans_are_told_in_two_units(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def sections(text: str) -> dict[str, dict[str, list[str]]]:
+    """A unit file as systemd reads it, keys that may be repeated and all."""
+    found: dict[str, dict[str, list[str]]] = {}
+    current: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            current = found.setdefault(line.strip("[]"), {})
+        elif line:
+            key, _, value = line.partition("=")
+            current.setdefault(key, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_the_unit_notifies_is_watched_and_can_be_ended_in_time(user: bool) -> None:
+    service = sections(unit_text(MINIMAL, "b", user=user))["Service"]
+    assert service["Type"] == ["notify"]
+    assert service["NotifyAccess"] == ["main"]
+    assert service["Restart"] == ["on-failure"]
+    assert int(service["WatchdogSec"][0]) > 0
+    assert int(service["TimeoutStopSec"][0]) > 5  # five services, a second each
+    assert service["ExecStart"][0].endswith(f"up --exec {MINIMAL} --instance b")
+    assert ("CapabilityBoundingSet" in service) is not user
+    # init makes namespaces, ids and filters for its services: none of this may be taken from it
+    forbidden = {"User", "DynamicUser", "RestrictNamespaces", "SystemCallFilter", "PrivateUsers"}
+    assert forbidden.isdisjoint(service)
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    from shutil import which
+
+    text = unit_text(MINIMAL, None, user=False)
+    assert set(sections(text)) == {"Unit", "Service", "Install"}
+    if which("systemd-analyze") is None:
+        return  # then its own reading of the format has to do
+    file = tmp_path / "minimal.service"
+    _ = file.write_text(text)
+    answer = subprocess.run(
+        ["systemd-analyze", "verify", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    ours = [line for line in answer.stderr.splitlines() if "minimal.service" in line]
+    assert ours == []
+
+
+def test_a_path_with_spaces_and_percent_signs_stays_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "a b%c$d.toml"
+    _ = file.write_bytes(MINIMAL.read_bytes())
+    (start,) = sections(unit_text(file, None, user=True))["Service"]["ExecStart"]
+    assert start.endswith(f'up --exec "{tmp_path}/a b%%c$$d.toml"')
+
+
+# ------------------------------------------------------------------ bug reports
+
+SECRET = "hunter2-canary"
+
+
+def test_a_bug_report_has_no_settings_and_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", SECRET)
+    monkeypatch.setattr("nexus.cli.doctor.document", dict)
+    file = tmp_path / "system.toml"
+    text = MINIMAL.read_text().replace(
+        "[service.timed]", f'[service.timed]\nsettings = {{ p = "{SECRET}" }}'
+    )
+    _ = file.write_text(text.replace('core = "policyd"', f'core = "policyd"\nname = "{SECRET}"'))
+    out = tmp_path / "report.tar.gz"
+
+    bugreport(None, file, out, as_json=True)
+
+    with tarfile.open(out) as archive:
+        parts = {
+            name.partition("/")[2]: archive.extractfile(name).read()  # type: ignore[union-attr]
+            for name in archive.getnames()
+        }
+    assert set(parts) == {
+        *("README.txt", "versions.json", "kernel.json", "doctor.json", "system.toml", "plan.json")
+    }
+    assert all(SECRET.encode() not in part for part in parts.values())
+    assert b"[service.timed]" in parts["system.toml"]
+    assert all(name.encode() in parts["README.txt"] for name in parts if name != "README.txt")
+
+
+def test_a_bug_report_never_writes_over_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "report.tar.gz"
+    _ = out.write_text("mine")
+    assert main(["bugreport", "--file", str(MINIMAL), "-o", str(out)]) == 1
+    assert out.read_text() == "mine"
+
+
+def test_settings_are_left_out_wherever_they_stand() -> None:
+    text = (
+        b'[service.a]\nprogram = "a"\nsettings.x = 1\n'
+        b"[service.a.settings]\ny = 2\n[service.b]\nz = 3\n"
+    )
+    shown = _without_settings(text)
+    assert b"x = 1" not in shown
+    assert b"y = 2" not in shown
+    assert b"z = 3" in shown

@@ -1,0 +1,1 @@
+"""It has the name of a module of Python."""

@@ -1,0 +1,5 @@
+"""It would end the process that imports it."""
+
+import sys
+
+sys.exit("bye")

@@ -1,0 +1,3 @@
+"""A protocol that is none."""
+
+PROTOCOL = "plant"
