@@ -32,6 +32,7 @@ from nexus.wire import (
 
 GRACE: Final = 0.5  # seconds beyond a deadline; operator answers at the deadline, not before it
 AGAIN: Final = 0.05  # seconds between two tries while nothing could be sent
+AGAIN_MAX: Final = 1.0  # seconds; a person who waits does not notice more tries
 NANOS: Final = 1_000_000_000
 
 ReplyT = TypeVar("ReplyT")
@@ -143,14 +144,16 @@ class OperatorClient:
         """Ask again while nothing could be sent, until the time is over."""
         until = time.monotonic_ns() + int(seconds * NANOS)
         pause = Pause()
+        again = AGAIN
         while True:
             try:
                 return once(until)
             except Unanswered as error:
                 unsent = error.status in (OperatorStatus.UNREACHABLE, ReplyStatus.BUSY)
-                if not unsent or time.monotonic_ns() + int(AGAIN * NANOS) >= until:
+                if not unsent or time.monotonic_ns() + int(again * NANOS) >= until:
                     raise
-            _ = pause.wait(AGAIN)
+            _ = pause.wait(again)
+            again = min(2 * again, AGAIN_MAX)  # each try is a line of operator's audit
 
     def _ask_once(self, request: Request[ReplyT], until: int) -> ReplyT:
         codec = PROTOCOL.codecs[type(request)]
