@@ -83,11 +83,12 @@ bench: .venv/.bench ## ours and its peers, side by side (needs a C compiler)
 	@$(BIN)/python -m bench
 
 .PHONY: campaign
-campaign: .venv/.dev ## the long run: seeds with faults, the Nth-failure sweep, mutated frames
+campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated frames and files
 	@$(BIN)/python -m nexus.proof.campaign --seeds 500 --report docs/reference/campaign.md
 	@$(BIN)/nexus prove --saboteurs --ground sim > docs/reference/saboteurs-sim.txt
 	@$(BIN)/nexus prove --saboteurs --ground linux > docs/reference/saboteurs-linux.txt
 	@$(BIN)/python -m fuzz.decoders --frames 200000 > docs/reference/fuzz.txt
+	@$(BIN)/python -m fuzz.files --files 20000 >> docs/reference/fuzz.txt
 
 # ---------------------------------------------------------------- checks
 

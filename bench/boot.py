@@ -8,6 +8,7 @@ clock; it is the clock this process measures the command with.
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench import guard, sandbox
-from bench.measure import UnavailableError
+from bench.measure import UnavailableError, cpu_time_ns
 from bench.memory import NEEDS_ROOT, Memory, descendants, may_read, memory_of
 from bench.pairing import Spread, WorkerError
 from bench.report import BootResult, ServiceMemory, Target
@@ -42,11 +43,13 @@ PLACES: Final = ("NEXUS_STATE_DIR", "NEXUS_RUNTIME_DIR", "NEXUS_LOG_DIR")
 
 class Detached(NamedTuple):
     """One `nexus up -d`. Times are ms from its exec: init's first line, the last service ready,
-    the end of the command. `memory` is that of each process, by name; empty where it is hidden."""
+    the end of the command; `cpu` is what the command and the system's processes have used, which
+    others on the machine change little. `memory` is by process, empty where it is hidden."""
 
     first: float
     ready: float
     returned: float
+    cpu: float
     memory: dict[str, Memory]
 
 
@@ -109,17 +112,24 @@ def _memory(environment: dict[str, str], root: int) -> dict[str, Memory]:
 def _detached(file: Path, awaited: set[str]) -> Detached:
     """`nexus up -d`, and what it left running."""
     with _home() as environment:
+        before = _cpu_of_children()
         start = time.monotonic()
         said = json.loads(_nexus(environment, "up", "-d", "--json", str(file), wait=UP_SECONDS_MAX))
         returned = time.monotonic()
         try:
+            cpu = _cpu_of_children() - before + cpu_time_ns(descendants(said["pid"])) / 1e6
             first, ready = _console_times(Path(said["log_dir"], "console.log"), awaited)
             memory = _memory(environment, said["pid"]) if may_read() else {}
         finally:
             _ = _nexus(environment, "down", wait=DOWN_SECONDS_MAX)
-    return Detached(
-        *((moment - start) * 1000 for moment in (first, ready, returned)), memory=memory
-    )
+    times = [(moment - start) * 1000 for moment in (first, ready, returned)]
+    return Detached(times[0], times[1], times[2], cpu, memory)
+
+
+def _cpu_of_children() -> float:
+    """CPU time of the commands that have ended, ms."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) * 1000
 
 
 def _foreground(file: Path, awaited: set[str]) -> float:
@@ -185,6 +195,7 @@ def run(
         first_ms=Spread.of([each.first for each in detached]),
         ready_ms=Spread.of([each.ready for each in detached]),
         returned_ms=Spread.of([each.returned for each in detached]),
+        cpu_ms=Spread.of([each.cpu for each in detached]),
         foreground_ms=Spread.of(shown),
         services=_by_name([each.memory for each in detached]),
         spawns=spawns,

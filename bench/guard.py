@@ -34,6 +34,7 @@ class Watcher:
             return False
         if event.fields["line"] == SAMPLE_LINE:
             evidence = event.fields["evidence"]
+            assert isinstance(evidence, dict), "the timer's own evidence"
             self.samples[evidence["way"]].append(evidence["p50"] / 1000)
         self.done = self.done or event.fields["line"] == DONE_LINE
         return self.done

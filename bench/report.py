@@ -29,7 +29,7 @@ QUIET_LOAD_MAX: Final = 0.5  # of the load average per CPU; our own start alone 
 TITLES: Final = {
     "ipc": "## Calls between two processes",
     "sim": "## Simulated kernel",
-    "boot": "## `nexus up` on Linux",
+    "boot": "## Boot on Linux",
 }
 TARGETS_TITLE: Final = "## Targets"
 PACKAGES: Final = ("msgspec", "pyzmq", "dbus-fast")
@@ -170,6 +170,7 @@ class BootResult(msgspec.Struct, frozen=True):
     first_ms: Spread  # init's first line
     ready_ms: Spread  # all ready, by the console's clock
     returned_ms: Spread  # the end of `nexus up -d`
+    cpu_ms: Spread  # of `nexus up -d` and every process it left, at its end
     foreground_ms: Spread  # all ready as `nexus up` shows it
     services: list[ServiceMemory]  # empty where it may not be read
     spawns: list[SpawnCost]
@@ -352,6 +353,11 @@ def _boot(result: BootResult) -> list[str]:
             ((name, _spread(spread, 0)) for name, spread in phases),
         ),
         "",
+        (
+            f"CPU time of `nexus up -d` and all processes it started: {_spread(result.cpu_ms, 0)} "
+            "ms, which other load changes less."
+        ),
+        "",
         *_system_memory(result),
         *_sandbox(result),
         *_guarded(result),
@@ -376,7 +382,10 @@ def _system_memory(result: BootResult) -> list[str]:
     )
     return [
         *lines,
-        "Every process of the system, when all are ready; medians.",
+        (
+            "Every process of the system, when all are ready; medians. PSS shares the pages of "
+            "libraries with whatever else runs from this Python."
+        ),
         "",
         *_table(("process", "PSS KiB", "private dirty KiB"), rows),
         "",
@@ -514,10 +523,14 @@ def refreshed(page: str, report: Report, part: str) -> str:
         first, *rest = fresh[title].splitlines()[1:]
         apart = f"Measured apart from the rest: {_described(report.machine)}."
         sections[title] = "\n".join([title, first, apart, "", *_busy(report.machine), *rest, ""])
-    rows = {row.split("|")[1]: row for row in targets_table(report.targets)[2:]}
-    lines = sections[TARGETS_TITLE].rstrip().splitlines()
-    lines = [rows.pop(line.split("|")[1], line) if line[:1] == "|" else line for line in lines]
-    sections[TARGETS_TITLE] = "\n".join([*lines, *rows.values(), "", ""])
+    targets = [line for line in fresh[TARGETS_TITLE].splitlines() if line[:1] != "|"]
+    rows = {
+        line.split("|")[1]: line
+        for text in (sections.get(TARGETS_TITLE, ""), fresh[TARGETS_TITLE])
+        for line in text.splitlines()
+        if line[:1] == "|"
+    }  # one of this name takes the place of the former one
+    sections[TARGETS_TITLE] = "\n".join([*targets, *rows.values()])
     return "\n".join(text.rstrip() + "\n" for text in sections.values())
 
 

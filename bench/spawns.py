@@ -93,7 +93,9 @@ def sample(isolation: Isolation, count: int, *, harden: bool) -> SpawnSample:
 
     def record(event: Event) -> None:
         if event.kind is EventKind.SPAWN and event.fields["name"] == WAITING:
-            degraded.update(event.fields["degraded"])
+            steps = event.fields["degraded"]
+            assert isinstance(steps, list), "the kernel's own list of names"
+            degraded.update(steps)
 
     table = {
         WAITING: Program(name=WAITING, main=waiting, digest=DIGEST, entry="bench.spawns:waiting")

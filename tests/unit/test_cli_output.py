@@ -12,6 +12,7 @@ import pytest
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.cli import main
 from nexus.cli.bugreport import _without_settings, bugreport
+from nexus.cli.errors import EXIT_USAGE
 from nexus.cli.new import new_system
 from nexus.cli.output import is_lively, say_table, table_lines
 from nexus.cli.readiness import Readiness
@@ -356,3 +357,25 @@ def test_settings_are_left_out_wherever_they_stand() -> None:
     assert b"x = 1" not in shown
     assert b"y = 2" not in shown
     assert b"z = 3" in shown
+
+
+def test_a_plain_up_is_read_without_the_option_parser(tmp_path: Path) -> None:
+    """Importing it takes as long as the rest of a start."""
+    script = (
+        "import sys\n"
+        "from nexus.cli.command import main\n"
+        f"code = main(['up', '-d', {str(tmp_path / 'none.toml')!r}])\n"
+        "sys.exit(10 * code + ('typer' in sys.modules))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 10 * EXIT_USAGE, ended.stderr
+    assert "none.toml" in ended.stderr
+
+
+def test_what_a_plain_up_is_not_goes_to_the_option_parser(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["up", "-x", "system.toml"]) == EXIT_USAGE
+    assert "see `nexus up --help`" in capsys.readouterr().err

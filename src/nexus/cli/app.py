@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nexus import __version__
+from nexus.cli.defaults import WAIT_DEFAULT
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -113,7 +114,7 @@ def up(
     instance: Instance = None,
     wait: Annotated[
         float, typer.Option("--wait", min=0.1, max=3600, help="Seconds to get ready in, with -d.")
-    ] = 30.0,
+    ] = WAIT_DEFAULT,
     exec_: Annotated[
         bool,
         typer.Option("--exec", help="Become the system's init: for service managers, see unit."),

@@ -4,8 +4,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Final
+from pathlib import Path
+from typing import Final, NamedTuple
 
+from nexus.cli.defaults import WAIT_DEFAULT
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandFailed, UsageError
 
 PROG: Final = "nexus"
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nexus.init.errors import SystemFileError
 
     try:
-        code = _run(arguments)
+        plain = _plain_up(arguments)
+        code = _run(arguments) if plain is None else _up(plain)
         _ = sys.stdout.flush()
     except (UsageError, SystemFileError) as error:
         return _end(str(error), EXIT_USAGE)
@@ -45,6 +48,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             EXIT_FAILED,
         )
     return code
+
+
+class Plain(NamedTuple):
+    """`up` with nothing but a file and the flags people use."""
+
+    file: Path
+    detach: bool
+    as_json: bool
+
+
+def _plain_up(words: Sequence[str]) -> Plain | None:
+    """`up` in its plain form; None for typer to read, or to refuse. Importing typer takes as long
+    as the rest of a start."""
+    if words[:1] != ["up"]:
+        return None
+    flags = {word for word in words[1:] if word.startswith("-")}
+    files = [word for word in words[1:] if not word.startswith("-")]
+    if len(files) != 1 or not flags <= {"-d", "--detach", "--json"}:
+        return None
+    return Plain(Path(files[0]), bool(flags & {"-d", "--detach"}), "--json" in flags)
+
+
+def _up(plain: Plain) -> int:
+    """As the option parser calls it, with the defaults of the options that were not given."""
+    from nexus.cli.up import up
+
+    return up(
+        plain.file,
+        instance=None,
+        detach=plain.detach,
+        exec_=False,
+        wait=WAIT_DEFAULT,
+        as_json=plain.as_json,
+    )
 
 
 def _run(arguments: list[str]) -> int:

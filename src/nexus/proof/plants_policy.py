@@ -9,6 +9,7 @@ from nexus.init.desk import Desk, Grant
 from nexus.init.record import Record
 from nexus.init.watch import Watch
 from nexus.kernel.linux.harden import Hardening
+from nexus.kernel.linux.native import PR_SET_DUMPABLE, prctl
 from nexus.log import logger
 from nexus.proof.plants_init import missing, ready_late, withheld
 from nexus.proof.sabotage import Saboteur, replace
@@ -158,8 +159,8 @@ def _only_exits_watched() -> None:
 
 
 def _stays_dumpable() -> None:
-    """#95."""
-    _ = replace(Hardening, "_not_dumpable", lambda _hardening: None)
+    """#95. Where root has changed the ids Linux has done it already: it is undone."""
+    _ = replace(Hardening, "_not_dumpable", lambda _hardening: prctl(PR_SET_DUMPABLE, 1))
 
 
 SABOTEURS: Final = (

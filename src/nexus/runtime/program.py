@@ -50,7 +50,7 @@ from nexus.wire import ReplyStatus, Request
 CONNECT_MAX: Final = Nanos(2_000_000_000)  # ns for one connection; the default readiness deadline
 CONNECT_ATTEMPTS_MAX: Final = 20  # with doubling pauses from CONNECT_BACKOFF on
 CONNECT_BACKOFF: Final = Nanos(2_000_000)  # ns; a core service is up within a few of them
-PREPARE_MAX: Final = Nanos(500_000_000)  # ns for policyd, which is up before all others or down
+PREPARE_MAX: Final = Nanos(1_500_000_000)  # ns for policyd: up before all others, or down
 BIND_MAX: Final = Nanos(2_000_000_000)  # ns that init's Bind may take to come
 POLICYD_NAME: Final = "policyd"
 EXIT_UNREACHABLE: Final = 1  # a service it uses was not there in time; init starts it again

@@ -1,0 +1,5 @@
+"""Values that options have when nobody gives them, wherever the command line is read."""
+
+from typing import Final
+
+WAIT_DEFAULT: Final = 30.0  # seconds for a system to get ready in: a loaded machine's time, doubled

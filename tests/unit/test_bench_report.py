@@ -1,0 +1,46 @@
+"""One part of the benchmarks measured anew: the page keeps what was not measured."""
+
+from typing import Final
+
+import msgspec
+
+from bench.pairing import Spread
+from bench.report import Machine, Report, SimResult, Target, refreshed, render
+
+HERE: Final = Machine(system="here", cpu_count=2, python="3.11", packages={}, load=0.0)
+
+
+def target(name: str, value: float) -> Target:
+    return Target(name, 10.0, at_most=True, measured=Spread.of([value]), unit=" s")
+
+
+def report(name: str, value: float, rate: float) -> Report:
+    rates = Spread.of([rate])
+    sim = SimResult(rounds=1, rate=rates, bare_rate=rates, cpu_us=rates, bare_cpu_us=rates)
+    return Report(machine=HERE, sim=sim, targets=[target(name, value)])
+
+
+def test_a_refreshed_part_replaces_its_section_and_the_targets_of_its_names() -> None:
+    old = report("ours", 1.0, 1111.0)
+    old.targets.append(target("theirs", 2.0))
+    fresh = report("ours", 99.0, 2222.0)
+
+    page = refreshed(render(old), fresh, "sim")
+
+    assert "1 111" not in page
+    assert "2 222" in page
+    rows = [line for line in page.splitlines() if line.startswith(("| ours", "| theirs"))]
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["MISSED", "met"]
+    assert page.count("Measured apart from the rest: here, 2 CPUs") == 1
+    assert refreshed(page, fresh, "sim") == page
+
+
+def test_a_part_that_did_not_run_leaves_the_former_section_and_adds_no_other() -> None:
+    old = render(report("ours", 1.0, 1111.0))
+    absent = msgspec.structs.replace(report("new", 3.0, 2222.0), sim=None)
+
+    page = refreshed(old, absent, "sim")
+
+    assert "1 111" in page
+    assert "Measured apart" not in page
+    assert "| new |" in page
