@@ -102,17 +102,18 @@ def test_an_asyncio_program_reads_its_granted_port_and_is_asked_like_any_service
 
 
 @pytest.mark.linux
-def test_a_port_that_is_not_there_is_said_and_the_rest_of_the_system_runs(tmp_path: Path) -> None:
+def test_a_port_that_is_not_there_is_said_by_name(tmp_path: Path) -> None:
     there = tmp_path / "gauge"
     _ = shutil.copytree(EXAMPLE, there)
     (there / "run").mkdir(mode=0o700)
     system = there / "system.toml"
     use(system, str(there / "no-such-port"))
 
-    up = nexus(there, "up", "-d", "system.toml")
+    up = nexus(there, "up", "-d", "--wait", "5", "system.toml")
     down = nexus(there, "down")
 
     assert up.returncode == 1
     assert "gauge" in up.stdout + up.stderr
+    assert "no-such-port" in up.stdout + up.stderr
     assert "Traceback" not in up.stdout + up.stderr
     assert down.returncode in (0, 1)
