@@ -15,7 +15,12 @@ from nexus.protocols.meta import GetStatus, ServiceStatus
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
-LOOKS_MAX: Final = 4  # at one account that is not at rest
+ROUNDS_MAX: Final = 40  # more rounds of questions, while something is on its way
+ROUND_PAUSE: Final = Nanos(
+    50_000_000
+)  # ns; all of them are 2 s, a loaded machine's search for logd
+BINDS: Final = "binds"  # the fact that says how many links a runtime answers on
+OWN_BIND: Final = 1  # init's own
 QUEUED: Final = TaskCounters._fields.index("queued")
 
 
@@ -26,7 +31,7 @@ class Baseline:
         self._init = init
         self._due: Nanos | None = None
         self._open: set[str] | None = None  # whose account is awaited, once asked for
-        self._turns = 0  # that init let pass because a message was waiting for it
+        self._rounds = 0  # of questions that were not the last
         self.is_taken = False
         self.own = NO_ACCOUNT
         self.tasks = 0
@@ -38,7 +43,7 @@ class Baseline:
             return
         if self._open is not None:
             if not self._open:
-                await self._end_when_quiet()
+                await self._end_when_at_rest()
             return
         waiting = init.desk.waiting_for_ready
         if any(
@@ -64,36 +69,45 @@ class Baseline:
         """When the accounts are to be asked for."""
         return self._due
 
-    async def _ask(self, record: Record, awaited: set[str], looks: int = LOOKS_MAX) -> None:
-        """Ask a service what it holds now that the system is ready.
-
-        Again, a few times, if a message was just waiting there: it is held by nobody for long.
-        """
+    async def _ask(self, record: Record, awaited: set[str]) -> None:
+        """Ask a service what it holds now that the system is ready."""
 
         async def on_status(status: Any, _nonce: int) -> None:
             awaited.discard(record.name)
-            if not isinstance(status, ServiceStatus):
-                return
-            record.at_ready = account_of(status)
-            if _queued(record.at_ready) and looks > 1:
-                await self._ask(record, awaited, looks - 1)
+            if isinstance(status, ServiceStatus):
+                record.at_ready = account_of(status)
 
         deadline = Nanos(self._init.now + record.planned.health_deadline)
         if await self._init.ask(record, GetStatus(), deadline, on_status):
             awaited.add(record.name)
 
-    async def _end_when_quiet(self) -> None:
+    async def _end_when_at_rest(self) -> None:
         """No account is out any more: keep init's own with them, and answer who waits.
 
-        A message that waits for init is received first; there are a few such turns at most.
+        They are asked for again, a bounded number of times, while a message waits somewhere or a
+        client has its link and has not yet bound it: that is on its way, and not held.
         """
-        self.own = await self._init.own_account()
-        if _queued(self.own) and self._turns < LOOKS_MAX:
-            self._turns += 1
+        init = self._init
+        self.own = await init.own_account()
+        accounts = [self.own, *(record.at_ready for record in init.records.values())]
+        moving = any(map(_queued, accounts)) or any(map(self._is_unbound, init.records.values()))
+        if moving and self._rounds < ROUNDS_MAX:
+            self._rounds += 1
+            self._open = None
+            self._due = Nanos(init.now + ROUND_PAUSE)
             return
         self.is_taken = True
         self.tasks = len(await TaskTable())
-        await self._init.desk.on_ready()
+        await init.desk.on_ready()
+
+    def _is_unbound(self, record: Record) -> bool:
+        """Whether a client of the service has not yet bound its planned link."""
+        clients = sum(
+            link.server == record.name and self._init.records[link.client].is_up
+            for link in self._init.plan.links
+        )
+        binds = next((fact.value for fact in record.at_ready.facts if fact.name == BINDS), None)
+        return binds is not None and binds < clients + OWN_BIND
 
 
 def account_of(status: ServiceStatus) -> Account:

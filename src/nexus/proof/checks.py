@@ -425,7 +425,8 @@ def watchdog_restart(case: Case, trace: Trace, line: Line) -> None:
     )
     started = [event.time for _, event in trace.spawns(name) if event.fields["generation"] == new]
     demand_equal(len(started), 1, f"starts of generation {new}")
-    demand(started[0] - end.time >= service.backoff, "restarted before its back-off was over")
+    since = started[0] - end.evidence["died"]
+    demand(since >= service.backoff, f"restarted {since} ns after its death, before its back-off")
 
 
 NOTICE_MARGIN: Final = (

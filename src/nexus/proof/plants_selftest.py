@@ -199,7 +199,9 @@ def _first_holder_stamped_sim() -> None:
     def stamp(ipc: Ipc, task: Task, link: Link) -> Pid:
         maker = ipc.identities.get(link.maker_pid)
         derived = link.parent is not None and maker is not None and maker.service != INIT
-        return link.maker_pid if derived else original(ipc, task, link)
+        return (
+            link.maker_pid if derived and _leads_to_timed(ipc, link) else original(ipc, task, link)
+        )
 
     original = replace(Ipc, "stamp", stamp)
 
@@ -209,7 +211,7 @@ def _first_holder_stamped_linux() -> None:
 
     def sender_of(driver: Driver, link: OwnerLink, credentials: bytes) -> Sender | None:
         maker = link.maker
-        if maker is not None and maker.service != INIT:
+        if maker is not None and maker.service != INIT and driver.me.service == TIMED_ID:
             return maker
         stamped: Sender | None = original(driver, link, credentials)
         return stamped
@@ -218,6 +220,12 @@ def _first_holder_stamped_linux() -> None:
 
 
 INIT: Final = service_id(INIT_NAME)
+TIMED_ID: Final = service_id("timed")  # whose link rung 64 gives away; 116 gives logd's
+
+
+def _leads_to_timed(ipc: Ipc, link: Link) -> bool:
+    owner = ipc.identities.get(link.endpoint.owner.pid)
+    return owner is not None and owner.service == TIMED_ID
 
 
 def _moved_cap_kept() -> None:
