@@ -105,6 +105,8 @@ lint: .venv/.dev ## format, lint, words, the rules of the tree, who may import w
 types: .venv/.dev ## mypy strict, and basedpyright for results that nobody looks at
 	@echo '== types'
 	@$(BIN)/mypy --no-error-summary $(TREES)
+	@for name in pump gauge; do MYPYPATH=src:examples/$$name/src $(BIN)/mypy --no-error-summary \
+	    examples/$$name/src examples/$$name/tests || exit; done
 	@$(BIN)/basedpyright --level error > .venv/types.log || { cat .venv/types.log; exit 1; }
 
 .PHONY: drift
