@@ -38,6 +38,7 @@ from nexus.abi import (
     Rights,
     Send,
     Sender,
+    SleepUntil,
     Slot,
     Spawn,
     SpawnLastError,
@@ -517,6 +518,7 @@ def test_endpoints_and_ports_are_received_from_together(rig: Rig) -> None:
         async def child(boot: BootImage) -> None:
             (port,) = boot.ports
             await _turn(boot)
+            _ = await SleepUntil(Nanos(await Now() + 50 * MS))  # all six are queued then
             sources = (boot.endpoint, port)
             trap = ReplyRecv(sources, await soon())
             came = [await trap for _ in range(2)]
