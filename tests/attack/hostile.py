@@ -8,6 +8,7 @@ the descriptor behind a slot, `call` makes a system call that no library allows 
 import ctypes
 import errno
 import json
+import os
 import socket
 import stat
 import struct
@@ -25,6 +26,13 @@ DESCRIPTORS_LOOKED_AT: Final = 2048
 REPORT_SIZE: Final = 3000  # bytes of a report per message of the control link
 
 FSTAT: Final = 5  # x86_64
+FTRUNCATE: Final = 77
+MMAP: Final = 9
+MUNMAP: Final = 11
+MIB: Final = 1 << 20
+MAP_SHARED_ANONYMOUS: Final = 0x21
+MAP_PRIVATE_ANONYMOUS: Final = 0x22
+READ_WRITE: Final = 3
 MODE_AT: Final = 24  # offset of st_mode in struct stat of x86_64
 KINDS: Final = {
     stat.S_IFSOCK: "socket",
@@ -108,6 +116,25 @@ def with_descriptors(sock: socket.socket, data: bytes, descriptors: list[int]) -
     packed = struct.pack(f"={len(descriptors)}i", *descriptors)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
     return errno_of(lambda: sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT))
+
+
+def hoard(_boot: BootImage, _told: Mapping[str, Any]) -> dict[str, Any]:
+    """Map 300 MiB in both ways, a MiB at a time, and make a memory object of 1 TiB."""
+    taken = {}
+    for name, flags in (("private", MAP_PRIVATE_ANONYMOUS), ("shared", MAP_SHARED_ANONYMOUS)):
+        maps: list[int] = []
+        while len(maps) < 300:
+            address, error = result(MMAP, 0, MIB, READ_WRITE, flags, -1, 0)
+            if error:
+                break
+            maps.append(address)
+        for address in maps:
+            assert call(MUNMAP, address, MIB) == 0
+        taken[name] = len(maps)
+    memory = os.memfd_create("huge_memory")
+    taken["object"] = call(FTRUNCATE, memory, 1 << 40)
+    os.close(memory)
+    return taken
 
 
 def reporting_back(attack: Callable[[BootImage, Mapping[str, Any]], Any]) -> Main:

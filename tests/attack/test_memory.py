@@ -14,12 +14,15 @@ from typing import Any, Final
 
 import pytest
 
-from nexus.abi import HEAP_SIZE, BootImage, Send, VmoCreate, VmoMap, VmoSeal, VmoWrite
+from nexus.abi import HEAP_SIZE, BootImage, Grants, Send, VmoCreate, VmoMap, VmoSeal, VmoWrite
 from nexus.kernel.linux import harden
 from nexus.kernel.linux.native import F_SEAL_FUTURE_WRITE
 from nexus.testing.conformance.steps import ended, ended_well, start, take, tell
 from nexus.testing.rig import Rig, linux_rig
+from tests.attack.grounds import EVERYWHERE, FORK, with_programs
 from tests.attack.hostile import (
+    MIB,
+    MMAP,
     call,
     driver,
     errno_of,
@@ -39,10 +42,8 @@ PTRACE: Final = 101
 PTRACE_SEIZE: Final = 0x4206
 PIDFD_OPEN: Final = 434
 PIDFD_GETFD: Final = 438
-MMAP: Final = 9
 MPROTECT: Final = 10
 MREMAP: Final = 25
-MUNMAP: Final = 11
 F_GET_SEALS: Final = 1034
 PYBUF_FULL_RO: Final = 0x11C  # CPython's pybuffer.h
 
@@ -433,46 +434,23 @@ def test_a_socket_of_a_service_reaches_no_other_socket(linux: Rig) -> None:
     assert outcome["sendto a path"] in {0, errno.EISCONN, errno.EPERM}
 
 
-MIB: Final = 1 << 20
-MAP_SHARED_ANONYMOUS: Final = 0x21
-MAP_PRIVATE_ANONYMOUS: Final = 0x22
-READ_WRITE: Final = 3
-FTRUNCATE: Final = 77
-
-
-def _hoard(_boot: BootImage, _told: Mapping[str, Any]) -> dict[str, Any]:
-    """Map 300 MiB in both ways, a MiB at a time, and make a memory object of 1 TiB."""
-    taken = {}
-    for name, flags in (("private", MAP_PRIVATE_ANONYMOUS), ("shared", MAP_SHARED_ANONYMOUS)):
-        maps: list[int] = []
-        while len(maps) < 300:
-            address, error = result(MMAP, 0, MIB, READ_WRITE, flags, -1, 0)
-            if error:
-                break
-            maps.append(address)
-        for address in maps:
-            assert call(MUNMAP, address, MIB) == 0
-        taken[name] = len(maps)
-    memory = os.memfd_create("huge_memory")
-    taken["object"] = call(FTRUNCATE, memory, 1 << 40)
-    os.close(memory)
-    return taken
-
-
-def _hoarded(rig: Rig) -> dict[str, Any]:
+def _hoarded(rig: Rig, grants: Grants = FORK) -> dict[str, Any]:
     async def root(boot: BootImage) -> Any:
-        spawned = await start(boot, "hoard")
+        spawned = await start(boot, "hoards", grants=grants)
         await Send(spawned.slot, b"{}")
         outcome = await report(boot, spawned.link)
         await ended_well(spawned)
         return outcome
 
-    outcome: dict[str, Any] = rig.run(root, programs={"hoard": reporting_back(_hoard)})
+    outcome: dict[str, Any] = with_programs(rig).run(root)
     return outcome
 
 
-def test_a_service_cannot_take_memory_beyond_its_budget_and_margin(linux: Rig) -> None:
-    taken = _hoarded(linux)
+@EVERYWHERE
+def test_a_service_cannot_take_memory_beyond_its_budget_and_margin(
+    linux: Rig, grants: Grants
+) -> None:
+    taken = _hoarded(linux, grants)
 
     most = (harden.MEMORY_MARGIN + 2 * HEAP_SIZE) // MIB + 1
     assert 8 < taken["private"] <= most

@@ -32,7 +32,7 @@ def is_installed() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("pump", 6), ("gauge", 10)])
+@pytest.mark.parametrize(("name", "count"), [("pump", 9), ("gauge", 10)])
 def test_the_tests_of_an_example_pass_outside_of_the_tree(
     tmp_path: Path, name: str, count: int
 ) -> None:

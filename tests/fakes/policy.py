@@ -120,13 +120,14 @@ class FakeLogd:
         self.accepts: int | None = None
         self.limited = 0
         self.refuses: IntEnum | None = None
+        self.refuses_op = ""  # whose records alone are refused; empty for all
         self.silent = False
         self.loses_answers = False
 
     def handle(self, call: Call, request: Append) -> Appended | Deferred:
         if self.silent:
             return call.defer()
-        if self.refuses is not None:
+        if self.refuses is not None and self.refuses_op in ("", request.fields[0].value):
             raise call.refuse(self.refuses)
         if self.accepts is not None:
             if self.accepts == 0:
@@ -147,7 +148,12 @@ class PolicySystem:
     """init, policyd and logd; clients are tasks by name."""
 
     def __init__(
-        self, policy: Policy, *, uses: tuple[str, ...] = ("logd",), policyd: bool = True
+        self,
+        policy: Policy,
+        *,
+        uses: tuple[str, ...] = ("logd",),
+        policyd: bool = True,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.kernel = TinyKernel()
         self.services: dict[str, Task] = {}
@@ -156,6 +162,7 @@ class PolicySystem:
         self.keeper = FakeInit(self, policy)
         self.kernel.start(self.init, Server(self.keeper, INIT, boot).run())
         self.uses = uses
+        self.settings = settings or {}
         self.logd = self.start_logd()
         if policyd:
             self.start_policyd()
@@ -176,7 +183,9 @@ class PolicySystem:
         return self.kernel.start(task, run(boot))
 
     def start_policyd(self) -> Task:
-        config = ServiceConfig(uses=list(self.uses), posts=[], settings={}, trace_seed=SEED)
+        config = ServiceConfig(
+            uses=list(self.uses), posts=[], settings=self.settings, trace_seed=SEED
+        )
         return self.start("policyd", policyd_main, config.encoded())
 
     def kill(self, name: str) -> None:

@@ -179,6 +179,35 @@ async def audited(hands: Hands) -> dict[str, Any]:
     }
 
 
+async def flooded(hands: Hands, policy: Any) -> dict[str, Any]:
+    """The driver asks as fast as it can; then the guard asks once, and the policy is replaced."""
+    for number in range(300):
+        decision = await hands.call("policyd", Check(FORBIDDEN, str(number)))
+        assert isinstance(decision, Decision), decision
+    _ = await hands.use(ASKED, "in the flood")
+    answer = await hands.call("policyd", Reload(without(policy, "driver", KEPT).encoded()))
+    assert isinstance(answer, Reloaded), answer
+    await hands.pause(2 * SECOND)
+    counts = await hands.counts()
+    audits = [each for each in await hands.audits() if each["scope"] == "policyd.audit"]
+    own = [each for each in audits if "number" in each]
+    sums = [each for each in audits if each["op"] == "suppressed"]
+    told = {int(each["number"]) for each in own}
+    for each in sums:
+        told.update(range(int(each["first"]), int(each["last"]) + 1))
+    return {
+        "balanced": is_balanced(counts),
+        "flooder": sum(each["op"] == "check" for each in own),
+        "askers": sorted({each["asked_by"] for each in sums}),
+        "summed": sum(int(each["count"]) for each in sums),
+        "denied": sum(int(each["denied"]) for each in sums),
+        "dropped": counts.audit_dropped,
+        "gapless": told == set(range(1, max(told) + 1)),
+        "guard": [each["asked_by"] for each in own if each["target"] == "in the flood"],
+        "reloads": [each["asked_by"] for each in own if each["op"] == "reload"],
+    }
+
+
 def is_balanced(counts: Counts) -> bool:
     """The law of the audit."""
     decided = counts.allowed + counts.denied_policy + counts.denied_identity

@@ -8,6 +8,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -103,6 +104,25 @@ def hangs(_word: str) -> Main:
         signal.pause()
 
 
+def sleeps(seconds: str) -> Main:
+    """An import that takes its time; the program then gives back what was sent to it."""
+    time.sleep(float(seconds))  # noqa: TID251 (an import of a user's, not a service)
+    return gives_back
+
+
+async def gives_back(boot: BootImage) -> None:
+    """Answers each message with itself, until it is sent "end"."""
+    assert boot.control is not None, "only the root has no control link"
+    while True:
+        try:
+            message = await Recv((boot.endpoint,), Nanos(await Now() + PATIENCE))
+        except PeerGone:
+            continue
+        if message.data == b"end":
+            return
+        await Send(boot.control if message.cap is None else message.cap, message.data)
+
+
 def dies(_word: str) -> Main:
     """A process that ends while it imports."""
     os._exit(3)
@@ -121,6 +141,20 @@ def babbles(word: str) -> Main:
     """Says something else."""
     (channel,) = (fd for fd in range(3, 16) if _is_socket(fd))
     _ = socket.socket(fileno=channel).send(b"\x01[" * 2000)
+    return hangs(word)
+
+
+def breaks(word: str) -> Main:
+    """Says that it is prepared, in words that are none, and lives on."""
+    (channel,) = (fd for fd in range(3, 16) if _is_socket(fd))
+    _ = socket.socket(fileno=channel).send(b"\x01" + word.encode())
+    return hangs(word)
+
+
+def speaks(word: str) -> Main:
+    """Says that it is prepared, but in a frame of another kind."""
+    (channel,) = (fd for fd in range(3, 16) if _is_socket(fd))
+    _ = socket.socket(fileno=channel).send(b"\x02" + json.dumps([0, 0, [], ""]).encode())
     return hangs(word)
 
 
@@ -205,6 +239,7 @@ async def closes_under_a_wait(boot: BootImage, task: Any) -> int:
 async def waits_for_room(boot: BootImage, task: Any) -> int:
     """Fills its control link, waits in vain for room, gives up a wait, and goes on."""
     assert boot.control is not None, "only the root has no control link"
+    await task.run(tell(boot, "runs"))
     sent = late = 0
     refusal = ""
     while not refusal:
@@ -278,12 +313,13 @@ async def reads_device(boot: BootImage) -> None:
 
 
 async def stops(boot: BootImage, task: Any) -> int:
-    """Runs until it is told to end, by an Exit trap from one of two coroutines."""
+    """Says that it runs, until it is told to end, by an Exit trap from one of two coroutines."""
 
     async def leave() -> None:
         _ = await Recv((boot.endpoint,), Nanos(await Now() + PATIENCE))
         await Exit(5)
 
+    await task.run(tell(boot, "runs"))
     _ = asyncio.create_task(task.run(leave()))  # noqa: RUF006 (the program outlives it)
     await asyncio.sleep(10)
     return 1

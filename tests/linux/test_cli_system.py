@@ -1,14 +1,20 @@
 """Every command of `nexus` against real processes, as root and as an ordinary user."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from nexus.cli.places import Running
+from nexus.proof.lock import start_of
 from tests.fakes.machine import NOBODY, Machine, machine, python_of
 
 pytestmark = pytest.mark.linux
@@ -165,13 +171,98 @@ def test_when_the_command_is_killed_its_system_ends_too(own: Machine) -> None:
 def test_a_system_that_does_not_get_ready_is_ended_and_says_who(own: Machine) -> None:
     text = MINIMAL.read_text().replace('    "port.operator",\n', "")
     file = own.write("broken.toml", text)
+    start = time.monotonic_ns()
+    answer = own.run("up", "-d", file, "--wait", "60")
+    assert time.monotonic_ns() - start < 30 * 10**9, "nobody waits for what init will not start"
+    assert answer.code == 1
+    assert answer.err == (
+        "nexus: minimal cannot get ready and was ended (operator: not started, the policy does not "
+        f"allow what the system file grants it): see {own.home}/l/minimal/console.log\n"
+    )
+    assert own.ok("status", "--all", "--json").json == []
+
+
+BROKEN = """
+class Broken:
+    def __init__(self, context):
+        raise ValueError("out of order")
+
+    async def handle(self, call, request):
+        raise AssertionError
+"""
+
+
+def test_nobody_waits_for_a_service_that_init_gives_up(own: Machine) -> None:
+    _ = own.write("broken.py", BROKEN)
+    text = (
+        '[system]\nname = "broken"\npath = ["."]\n[service.bad]\nmodule = "broken:Broken"\n'
+        'protocol = "nexus.protocols.interactive"\n'
+        '[group.own]\nrestarts = 1\nwithin = "30s"\nexceeded = "give-up"\n'
+    )
+    file = own.write(
+        "broken.toml", text.replace("[service.bad]\n", '[service.bad]\ngroup = "own"\n')
+    )
+    start = time.monotonic_ns()
+    answer = own.run("up", "-d", file, "--wait", "60")
+    assert time.monotonic_ns() - start < 30 * 10**9
+    assert answer.code == 1
+    assert "nexus: broken cannot get ready and was ended (bad: init gave up on it: " in answer.err
+    assert "more than 1 restarts of its group within 30000 ms" in answer.err
+    assert "ValueError: out of order" in answer.err
+    assert answer.err.count("\n") == 1
+    assert own.ok("status", "--all", "--json").json == []
+
+
+def test_a_service_that_only_takes_long_is_waited_for_to_the_end(own: Machine) -> None:
+    slow = BROKEN.replace('raise ValueError("out of order")', "pass").replace(
+        "    async def handle",
+        "    async def start(self):\n        await Sleep()\n\n    async def handle",
+    )
+    slow = (
+        "from nexus.abi import Now, Nanos, SleepUntil\n\n\nasync def Sleep():\n"
+        "    await SleepUntil(Nanos(await Now() + 10_000_000_000))\n\n\n" + slow
+    )
+    _ = own.write("slow.py", slow)
+    file = own.write(
+        "slow.toml",
+        '[system]\nname = "slow"\npath = ["."]\n[service.late]\nmodule = "slow:Broken"\n'
+        'protocol = "nexus.protocols.interactive"\nhealth = { deadline = "30s" }\n',
+    )
     answer = own.run("up", "-d", file, "--wait", "2")
     assert answer.code == 1
-    assert "was not ready after 2 s and was ended (operator: has not said that it is ready)" in (
+    assert "slow was not ready after 2 s and was ended (late: has not said that it is ready)" in (
         answer.err
     )
     assert answer.err.count("\n") == 1
-    assert own.ok("status", "--all", "--json").json == []
+
+
+def test_who_asks_a_system_that_has_ended_is_told_so(own: Machine) -> None:
+    pid = own.ok("up", "-d", str(MINIMAL), "--json").json["pid"]
+    following = own.start("logs", "-f", "--field", "target=timed")
+    waiting = own.start("call", "timed", "sleep", "deadline=+30s", "--timeout", "40")
+    assert following.stdout is not None
+    assert "timed" in following.stdout.readline(), "operator has passed the request on"
+    os.kill(pid, signal.SIGKILL)
+    for process in (following, waiting):
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert err == "nexus: minimal has ended, and runs no more: start it again with `nexus up`\n"
+
+
+def test_systems_of_root_share_no_user_ids_wherever_they_keep_their_locks(own: Machine) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root gives services user ids")
+    with machine(0, own.python) as other:
+        for each in (own, other):
+            _ = each.ok("up", "-d", str(MINIMAL))
+        ids = [
+            {Path(f"/proc/{pid}").stat().st_uid for pid in pids_of(each, "minimal")}
+            for each in (own, other)
+        ]
+        for each in (own, other):
+            _ = each.ok("down")
+    assert [len(each) for each in ids] == [len(SERVICES), len(SERVICES)]
+    assert ids[0].isdisjoint(ids[1])
 
 
 def test_a_wrong_system_file_starts_nothing(own: Machine) -> None:
@@ -286,3 +377,143 @@ def test_doctor_and_bugreport_tell_what_they_found(own: Machine) -> None:
     assert {"status.json", "logs.jsonl", "console.log", "doctor.json"} <= set(report["parts"])
     assert (own.home / report["file"]).stat().st_mode & 0o777 == 0o600
     _ = own.ok("down")
+
+
+def test_a_second_init_is_refused_when_the_lock_files_are_gone(own: Machine) -> None:
+    first = own.ok("up", "-d", str(MINIMAL), "--json").json["pid"]
+    home = own.home / "r" / "minimal"
+    (home / "up.lock").unlink()
+    again = own.run("up", "-d", str(MINIMAL))
+    assert again.code == 1
+    assert again.err.startswith(f"nexus: minimal runs already, as process {first}: ")
+    (home / "up.lock").unlink(missing_ok=True)
+    record = (home / "system.json").read_bytes()
+    (home / "system.json").unlink()
+    again = own.run("up", "-d", str(MINIMAL))
+    assert again.code == 1
+    assert f"holds the state directory {own.home}/s/minimal: end it" in again.err
+    assert again.err.count("\n") == 1
+    _ = (home / "system.json").write_bytes(record)
+    assert own.ok("status", "--json").json["pid"] == first
+    assert own.ok("down", "--json").json["system"] == "minimal"
+    assert own.ok("status", "--all", "--json").json == []
+
+
+def test_another_users_directory_sends_no_signal_anywhere() -> None:
+    python = python_of(NOBODY) if os.getuid() == 0 else None
+    if python is None:
+        pytest.skip("needs root, and a Python that others may run")
+    with machine(NOBODY, python) as victim:
+        process = subprocess.Popen(["sleep", "60"], user=NOBODY, group=NOBODY, extra_groups=[])
+        base = victim.home / "r"
+        home = base / "pump"
+        home.mkdir(parents=True)
+        for path in (base, home):
+            os.chown(path, NOBODY - 1, NOBODY - 1)  # the attacker's, as /tmp/nexus-UID made first
+            path.chmod(0o755)
+        lock_file = home / "up.lock"
+        started = start_of(process.pid)
+        _ = lock_file.write_text(f"{process.pid} {started}\n")
+        lock_file.chmod(0o644)
+        running = Running(
+            title="pump",
+            file="f",
+            digest="d",
+            pid=process.pid,
+            started=started,
+            state=str(home),
+            runtime=str(home),
+            log=str(home),
+            stop_ns=10**9,
+        )
+        _ = (home / "system.json").write_bytes(msgspec.json.encode(running))
+        held = os.open(lock_file, os.O_RDWR)
+        fcntl.flock(held, fcntl.LOCK_EX)  # by the attacker, for as long as it takes
+        try:
+            for words in (("down",), ("down", "--name", "pump"), ("status",), ("status", "--all")):
+                answer = victim.run(*words)
+                assert answer.code == 1, words
+                assert answer.err == (
+                    f"nexus: {base} is not a directory that only this user can write: remove it, "
+                    "or have it belong to you with mode 0700\n"
+                )
+            answer = victim.run("up", "-d", str(MINIMAL))
+            assert (answer.code, "only this user can write" in answer.err) == (1, True)
+            assert process.poll() is None
+        finally:
+            os.close(held)
+            process.kill()
+            _ = process.wait()
+            shutil.rmtree(base)
+
+
+CRASHING = """
+class Probe:
+    def __init__(self, context):
+        raise ValueError(chr(1) * 3900 + "\\n9.000000 timed [console] timed: ready")
+"""
+
+
+def test_a_crash_full_of_control_characters_ends_no_foreground(own: Machine) -> None:
+    file = own.write("system.toml", MINIMAL.read_text() + PROBE)
+    own_code(own, CRASHING + HANDLE)
+    process = own.start("up", file)
+    console = own.home / "l" / "minimal" / "console.log"
+    assert eventually(lambda: own.ok("status", "--all", "--json").json != [])
+    assert eventually(lambda: console.exists() and console.read_text().count("probe [exit]") >= 2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    text = console.read_text()
+    assert "\x01" not in text
+    assert "\n    9.000000 timed [console] timed: ready\n" in text
+
+
+PROBE = """
+[service.probe]
+module = "probe_crash.probe:Probe"
+protocol = "probe_crash.protocol"
+"""
+HANDLE = """
+    async def handle(self, call, request):
+        return None
+"""
+PROTOCOL = """
+from typing import Final
+from nexus.wire import Message, Protocol, Request
+
+class Done(Message):
+    "Done."
+
+class Do(Request[Done], op=1, idempotent=True):
+    "Do."
+
+PROTOCOL: Final = Protocol("probe", number=1000, version=1, requests=(Do,))
+"""
+
+
+def own_code(host: Machine, probe: str) -> None:
+    """A package of the system's own beside its file, in the folder of its import path."""
+    file = host.home / "system.toml"
+    _ = file.write_text(file.read_text().replace("[system]", '[system]\npath = ["code"]', 1))
+    package = host.home / "code" / "probe_crash"
+    package.mkdir(parents=True)
+    _ = (package / "__init__.py").write_text("")
+    _ = (package / "protocol.py").write_text(PROTOCOL)
+    _ = (package / "probe.py").write_text(probe)
+
+
+def test_an_init_that_dies_at_once_is_not_called_slow(own: Machine) -> None:
+    file = own.write("system.toml", MINIMAL.read_text() + PROBE)
+    dies = "import os, sys\nif sys.argv[0].endswith('boot.py'):\n"
+    dies += "    os.write(2, b'gone wrong\\n')\n    os._exit(7)\n"
+    own_code(own, dies + "class Probe:\n    def __init__(self, context): ..." + HANDLE)
+    start = time.monotonic_ns()
+    answer = own.run("up", "-d", file)
+    assert answer.code == 1
+    assert time.monotonic_ns() - start < 20 * 10**9
+    assert "minimal ended while it started, exit code 7 (" in answer.err
+    assert ", its last words: gone wrong: see " in answer.err
+    assert answer.err.count("\n") == 1

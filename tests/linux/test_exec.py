@@ -4,41 +4,60 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import socket
 import tempfile
+import threading
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
 from nexus.abi import (
     LINK_DEPTH_DEFAULT,
+    NO_WAIT,
     AbiError,
     BootImage,
+    CapClose,
     DeviceGrant,
     EventKind,
+    ExitInfo,
     Grants,
     Isolation,
     Kill,
+    LinkCreate,
+    LinkTerms,
     ListenGrant,
     Nanos,
     Now,
+    PolicyRaise,
+    PolicyRead,
     Program,
     Programs,
+    QosClass,
     Recorder,
+    Recv,
     Send,
+    SetTaskQos,
     SleepUntil,
     SpawnLastError,
     SpawnReason,
     Status,
     TaskTable,
 )
-from nexus.kernel.core.limits import SystemLimits
+from nexus.kernel.core import CannotRun, SystemLimits
 from nexus.kernel.linux import LinuxKernel, kernel, landlock
+from nexus.kernel.linux.child import EXIT_UNPREPARED
+from nexus.kernel.linux.harden import UID_FIRST
+from nexus.kernel.linux.identity import ROWS, IdentityTable
 from nexus.kernel.linux.stage2 import load_entry
-from nexus.testing.conformance.steps import ended, ended_well, start, take
-from nexus.testing.rig import Kernel, Rig, Run, linux_rig, program
+from nexus.testing.conformance.steps import ended, ended_well, gone, refused, start, take
+from nexus.testing.rig import Kernel, Rig, Run, TaskFailed, linux_rig, program
 from tests.linux import exec_programs
+from tests.linux.ground import Ground, mine
+
+__all__ = ["mine"]
 
 pytestmark = pytest.mark.linux
 
@@ -46,6 +65,8 @@ EXEC: Final = Grants(isolation=Isolation.EXEC)
 STREAMS: Final = EXEC._replace(streams=True)
 TCP_PORTS: Final = (18_421, 18_422, 18_423)
 PLACE: Final = "tests.linux.exec_programs"
+MS: Final = 1_000_000  # nanoseconds
+SECOND: Final = 1_000_000_000
 
 
 async def double(boot: BootImage) -> None:
@@ -65,6 +86,11 @@ PROGRAMS: Final = (
     entry("hangs", "-"),
     entry("dies", "-"),
     entry("babbles", "-"),
+    dataclasses.replace(entry("is_infinite"), entry=f'{PLACE}:breaks [1e999,0,[],""]'),
+    dataclasses.replace(entry("is_another_frame"), entry=f"{PLACE}:speaks -"),
+    dataclasses.replace(entry("draws"), entry=f'{PLACE}:breaks [0,0,[],"a\\u001b[2J\\nb\\udcff"]'),
+    dataclasses.replace(entry("sleeps_1"), entry=f"{PLACE}:sleeps 1"),
+    dataclasses.replace(entry("sleeps_5"), entry=f"{PLACE}:sleeps 5"),
     entry("pretends", "-"),
     entry("threads"),
     entry("reads_device"),
@@ -88,6 +114,11 @@ def exec_rig(*more: Program) -> Rig:
         return rig.make_kernel(table, recorder=recorder, limits=limits)
 
     return dataclasses.replace(rig, make_kernel=make)
+
+
+def exec_rig_here() -> Rig:
+    """The same in the calling process."""
+    return dataclasses.replace(exec_rig(), forked=False)
 
 
 async def told(boot: BootImage, name: str, **values: Any) -> Any:
@@ -123,6 +154,7 @@ def test_nothing_of_the_first_stage_is_left() -> None:
 
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "stops", grants=STREAMS)
+        _ = await take(boot.endpoint, link=spawned.link)
         lines = Path(f"/proc/{spawned.pid}/status").read_text().splitlines()
         status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
         owner = Path(f"/proc/{spawned.pid}/stat").stat().st_uid
@@ -177,33 +209,68 @@ def test_an_entry_that_is_no_function_is_refused() -> None:
 # ---- how it fails
 
 
-def failing(name: str, grants: Grants = EXEC) -> tuple[str, list[Any], list[Any], Run]:
-    """Start what cannot start, twice, and then something that can: the detail, and what init
-    holds before and after."""
-    held: list[Any] = []
-    text = ""
+class Failed(NamedTuple):
+    """How a start failed twice: the last exit or refusal, what init held before and after."""
+
+    exit: ExitInfo | None
+    text: str
+    before: list[Any]
+    after: list[Any]
+    run: Run
+
+
+def refused_start(name: str, grants: Grants = EXEC) -> Failed:
+    """Start what init refuses to start, twice, and then something that can be started."""
 
     async def root(boot: BootImage) -> Any:
-        nonlocal text
         await told(boot, "who")
-        held.append(_holdings())
+        before = _holdings()
+        refused_with = ""
         for _ in range(2):
-            try:
+            with pytest.raises(AbiError) as refusal:
                 await start(boot, name, grants=grants)
-            except AbiError as error:
-                text = str(error)
-                reason = await SpawnLastError()
-                assert reason in (SpawnReason.MAP_FAILED, SpawnReason.INVALID_PAYLOAD)
-            else:
-                raise AssertionError(f"{name} started")
-        held.append(_holdings())
+            reason = await SpawnLastError()
+            assert reason in (SpawnReason.MAP_FAILED, SpawnReason.INVALID_PAYLOAD)
+            refused_with = str(refusal.value)
+        after = _holdings()
         assert [row.name for row in await TaskTable()] == ["init-lite"]
         await told(boot, "who")
-        return [text, *held]
+        return None, refused_with, before, after
 
     run = exec_rig().observe(root)
-    text, before, after = run.result
-    return text, before, after, run
+    exit_info, text, before, after = run.result
+    return Failed(exit_info, text, before, after, run)
+
+
+def failed_start(name: str, times: int = 2) -> Failed:
+    """Start what does not get to run, and then something that does: init hears of it as of any
+    task's end, and the record says why."""
+
+    async def root(boot: BootImage) -> Any:
+        await told(boot, "who")
+        before = _holdings()
+        exit_info = None
+        for _ in range(times):
+            spawned = await start(boot, name, grants=EXEC)
+            await gone(boot.endpoint, spawned.link, only=True)
+            exit_info = await ended(spawned)
+            _ = await refused(Send(spawned.slot, b"?"), Status.NO_SUCH_ENDPOINT)
+            await CapClose(spawned.slot)
+        assert await SpawnLastError() is SpawnReason.NONE, "the spawns were not refused"
+        after = _holdings()
+        assert [row.name for row in await TaskTable()] == ["init-lite"]
+        await told(boot, "who")
+        return exit_info, before, after
+
+    run = exec_rig().observe(root)
+    exit_info, before, after = run.result
+    events = [each for each in run.events if each.fields.get("name") == name]
+    assert [each.kind for each in events] == [EventKind.SPAWN_FAILED, EventKind.EXIT] * times
+    assert len({each.pid for each in events}) <= times, "a number may come again"
+    (text,) = {str(each.fields["detail"]) for each in events[::2]}
+    assert {each.fields["reason"] for each in events[::2]} == {"map_failed"}
+    assert {each.fields["crash"] for each in events[1::2]} == {text}
+    return Failed(exit_info, text, before, after, run)
 
 
 def _holdings() -> list[Any]:
@@ -217,89 +284,308 @@ def _holdings() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "detail"),
+    ("name", "detail", "code", "number"),
     [
-        ("raises", "cannot import tests.linux.exec_programs:raises -: LookupError: no such pump"),
-        ("absent", "ModuleNotFoundError: No module named 'tests.linux.no_such_module'"),
-        ("dies", "the child ended before it was confined"),
-        ("babbles", "the child spoke before it was confined"),
+        (
+            "raises",
+            "cannot import tests.linux.exec_programs:raises -: LookupError: no such pump",
+            EXIT_UNPREPARED,
+            0,
+        ),
+        (
+            "absent",
+            "ModuleNotFoundError: No module named 'tests.linux.no_such_module'",
+            EXIT_UNPREPARED,
+            0,
+        ),
+        ("dies", "the child ended before it was confined", 3, 0),
+        ("babbles", "the child spoke before it was confined", 0, signal.SIGKILL),
+        ("is_infinite", "the child spoke before it was confined", 0, signal.SIGKILL),
+        ("is_another_frame", "the child spoke before it was confined", 0, signal.SIGKILL),
+        (
+            "draws",
+            "a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}",
+            0,
+            signal.SIGKILL,
+        ),
     ],
 )
-def test_a_failed_import_fails_the_spawn_and_leaves_nothing(name: str, detail: str) -> None:
-    text, before, after, run = failing(name)
+def test_a_failed_import_ends_the_instance_and_leaves_nothing(
+    name: str, detail: str, code: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if number:  # it lives on until it is killed
+        monkeypatch.setattr(kernel, "LEAVE_TIME", 100_000_000)
+    failed = failed_start(name)
 
-    assert detail in text
-    assert after == before
-    recorded = run.fields(EventKind.SPAWN_FAILED)
-    assert [event["reason"] for event in recorded] == ["map_failed"] * 2
-    assert all(detail in str(event["detail"]) for event in recorded)
+    assert detail in failed.text
+    assert failed.exit is not None
+    assert (failed.exit.code, failed.exit.signal) == (code, number)
+    assert failed.after == failed.before
 
 
 def test_the_detail_names_file_and_line_of_what_raised() -> None:
-    text, *_ = failing("raises")
+    assert "(exec_programs.py:" in failed_start("raises").text
 
-    assert "(exec_programs.py:" in text
+
+def test_thirty_failed_imports_leave_nothing() -> None:
+    failed = failed_start("raises", times=30)
+
+    assert failed.after == failed.before
+
+
+def test_what_a_failed_import_had_reserved_is_free_again(mine: Ground) -> None:
+    async def root(boot: BootImage) -> Any:
+        kernel = mine.kernel
+        kernel.programs = {**kernel.programs, **{one.name: one for one in PROGRAMS}}
+        before = kernel.resources()
+        for name in ("raises", "dies", "hangs"):
+            spawned = await start(boot, name, grants=EXEC, owner_size=65536, endpoints=3)
+            assert kernel.resources()["reserved_tasks"] == before["reserved_tasks"] + 1
+            if name == "hangs":
+                await Kill(spawned.pid)
+            await ended(spawned)
+            await gone(boot.endpoint, spawned.link, only=True)
+            await CapClose(spawned.slot)
+        after = kernel.resources()
+        return before, after, kernel._deadlines
+
+    before, after, deadlines = mine.run(root)
+
+    assert after == before
+    assert deadlines == {}
 
 
 def test_an_import_that_hangs_is_ended_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "EXEC_PREPARE_TIME", 1_000_000_000)
     # Two interpreters start within the second as well.
-    text, before, after, _ = failing("hangs")
+    failed = failed_start("hangs")
 
-    assert "did not confine itself in time (1 s)" in text
-    assert after == before
-
-
-def test_init_serves_the_others_while_an_import_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "EXEC_PREPARE_TIME", 1_000_000_000)
-
-    async def root(boot: BootImage) -> None:
-        victim = await start(boot, "waits", grants=Grants())
-        await Kill(victim.pid)
-        with pytest.raises(AbiError):
-            await start(boot, "hangs", grants=EXEC)
-
-    async def waits(boot: BootImage) -> None:
-        await take(boot.endpoint)
-
-    events = exec_rig().observe(root, programs={"waits": waits}).events
-    order = [
-        event.kind for event in events if event.kind in (EventKind.EXIT, EventKind.SPAWN_FAILED)
-    ]
-    assert order[:2] == [EventKind.EXIT, EventKind.SPAWN_FAILED], "its end was noted meanwhile"
+    assert failed.text == "the child did not confine itself in time (1 s)"
+    assert failed.exit is not None
+    assert failed.exit.signal == signal.SIGKILL
+    assert failed.after == failed.before
 
 
 def test_a_program_without_an_entry_is_refused() -> None:
-    text, *_ = failing("forked")
-
-    assert "forked names no entry to execute it by" in text
+    assert "forked names no entry to execute it by" in refused_start("forked").text
 
 
 def test_an_ordinary_program_needs_streams() -> None:
-    text, *_ = failing("stops")
-
-    assert "needs isolation = exec and streams" in text
+    assert "needs isolation = exec and streams" in refused_start("stops").text
 
 
 def test_what_a_process_says_of_its_ids_is_not_believed() -> None:
     """It leaves the second stage out and says it is root: init enters Linux's own stamp."""
-    seen: list[tuple[int, int]] = []
-    former = LinuxKernel._prepared
+    entered: list[tuple[int, int]] = []
+    former = IdentityTable.set_ids
 
-    def prepared(self: LinuxKernel, *arguments: Any) -> Any:
-        answer = former(self, *arguments)
-        seen.append((answer.uid, self._uid_of(arguments[2]) or os.getuid()))
-        return answer
+    def set_ids(self: IdentityTable, pid: int, uid: int, gid: int) -> None:
+        entered.append((uid, UID_FIRST + pid % ROWS if os.getuid() == 0 else os.getuid()))
+        former(self, pid, uid, gid)
 
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "pretends", grants=EXEC)
         assert (await ended(spawned)).code == 0
-        return seen
+        return entered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LinuxKernel, "_prepared", prepared)
+        patch.setattr(IdentityTable, "set_ids", set_ids)
         ((uid, expected),) = exec_rig().run(root)
     assert uid == expected
+
+
+# ---- while it imports
+
+
+def test_init_and_the_others_go_on_during_a_long_import() -> None:
+    """Spawn returns at once; init answers, and its policy page reaches another service."""
+
+    async def root(boot: BootImage) -> Any:
+        asked = await start(boot, "asked")
+        begun = await Now()
+        slow = await start(boot, "sleeps_5", grants=EXEC)
+        took = [await Now() - begun]
+        generation = 0
+        while await Now() < begun + 4 * SECOND:
+            sent = await Now()
+            word = await PolicyRaise(available=generation % 2 == 0)
+            await Send(asked.slot, b"policy")
+            seen = json.loads((await take(boot.endpoint, link=asked.link)).data)
+            took.append(await Now() - sent)
+            assert seen == list(word)
+            generation = word.generation
+            await SleepUntil(Nanos(await Now() + 20 * MS))
+        await refused(Recv((boot.endpoint,), NO_WAIT, link=slow.link), Status.QUEUE_EMPTY)
+        await Kill(asked.pid)
+        await ended(asked)  # its number is told to the slow one, and confirmed when that runs
+        await Send(slow.slot, b"after")
+        message = await Recv((boot.endpoint,), Nanos(begun + 10 * SECOND), link=slow.link)
+        assert message.data == b"after"
+        assert message.sender.service == slow.service
+        await Send(slow.slot, b"end")
+        await ended_well(slow)
+        return max(took), generation, await Now() - begun
+
+    async def asked(boot: BootImage) -> None:
+        while True:
+            _ = await take(boot.endpoint)
+            await exec_programs.tell(boot, list(await PolicyRead()))
+
+    run = exec_rig().observe(root, programs={"asked": asked})
+    took, generation, whole = run.result
+    assert took < 100 * MS
+    assert generation > 50
+    assert whole > 5 * SECOND, "or nothing was slow"
+    kinds = [event.kind for event in run.events if event.fields.get("name") == "sleeps_5"]
+    assert kinds == [EventKind.SPAWN, EventKind.EXIT]
+
+
+def test_what_is_sent_before_it_runs_is_received_when_it_does() -> None:
+    """With a link that moves along, as init's Bind; and one that init is answered on."""
+
+    async def root(boot: BootImage) -> Any:
+        spawned = await start(boot, "sleeps_1", grants=EXEC)
+        inbox = await LinkCreate(boot.endpoint, LinkTerms())
+        await Send(spawned.slot, b"first")
+        await Send(spawned.slot, b"second", move=inbox.slot)
+        await SetTaskQos(spawned.pid, QosClass.IDLE)
+        first = await take(boot.endpoint, link=spawned.link)
+        second = await take(boot.endpoint, link=inbox.link)
+        assert first.sender.qos is QosClass.IDLE
+        await Send(spawned.slot, b"end")
+        await ended_well(spawned)
+        return first.data, second.data
+
+    assert exec_rig().run(root) == (b"first", b"second")
+
+
+def test_what_was_sent_to_one_that_never_runs_is_let_go() -> None:
+    """The link that moved along closes with it."""
+
+    async def root(boot: BootImage) -> None:
+        before = _holdings()
+        spawned = await start(boot, "raises", grants=EXEC)
+        inbox = await LinkCreate(boot.endpoint, LinkTerms())
+        await Send(spawned.slot, b"bind", move=inbox.slot)
+        assert {await gone(boot.endpoint, None) for _ in range(2)} == {spawned.link, inbox.link}
+        await ended(spawned)
+        await CapClose(spawned.slot)
+        assert _holdings() == before
+
+    exec_rig().run(root)
+
+
+def test_one_that_is_killed_while_it_imports_leaves_nothing() -> None:
+    async def root(boot: BootImage) -> None:
+        before = _holdings()
+        for pause in (0, 30, 300):
+            spawned = await start(boot, "hangs", grants=EXEC)
+            await SleepUntil(Nanos(await Now() + pause * MS))
+            await Kill(spawned.pid)
+            assert (await ended(spawned)).signal == signal.SIGKILL
+            await gone(boot.endpoint, spawned.link, only=True)
+            await CapClose(spawned.slot)
+            assert _holdings() == before
+
+    run = exec_rig().observe(root)
+
+    assert run.fields(EventKind.SPAWN_FAILED) == [], "it was killed on purpose"
+    exits = [fields for fields in run.fields(EventKind.EXIT) if fields["name"] == "hangs"]
+    assert [fields["crash"] for fields in exits] == ["it had not imported hangs yet"] * 3
+
+
+def test_an_end_of_the_run_ends_what_still_imports(mine: Ground) -> None:
+    async def root(boot: BootImage) -> Any:
+        kernel = mine.kernel
+        kernel.programs = {**kernel.programs, **{one.name: one for one in PROGRAMS}}
+        for number in range(3):
+            _ = await start(boot, f"hangs{number}", program="hangs", grants=EXEC)
+        return 0
+
+    run = mine.observe(root)
+
+    ends = {f["name"]: f["signal"] for f in run.fields(EventKind.EXIT)}
+    assert [ends[f"hangs{number}"] for number in range(3)] == [signal.SIGKILL] * 3
+    assert run.fields(EventKind.SPAWN_FAILED) == []
+
+
+def test_it_ends_with_init_while_it_imports() -> None:
+    """Init is killed, which nothing can prepare for: Linux ends its children."""
+    reader, writer = os.pipe()
+
+    async def root(boot: BootImage) -> None:
+        spawned = await start(boot, "hangs", grants=EXEC)
+        await SleepUntil(Nanos(await Now() + 200 * MS))
+        _ = os.write(writer, str(spawned.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(TaskFailed, match="wait status 0x9"):
+        exec_rig().run(root)
+    pid = int(os.read(reader, 20))
+    os.close(reader)
+    os.close(writer)
+    until = time.monotonic() + 3  # noqa: TID251 (another process is waited for)
+    while _runs(pid):
+        assert time.monotonic() < until, "it outlives init"  # noqa: TID251 (the same)
+        time.sleep(0.01)  # noqa: TID251 (the same)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, beside a zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---- what a module that init imported may have left behind
+
+
+def test_a_process_with_a_second_thread_cannot_be_init() -> None:
+    """A fork would take along whatever the other holds locked."""
+    end = threading.Event()
+    other = threading.Thread(target=end.wait, name="poller")
+
+    async def root(_boot: BootImage) -> int:
+        return 0
+
+    def run() -> ExitInfo:
+        here = LinuxKernel({}, recorder=lambda _event: None)
+        return here.run(program("root", root), b"", until=Nanos(here.now + SECOND))
+
+    other.start()
+    with pytest.raises(CannotRun, match=r"its process has 2 threads \('poller'\)"):
+        run()
+    end.set()
+    other.join()
+    assert run().code == 0, "once it is alone"
+
+
+def test_timers_and_handlers_rest_while_init_runs() -> None:
+    called: list[int] = []
+
+    async def root(_boot: BootImage) -> Any:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        found = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGUSR1)]
+        await SleepUntil(Nanos(await Now() + 50 * MS))
+        return found, signal.getitimer(signal.ITIMER_REAL), list(called)
+
+    def run() -> Any:
+        _ = signal.signal(signal.SIGALRM, lambda *_: called.append(1))
+        _ = signal.signal(signal.SIGUSR1, lambda *_: called.append(2))
+        _ = signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        found = exec_rig_here().run(root)
+        _ = signal.setitimer(signal.ITIMER_REAL, 0)
+        return found
+
+    former = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGUSR1)
+    left = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        assert run() == ([signal.SIG_DFL] * 2, (0.0, 0.0), [])
+    finally:
+        _ = signal.signal(signal.SIGALRM, former[0])
+        _ = signal.signal(signal.SIGUSR1, former[1])
+        _ = signal.setitimer(signal.ITIMER_REAL, *left)
 
 
 # ---- grants
@@ -338,11 +624,11 @@ def test_a_device_is_opened_as_granted() -> None:
 )
 def test_a_device_that_is_none_fails_the_spawn(path: str, detail: str) -> None:
     grants = EXEC._replace(devices=(DeviceGrant("pump", path, writable=False),))
-    text, before, after, _ = failing("reads_device", grants)
+    failed = refused_start("reads_device", grants)
 
-    assert f"device pump: {path}" in text
-    assert detail in text
-    assert after == before
+    assert f"device pump: {path}" in failed.text
+    assert detail in failed.text
+    assert failed.after == failed.before
 
 
 @pytest.fixture
@@ -392,9 +678,9 @@ def test_only_the_granted_port_can_be_connected_to() -> None:
 
 def test_without_tcp_rules_a_network_grant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landlock, "version", lambda: landlock.NET_SINCE - 1)
-    text, *_ = failing("connects_tcp", STREAMS._replace(connect=(1,)))
+    failed = refused_start("connects_tcp", STREAMS._replace(connect=(1,)))
 
-    assert "Landlock ABI 3 cannot bound TCP connections" in text
+    assert "Landlock ABI 3 cannot bound TCP connections" in failed.text
 
 
 # ---- under asyncio
@@ -434,6 +720,7 @@ def test_a_wait_ends_when_another_coroutine_closes_its_link() -> None:
 def test_a_full_link_is_waited_for_and_a_wait_can_be_given_up() -> None:
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "waits_for_room", grants=STREAMS)
+        _ = await take(boot.endpoint, link=spawned.link)
         await SleepUntil(Nanos(await Now() + 100_000_000))  # it has filled its link by then
         filled = 0
         while (data := (await take(boot.endpoint, link=spawned.link)).data) == b"fill":
@@ -452,6 +739,7 @@ def test_a_full_link_is_waited_for_and_a_wait_can_be_given_up() -> None:
 def test_an_exit_trap_ends_the_whole_program() -> None:
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "stops", grants=STREAMS)
+        _ = await take(boot.endpoint, link=spawned.link)
         await Send(spawned.slot, b"now")
         return (await ended(spawned)).code
 

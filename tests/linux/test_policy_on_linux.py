@@ -7,6 +7,7 @@ from typing import Any, Final
 import pytest
 
 from nexus.runtime.authority import ASK_MAX
+from nexus.services.policyd.shares import RATE_DEFAULT
 from tests.fakes.initrig import MS
 from tests.fakes.policyrig import SYSTEM, Outcome, Script, boot_linux, plan_of
 from tests.fakes.policyscripts import (
@@ -15,6 +16,7 @@ from tests.fakes.policyscripts import (
     KEPT,
     STALE_MAX,
     audited,
+    flooded,
     frozen,
     identities,
     killed,
@@ -87,6 +89,23 @@ def test_nobody_speaks_for_another(boot: Boot) -> None:
     assert found["no delegate"] == ["DENY", "IDENTITY"]
     assert found["delegated"] == ALLOWED
     assert found["unknown id"] == [False, "IDENTITY"]
+
+
+def test_a_flood_is_summed_up_and_leaves_room_for_all_others(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = plan_of(monkeypatch, SYSTEM).policy
+
+    found = boot(lambda hands: flooded(hands, policy)).result
+
+    assert found["balanced"]
+    assert found["gapless"]
+    assert found["askers"] == ["driver"]
+    assert found["flooder"] + found["summed"] == 300
+    assert found["summed"] == found["denied"] == found["dropped"]
+    assert found["flooder"] >= RATE_DEFAULT
+    assert found["guard"] == ["guard"]
+    assert found["reloads"] == ["driver"]
 
 
 def test_every_decision_is_in_the_journal_once_and_in_order(boot: Boot) -> None:

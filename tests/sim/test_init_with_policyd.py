@@ -7,7 +7,7 @@ import pytest
 from nexus.abi import INIT_NAME, EventKind, PolicyRead, PolicyWord, Signal
 from nexus.init import plan as plan_module
 from nexus.init.programs import PROGRAMS, ProgramSource, load_program
-from nexus.protocols.init import GetSystem, GetTasks, Restart, SystemInfo, TaskRows, TaskState
+from nexus.protocols.init import GetSystem, GetTasks, SystemInfo, TaskRows, TaskState
 from nexus.protocols.policy import AUTHORITY, Policy, Right
 from nexus.wire import ReplyStatus
 from tests.fakes.initrig import MS, Driver, Run, boot_it, idle
@@ -74,7 +74,13 @@ def test_policyd_denies_what_nobody_has_and_allows_the_grants_of_the_plan() -> N
 
 
 def test_sighup_puts_a_policy_in_force_without_a_restart() -> None:
-    now = Policy(services=NAMES, allow={"policyd": [Right(AUTHORITY, "new.toml", 1)]})
+    now = Policy(
+        services=NAMES,
+        allow={
+            "policyd": [Right(AUTHORITY, "new.toml", 1)],
+            "a": [Right("port.door", "new.toml", 2)],
+        },
+    )
 
     async def driver(driver: Driver) -> tuple[Any, ...]:
         before = await driver.reply(GetSystem(), SystemInfo)
@@ -93,8 +99,8 @@ def test_sighup_puts_a_policy_in_force_without_a_restart() -> None:
     assert starts(run) == [INIT_NAME, *NAMES]
 
 
-def test_a_grant_is_decided_again_when_policyd_is_back_with_another_policy() -> None:
-    """Without port.door a is not started again; with it, it is."""
+def test_a_grant_ends_with_its_right_and_comes_back_with_it() -> None:
+    """Without port.door the running a is ended and not started again; with it, it is."""
     less = Policy(
         services=NAMES,
         allow={
@@ -106,9 +112,7 @@ def test_a_grant_is_decided_again_when_policyd_is_back_with_another_policy() -> 
     given = iter((less, full))
 
     async def driver(driver: Driver) -> tuple[Any, ...]:
-        await driver.pause(600 * MS)
-        _ = await driver.ask(Restart("a"))
-        await driver.pause(200 * MS)
+        await driver.pause(800 * MS)
         denied = await driver.record("a")
         await driver.pause(600 * MS)
         assert isinstance(await driver.ask(GetTasks()), TaskRows)
@@ -120,3 +124,14 @@ def test_a_grant_is_decided_again_when_policyd_is_back_with_another_policy() -> 
     denied, after = run.result
     assert (denied.state, denied.reason) == (TaskState.FAILED, "denied")
     assert (after.state, after.generation) == (TaskState.UP, 2)
+    lost = run.evidence("init: grants of a revoked")
+    assert lost == {"grants": [["port.door", "door"]]}
+    ended = [
+        event.time
+        for event in run.events
+        if event.kind is EventKind.EXIT and event.fields["name"] == "a"
+    ]
+    assert ended[0] - run.time("init: policy set") < 10 * MS
+    assert run.evidence("init: end of a")["reason"] == "grant revoked"
+    assert run.evidence("init: no start of a")["grants"] == [["a", "port.door", "door", "deny"]]
+    assert starts(run) == [INIT_NAME, *NAMES, "a"]

@@ -77,11 +77,11 @@ def test_configured_slots_whose_logd_is_gone_give_way_to_routing(rig: Rig) -> No
     assert (seen["acknowledged"], seen["bound"], seen["found"]) == (2, 3, ["over routes"])
 
 
-def test_a_flood_pushes_out_others_only_as_fast_as_its_rate_allows(rig: Rig) -> None:
-    """What holds before shares are fair: one window of one sender cannot empty a ring of two."""
+def test_a_flood_pushes_out_its_own_records_before_those_of_others(rig: Rig) -> None:
+    """Of a full ring a quarter stays with the others; the three lines are less than that."""
     settings = Settings(records=RATE_MAX + 10)
     seen, _ = observe(rig, settings, other=three_lines, client=flood)
 
-    assert seen["kept"] == [3, 0]
-    assert seen["other"] == [3, 3]
+    assert seen["kept"] == [3, 3]
+    assert seen["other"] == [3, 0]
     assert seen["dropped"] == 2 * RATE_MAX + 3 - (RATE_MAX + 10)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from nexus.abi import (
@@ -27,7 +28,7 @@ from nexus.abi import (
 from nexus.init.ground import init_program, limits_of, programs_of
 from nexus.init.plan import make_plan
 from nexus.init.system import parse
-from nexus.ipc import Client, Peers, Pending, Refused, RetryBudget
+from nexus.ipc import Answer, Client, Exchange, Peers, Pending, Refused, RetryBudget, offer_bulk
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.ports import SimPeer
 from nexus.protocols.init import PROTOCOL as INIT
@@ -50,7 +51,7 @@ from nexus.protocols.operator import (
     Relayed,
     ReloadPolicy,
 )
-from nexus.protocols.policy import POLICY_SIZE_MAX
+from nexus.protocols.policy import AUTHORITY, POLICY_SIZE_MAX, Policy, Right
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import PolicydStatus, ReloadBulk
 from nexus.protocols.timed import PROTOCOL as TIMED
@@ -474,6 +475,54 @@ def test_a_new_policy_is_put_together_and_put_in_force() -> None:
         assert after > before
 
     _ = run(body)
+
+
+def test_operator_ends_with_the_right_to_its_port_and_is_back_with_it() -> None:
+    """What it has open cannot be taken from it, so init ends it, and its connections with it."""
+    file = ROOT / "systems" / "minimal.toml"
+    full = make_plan(parse(file.read_bytes(), file)).policy
+    door = Right("port.operator", "new.toml", 1)
+    kept = [right for right in full.allow["operator"] if right.name != door.name]
+    mine = [*full.allow[DRIVER], Right(AUTHORITY, "new.toml", 2)]  # the way back
+    less = msgspec.structs.replace(full, allow={**full.allow, "operator": kept, DRIVER: mine})
+
+    async def put(outside: Outside, policy: Policy) -> tuple[SimPeer, Nanos]:
+        peer = outside.connect()
+        data = policy.encoded()
+        for offset in range(0, len(data), PART_SIZE_MAX):
+            part = PutPolicyPart(offset, data[offset : offset + PART_SIZE_MAX])
+            assert isinstance(await outside.ask(peer, part), PartTaken)
+        frame = await outside.frame(PROTOCOL, ReloadPolicy(len(data)), 2 * SECOND)
+        assert peer.send(frame)
+        return peer, await Now()
+
+    async def body(outside: Outside) -> None:
+        idle = outside.connect()
+        peer, _ = await put(outside, full)
+        assert await outside.take(peer) is not None
+        assert not idle.closed  # who keeps the right keeps what it has open
+        peer, sent = await put(outside, less)
+        while not all(each.closed for each in (idle, peer)):
+            await outside.sleep(MS)
+        assert await Now() - sent < 20 * MS  # policyd asks init, init ends operator
+        await outside.sleep(500 * MS)
+        with pytest.raises(ConnectionRefusedError):
+            _ = outside.connect()
+        control = await outside.peers.control(Nanos(await Now() + SECOND))
+        assert isinstance(control, Exchange)
+        slot = await offer_bulk(full.encoded())
+        assert slot is not None
+        size = len(full.encoded())
+        taken = await control.ask(SetPolicy(size), Nanos(await Now() + SECOND), move=slot)
+        assert isinstance(taken, Answer), taken
+        await outside.sleep(500 * MS)
+        info = await outside.relay(outside.connect(), "init-lite", INIT, GetSystem())
+        assert info.policy_digest == full.digest
+
+    lines = [str(event.fields["line"]) for event in run(body) if event.kind is EventKind.CONSOLE]
+    story = ["init: grants of operator revoked", "init: end of operator"]
+    story += ["init: no start of operator", "init: restart operator"]
+    assert [line for line in lines if line in story] == story
 
 
 @pytest.mark.covers("operator.BAD_POLICY")

@@ -11,6 +11,7 @@ from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import CheckFor, Decision, Reason, Verdict
 from nexus.runtime import Call, Deferred, Server
 from nexus.runtime.authority import ASK_MAX
+from nexus.services.policyd.shares import RATE_DEFAULT
 from nexus.wire import ReplyStatus, answer
 from tests.fakes.initrig import MS, Main
 from tests.fakes.policyrig import SYSTEM, Outcome, Script, boot_sim, plan_of
@@ -21,6 +22,7 @@ from tests.fakes.policyscripts import (
     STALE_MAX,
     audited,
     denied_by_nonsense,
+    flooded,
     frozen,
     identities,
     killed,
@@ -121,6 +123,22 @@ def test_every_decision_is_in_the_journal_once_and_in_order(boot: Boot) -> None:
     assert [KEPT, "allow"] in found["verdicts"]
     assert [FORBIDDEN, "deny"] in found["verdicts"]
     assert [FORBIDDEN, "allow"] not in found["verdicts"]
+
+
+def test_a_flood_is_summed_up_and_leaves_room_for_all_others(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = plan_of(monkeypatch, SYSTEM).policy
+
+    found = boot(lambda hands: flooded(hands, policy)).result
+
+    assert found["balanced"]
+    assert found["gapless"]
+    assert found["askers"] == ["driver"]
+    assert found["flooder"] == RATE_DEFAULT, "the flood takes less than a second"
+    assert found["summed"] == found["denied"] == found["dropped"] == 300 - RATE_DEFAULT
+    assert found["guard"] == ["guard"]
+    assert found["reloads"] == ["driver"]
 
 
 # ------------------------------------------------------------------ a policyd that is none

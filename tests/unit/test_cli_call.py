@@ -3,18 +3,20 @@
 import json
 import time
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import pytest
 
-from nexus.cli.call import find_request, make_request, shown, value_of
+from nexus.cli.call import call, find_request, make_request, shown, value_of
+from nexus.cli.client import ServiceRefused, Unanswered
 from nexus.cli.errors import UsageError
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Append, Field, Level
 from nexus.protocols.meta import GetStatus, Health
+from nexus.protocols.operator import OperatorStatus
 from nexus.protocols.timed import PROTOCOL as TIMED
-from nexus.protocols.timed import Cancel, Register
-from nexus.wire import U16, Blob, Bool, Message, Request
+from nexus.protocols.timed import Cancel, Register, TimedStatus, Timer
+from nexus.wire import U16, U64, Blob, Bool, List, Message, Protocol, Request, Text
 
 
 class Colour(IntEnum):
@@ -122,3 +124,101 @@ def test_an_answer_is_shown_by_names() -> None:
 
 def test_the_journal_can_be_asked_like_any_service() -> None:
     assert find_request("logd", "get-stats", (LOGD,))[0] is LOGD
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("18446744073709551616", "9" * 21, "9" * 5_000, "-9223372036854775809", "0x" + "f" * 17),
+        *("9" * 20 + "s", "9" * 400 + "ms", "+" + "9" * 20 + "m", "1." + "9" * 400 + "s"),
+    ],
+)
+def test_a_number_that_does_not_fit_the_wire_is_wrong_usage(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        _ = make_request(Register, [f"deadline={text}"])
+    assert len(str(error.value)) < 400
+
+
+def test_the_largest_number_of_the_wire_is_taken() -> None:
+    assert make_request(Register, [f"deadline={(1 << 64) - 1}"]) == Register((1 << 64) - 1)
+    assert make_request(Register, ["deadline=1.000000001s"]) == Register(1_000_000_001)
+
+
+class Numbers(Request[Nothing], op=2, idempotent=True):
+    """A list, which is written as JSON."""
+
+    all: Annotated[list[Annotated[int, U64()]], List(count_max=4)]
+    text: Annotated[str, Text(size_max=8)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["all=[99999999999999999999]", "text="], "Numbers: a value cannot be sent: "),
+        (["all=[1]", "text=a\udcff"], "Numbers: a value cannot be sent: "),
+        (["all=" + "[" * 100_000, "text="], "is no JSON"),
+    ],
+)
+def test_what_cannot_be_encoded_is_wrong_usage(words: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        _ = make_request(Numbers, words)
+    assert sentence in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+class Answering:
+    """A running system whose operator gives one answer."""
+
+    running = None
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def protocols(self, service: str) -> tuple[Protocol, ...]:
+        assert service == "timed"
+        return (TIMED,)
+
+    def client(self) -> "Answering":
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    def relay(self, service: str, protocol: Protocol, request: Any, seconds: float) -> Any:
+        assert (service, protocol, seconds) == ("timed", TIMED, 1.0)
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+def asked(answer: Any, *, as_json: bool) -> int:
+    system: Any = Answering(answer)
+    return call(system, "timed", "register", ["deadline=1s"], 1.0, as_json=as_json)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ServiceRefused("timed", "Register", TimedStatus.OVER_LIMIT), "refused"),
+        (Unanswered("timed", "Register", OperatorStatus.TIMED_OUT), "unanswered"),
+    ],
+)
+def test_a_call_without_its_answer_ends_with_1_and_says_the_status(
+    error: Any, outcome: str, as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(error, as_json=as_json) == 1
+    said = capsys.readouterr()
+    if as_json:
+        assert json.loads(said.out) == {outcome: error.status.name, "status": int(error.status)}
+        assert said.err == ""
+    else:
+        assert (said.out, said.err) == ("", f"nexus: {error}\n")
+
+
+def test_a_call_with_its_answer_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert asked(Timer(7, 8), as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["timer_id"] == 7

@@ -4,21 +4,19 @@ import io
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from nexus.abi import Event, EventKind, Nanos, Pid
+from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid
 from nexus.cli import main
-from nexus.cli.bugreport import _without_settings, bugreport
 from nexus.cli.errors import EXIT_USAGE
 from nexus.cli.new import new_system
 from nexus.cli.output import is_lively, say_table, table_lines
 from nexus.cli.readiness import Readiness
-from nexus.cli.sink import FILE_SIZE_MAX, Sink, Told
+from nexus.cli.sink import FILE_SIZE_MAX, WHY_SIZE_MAX, Sink, Told, told_of
 from nexus.cli.status import span
-from nexus.cli.unit import unit_text
+from nexus.proof.request import parse
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = ROOT / "systems" / "minimal.toml"
@@ -195,6 +193,55 @@ def test_what_lacks_is_told_with_what_is_known_of_it() -> None:
     assert readiness.ends == 1
 
 
+def said(text: str, why: str = "") -> Told:
+    return Told(EventKind.CONSOLE, INIT_NAME, text, why)
+
+
+def test_a_service_that_is_given_up_ends_the_wait_with_the_reason() -> None:
+    readiness = Readiness(["a", "b"])
+    readiness.on_told(console("a", "a: ready"))
+    readiness.on_told(Told(EventKind.EXIT, "a", "exit code 3"))
+    assert not readiness.hopeless
+    readiness.on_told(said("init: gave up on a", "a: more than 1 restarts"))
+    assert readiness.hopeless
+    assert not readiness.done
+    assert readiness.lacking() == [
+        "a: init gave up on it: a: more than 1 restarts; it ended with exit code 3",
+    ]
+
+
+def test_a_start_that_is_denied_ends_the_wait_and_one_that_is_undecided_does_not() -> None:
+    readiness = Readiness(["a"])
+    readiness.on_told(said("init: no start of a", "undecided"))
+    assert not readiness.hopeless
+    readiness.on_told(said("init: no start of a", "denied"))
+    assert readiness.hopeless
+    assert readiness.lacking() == [
+        "a: not started, the policy does not allow what the system file grants it"
+    ]
+
+
+def test_what_a_service_says_of_others_does_not_end_the_wait() -> None:
+    readiness = Readiness(["a", "b"])
+    readiness.on_told(console("a", "init: gave up on b"))
+    assert not readiness.hopeless
+
+
+def test_init_s_reason_goes_with_its_line_and_nobody_else_s() -> None:
+    evidence = {"why": "x" * 1_000, "links": 3}
+    fields = {"name": INIT_NAME, "line": "init: gave up on a", "evidence": evidence}
+    told = told_of(Event(Nanos(1), EventKind.CONSOLE, Pid(1), fields))
+    assert told is not None
+    assert (told.text, len(told.why)) == ("init: gave up on a", WHY_SIZE_MAX)
+    told = told_of(Event(Nanos(1), EventKind.CONSOLE, Pid(1), {**fields, "name": "a"}))
+    assert told is not None
+    assert told.why == ""
+    fields["evidence"] = {"reason": "denied", "grants": []}
+    told = told_of(Event(Nanos(1), EventKind.CONSOLE, Pid(1), fields))
+    assert told is not None
+    assert told.why == "denied"
+
+
 def test_safe_mode_ends_the_wait_and_is_not_ready() -> None:
     readiness = Readiness(["a"])
     readiness.on_told(console("init-lite", "init: safe mode"))
@@ -254,111 +301,6 @@ def test_spans_are_told_in_two_units(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 
-def sections(text: str) -> dict[str, dict[str, list[str]]]:
-    """A unit file as systemd reads it, keys that may be repeated and all."""
-    found: dict[str, dict[str, list[str]]] = {}
-    current: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.startswith("["):
-            current = found.setdefault(line.strip("[]"), {})
-        elif line:
-            key, _, value = line.partition("=")
-            current.setdefault(key, []).append(value)
-    return found
-
-
-@pytest.mark.parametrize("user", [False, True])
-def test_the_unit_notifies_is_watched_and_can_be_ended_in_time(user: bool) -> None:
-    service = sections(unit_text(MINIMAL, "b", user=user))["Service"]
-    assert service["Type"] == ["notify"]
-    assert service["NotifyAccess"] == ["main"]
-    assert service["Restart"] == ["on-failure"]
-    assert int(service["WatchdogSec"][0]) > 0
-    assert int(service["TimeoutStopSec"][0]) > 5  # five services, a second each
-    assert service["ExecStart"][0].endswith(f"up --exec {MINIMAL} --instance b")
-    assert ("CapabilityBoundingSet" in service) is not user
-    # init makes namespaces, ids and filters for its services: none of this may be taken from it
-    forbidden = {"User", "DynamicUser", "RestrictNamespaces", "SystemCallFilter", "PrivateUsers"}
-    assert forbidden.isdisjoint(service)
-
-
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    from shutil import which
-
-    text = unit_text(MINIMAL, None, user=False)
-    assert set(sections(text)) == {"Unit", "Service", "Install"}
-    if which("systemd-analyze") is None:
-        return  # then its own reading of the format has to do
-    file = tmp_path / "minimal.service"
-    _ = file.write_text(text)
-    answer = subprocess.run(
-        ["systemd-analyze", "verify", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    ours = [line for line in answer.stderr.splitlines() if "minimal.service" in line]
-    assert ours == []
-
-
-def test_a_path_with_spaces_and_percent_signs_stays_one_word(tmp_path: Path) -> None:
-    file = tmp_path / "a b%c$d.toml"
-    _ = file.write_bytes(MINIMAL.read_bytes())
-    (start,) = sections(unit_text(file, None, user=True))["Service"]["ExecStart"]
-    assert start.endswith(f'up --exec "{tmp_path}/a b%%c$$d.toml"')
-
-
-# ------------------------------------------------------------------ bug reports
-
-SECRET = "hunter2-canary"
-
-
-def test_a_bug_report_has_no_settings_and_no_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SECRET_TOKEN", SECRET)
-    monkeypatch.setattr("nexus.cli.doctor.document", dict)
-    file = tmp_path / "system.toml"
-    text = MINIMAL.read_text().replace(
-        "[service.timed]", f'[service.timed]\nsettings = {{ p = "{SECRET}" }}'
-    )
-    _ = file.write_text(text.replace('core = "policyd"', f'core = "policyd"\nname = "{SECRET}"'))
-    out = tmp_path / "report.tar.gz"
-
-    bugreport(None, file, out, as_json=True)
-
-    with tarfile.open(out) as archive:
-        parts = {
-            name.partition("/")[2]: archive.extractfile(name).read()  # type: ignore[union-attr]
-            for name in archive.getnames()
-        }
-    assert set(parts) == {
-        *("README.txt", "versions.json", "kernel.json", "doctor.json", "system.toml", "plan.json")
-    }
-    assert all(SECRET.encode() not in part for part in parts.values())
-    assert b"[service.timed]" in parts["system.toml"]
-    assert all(name.encode() in parts["README.txt"] for name in parts if name != "README.txt")
-
-
-def test_a_bug_report_never_writes_over_a_file(tmp_path: Path) -> None:
-    out = tmp_path / "report.tar.gz"
-    _ = out.write_text("mine")
-    assert main(["bugreport", "--file", str(MINIMAL), "-o", str(out)]) == 1
-    assert out.read_text() == "mine"
-
-
-def test_settings_are_left_out_wherever_they_stand() -> None:
-    text = (
-        b'[service.a]\nprogram = "a"\nsettings.x = 1\n'
-        b"[service.a.settings]\ny = 2\n[service.b]\nz = 3\n"
-    )
-    shown = _without_settings(text)
-    assert b"x = 1" not in shown
-    assert b"y = 2" not in shown
-    assert b"z = 3" in shown
-
-
 def test_a_plain_up_is_read_without_the_option_parser(tmp_path: Path) -> None:
     """Importing it takes as long as the rest of a start."""
     script = (
@@ -372,6 +314,30 @@ def test_a_plain_up_is_read_without_the_option_parser(tmp_path: Path) -> None:
     )
     assert ended.returncode == 10 * EXIT_USAGE, ended.stderr
     assert "none.toml" in ended.stderr
+
+
+def test_the_number_of_log_lines_is_n_and_the_system_is_named_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[tuple[str | None, int]] = []
+    monkeypatch.setattr("nexus.cli.ask.asked", lambda name: name)
+    monkeypatch.setattr(
+        "nexus.cli.logs.logs", lambda system, wanted, *, last, **rest: called.append((system, last))
+    )
+    assert main(["logs", "-n", "2"]) == 0
+    assert main(["logs", "--name", "pump", "--last", "3"]) == 0
+    assert main(["logs", "-n", "pump"]) == EXIT_USAGE
+    assert called == [(None, 2), ("pump", 3)]
+
+
+def test_the_examples_of_prove_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _ = main(["prove", "--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    examples = [line.partition("#")[0].split()[2:] for line in lines if line[:12] == "nexus prove "]
+    assert len(examples) >= 4
+    for example in examples:
+        _ = parse(example, {})
 
 
 def test_what_a_plain_up_is_not_goes_to_the_option_parser(

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nexus.cli import lock
 from nexus.cli.errors import CommandFailed, UsageError
 from nexus.cli.places import (
     RECORD_NAME,
@@ -21,6 +20,7 @@ from nexus.cli.places import (
     the_running,
     title_of,
 )
+from nexus.proof import lock
 
 FILE = Path("/srv/pump/system.toml")
 NONE = (None, None, None)
@@ -108,8 +108,8 @@ def test_a_directory_that_is_a_link_is_refused(environ: dict[str, str], tmp_path
         make_dirs(places, os.getuid(), ["operator"])
 
 
-def test_a_directory_that_cannot_be_made_is_told(environ: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "NEXUS_RUNTIME_DIR").write_text("a file")
+def test_a_directory_that_cannot_be_made_is_told(environ: dict[str, str]) -> None:
+    environ["NEXUS_RUNTIME_DIR"] = "/proc/no-such"
     places = places_of("pump", None, FILE, NONE, environ, os.getuid())
     with pytest.raises(CommandFailed, match=r"cannot be made: .*; set NEXUS_STATE_DIR"):
         make_dirs(places, os.getuid(), ["operator"])
@@ -136,8 +136,8 @@ def holders() -> Iterator[list["subprocess.Popen[str]"]]:
 HOLD = """
 import sys
 from pathlib import Path
-from nexus.cli import lock
-held = lock.take(Path(sys.argv[1]))
+from nexus.proof import lock
+held = lock.take(Path(sys.argv[1])), lock.take_directory(Path(sys.argv[1]).parent)
 print("held", flush=True)
 sys.stdin.read() or __import__("signal").pause()
 """
@@ -165,7 +165,7 @@ def test_the_lock_names_its_holder_and_ends_with_it(
     assert lock.holder_of(path) is None
     pid = hold(path, holders)
     assert lock.holder_of(path) == pid
-    with pytest.raises(lock.AlreadyRuns) as error:
+    with pytest.raises(lock.AlreadyHeld) as error:
         _ = lock.take(path, wait=0)
     assert error.value.pid == pid
     holders[0].kill()
@@ -175,10 +175,22 @@ def test_the_lock_names_its_holder_and_ends_with_it(
 
 
 def running_at(home: Path, title: str, holders: list["subprocess.Popen[str]"]) -> None:
+    """A process that holds the locks of `home`, which is its state directory too."""
     home.mkdir(parents=True)
     pid = hold(home / "up.lock", holders)
+    record(home, title, pid, lock.start_of(pid))
+
+
+def record(home: Path, title: str, pid: int, started: int) -> None:
     running = Running(
-        title=title, file="f", digest="d", pid=pid, state="s", runtime=str(home), log="l"
+        title=title,
+        file="f",
+        digest="d",
+        pid=pid,
+        started=started,
+        state=str(home),
+        runtime=str(home),
+        log="l",
     )
     _ = (home / RECORD_NAME).write_bytes(msgspec.json.encode(running))
 
@@ -209,3 +221,89 @@ def test_what_ended_without_a_word_does_not_run(
     holders[0].kill()
     _ = holders[0].wait()
     assert all_running(environ, os.getuid()) == []
+
+
+def test_a_removed_lock_file_hides_no_system(
+    environ: dict[str, str], tmp_path: Path, holders: list["subprocess.Popen[str]"]
+) -> None:
+    home = tmp_path / "NEXUS_RUNTIME_DIR" / "pump"
+    running_at(home, "pump", holders)
+    (home / "up.lock").unlink()
+    assert the_running("pump", environ, os.getuid()).pid == holders[0].pid
+    (home / "up.lock").touch()
+    assert the_running("pump", environ, os.getuid()).pid == holders[0].pid
+
+
+def test_a_process_that_has_the_number_and_not_the_start_is_not_the_system(
+    environ: dict[str, str], tmp_path: Path, holders: list["subprocess.Popen[str]"]
+) -> None:
+    home = tmp_path / "NEXUS_RUNTIME_DIR" / "pump"
+    running_at(home, "pump", holders)
+    for started in (0, lock.start_of(holders[0].pid) + 1):
+        record(home, "pump", holders[0].pid, started)
+        assert all_running(environ, os.getuid()) == []
+
+
+def test_a_process_that_holds_no_lock_is_not_the_system(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    home = tmp_path / "NEXUS_RUNTIME_DIR" / "pump"
+    home.mkdir(parents=True)
+    (home / "up.lock").write_text(f"{os.getpid()} {lock.start_of(os.getpid())}\n")
+    record(home, "pump", os.getpid(), lock.start_of(os.getpid()))
+    assert all_running(environ, os.getuid()) == []
+
+
+def test_a_record_that_is_no_text_is_no_system(
+    environ: dict[str, str], tmp_path: Path, holders: list["subprocess.Popen[str]"]
+) -> None:
+    home = tmp_path / "NEXUS_RUNTIME_DIR" / "pump"
+    running_at(home, "pump", holders)
+    (home / RECORD_NAME).write_bytes(b'{"title": "\xff"}')
+    assert all_running(environ, os.getuid()) == []
+
+
+@pytest.mark.parametrize("level", [".", "pump"])
+@pytest.mark.parametrize("fault", ["owner", "mode", "link"])
+def test_nothing_is_read_where_another_user_may_write(
+    environ: dict[str, str],
+    tmp_path: Path,
+    holders: list["subprocess.Popen[str]"],
+    level: str,
+    fault: str,
+) -> None:
+    base = tmp_path / "NEXUS_RUNTIME_DIR"
+    running_at(base / "pump", "pump", holders)
+    wrong = base / level
+    if fault == "owner":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a directory away")
+        os.chown(wrong, 65534, 65534)
+    elif fault == "mode":
+        wrong.chmod(0o770)
+    else:
+        moved = wrong.rename(tmp_path / "moved")
+        wrong.symlink_to(moved)
+
+    for read in (
+        lambda: all_running(environ, os.getuid()),
+        lambda: the_running(None, environ, os.getuid()),
+    ):
+        with pytest.raises(CommandFailed, match=r"is not a directory that only this user can"):
+            _ = read()
+    places = places_of("pump", None, FILE, NONE, environ, os.getuid())
+    with pytest.raises(CommandFailed, match=r"is not a directory that only this user can"):
+        make_dirs(places, os.getuid(), [])
+
+
+def test_every_folder_made_on_the_way_is_its_users_alone(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    former = os.umask(0)
+    try:
+        environ["NEXUS_STATE_DIR"] = str(tmp_path / "a" / "b")
+        make_dirs(places_of("pump", None, FILE, NONE, environ, os.getuid()), os.getuid(), [])
+    finally:
+        _ = os.umask(former)
+    for made in ("a", "a/b", "a/b/pump", "NEXUS_LOG_DIR", "NEXUS_LOG_DIR/pump"):
+        assert (tmp_path / made).stat().st_mode & 0o777 == 0o700, made

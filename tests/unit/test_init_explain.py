@@ -220,3 +220,48 @@ def test_a_name_that_is_none_is_a_sentence(
 
     assert sentence in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("word", ["Register", "register", "REGISTER"])
+def test_a_request_is_explained_by_its_link_and_the_rights_of_who_asks(
+    file: Path, word: str
+) -> None:
+    found = asked(file, "demo.testsvc", "timed", word)
+
+    assert (found.request, found.right, found.holders) == ("Register", None, ())
+    allowed, reason, _ = answer(found, "request")
+    assert allowed
+    assert reason.startswith("timed itself decides on Register by the rights of demo.testsvc: ")
+    assert f"ipc.core [{file.parent / 'base.toml'}:3], log.read [" in reason
+    assert answer(found, "plan")[0]
+    assert found.lines[0] == "demo.testsvc -> timed Register: denied"  # its route, not the request
+    assert not any("Register" in remedy for remedy in found.remedies)
+
+
+def test_a_request_over_a_link_that_is_not_there_is_denied(file: Path) -> None:
+    found = asked(file, "timed", "logd", "GetStats".lower())
+
+    assert not found.allowed
+    assert not answer(found, "plan")[0]
+    assert answer(found, "request")[1].endswith(f"time.use [{file.parent / 'late.toml'}:2]")
+    assert any("add uses" in remedy for remedy in found.remedies)
+
+
+def test_a_request_to_init_is_explained_too_and_so_is_one_who_holds_nothing(file: Path) -> None:
+    found = asked(file, "policyd", "init-lite", "get-tasks")
+
+    assert found.allowed
+    assert answer(found, "request")[1] == (
+        "init-lite itself decides on GetTasks by the rights of policyd: none"
+    )
+
+
+def test_a_word_that_the_policy_has_is_a_right_whatever_requests_are_called(file: Path) -> None:
+    _ = (file.parent / "late.toml").write_text('[allow]\nclient = ["register"]\n')
+    assert asked(file, "demo.testsvc", "timed", "register").right == "register"
+    assert asked(file, "demo.testsvc", "timed", "fly").right == "fly"
+
+
+def test_a_word_that_is_neither_is_told_with_the_requests(file: Path) -> None:
+    with pytest.raises(UnknownName, match=r'"Fly" is no right; .* request of timed: Register, '):
+        _ = asked(file, "demo.testsvc", "timed", "Fly")

@@ -162,7 +162,9 @@ def test_a_policy_that_would_not_travel_is_refused(folder: Path) -> None:
 def test_an_enormous_policy_file_is_refused_unread(folder: Path) -> None:
     (folder / "base.toml").write_bytes(b"#" * (POLICY_FILE_SIZE_MAX + 1))
 
-    assert refused(folder).expected == f"at most {POLICY_FILE_SIZE_MAX} bytes"
+    error = refused(folder)
+    assert error.expected == f"a policy file of at most {POLICY_FILE_SIZE_MAX} bytes"
+    assert error.found == f'"base.toml": {POLICY_FILE_SIZE_MAX + 1} bytes'
 
 
 def test_bytes_that_are_not_utf8_are_named_with_the_policy_file(folder: Path) -> None:
@@ -178,7 +180,8 @@ def test_a_folder_instead_of_a_policy_file_is_a_sentence(folder: Path) -> None:
 
     error = refused(folder)
     assert (error.path, error.line) == (folder / "system.toml", 3)
-    assert error.found == '"base.toml": Is a directory'
+    assert error.expected == "a policy file that is a regular file"
+    assert error.found == '"base.toml": a directory'
 
 
 def test_a_layer_knows_the_line_of_a_list_and_of_a_right(folder: Path) -> None:

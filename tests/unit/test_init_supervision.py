@@ -8,8 +8,10 @@ from typing import Any, Final
 import pytest
 
 from nexus.abi import (
+    BOOT_MEMORY_SIZE_MAX,
     INIT_NAME,
     NEVER,
+    SERVICE_NAME_SIZE_MAX,
     BootImage,
     BootMemoryReplace,
     EventKind,
@@ -25,7 +27,7 @@ from nexus.abi import (
 from nexus.init.errors import SystemFileError
 from nexus.init.groups import Group
 from nexus.init.instances import CONTROL_TERMS
-from nexus.init.memory import ENDS_MAX, VERSION, decode_memory
+from nexus.init.memory import ENDS_MAX, VERSION, End, Memory, decode_memory, encode_memory
 from nexus.init.plan import PlannedGroup
 from nexus.init.stops import SHUTDOWN_MAX
 from nexus.init.system import Exceeded, Strategy
@@ -34,6 +36,7 @@ from nexus.ipc.bulk import Bulk, accept_bulk, offer_bulk
 from nexus.kernel.sim.faults import Faults, NthFailure
 from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.protocols.init import (
+    REASON_SIZE_MAX,
     AwaitReady,
     GetPolicy,
     GetResources,
@@ -609,6 +612,7 @@ def test_an_orderly_end_before_the_boot_is_stable_is_no_crash(boot: Boot) -> Non
     "memory",
     [
         b"\xff\x00",
+        b'{"version":1,"boots":1,"unstable":9,"why":"\xe9","ends":[]}',
         b"[]",
         b'{"version":2,"boots":1,"unstable":9,"why":"","ends":[]}',
         b'{"version":1,"boots":-1}',
@@ -658,6 +662,24 @@ def test_the_memory_is_bounded_however_often_a_service_ends(boot: Boot) -> None:
     assert len(run.spawns("a")) > 10 * ENDS_MAX
     assert len(kept.ends) == ENDS_MAX
     assert kept.version == VERSION
+
+
+def test_a_full_memory_stops_no_boot_and_makes_room_for_what_is_new(boot: Boot) -> None:
+    """A valid one of four-byte characters, which fills the page to the last end."""
+    name, reason = ("\U0001f980" * span for span in (SERVICE_NAME_SIZE_MAX, REASON_SIZE_MAX))
+    ends = [End(name, each, reason, 0, 9) for each in range(ENDS_MAX)]
+    memory = encode_memory(Memory(boots=7, why=name, ends=ends))
+    before = len(decode_memory(memory).ends)
+    text = SYSTEM + QUIET + service("a").replace('"20ms"', '"20ms", reset = "1ms"')
+
+    run = boot(pause(3 * SECOND), text=text, mains={"a": living(500 * MS)}, memory=memory)
+
+    assert 1 < before < ENDS_MAX
+    assert not run.lines("init: boot memory")
+    kept = decode_memory(run.memory)
+    assert kept.boots == 8
+    assert [end.service for end in kept.ends[-4:]] == ["a"] * 4
+    assert len(run.memory) <= BOOT_MEMORY_SIZE_MAX
 
 
 # ---------------------------------------------------------------- signals and shutdown
@@ -905,6 +927,34 @@ def test_a_member_whose_grants_are_being_decided_waits_for_its_group(boot: Boot)
     assert begun - last >= 80 * MS  # the group's back-off by then, and not as soon as decided
 
 
+def test_an_answer_about_the_former_policy_starts_nothing(boot: Boot) -> None:
+    """policyd says yes, and before init hears it the policy is another: it is asked again."""
+    text = GUARDED.replace('"proof.control"', '"proof.control", "policy.authority"')
+
+    class Slow(Fake):
+        async def handle(self, call: Any, request: Any) -> Any:
+            reply = super().handle(call, request)
+            if isinstance(request, CheckFor) and request.right == "port.door":
+                self.denied = ["device.mmio.blk", "port.door"]
+                _ = await SleepUntil(Nanos(await Now() + 200 * MS))
+            return reply
+
+    async def slow(boot: BootImage) -> int:
+        return await serve(Slow(["device.mmio.blk"]), POLICYD, boot)
+
+    async def driver(driver: Driver) -> Any:
+        await set_rights(driver, "a")
+        at = await Now()
+        await driver.pause(SECOND)
+        return at, await driver.record("a")
+
+    run = boot(driver, text=text, mains={"policyd": slow, "a": idle}, ready=False)
+
+    at, record = run.result
+    assert (record.state, record.reason, record.generation) == (TaskState.FAILED, "denied", 0)
+    assert run.time("init: no start of a") > at
+
+
 def test_the_page_says_whether_policyd_answers(boot: Boot) -> None:
     async def driver(driver: Driver) -> list[PolicyWord]:
         words = [await PolicyRead()]
@@ -965,13 +1015,7 @@ async def set_policy(driver: Driver, slot: Slot, size: int) -> Any:
 
 def test_the_policy_is_given_out_and_taken_and_decides_at_once(boot: Boot) -> None:
     async def driver(driver: Driver) -> tuple[Any, ...]:
-        answer = await driver.control.ask(GetPolicy(), await driver.ahead(SECOND))
-        assert isinstance(answer, Answer), answer
-        assert isinstance(answer.reply, PolicyGiven)
-        bulk = await accept_bulk(answer.cap, 0, answer.reply.size)
-        assert isinstance(bulk, Bulk)
-        old = decode_policy(bytes(bulk.view))
-        await bulk.release()
+        old = await held(driver)
         rights = [right for right in old.allow["driver"] if right.name == "policy.authority"]
         less = Policy(services=old.services, allow={**old.allow, "driver": rights})
         taken = await give(driver, less.encoded())
@@ -988,8 +1032,142 @@ def test_the_policy_is_given_out_and_taken_and_decides_at_once(boot: Boot) -> No
     assert (system.policy_generation, system.policy_digest) == (2, old.digest)
 
 
+async def held(driver: Driver) -> Policy:
+    """The policy that init keeps."""
+    answer = await driver.control.ask(GetPolicy(), await driver.ahead(SECOND))
+    assert isinstance(answer, Answer), answer
+    assert isinstance(answer.reply, PolicyGiven)
+    bulk = await accept_bulk(answer.cap, 0, answer.reply.size)
+    assert isinstance(bulk, Bulk)
+    policy = decode_policy(bytes(bulk.view))
+    await bulk.release()
+    return policy
+
+
+async def set_rights(driver: Driver, name: str, *rights: str) -> None:
+    """Put a policy in force in which `name` has these rights; the others keep theirs."""
+    old = await held(driver)
+    given = [Right(right, "new.toml", line) for line, right in enumerate(rights, 1)]
+    new = Policy(services=old.services, allow={**old.allow, name: given})
+    assert isinstance(await give(driver, new.encoded()), PolicyTaken)
+
+
+GRANTS: Final = {
+    "port.door": 'ports = ["door"]',
+    "device.serial": 'devices.serial = { path = "/dev/ttyS0" }',
+    "net.listen.web": "listen.web = { port = 8080 }",
+    "net.connect": "connect = [1883]",
+}
+
+
+def test_in_safe_mode_a_right_starts_none_that_is_left_out(boot: Boot) -> None:
+    """b was denied its port before; the policy that allows it does not end safe mode for it."""
+
+    async def driver(driver: Driver) -> tuple[Any, ...]:
+        await driver.pause(400 * MS)
+        denied = await driver.record("b")
+        await set_rights(driver, "b", "port.door")
+        await driver.pause(400 * MS)
+        safe = await driver.record("b")
+        _ = await driver.reply(LeaveSafeMode(), SafeModeLeft)
+        await driver.pause(300 * MS)
+        after = await driver.record("b")
+        _ = await driver.reply(Shutdown(), ShuttingDown)
+        return denied.state, safe.state, after.state
+
+    text = SAFE.replace('"proof.control"', '"proof.control", "policy.authority"')
+    text = text.replace(service("b"), service("b", 'ports = ["door"]'))
+
+    async def main(boot: BootImage) -> int:
+        return await (crash(boot) if boot.generation <= 3 else idle(boot))
+
+    run = boot(driver, text=text, mains={"a": main, "b": idle}, ready=False, memory=b"")
+
+    assert "init: safe mode" in run.lines()
+    assert run.result == (TaskState.FAILED, TaskState.LEFT_OUT, TaskState.UP)
+
+
+@pytest.mark.parametrize("lost", GRANTS)
+def test_a_service_that_holds_a_grant_ends_with_its_right(boot: Boot, lost: str) -> None:
+    """At once, said, decided anew, and no crash; the others run on. With the right it is back."""
+
+    async def driver(driver: Driver) -> tuple[Any, ...]:
+        await set_rights(driver, "a", *(right for right in GRANTS if right != lost))
+        at = await Now()
+        await driver.pause(300 * MS)
+        denied = await driver.record("a")
+        await set_rights(driver, "a", *GRANTS)
+        await driver.pause(300 * MS)
+        return at, denied, [await driver.record(name) for name in ("a", "timed")]
+
+    rights = f"capabilities = {json.dumps(list(GRANTS))}"
+    text = SYSTEM + KEEPER + service("a", 'isolation = "exec"', *GRANTS.values(), rights)
+    run = boot(driver, text=text, mains={"a": idle}, memory=b"")
+
+    at, denied, after = run.result
+    assert (denied.state, denied.reason) == (TaskState.FAILED, "denied")
+    assert [(each.state, each.generation) for each in after] == [
+        (TaskState.UP, 2),
+        (TaskState.UP, 1),
+    ]
+    (end,) = ends(run, "a")
+    assert end["reason"] == "grant revoked"
+    assert abs(end["died"] - at) < MS
+    assert [row[0] for row in run.evidence("init: grants of a revoked")["grants"]] == [lost]
+    assert decode_memory(run.memory).ends == []
+    assert run.ended.code == 0
+
+
+def test_a_service_that_keeps_the_rights_of_its_grants_runs_on(boot: Boot) -> None:
+    async def driver(driver: Driver) -> Any:
+        await set_rights(driver, "a", "port.door", "x.y")
+        await driver.pause(300 * MS)
+        return await driver.record("a")
+
+    entry = service("a", 'ports = ["door"]', 'capabilities = ["port.door", "log.read"]')
+    run = boot(driver, text=SYSTEM + KEEPER + entry, mains={"a": idle})
+
+    assert (run.result.state, run.result.generation) == (TaskState.UP, 1)
+    assert not run.lines("init: grants of")
+
+
+def test_revoked_grants_are_not_counted_in_the_group(boot: Boot) -> None:
+    """The group may restart once; its member loses its port three times."""
+
+    async def driver(driver: Driver) -> Any:
+        for _ in range(3):
+            await set_rights(driver, "a")
+            await driver.pause(200 * MS)
+            await set_rights(driver, "a", "port.door")
+            await driver.pause(200 * MS)
+        return await driver.record("a")
+
+    entry = service("a", 'group = "g"', 'ports = ["door"]', 'capabilities = ["port.door"]')
+    text = SYSTEM + KEEPER + group("g", restarts=1, within="10s") + entry
+    run = boot(driver, text=text, mains={"a": idle})
+
+    assert (run.result.state, run.result.generation) == (TaskState.UP, 4)
+
+
+def test_a_system_that_ends_with_a_revoked_service_has_not_crashed(boot: Boot) -> None:
+    """The driver takes its own port: it is killed, the system ends with it, in order."""
+
+    async def driver(driver: Driver) -> None:
+        await set_rights(driver, "driver", "policy.authority")
+
+    text = SYSTEM + KEEPER.replace("authority", 'authority", "port.door')
+    text = text.replace('program = "driver"', 'program = "driver"\nports = ["door"]')
+    memory = b'{"version":1,"boots":7,"unstable":1,"why":"","ends":[]}'
+    run = boot(driver, text=text, ready=False, memory=memory)
+
+    assert run.result is None
+    assert run.evidence("init: stopped")["dirty"] == []
+    assert decode_memory(run.memory).unstable == 1
+    assert run.ended.code == 0
+
+
 @pytest.mark.covers("init.BAD_POLICY")
-@pytest.mark.parametrize("kind", ["garbage", "stranger", "few", "short", "link"])
+@pytest.mark.parametrize("kind", ["garbage", "latin", "stranger", "few", "short", "link"])
 def test_what_is_no_policy_of_this_system_is_refused_and_the_old_one_stays(
     boot: Boot, kind: str
 ) -> None:
@@ -998,6 +1176,8 @@ def test_what_is_no_policy_of_this_system_is_refused_and_the_old_one_stays(
         good = Policy(services=services, allow={})
         if kind == "garbage":
             outcome = await give(driver, b"\xc1 no policy")
+        elif kind == "latin":
+            outcome = await give(driver, good.encoded().replace(b"timed", b"tim\xe9d"))
         elif kind == "stranger":
             right = Right("x.y", "f", 1)
             outcome = await give(

@@ -161,7 +161,7 @@ WRONG = [
     ("[service.timed]\nprogram = 7", 4, "service.timed.program to be a name", "7"),
     ('[service.timed]\nprogram = "clock"', 4, "a program, one of demo.interactive", '"clock"'),
     ('[service.Timed]\nprogram = "timed"', 3, "to be a name of at most 48 small", '"Timed"'),
-    ('[service.init-lite]\nprogram = "timed"', 3, "another name than init's own", '"init-lite"'),
+    ('[service.init-lite]\nprogram = "timed"', 3, "a name that is not reserved", '"init-lite"'),
     (TIMED_ENTRY + 'qos = "high"', 6, 'one of "idle", "normal"', '"high"'),
     (TIMED_ENTRY + "cpu = -1", 6, "service.timed.cpu to be a whole number from 0 to 3", "-1"),
     (TIMED_ENTRY + 'budget = "1GiB"', 6, "service.timed.budget to be", '"1GiB"'),
@@ -264,13 +264,13 @@ def test_a_table_of_capabilities_that_would_overflow_is_refused() -> None:
 
 
 def test_two_names_with_one_identity_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crosschecks, "service_id", lambda name: ServiceId(len(name)))
+    monkeypatch.setattr(crosschecks, "service_id", lambda name: ServiceId(ord(name[0])))
 
     error = error_of(HEAD + TIMED_ENTRY + CLIENT + '[service.timer]\nprogram = "timed"\n')
 
     assert error.line == 9
     assert 'not that of "timed"' in error.expected
-    assert '"timer" with 0x0000000000000005' in error.found
+    assert '"timer" with 0x0000000000000074' in error.found
 
 
 def test_a_name_with_the_identity_of_init_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

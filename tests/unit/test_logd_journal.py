@@ -217,6 +217,48 @@ def test_large_records_push_out_as_many_as_their_bytes_need() -> None:
     assert journal.size <= SIZE_MIN
 
 
+@pytest.mark.parametrize("text", ["", "x" * TEXT_SIZE_MAX], ids=["by number", "by bytes"])
+def test_a_sender_that_never_stops_does_not_push_out_what_others_said(text: str) -> None:
+    journal = Journal(100, SIZE_MIN * 2)
+    others = [_said(journal, service, "x") for service in range(1, 6) for _ in range(2)]
+
+    for _ in range(1000):
+        _ = _said(journal, 9, text)
+
+    assert [each for each in paged(journal) if each <= len(others)] == others
+    assert journal.oldest == 1
+    assert len(journal) + journal.dropped == journal.total == 1000 + len(others)
+
+
+def test_two_that_never_stop_and_hold_no_more_than_they_may_push_out_the_oldest() -> None:
+    journal = Journal(100, SIZE_DEFAULT)
+
+    for number in range(1000):
+        _ = _said(journal, number % 2, "")
+
+    assert paged(journal) == list(range(901, 1001))
+
+
+def test_paging_leads_over_ids_that_are_missing_and_each_page_is_full() -> None:
+    journal = Journal(40, SIZE_DEFAULT)
+    first = [_said(journal, 1, "") for _ in range(5)]
+    for _ in range(10_000):
+        _ = _said(journal, 9, "")
+
+    page = journal.page(query())
+
+    assert [record.record for record in page.records[:5]] == first
+    assert len(page.records) == PAGE_MAX
+    assert page.next == page.records[-1].record + 1
+    assert journal.page(query(count=5)).next == page.records[5].record
+    assert paged(journal) == [*first, *range(journal.total - 34, journal.total + 1)]
+    assert journal.page(query(journal.total + 7)).next == journal.total + 7
+
+
+def _said(journal: Journal, service: int, text: str) -> int:
+    return journal.append(sender(service), line(text), Row(ServiceId(service), 1), Nanos(0))
+
+
 def test_the_largest_record_fits_the_smallest_ring_and_one_page() -> None:
     journal = Journal(1, SIZE_MIN)
     worst = Append(
@@ -368,6 +410,7 @@ class JournalBesideAModel(RuleBasedStateMachine):
         self.journal = Journal(5, SIZE_MIN)
         self.senders = Senders({ServiceId(1)}, core_rate=9, rate=3)
         self.everything: list[tuple[int, str]] = []
+        self.kept: list[tuple[int, int, int]] = []  # id, service, size
         self.sent: Counter[int] = Counter()
         self.now = 0
 
@@ -385,6 +428,18 @@ class JournalBesideAModel(RuleBasedStateMachine):
             record = self.journal.append(sender(service), request, row, Nanos(self.now))
             self.everything.append((service, request.text))
             assert record == len(self.everything)
+            size = RECORD_OVERHEAD + len("test") + len(escaped(request.text))
+            while len(self.kept) >= 5 or sum(each[2] for each in self.kept) + size > SIZE_MIN:
+                self.kept.remove(self.next_out())
+            self.kept.append((record, service, size))
+
+    def next_out(self) -> tuple[int, int, int]:
+        """By the rule of the ring: of who has more than three quarters, or the oldest of all."""
+        for each in self.kept:
+            sizes = [size for _, service, size in self.kept if service == each[1]]
+            if 4 * len(sizes) > 3 * 5 or 4 * sum(sizes) > 3 * SIZE_MIN:
+                return each
+        return self.kept[0]
 
     @rule(service=st.sampled_from([1, 2]), count=st.integers(1, 12))
     def burst(self, service: int, count: int) -> None:
@@ -396,12 +451,13 @@ class JournalBesideAModel(RuleBasedStateMachine):
         self.now += wait
 
     @invariant()
-    def the_ring_holds_the_latest(self) -> None:
+    def the_ring_holds_what_the_rule_says(self) -> None:
         kept = len(self.journal)
         assert kept <= 5
         assert self.journal.size <= self.journal.size_max
         ids = paged(self.journal)
-        assert ids == list(range(len(self.everything) - kept + 1, len(self.everything) + 1))
+        assert ids == [each[0] for each in self.kept]
+        assert kept == len(ids)
         records = [self.journal.page(query(number, count=1)).records[0] for number in ids]
         assert [(each.service, unescaped(each.text)) for each in records] == [
             self.everything[number - 1] for number in ids

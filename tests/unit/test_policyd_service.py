@@ -1,5 +1,6 @@
 """policyd between a fake init and a fake logd: what it decides, counts, audits and survives."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from nexus.abi import INIT_NAME, Nanos, Now, Recv, Send, SleepUntil, service_id
 from nexus.ipc import Client, Peers, Refused, RetryBudget, TimedOut, offer_bulk
 from nexus.protocols.init import InitStatus
-from nexus.protocols.logd import LogdStatus
+from nexus.protocols.logd import Level, LogdStatus
 from nexus.protocols.meta import GetStatus, Health, ServiceStatus
 from nexus.protocols.policy import DELEGATE, EXEC_RIGHT, RELOAD, ROUTE_RIGHT, Policy
 from nexus.protocols.policyd import (
@@ -29,14 +30,14 @@ from nexus.protocols.policyd import (
     Route,
     Verdict,
 )
-from nexus.services.policyd.audit import (
-    ATTEMPTS_MAX,
-    MALFORMED_MAX,
-    POSTS_MAX,
-    WAITING_MAX,
-    cut,
-)
+from nexus.services.policyd.audit import POSTS_MAX, cut
 from nexus.services.policyd.judge import Judge
+from nexus.services.policyd.shares import (
+    MALFORMED,
+    PLACES_DEFAULT,
+    RATE_DEFAULT,
+    RELOADS,
+)
 from nexus.wire import HEADER_SIZE, ReplyStatus, status_of
 from tests.fakes.policy import SERVICES, PolicySystem, policy_of
 
@@ -91,6 +92,10 @@ def wait(system: PolicySystem, span: int) -> None:
         _ = await SleepUntil(Nanos(await Now() + span))
 
     system.client(body, "other")
+
+
+def numbers(first: int, last: int) -> list[str]:
+    return [str(number) for number in range(first, last + 1)]
 
 
 def verdict_of(outcome: object) -> tuple[Verdict, Reason]:
@@ -436,39 +441,235 @@ def test_audits_wait_for_logd_and_none_is_lost_when_it_comes() -> None:
     assert (counts(system).audited, counts(system).audit_waiting) == (20, 0)
 
 
-def test_what_does_not_fit_is_counted_and_told_by_the_next_record() -> None:
-    system = system_of()
+def test_what_does_not_fit_is_counted_and_told_by_a_sum() -> None:
+    system = system_of(settings={"audit_rate": 1000})
     system.keeper.down.add("logd")
 
-    ask(system, *(Check("proof.probe", "") for _ in range(WAITING_MAX + 5)))
+    ask(system, *(Check("proof.probe", "") for _ in range(PLACES_DEFAULT + 4)), Check("no", ""))
     full = counts(system)
     system.keeper.down.clear()
     wait(system, 5 * SECOND)
     ask(system, Check("proof.probe", "last"))
     wait(system, SECOND)
 
-    assert (full.audit_waiting, full.audit_dropped) == (WAITING_MAX, 5)
-    assert counts(system).audited == WAITING_MAX + 1
-    last = system.logd.audits()[-1]
-    assert (last["target"], last["dropped"]) == ("last", "5")
-    assert "dropped" not in system.logd.audits()[0]
+    assert (full.audit_waiting, full.audit_dropped) == (PLACES_DEFAULT, 5)
+    assert counts(system).audited == PLACES_DEFAULT + 1
+    audits = system.logd.audits()
+    assert [each["number"] for each in audits[:-2]] == numbers(1, PLACES_DEFAULT)
+    assert audits[-2] == {
+        "op": "suppressed",
+        "asked_by": "app",
+        "count": "5",
+        "first": str(PLACES_DEFAULT + 1),
+        "last": str(PLACES_DEFAULT + 5),
+        "allowed": "4",
+        "denied": "1",
+    }
+    assert system.logd.records[-2].level is Level.WARN
+    assert audits[-1]["target"] == "last"
+
+
+def test_what_exceeds_the_rate_is_told_within_a_second_though_nothing_else_happens() -> None:
+    system = system_of()
+
+    ask(system, *(Check("proof.probe", "") for _ in range(RATE_DEFAULT + 3)))
+    wait(system, SECOND // 2)
+    early = len(system.logd.records)
+    wait(system, SECOND // 2 + SECOND // 100)
+
+    assert early == RATE_DEFAULT
+    (last,) = system.logd.audits()[RATE_DEFAULT:]
+    assert (last["op"], last["first"], last["last"]) == (
+        "suppressed",
+        str(RATE_DEFAULT + 1),
+        str(RATE_DEFAULT + 3),
+    )
+    found = counts(system)
+    assert (found.audited, found.audit_dropped, found.audit_waiting) == (RATE_DEFAULT, 3, 0)
+
+
+def test_an_asker_that_never_stops_writes_its_rate_and_one_sum_a_second() -> None:
+    system = system_of()
+    seconds = 3
+
+    async def body(peers: Peers) -> int:
+        policyd = await bound(peers)
+        asked = 0
+        until = await Now() + seconds * SECOND
+        while await Now() < until:
+            _ = await policyd.call(Check("proof.probe", ""), FAR)
+            asked += 1
+            _ = await SleepUntil(Nanos(await Now() + 1_000_000))
+        return asked
+
+    asked = system.client(body)
+    wait(system, 2 * SECOND)
+
+    audits = system.logd.audits()
+    sums = [each for each in audits if each["op"] == "suppressed"]
+    assert asked > 10 * RATE_DEFAULT * seconds
+    assert len(sums) in (seconds, seconds + 1)
+    assert len(audits) <= (seconds + 1) * (RATE_DEFAULT + 1)
+    assert told_once(audits, dict.fromkeys(range(1, asked + 1), "app"))
+
+
+def test_a_flood_takes_no_place_of_anybody_else() -> None:
+    system = system_of()
+    system.keeper.down.add("logd")
+
+    ask(system, *(Check("proof.probe", "") for _ in range(1000)))
+    ask(system, *(Check("no", "") for _ in range(10)), name="keystored")
+    system.keeper.down.clear()
+    wait(system, 5 * SECOND)
+
+    kept = [each for each in system.logd.audits() if each["asked_by"] == "keystored"]
+    assert [each["number"] for each in kept] == numbers(1001, 1010)
+
+
+@pytest.mark.parametrize("flooding", ["app", "statefsd"])
+def test_the_record_of_a_reload_has_a_place_though_all_others_are_taken(flooding: str) -> None:
+    system = system_of()
+    system.keeper.down.add("logd")
+
+    ask(system, *(Check("proof.probe", "") for _ in range(1000)), name=flooding)
+    ask(system, Reload(policy_of({**BASE, "app": []}).encoded()), name="statefsd")
+    system.keeper.down.clear()
+    wait(system, 5 * SECOND)
+
+    (found,) = [each for each in system.logd.audits() if each["op"] == "reload"]
+    assert (found["decision"], found["asked_by"], found["number"]) == ("allow", "statefsd", "1001")
+
+
+def test_who_may_not_reload_has_no_place_of_a_reload() -> None:
+    system = system_of(settings={"audit_rate": 2})
+
+    ask(system, *(Reload(b"\x80") for _ in range(5)))
+    wait(system, 2 * SECOND)
+
+    *own, last = system.logd.audits()
+    assert [each["op"] for each in own] == ["reload", "reload"]
+    assert (last["op"], last["denied"], last["count"]) == ("suppressed", "3", "3")
+    assert "reloads" not in last
+
+
+def test_reloads_beyond_their_own_rate_are_decisions_like_others_and_told_as_reloads() -> None:
+    system = system_of(settings={"audit_rate": 2})
+
+    ask(system, *(Reload(b"\x80") for _ in range(RELOADS.rate + 2 + 3)), name="statefsd")
+    wait(system, 2 * SECOND)
+
+    *own, last = system.logd.audits()
+    assert [each["op"] for each in own] == ["reload"] * (RELOADS.rate + 2)
+    assert (last["allowed"], last["reloads"], last["count"]) == ("3", "3", "3")
+
+
+def told_once(audits: list[dict[str, str]], asked: dict[int, str]) -> bool:
+    """Whether every decision, by number and who asked, is told by one record or by one sum.
+
+    A record that is there twice is the same record.
+    """
+    own = {(int(each["number"]), each["asked_by"]) for each in audits if "number" in each}
+    sums = {tuple(each.items()) for each in audits if each["op"] == "suppressed"}
+    tellers = Counter(own)
+    for each in map(dict, sums):
+        first, last = int(each["first"]), int(each["last"])
+        inside = [n for n in range(first, last + 1) if asked[n] == each["asked_by"]]
+        assert len(inside) == int(each["count"]), each
+        assert len(inside) == int(each.get("allowed", 0)) + int(each.get("denied", 0))
+        tellers.update((n, each["asked_by"]) for n in inside)
+    assert tellers == dict.fromkeys(asked.items(), 1)
+    return True
+
+
+@pytest.mark.parametrize("places", [8, 64])
+def test_every_decision_is_told_once_also_in_a_flood_of_three_and_a_restart_of_logd(
+    places: int,
+) -> None:
+    system = system_of(settings={"audit_rate": 100, "audit_places": places})
+    first = system.logd
+    asked: dict[int, str] = {}
+    rounds = 900
+
+    def flood(name: str) -> Callable[[Peers], Any]:
+        async def body(peers: Peers) -> None:
+            policyd = await bound(peers)
+            for number in range(rounds):
+                decision = await policyd.call(Check("proof.probe", ""), FAR)
+                assert isinstance(decision, Decision)
+                asked[decision.number] = name
+                if number % 3 == 0:
+                    _ = await SleepUntil(Nanos(await Now() + 7_000_000))
+                if name == "app" and number == rounds // 3:
+                    system.kill("logd")
+                if name == "app" and number == 2 * rounds // 3:
+                    _ = system.start_logd()
+
+        return body
+
+    floods = [system.add_client(flood(name), name) for name in ("app", "other", "keystored")]
+    for each in floods:
+        system.kernel.run(each)
+    wait(system, 8 * SECOND)
+
+    audits = first.audits() + system.logd.audits()
+    found = counts(system)
+    assert sorted(asked) == list(range(1, 3 * rounds + 1))
+    assert told_once(audits, asked)
+    assert (found.audited + found.audit_dropped, found.audit_waiting) == (3 * rounds, 0)
+    assert {each["asked_by"] for each in audits if each["op"] == "suppressed"} == {
+        "app",
+        "other",
+        "keystored",
+    }
 
 
 def test_malformed_requests_do_not_crowd_out_decisions() -> None:
     system = system_of()
     system.keeper.down.add("logd")
 
-    for _ in range(MALFORMED_MAX + 4):
+    for _ in range(MALFORMED.places + 4):
         _ = raw(system, lambda frame: frame[:-1])
-    ask(system, *(Check("proof.probe", "") for _ in range(WAITING_MAX)))
+    ask(system, *(Check("proof.probe", "") for _ in range(PLACES_DEFAULT)))
 
     found = counts(system)
-    assert (found.malformed, found.audit_dropped) == (MALFORMED_MAX + 4, 0)
+    assert (found.malformed, found.audit_dropped) == (MALFORMED.places + 4, 0)
     system.keeper.down.clear()
     wait(system, 10 * SECOND)
-    reasons = [each["reason"] for each in system.logd.audits()]
-    assert reasons.count("malformed") == MALFORMED_MAX
-    assert reasons.count("policy") == WAITING_MAX
+    audits = system.logd.audits()
+    reasons = [each.get("reason") for each in audits]
+    assert reasons.count("malformed") == MALFORMED.places
+    assert reasons.count("policy") == PLACES_DEFAULT
+    (told,) = [each for each in audits if each["op"] == "suppressed"]
+    assert told == {"op": "suppressed", "asked_by": "app", "count": "0", "malformed": "4"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"audit_rate": 0}, "audit_rate is 0: from 1 to 65536 is possible"),
+        ({"audit_places": 1025}, "audit_places is 1025: from 1 to 1024 is possible"),
+        ({"audit_rates": 5}, "audit_rates"),
+    ],
+)
+def test_wrong_settings_end_it_with_a_sentence(settings: dict[str, Any], word: str) -> None:
+    system = PolicySystem(policy_of(BASE), policyd=False, settings=settings)
+
+    code = system.kernel.run(system.start_policyd())
+
+    assert code == 2
+    ((_, line, _),) = system.kernel.console
+    assert line.startswith("policyd: settings: ")
+    assert word in line
+    assert line.endswith("correct [service.policyd.settings] in the system file")
+
+
+def test_a_larger_share_is_a_matter_of_the_settings() -> None:
+    system = system_of(settings={"audit_rate": 1000, "audit_places": 256})
+
+    ask(system, *(Check("proof.probe", "") for _ in range(250)))
+    wait(system, 2 * SECOND)
+
+    assert [each["number"] for each in system.logd.audits()] == numbers(1, 250)
 
 
 def test_a_rate_limited_audit_is_sent_again_in_its_order() -> None:
@@ -487,14 +688,19 @@ def test_a_rate_limited_audit_is_sent_again_in_its_order() -> None:
     assert counts(system).audited == 10
 
 
-def test_an_audit_that_is_refused_again_and_again_is_dropped_and_counted() -> None:
+def test_an_audit_that_is_refused_again_and_again_waits_until_it_is_taken() -> None:
     system = system_of()
     system.logd.accepts = 0
 
     ask(system, Check("proof.probe", ""))
-    wait(system, (ATTEMPTS_MAX + 5) * SECOND // 4)
+    wait(system, 25 * SECOND)
+    refused = counts(system)
+    system.logd.accepts = None
+    wait(system, SECOND)
 
-    assert (counts(system).audit_dropped, counts(system).audit_waiting) == (1, 0)
+    assert 70 <= system.logd.limited <= 100, "at most four times a second, and without end"
+    assert (refused.audit_dropped, refused.audit_waiting) == (0, 1)
+    assert (counts(system).audited, counts(system).audit_waiting) == (1, 0)
 
 
 @pytest.mark.parametrize("status", [LogdStatus.INVALID_ARGS, LogdStatus.OVER_LIMIT])
@@ -505,7 +711,22 @@ def test_an_audit_refused_for_good_is_dropped_at_once(status: LogdStatus) -> Non
     ask(system, Check("proof.probe", ""))
     wait(system, SECOND)
 
-    assert (counts(system).audit_dropped, counts(system).audited) == (1, 0)
+    found = counts(system)
+    assert (found.audit_dropped, found.audited, found.audit_waiting) == (1, 0, 0)
+
+
+def test_a_decision_whose_record_is_refused_for_good_is_told_by_a_sum_of_one() -> None:
+    system = system_of()
+    system.logd.refuses = LogdStatus.INVALID_ARGS
+    system.logd.refuses_op = "check"
+
+    ask(system, Check("no", ""), Exec("app", "demo"))
+    wait(system, SECOND)
+
+    alone, _ = sorted(system.logd.audits(), key=lambda each: each["op"] != "suppressed")
+    assert (alone["first"], alone["last"], alone["denied"]) == ("1", "1", "1")
+    assert told_once(system.logd.audits(), {1: "app", 2: "app"})
+    assert (counts(system).audit_dropped, counts(system).audited) == (1, 1)
 
 
 def test_an_audit_counts_only_when_logd_has_said_so() -> None:
@@ -573,7 +794,10 @@ def test_it_is_ready_only_with_a_policy() -> None:
     ]
 
 
-@pytest.mark.parametrize(("garbage", "word"), [(b"\xc1", "Unreadable"), (b"\x80", "Unreadable")])
+@pytest.mark.parametrize(
+    ("garbage", "word"),
+    [(b"\xc1", "Unreadable"), (b"\x80", "Unreadable"), (b"\x81\xa1\xff\x90", "Unreadable")],
+)
 def test_what_is_no_policy_is_not_taken_from_init(garbage: bytes, word: str) -> None:
     system = PolicySystem(policy_of(BASE), policyd=False)
     system.keeper.garbage = garbage
@@ -669,11 +893,20 @@ def test_who_may_not_reload_changes_nothing_and_is_audited() -> None:
         b"\xc1",
         b"\x80",
         policy_of(BASE).encoded() + b"\0",
+        policy_of(BASE).encoded().replace(b"base.toml", b"bas\xff.toml"),
         policy_of({**BASE, "ghost": ["a"]}).encoded(),
         policy_of(BASE, services=[*SERVICES, "ghost"]).encoded(),
         policy_of(BASE, services=SERVICES[1:]).encoded(),
     ],
-    ids=["no MessagePack", "no policy", "trailing byte", "unknown subject", "more", "fewer"],
+    ids=[
+        "no MessagePack",
+        "no policy",
+        "trailing byte",
+        "no UTF-8",
+        "unknown subject",
+        "more",
+        "fewer",
+    ],
 )
 def test_a_bad_policy_is_refused_and_the_old_one_stays(data: bytes) -> None:
     system = system_of()

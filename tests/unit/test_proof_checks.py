@@ -223,7 +223,9 @@ def _bench(number: int) -> Bench:
             told = {"decision": "deny", "reason": "policy", "grants": 0, "nonce": 5, **about}
             return Bench(48, told | {"denied_before": 2, "denied_after": 3, "took_ns": 900})
         case 96:
-            bench = Bench(96, {"generation": 2, "noticed_ns": 1_400})
+            pages = [[1, True], [2, False], [3, True]]
+            told = {"generation": 2, "pages": pages, "denied": True}
+            bench = Bench(96, {"generation": 2, "noticed_ns": 1_400, "policyd": told})
             bench.plan = LARGER
             ended = {"generation": 1, "code": 0, "signal": 9, "reason": "hang", "died": 10}
             line = {"line": "init: end of demo.testsvc", "evidence": ended}
@@ -231,6 +233,11 @@ def _bench(number: int) -> Bench:
             again = _spawn("demo.testsvc", 7)
             fields = dict(again.fields) | {"generation": 2}
             bench.events.append(again._replace(time=Nanos(11), fields=fields))
+            bench.events.append(_spawn("policyd", 8))
+            bench.events.append(_event(EventKind.EXIT, 8, name="policyd", code=0, signal=9))
+            again = _spawn("another", 8)  # has its pid since, and ends well
+            bench.events.append(again)
+            bench.events.append(_event(EventKind.EXIT, 8, name="another", code=0, signal=0))
             return bench
         case 111:
             statuses = {"status": "INVALID_ARGS", "again": "INVALID_ARGS", "ids": 0}
@@ -347,6 +354,12 @@ LIES: tuple[tuple[int, Lie], ...] = (
     (60, _set("late_ns.0.2", 900_000)),
     (96, _set("noticed_ns", 600_000_000)),
     (96, _set("generation", 3)),
+    (96, _set("policyd.generation", 3)),
+    (96, _set("policyd.pages", [[1, True], [1, True], [3, True]])),
+    (96, _set("policyd.pages", [[1, True], [2, False], [2, True]])),
+    (96, _set("policyd.pages.1.1", True)),
+    (96, _set("policyd.pages.2.1", False)),
+    (96, _set("policyd.denied", False)),
     (111, _set("reason", "over_limit")),
     (111, _set("sender", f"0x{service_id('timed'):016x}")),
     (112, _set("sender", "0x1")),
@@ -417,6 +430,27 @@ def test_an_end_that_was_no_hang_is_found(lie: Lie, sentence: str) -> None:
     bench.events[0] = bench.events[0]._replace(fields=fields)
 
     with pytest.raises(Mismatch, match=sentence):
+        bench.check()
+
+
+@pytest.mark.parametrize("event", [Event(Nanos(10), EventKind.EXIT, Pid(8), {"signal": 0}), None])
+def test_a_policyd_that_was_not_killed_is_found(event: Event | None) -> None:
+    bench = _bench(96)
+    bench.events[3:] = [] if event is None else [event]
+
+    with pytest.raises(Mismatch, match="that instance"):
+        bench.check()
+
+
+def test_on_a_busy_host_policyd_may_be_back_before_anybody_looked() -> None:
+    bench = _bench(96)
+    bench.ground = Ground.LINUX
+    late = {"pages": [[1, True], [3, True], [3, True]], "denied": False}
+    bench.evidence["policyd"] |= late
+    bench.check()
+
+    bench.evidence["policyd"] |= {"pages": [[1, True], [1, True], [3, True]]}
+    with pytest.raises(Mismatch, match="generations of the page"):
         bench.check()
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from nexus.abi import Event, EventKind, Nanos, Pid
-from nexus.init.plan import Plan
+from nexus.init.plan import Plan, load_plan
 from nexus.proof import compare, sabotage, saboteurs
 from nexus.proof.compare import Allowed, Seen, compare_logs, normalise
 from nexus.proof.expected import Scope, not_run
@@ -64,15 +65,19 @@ def test_a_rung_has_at_most_one_saboteur_per_ground() -> None:
     assert len(planted) == len(set(planted))
 
 
-@pytest.mark.parametrize("ground", SIM_LINUX)
-def test_the_rungs_of_init_and_the_kernels_have_a_saboteur_on_each_of_their_grounds(
-    ground: Ground,
-) -> None:
-    numbers = (*range(1, 6), 13, 14, 27, 28, 29, 32, *range(39, 48))
+SELFTEST_SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 
-    for number in numbers:
-        if ground in RUNGS[number - 1].grounds:
-            assert find(number, ground).rung == number
+
+@pytest.mark.parametrize("ground", SIM_LINUX)
+def test_every_rung_that_a_run_of_the_selftest_system_climbs_has_a_saboteur(ground: Ground) -> None:
+    services = [service.name for service in load_plan(SELFTEST_SYSTEM).services]
+    outside = not_run(Scope(ground=ground, smp=2, services=services))
+
+    climbed = {row.number for row in RUNGS} - outside.keys()
+    sabotaged = {each.rung for each in SABOTEURS if ground in each.grounds}
+
+    assert len(climbed) > len(RUNGS) // 3, "the selftest system climbs what is built"
+    assert sabotaged == climbed
 
 
 def _line(text: str) -> Event:

@@ -17,7 +17,18 @@ def test_the_system_file_of_a_new_service_is_right(tmp_path: Path) -> None:
 
     assert tmp_path / "water-valve" / "src" / "water_valve" / "service.py" in files
     assert plan.by_name["water-valve"].program == "water_valve.service:WaterValve"
-    assert plan.policy.right("operator", "water-valve.greet") is not None
+    assert {
+        name: [right.name for right in rights] for name, rights in plan.policy.allow.items()
+    } == {
+        "policyd": ["ipc.core", "policy.authority"],
+        "logd": ["ipc.core", "policy.delegate"],
+        "operator": [
+            *("ipc.core", "port.operator", "log.read", "system.observe", "system.control"),
+            *("policy.reload", "water-valve.greet"),
+        ],
+        "water-valve": ["ipc.core", "policy.delegate"],
+    }
+    assert plan.policy.routes == {}
 
 
 @pytest.mark.slow
@@ -60,6 +71,19 @@ def test_the_tests_of_a_new_service_pass_outside_of_the_tree(tmp_path: Path) -> 
 def test_a_name_that_cannot_be_is_refused(tmp_path: Path, name: str, sentence: str) -> None:
     with pytest.raises(ScaffoldError, match=sentence):
         _ = scaffold(name, tmp_path / "there")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["json", "types", "enum", "test", "msgspec", "pytest"])
+def test_a_name_that_another_package_has_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ScaffoldError) as error:
+        _ = scaffold(name, tmp_path / "there")
+    assert str(error.value).startswith(
+        f'"{name}" cannot be the name of a service: expected a package name that neither Python '
+        "nor an installed package has, found "
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import pytest
+
 from nexus.abi import LinkCreate, LinkTerms, Nanos, Slot
 from nexus.ipc import Closed, Exchange, Refused
+from nexus.protocols.init import InitStatus, TaskRows
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import HoldAt, InteractiveStatus, RegisterFor
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
     PROTOCOL,
+    AskedInit,
+    AskInit,
     Attack,
     Echo,
     Echoed,
@@ -20,9 +25,10 @@ from nexus.protocols.testsvc import (
     TestsvcStatus,
 )
 from nexus.protocols.timed import TimedStatus
+from nexus.services.demo import testsvc
 from nexus.services.demo.interactive import Interactive
 from nexus.services.demo.testsvc import Testsvc
-from nexus.wire import Request
+from nexus.wire import ReplyStatus, Request
 from tests.fakes.pair import FAR, Pair
 
 
@@ -98,6 +104,60 @@ def test_a_raw_session_without_a_link_is_refused() -> None:
 def test_a_flood_of_a_timed_that_was_never_found_is_refused() -> None:
     refused = outcome_of(lone_testsvc(), PROTOCOL, FloodTimed(1))
     assert refused == Refused(TestsvcStatus.SESSION_BROKEN)
+
+
+class Control:
+    """An init that answers with these, one after the other."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
+
+    async def call(self, request: Request[Any], _deadline: Nanos, _context: object) -> Any:
+        self.asked.append(type(request).__name__)
+        return self.answers.pop(0)
+
+
+def asks_init(monkeypatch: pytest.MonkeyPatch, init: Control) -> Any:
+    """What AskInit gets when init answers so."""
+
+    class Peers:
+        async def control(self, _deadline: Nanos) -> Control:
+            return init
+
+    monkeypatch.setattr(testsvc, "Exchange", Control)
+    return outcome_of(Testsvc(Peers()), PROTOCOL, AskInit("nobody"))  # type: ignore[arg-type]
+
+
+DENIED = Refused(ReplyStatus.DENIED)
+NO_SUCH_TASK = Refused(InitStatus.ROUTE_NOT_FOUND)
+
+
+@pytest.mark.parametrize(
+    ("answers", "statuses", "last"),
+    [
+        ([DENIED] * 5, [ReplyStatus.DENIED] * 5, "Shutdown"),
+        (
+            [DENIED, DENIED, NO_SUCH_TASK],
+            [*[ReplyStatus.DENIED] * 2, NO_SUCH_TASK.status],
+            "Restart",
+        ),
+        ([TaskRows(0, [])], [ReplyStatus.OK], "GetTasks"),
+    ],
+    ids=["rights are asked for", "not for a restart", "not at all"],
+)
+def test_init_is_asked_up_to_the_first_that_it_does_not_deny(
+    monkeypatch: pytest.MonkeyPatch, answers: list[Any], statuses: list[int], last: str
+) -> None:
+    init = Control(*answers)
+
+    assert asks_init(monkeypatch, init) == AskedInit([int(status) for status in statuses])
+    assert init.asked[-1] == last
+
+
+def test_an_init_that_does_not_answer_is_no_denial(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = asks_init(monkeypatch, Control(DENIED, Closed()))
+    assert outcome == Refused(TestsvcStatus.SESSION_BROKEN)
 
 
 def test_an_attack_nobody_planted_is_refused() -> None:

@@ -35,6 +35,45 @@ def test_who_lacks_the_right_is_denied(simulate: Simulate) -> None:
     simulate(SYSTEM, scenario)
 
 
+def test_who_lacks_the_right_may_not_stop_it_either(simulate: Simulate) -> None:
+    async def scenario(device: Device) -> None:
+        outcome = await device.ask("pump", Stop())
+        assert isinstance(outcome, Refused)
+        assert outcome.status.name == "DENIED"
+        assert (await device.call("pump", GetState())).reason is StopReason.NOT_STARTED
+
+    simulate(SYSTEM, scenario)
+
+
+def test_while_it_runs_there_is_no_reason_to_stand(simulate: Simulate) -> None:
+    async def scenario(device: Device) -> None:
+        before = await device.call("pump", GetState())
+        assert (before.running, before.reason) == (False, StopReason.NOT_STARTED)
+        await started(device)
+        for _ in range(2):
+            state = await device.call("pump", GetState())
+            assert (state.running, state.reason) == (True, StopReason.RUNNING)
+            assert (await device.call("pump", Stop())).reason is StopReason.ASKED
+            assert (await device.call("pump", Start())).reason is StopReason.RUNNING
+
+    simulate(SYSTEM, scenario, rights=("pump.operate",))
+
+
+def test_it_runs_on_when_the_sensor_dies_and_its_successor_answers_soon(
+    simulate: Simulate,
+) -> None:
+    async def scenario(device: Device) -> None:
+        await started(device)
+        before = await device.state("level")
+        await device.kill("level")
+        await device.sleep("2s")  # longer than a reading counts
+        assert (await device.state("level")).generation == before.generation + 1
+        state = await device.call("pump", GetState())
+        assert (state.running, state.reason, state.starts) == (True, StopReason.RUNNING, 1)
+
+    simulate(SYSTEM, scenario, rights=("pump.operate",))
+
+
 def test_it_does_not_start_on_an_empty_tank(simulate: Simulate) -> None:
     async def scenario(device: Device) -> None:
         await device.call("level", Fill(60))

@@ -10,9 +10,11 @@ from nexus.abi.types import Nanos, Pid
 class EventKind(StrEnum):
     """The closed set of recorded events."""
 
-    SPAWN = "spawn"  # name, generation, program, digest, qos, service (hex id), grants
-    SPAWN_FAILED = "spawn_failed"  # name, program, reason
-    EXIT = "exit"  # name, generation, code, signal
+    # name, generation, program, digest, qos, service (hex id), grants: a task was let go
+    SPAWN = "spawn"
+    # name, program, reason, detail: a refused spawn, or a spawned task that will never be let go
+    SPAWN_FAILED = "spawn_failed"
+    EXIT = "exit"  # name, generation, code, signal; crash (text) if there is one
     CONSOLE = "console"  # name, generation, line, evidence (object)
     LINK = "link"  # owner, holder, depth, size: a link was made
     QOS = "qos"  # line: the QOS-AUDIT text (core.md 1.2)

@@ -445,6 +445,9 @@ class Spawn(Trap[Spawned]):
     Refuses: PermissionDenied; else a status with the reason kept for SpawnLastError: NoSpace
     with oom, cap-table-full or endpoint-quota; Unsupported with map-failed; InvalidArgument with
     invalid-payload (unknown program, bad name, bad budgets, a live task of that name).
+
+    A task with isolation EXEC imports its program after this returns: what is sent to it waits,
+    and if it cannot be imported, or not in time, that is the end of the task as any other.
     """
 
     __slots__ = ("spec",)

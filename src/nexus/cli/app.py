@@ -32,14 +32,10 @@ app.add_typer(safe_app, name="safe")
 
 File = Annotated[Path, typer.Argument(help="The system file (TOML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[
-    str | None,
-    typer.Option(
-        "--name",
-        "-n",
-        envvar="NEXUS_SYSTEM",
-        help="The running system, NAME or NAME@INSTANCE; not needed when only one runs.",
-    ),
+_WHICH = "The running system, NAME or NAME@INSTANCE; not needed when only one runs."
+Name = Annotated[str | None, typer.Option("--name", "-n", envvar="NEXUS_SYSTEM", help=_WHICH)]
+LongName = Annotated[  # for `logs`, whose -n is a number, as that of tail
+    str | None, typer.Option("--name", envvar="NEXUS_SYSTEM", help=_WHICH)
 ]
 Instance = Annotated[
     str | None,
@@ -198,18 +194,19 @@ def call(
 
 @app.command(
     epilog=_examples(
-        "nexus logs -f",
+        "nexus logs -f -n 100",
         "nexus logs --level warn --service timed",
         "nexus logs --field decision=deny --json",
     )
 )
 def logs(
-    name: Name = None,
+    name: LongName = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on with new records until Ctrl-C.")
     ] = False,
     last: Annotated[
-        int, typer.Option("--last", "-l", min=0, max=100_000, help="How many records to show.")
+        int,
+        typer.Option("--last", "-n", "-l", min=0, max=100_000, help="How many records to show."),
     ] = 50,
     level: Annotated[
         str, typer.Option("--level", help="This level and more important ones.")
@@ -235,13 +232,17 @@ def logs(
     epilog=_examples(
         "nexus explain operator timed",
         "nexus explain operator logd log.read --file system.toml",
+        "nexus explain operator timed Register",
     )
 )
 def explain(
     client: Annotated[str, typer.Argument(help="Who wants to.", show_default=False)],
     server: Annotated[str, typer.Argument(help="Whom it wants to reach.", show_default=False)],
     right: Annotated[
-        str | None, typer.Argument(help="The right it needs there.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The right it needs there, or the request it would send.", show_default=False
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -324,11 +325,12 @@ def unit(
     user: Annotated[
         bool, typer.Option("--user", help="For the user's own systemd, not the machine's.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Print a systemd unit that runs a system."""
-    from nexus.cli.unit import unit_text
+    from nexus.cli.unit import unit as act
 
-    print(unit_text(file, instance, user=user), end="")
+    act(file, instance, user=user, as_json=json)
 
 
 @policy_app.command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nexus.abi import INIT_NAME, ServiceId, service_id
 from nexus.cli.client import OperatorClient
 from nexus.cli.errors import UsageError
-from nexus.cli.places import Running, the_running
+from nexus.cli.places import Running, base_dirs, is_alive, the_running
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.wire import Protocol
 
@@ -27,9 +27,9 @@ class Asked:
     @cached_property
     def plan(self) -> "Plan":
         """Raises SystemFileError, as when the file was changed since and is wrong now."""
-        from nexus.init.plan import load_plan
+        from nexus.cli.trial import tried_plan
 
-        return load_plan(Path(self.running.file))
+        return tried_plan(Path(self.running.file))
 
     @cached_property
     def names(self) -> Mapping[ServiceId, str]:
@@ -43,7 +43,7 @@ class Asked:
 
     def client(self) -> OperatorClient:
         """A connection; raises CommandFailed."""
-        return OperatorClient(Path(self.running.runtime), self.running.title)
+        return client_of(self.running)
 
     def protocols(self, service: str) -> tuple[Protocol, ...]:
         """What `service` speaks. Raises UsageError."""
@@ -59,6 +59,12 @@ class Asked:
                 f"there is no service {service} in {self.running.title}: it has {names}"
             )
         return protocols_of(sources_of(self.plan)[planned.program])
+
+
+def client_of(running: Running) -> OperatorClient:
+    """A connection to operator of a running system. Raises CommandFailed."""
+    home = base_dirs(os.environ, os.getuid())[1] / running.title
+    return OperatorClient(Path(running.runtime), running.title, lambda: is_alive(running, home))
 
 
 def asked(title: str | None) -> Asked:

@@ -4,12 +4,12 @@ An interpreter of its own, so that nothing the command needs (typer, rich, a ter
 memory that every service is forked from.
 """
 
-import ctypes
 import os
+import re
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -17,18 +17,22 @@ from typing import Final
 import msgspec
 
 from nexus.abi import NEVER, Nanos
-from nexus.cli import lock
 from nexus.cli.places import LOCK_NAME, RECORD_NAME, Running
-from nexus.cli.sink import Sink, Told
+from nexus.cli.sink import Sink, Told, one_line
 from nexus.init.errors import SystemFileError
 from nexus.init.ground import Places, boot
-from nexus.init.plan import load_plan
+from nexus.init.plan import load_plan, load_policy
+from nexus.kernel.core import CannotRun
 from nexus.kernel.linux.harden import UID_FIRST
 from nexus.kernel.linux.identity import ROWS
+from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
+from nexus.proof import lock
 from nexus.protocols.ladder import Ground
 
 EXIT_FAILED: Final = 1
 MICROSECOND: Final = 1_000  # ns
+WATCHDOG_USEC: Final = re.compile(r"[0-9]{1,20}")  # as systemd writes it: 64 bits
+WATCHDOG_LEAST: Final = Nanos(1_000_000)  # ns; below it init would do nothing but answer it
 REFUSED: Final = "refused"  # kind of the Told that says why nothing was booted
 RUNS_ALREADY: Final = (
     "{title} runs already, as process {pid}: end it with `nexus down`, or give this one a name "
@@ -37,8 +41,9 @@ RUNS_ALREADY: Final = (
 UID_BLOCKS: Final[tuple[int, ...]] = (UID_FIRST, *range(65_536, 65_536 + 8 * ROWS, ROWS))
 """First user ids of the blocks, one per instance: no service may share an id with one of another
 instance. Those behind the first are below 100000, where Debian's ranges for containers begin."""
+UID_LOCKS: Final = Path("/run/nexus/.uids")
+"""A lock per block. The machine has each id once, wherever a system keeps what it has to keep."""
 
-PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
 
 
@@ -49,6 +54,16 @@ class NoUidsLeft(Exception):
         super().__init__(
             f"{len(UID_BLOCKS)} systems of root run here, and there are no user ids for another: "
             "end one with `nexus down`"
+        )
+
+
+class StateInUse(Exception):
+    """Another init holds the state directory."""
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(
+            f"another running system holds the state directory {state}: end it with `nexus down`, "
+            "or give this one a directory of its own"
         )
 
 
@@ -78,13 +93,13 @@ def main(argv: Sequence[str]) -> int:
     )
     try:
         return _boot(job, sink)
-    except lock.AlreadyRuns as error:
-        why = RUNS_ALREADY.format(title=job.running.title, pid=error.pid)
-    except (SystemFileError, NoUidsLeft) as error:
+    except lock.AlreadyHeld as error:
+        why = RUNS_ALREADY.format(title=job.running.title, pid=error.pid or "unknown")
+    except (SystemFileError, NoUidsLeft, StateInUse, CannotRun, lock.NotPrivate) as error:
         why = str(error)
     except OSError as error:
         why = f"the system could not be booted: {error}"
-    sink.tell(Told(REFUSED, job.running.title, why))
+    sink.tell(Told(REFUSED, job.running.title, one_line(why)))
     _ = sys.stderr.write(f"nexus: {why}\n")
     return EXIT_FAILED
 
@@ -93,9 +108,15 @@ def _boot(job: Job, sink: Sink) -> int:
     home = Path(job.home)
     with ExitStack() as stack:
         _ = stack.callback(os.close, lock.take(home / LOCK_NAME))
-        uid_first = _take_uids(home.parent, stack)
+        _take_state(Path(job.running.state), stack)
+        uid_first = _take_uids(UID_LOCKS, stack)
         plan = load_plan(Path(job.running.file))
-        running = msgspec.structs.replace(job.running, digest=plan.digest, pid=os.getpid())
+        running = msgspec.structs.replace(
+            job.running,
+            digest=plan.digest,
+            pid=os.getpid(),
+            started=lock.start_of(os.getpid()),
+        )
         fresh = home / f"{RECORD_NAME}.new"
         _ = fresh.write_bytes(msgspec.json.encode(running))
         _ = fresh.replace(home / RECORD_NAME)
@@ -112,40 +133,58 @@ def _boot(job: Job, sink: Sink) -> int:
                 notify=os.environ.get("NOTIFY_SOCKET") if job.streams else None,
                 uid_first=uid_first,
             ),
-            policy_source=lambda: load_plan(Path(running.file)).policy,
-            watchdog=_watchdog() if job.streams else None,
+            policy_source=lambda: load_policy(Path(running.file)),
+            watchdog=watchdog_of(os.environ, os.getpid()) if job.streams else None,
         ).exit
     return SIGNAL_BASE + ended.signal if ended.signal else ended.code
 
 
-def _take_uids(base: Path, stack: ExitStack) -> int | None:
+def _take_state(state: Path, stack: ExitStack) -> None:
+    """Two inits never share a state directory, whatever became of their lock files.
+
+    Raises StateInUse.
+    """
+    try:
+        held = lock.take_directory(state)
+    except lock.AlreadyHeld as error:
+        raise StateInUse(state) from error
+    _ = stack.callback(os.close, held)
+
+
+def _take_uids(locks: Path, stack: ExitStack) -> int | None:
     """The first of the user ids that this instance's services may have, and no other's.
 
-    Only root gives any. Raises NoUidsLeft.
+    Only root gives any. Raises NoUidsLeft and NotPrivate.
     """
     if os.geteuid() != 0:
         return None
+    lock.make_private(locks, 0, locks.parent)
     for index, first in enumerate(UID_BLOCKS):
         try:
-            held = lock.take(base / f".uids.{index}", wait=0)
-        except lock.AlreadyRuns:
+            held = lock.take(locks / str(index), wait=0)
+        except lock.AlreadyHeld:
             continue
         _ = stack.callback(os.close, held)
         return first
     raise NoUidsLeft
 
 
-def _watchdog() -> Nanos | None:
-    """How long the service manager may hear nothing, by sd_watchdog_enabled(3)."""
-    interval = os.environ.get("WATCHDOG_USEC", "")
-    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return Nanos(int(interval) * MICROSECOND) if ours and interval.isdigit() else None
+def watchdog_of(environ: Mapping[str, str], pid: int) -> Nanos | None:
+    """How long the service manager may hear nothing, by sd_watchdog_enabled(3).
+
+    None for no watchdog: none was asked for, it is another process's, or it makes no sense.
+    """
+    interval = environ.get("WATCHDOG_USEC", "")
+    ours = environ.get("WATCHDOG_PID", str(pid)) == str(pid)
+    if not ours or WATCHDOG_USEC.fullmatch(interval) is None:
+        return None
+    span = Nanos(int(interval) * MICROSECOND)
+    return span if WATCHDOG_LEAST <= span < NEVER else None
 
 
 def _leash(parent: int) -> None:
     """Have the kernel ask this process to end when the command ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    _ = libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _ = prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the line above
         os.kill(os.getpid(), signal.SIGTERM)
 

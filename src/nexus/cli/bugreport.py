@@ -1,16 +1,18 @@
 """`nexus bugreport`: everything somebody needs who was not there, in one small file.
 
 No secrets: no environment, no settings of services, no state, no memory; of the system file what
-the plan knows. Every part is bounded.
+TOML makes of it, without its comments. Every part is bounded.
 """
 
 import io
 import json
 import os
 import platform
+import re
 import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +37,8 @@ KERNEL_FILES: Final = (
     "/proc/self/cgroup",
 )
 HIDDEN: Final = "settings"  # of services: anybody may keep a password there
+NEVER_SHOWN: Final = "not shown"
+PLACE: Final = re.compile(r"at (line [0-9]+, column [0-9]+|end of document)")  # tomllib's words
 
 CONSOLE_FILES: Final = ("console.log", "console.log.1", "init.err")
 
@@ -43,7 +47,7 @@ WHAT: Final = {
     "versions.json": "Nexus, Python, its packages, the machine",
     "kernel.json": "what Linux says about itself",
     "doctor.json": "which guarantees hold here",
-    "system.toml": "the system file, as it is now",
+    "system.json": "the system file as it is now, without settings of services and comments",
     "plan.json": "the plan that follows from it, without the services' settings",
     "status.json": "the running system",
     "logs.jsonl": f"the last {LOG_RECORDS} records of the journal",
@@ -89,7 +93,7 @@ def _parts(asked: Asked | None, file: Path | None) -> dict[str, bytes]:
     }
     source = Path(asked.running.file) if asked is not None else file
     if source is not None:
-        parts["system.toml"] = _without_settings(_tail(source))
+        parts["system.json"] = _json(system_of(source))
         parts["plan.json"] = _json(plan_of(source))
     if asked is not None:
         parts |= _running_parts(asked)
@@ -133,32 +137,57 @@ def versions() -> dict[str, Any]:
 
 def plan_of(file: Path) -> dict[str, Any]:
     """The plan without the services' settings, or why there is none."""
-    from nexus.init.plan import load_plan, plan_data
+    from nexus.cli.trial import tried_plan
+    from nexus.init.plan import plan_data
 
     try:
-        plan = load_plan(file)
+        plan = tried_plan(file)
     except SystemFileError as error:
-        return {"error": str(error)}
+        return {"error": _place_of(error)}
     data = plan_data(plan)
     for service in data["services"]:
         service[HIDDEN] = f"{len(service[HIDDEN])} not shown"
     return {"digest": plan.digest, "plan": data}
 
 
-def _without_settings(text: bytes) -> bytes:
-    """A system file without the lines of `[service.X.settings]` tables."""
-    kept: list[bytes] = []
-    hidden = False
-    for line in text.splitlines(keepends=True):
-        begins = line.lstrip().startswith(b"[")
-        if begins:
-            hidden = b"settings" in line
-            kept.append(line)
-        elif hidden or line.lstrip().startswith(b"settings"):
-            kept.append(b"# a setting, not shown\n")
-        else:
-            kept.append(line)
-    return b"".join(kept)
+def system_of(file: Path) -> dict[str, Any]:
+    """The system file without any settings, or why it is left out.
+
+    It is parsed, because no pattern finds every spelling that TOML has for a table.
+    """
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(PART_SIZE_MAX + 1)
+        if len(data) > PART_SIZE_MAX:
+            return {"left_out": f"it has more than {PART_SIZE_MAX} bytes"}
+        whole = tomllib.loads(data.decode())
+    except OSError as error:
+        return {"left_out": f"it cannot be read: {error.strerror}"}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        place = PLACE.search(str(error))
+        where = f", {place[1]}" if place else ""
+        return {"left_out": f"it is no TOML{where}; what it says about settings cannot be told"}
+    shown: dict[str, Any] = without_settings(whole)
+    return shown
+
+
+def without_settings(table: Any) -> Any:
+    """A value of TOML with every key `settings` in it emptied."""
+    match table:
+        case dict():
+            return {
+                key: NEVER_SHOWN if key == HIDDEN else without_settings(value)
+                for key, value in table.items()
+            }
+        case list():
+            return [without_settings(value) for value in table]
+        case _:
+            return table
+
+
+def _place_of(error: SystemFileError) -> str:
+    """Where a system file is wrong, but not what is there: it may be a setting."""
+    return f"{error.path}:{error.line} is wrong; `nexus check` says what, here it is {NEVER_SHOWN}"
 
 
 def _said(act: Callable[[], None]) -> bytes:
@@ -167,7 +196,9 @@ def _said(act: Callable[[], None]) -> bytes:
     try:
         with redirect_stdout(text):
             act()
-    except (CommandFailed, UsageError, SystemFileError) as error:
+    except SystemFileError as error:
+        _ = text.write(json.dumps({"error": _place_of(error)}) + "\n")
+    except (CommandFailed, UsageError) as error:
         _ = text.write(json.dumps({"error": str(error)}) + "\n")
     return text.getvalue().encode()
 
@@ -190,7 +221,7 @@ def _read(path: Path) -> str | None:
 
 
 def _json(document: Any) -> bytes:
-    return json.dumps(document, indent=2).encode() + b"\n"
+    return json.dumps(document, indent=2, default=str).encode() + b"\n"  # TOML has dates
 
 
 def _write(target: Path, parts: dict[str, bytes]) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from enum import Enum, IntEnum
+from fractions import Fraction
 from typing import Any, Final
 
 import msgspec
@@ -13,11 +14,13 @@ from nexus.cli.ask import Asked
 from nexus.cli.client import ServiceRefused, Unanswered
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, UsageError
 from nexus.cli.output import say, say_json, say_table, tell
+from nexus.init.declare import cut
 from nexus.protocols.meta import PROTOCOL as META
-from nexus.wire import Protocol, Request
+from nexus.wire import Protocol, Request, encode
 
 SPANS: Final = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000}
-SPAN: Final = re.compile(r"(\+?)([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m)")
+SPAN: Final = re.compile(r"(\+?)([0-9]{1,20}(?:\.[0-9]{1,20})?)(ns|us|ms|s|m)")
+INTEGERS: Final = range(-(1 << 63), 1 << 64)  # what MessagePack has; msgspec bounds them at sending
 HEX: Final = "hex:"
 INDEX: Final = re.compile(r"\$\[(\d+)\]")
 ASKABLE_META: Final = ("Health", "GetStatus")
@@ -86,6 +89,10 @@ def make_request(kind: type[Request[Any]], words: Sequence[str]) -> Request[Any]
         request: Request[Any] = msgspec.convert(values, type=kind, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(f"{kind.__name__}: {_with_name(str(error), list(fields))}") from error
+    try:
+        _ = encode(request)  # a list may have too large a number, a text half of a character
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise UsageError(f"{kind.__name__}: a value cannot be sent: {error}") from error
     return request
 
 
@@ -110,11 +117,15 @@ def _number(text: str) -> int | str:
     span = SPAN.fullmatch(text)
     if span is not None:
         start = time.monotonic_ns() if span[1] else 0
-        return start + int(float(span[2]) * SPANS[span[3]])
-    try:
-        return int(text, 0)
-    except ValueError:
-        return text  # refused with what the field takes
+        number = start + int(Fraction(span[2]) * SPANS[span[3]])
+    else:
+        try:
+            number = int(text, 0)
+        except ValueError:
+            return text  # refused with what the field takes
+    if number not in INTEGERS:
+        raise UsageError(f"{cut(text)!r} is no integer of 64 bits")
+    return number
 
 
 def _member(cls: type[Enum], text: str) -> Any:
@@ -137,8 +148,8 @@ def _bytes(text: str) -> bytes:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{text!r} is no JSON, which this field takes: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{cut(text)!r} is no JSON, which this field takes: {error}") from error
 
 
 def _with_name(text: str, names: Sequence[str]) -> str:

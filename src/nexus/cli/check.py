@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Final
 
 from nexus.abi import Grants
+from nexus.cli.trial import tried_plan
 from nexus.init.declare import DURATION_UNITS, SIZE_UNITS, amount_text
-from nexus.init.plan import Plan, load_plan, own_group, plan_data
+from nexus.init.plan import Plan, own_group, plan_data
 
 STAGES: Final = ("policy", "core", "rest")  # by their number
 
 
 def check(file: Path, *, digest: bool, as_json: bool) -> None:
     """Print what follows from a system file. Raises SystemFileError."""
-    plan = load_plan(file)
+    plan = tried_plan(file)
     if digest:
         print(plan.digest)
     elif as_json:

@@ -73,15 +73,28 @@ class CutOff(CommandFailed):
     def __init__(self, title: str) -> None:
         super().__init__(
             f"operator of {title} ended the connection: other commands hold all its places, "
-            "or it is being restarted; try again"
+            "or it is being restarted or ended; try again"
+        )
+
+
+class SystemEnded(CutOff):
+    """There is no init any more, so nobody to ask."""
+
+    def __init__(self, title: str) -> None:
+        CommandFailed.__init__(
+            self, f"{title} has ended, and runs no more: start it again with `nexus up`"
         )
 
 
 class OperatorClient:
-    """Speaks nexus.protocols.operator over the socket in `runtime`. Raises CommandFailed."""
+    """Speaks nexus.protocols.operator over the socket in `runtime`. Raises CommandFailed.
 
-    def __init__(self, runtime: Path, title: str) -> None:
+    `runs` says whether the system has an init now; it is asked when operator says nothing.
+    """
+
+    def __init__(self, runtime: Path, title: str, runs: Callable[[], bool]) -> None:
         self._title = title
+        self._runs = runs
         self._nonces = itertools.count(1)
         self._trace = secrets.token_bytes(16)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -91,6 +104,7 @@ class OperatorClient:
             self._socket.connect(str(path))
         except FileNotFoundError as error:
             self._socket.close()
+            self._check_runs(0)
             raise CommandFailed(
                 f"{title} has no operator ({path} is not there): "
                 'add a service with program = "operator" and ports = ["operator"] to its file'
@@ -102,6 +116,7 @@ class OperatorClient:
             ) from error
         except OSError as error:
             self._socket.close()
+            self._check_runs(0)
             raise CommandFailed(
                 f"operator of {title} does not listen at {path} ({error.strerror or error}): "
                 "see `nexus status`, it may be restarting"
@@ -168,13 +183,25 @@ class OperatorClient:
                 "or look at its console.log"
             ) from error
         except OSError as error:
+            self._check_runs(GRACE)
             raise CutOff(self._title) from error
         if not data:
+            self._check_runs(GRACE)
             raise CutOff(self._title)
         reply: ReplyT = self._read(
             "operator", type(request).__name__, codec, frame, data, error=Unanswered
         )
         return reply
+
+    def _check_runs(self, within: float) -> None:
+        """Raises SystemEnded if init is gone in so many seconds: services end just before it."""
+        pause = Pause()
+        until = time.monotonic_ns() + int(within * NANOS)
+        while self._runs():
+            if time.monotonic_ns() >= until:
+                return
+            _ = pause.wait(AGAIN)
+        raise SystemEnded(self._title)
 
     def _frame(self, codec: Codec, request: Any, until: int) -> bytes:
         head = HEADER.pack(

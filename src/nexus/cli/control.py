@@ -8,7 +8,7 @@ from nexus.cli.ask import Asked
 from nexus.cli.client import ServiceRefused, Unanswered
 from nexus.cli.errors import CommandFailed
 from nexus.cli.output import progress, say, say_json
-from nexus.init.plan import load_plan
+from nexus.cli.trial import tried_plan
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import InitStatus, LeaveSafeMode, Restart
 from nexus.protocols.operator import (
@@ -69,7 +69,7 @@ def reload_policy(asked: Asked, file: Path | None, *, as_json: bool) -> None:
     Raises CommandFailed, and SystemFileError when the file is wrong: nothing was sent then.
     """
     source = Path(asked.running.file) if file is None else file
-    policy = load_plan(source).policy.encoded()
+    policy = tried_plan(source).policy.encoded()
     with asked.client() as client, progress("reloading the policy"):
         for offset in range(0, len(policy), PART_SIZE_MAX):
             part = policy[offset : offset + PART_SIZE_MAX]

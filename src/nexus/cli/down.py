@@ -8,11 +8,11 @@ from threading import Event as Pause
 from typing import Final
 
 from nexus.abi import INIT_NAME
-from nexus.cli.client import NANOS, CutOff, OperatorClient
+from nexus.cli.ask import client_of
+from nexus.cli.client import NANOS, CutOff
 from nexus.cli.errors import CommandFailed
-from nexus.cli.lock import holder_of
 from nexus.cli.output import progress, say, say_json, tell
-from nexus.cli.places import LOCK_NAME, Running, base_dirs
+from nexus.cli.places import Running, base_dirs, is_alive
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import Shutdown
 
@@ -25,15 +25,15 @@ SIGNALLED: Final = "signalled"
 def down(running: Running, timeout: float | None, *, as_json: bool) -> None:
     """End the system. Raises CommandFailed if it lives on."""
     _, base, _ = base_dirs(os.environ, os.getuid())
-    lock = base / running.title / LOCK_NAME
+    home = base / running.title
     bound = running.stop_ns if timeout is None else int(timeout * NANOS)
     start = time.monotonic_ns()
     with progress(f"ending {running.title}"):
-        how = _ask(running) or _signal(running, lock)
-        ended = _gone(lock, running.pid, start + bound)
+        how = _ask(running) or _signal(running, home)
+        ended = _gone(running, home, start + bound)
         if not ended and how == ASKED:
-            how = _signal(running, lock)
-            ended = _gone(lock, running.pid, time.monotonic_ns() + bound)
+            how = _signal(running, home)
+            ended = _gone(running, home, time.monotonic_ns() + bound)
     if not ended:
         raise CommandFailed(
             f"{running.title} (process {running.pid}) has not ended after {bound / NANOS:g} s: "
@@ -49,7 +49,7 @@ def down(running: Running, timeout: float | None, *, as_json: bool) -> None:
 def _ask(running: Running) -> str:
     """Ask init through operator; empty if that way is not open."""
     try:
-        with OperatorClient(Path(running.runtime), running.title) as client:
+        with client_of(running) as client:
             _ = client.relay(INIT_NAME, INIT, Shutdown(), ASK_TIME)
     except CutOff:
         return ASKED  # operator is among the first to end; if it was not that, a signal follows
@@ -59,14 +59,14 @@ def _ask(running: Running) -> str:
     return ASKED
 
 
-def _signal(running: Running, lock: Path) -> str:
-    """SIGTERM to the process that holds the lock, and to no other of the same number."""
+def _signal(running: Running, home: Path) -> str:
+    """SIGTERM to the process that holds the locks, and to no other of the same number."""
     try:
         process = os.pidfd_open(running.pid)
     except ProcessLookupError:
         return SIGNALLED
     try:
-        if holder_of(lock) == running.pid:
+        if is_alive(running, home):  # asked now that the number cannot be given to another
             signal.pidfd_send_signal(process, signal.SIGTERM)
     except ProcessLookupError:
         return SIGNALLED
@@ -79,10 +79,10 @@ def _signal(running: Running, lock: Path) -> str:
     return SIGNALLED
 
 
-def _gone(lock: Path, pid: int, until: int) -> bool:
-    """Whether the process gives the lock back in time."""
+def _gone(running: Running, home: Path, until: int) -> bool:
+    """Whether the process ends in time."""
     pause = Pause()
-    while holder_of(lock) == pid:
+    while is_alive(running, home):
         if time.monotonic_ns() >= until:
             return False
         _ = pause.wait(LOOK_PAUSE)

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, UsageError
 from nexus.cli.output import say, say_json
+from nexus.cli.trial import tried
 from nexus.init.explain import UnknownName
 from nexus.init.explain import explain as explained
-from nexus.init.plan import make_plan
 from nexus.init.system import load
 
 
 def explain(file: Path, a: str, b: str, right: str | None, *, as_json: bool) -> int:
     """Print the answer; 0 if it is yes, 1 if it is no. Raises UsageError and SystemFileError."""
     system = load(file)
-    plan = make_plan(system)
+    plan = tried(system)
     try:
         found = explained(plan, system, a, b, right)
     except UnknownName as error:
@@ -24,6 +24,7 @@ def explain(file: Path, a: str, b: str, right: str | None, *, as_json: bool) -> 
                 "client": found.client,
                 "server": found.server,
                 "right": found.right,
+                "request": found.request,
                 "allowed": found.allowed,
                 "answers": [
                     {

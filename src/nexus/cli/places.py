@@ -5,7 +5,6 @@ root has /var/lib, /run and /var/log; anybody else has the XDG directories. In e
 """
 
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +13,38 @@ from typing import Final
 import msgspec
 
 from nexus.cli.errors import CommandFailed, UsageError
-from nexus.cli.lock import holder_of
+from nexus.kernel.core.paths import SOCKET_PATH_SIZE_MAX
+from nexus.proof.lock import (
+    RUNTIME_VARIABLE,
+    NotPrivate,
+    check_private,
+    holder_of,
+    is_directory_held,
+    make_private,
+    start_of,
+    user_runtime,
+)
 
 STATE_VARIABLE: Final = "NEXUS_STATE_DIR"
-RUNTIME_VARIABLE: Final = "NEXUS_RUNTIME_DIR"
 LOG_VARIABLE: Final = "NEXUS_LOG_DIR"
 LOCK_NAME: Final = "up.lock"
 RECORD_NAME: Final = "system.json"
 CONSOLE_NAME: Final = "console.log"
-SOCKET_PATH_SIZE_MAX: Final = 107  # bytes; sun_path of unix(7), its last one a zero
 INSTANCE_SIZE_MAX: Final = 32  # characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
     """The directories of one instance. `home` holds its lock and its record, `runtime` its
-    sockets; they are the same unless the system file says otherwise."""
+    sockets; they are the same unless the system file says otherwise. `bases` are the folders of
+    all instances."""
 
     title: str
     home: Path
     state: Path
     runtime: Path
     log: Path
+    bases: tuple[Path, ...]
 
     @property
     def lock(self) -> Path:
@@ -60,6 +69,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     digest: str
     pid: int
+    started: int = 0
+    """When the process was started, as nexus.proof.lock.start_of says it."""
     state: str
     runtime: str
     log: str
@@ -74,22 +85,13 @@ def base_dirs(environ: Mapping[str, str], uid: int) -> tuple[Path, Path, Path]:
     else:
         home = Path(environ.get("HOME") or "/")
         state = Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "nexus"
-        runtime = _user_runtime(environ, uid)
+        runtime = user_runtime(environ, uid)
         log = state / "log"
     return (
         Path(environ.get(STATE_VARIABLE) or state),
         Path(environ.get(RUNTIME_VARIABLE) or runtime),
         Path(environ.get(LOG_VARIABLE) or log),
     )
-
-
-def _user_runtime(environ: Mapping[str, str], uid: int) -> Path:
-    if environ.get("XDG_RUNTIME_DIR"):
-        return Path(environ["XDG_RUNTIME_DIR"]) / "nexus"
-    ready = Path(f"/run/user/{uid}")
-    if ready.is_dir() and ready.stat().st_uid == uid:
-        return ready / "nexus"
-    return Path(f"/tmp/nexus-{uid}")  # noqa: S108 (owner and mode are checked in make_dirs)
 
 
 def title_of(name: str, instance: str | None) -> str:
@@ -125,6 +127,7 @@ def places_of(
         state=own_state or state / title,
         runtime=own_runtime or runtime / title,
         log=own_log or log / title,
+        bases=(state, runtime, log),
     )
 
 
@@ -138,19 +141,16 @@ def make_dirs(places: Places, uid: int, ports: Iterable[str]) -> None:
     """Make the directories, and see that nobody else can write there, and that a socket for each
     of `ports` fits. Raises CommandFailed."""
     for path in dict.fromkeys((places.home, places.runtime, places.state, places.log)):
+        base = next((base for base in places.bases if path.is_relative_to(base)), None)
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = path.lstat()
+            make_private(path, uid, base)
+        except NotPrivate as error:
+            raise CommandFailed(str(error)) from error
         except OSError as error:
             raise CommandFailed(
                 f"the directory {path} cannot be made: {error.strerror}; "
                 f"set {STATE_VARIABLE}, {RUNTIME_VARIABLE} and {LOG_VARIABLE} to places that can"
             ) from error
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o022:
-            raise CommandFailed(
-                f"{path} is not a directory that only this user can write: remove it, "
-                "or have it belong to you with mode 0700"
-            )
     for port in ports:
         if len(os.fsencode(places.runtime / f"{port}.sock")) > SOCKET_PATH_SIZE_MAX:
             raise CommandFailed(
@@ -160,23 +160,41 @@ def make_dirs(places: Places, uid: int, ports: Iterable[str]) -> None:
 
 
 def read_running(home: Path) -> Running | None:
-    """What `up` wrote about the instance of `home`, if it runs now."""
-    if holder_of(home / LOCK_NAME) is None:
-        return None
+    """What `up` wrote about the instance of `home`, a directory that is ours, if it runs now."""
     try:
-        return msgspec.json.decode((home / RECORD_NAME).read_bytes(), type=Running)
-    except (OSError, msgspec.DecodeError):
+        found = msgspec.json.decode((home / RECORD_NAME).read_bytes(), type=Running)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
+    return found if is_alive(found, home) else None
+
+
+def is_alive(running: Running, home: Path) -> bool:
+    """Whether the process of `running` is the init of `home` now, and no other of its number.
+
+    It holds two locks, up.lock and its state directory: one that was removed hides nothing.
+    """
+    if running.started == 0 or start_of(running.pid) != running.started:
+        return False
+    return holder_of(home / LOCK_NAME) == running.pid or is_directory_held(Path(running.state))
 
 
 def all_running(environ: Mapping[str, str], uid: int) -> list[Running]:
-    """Every instance of this user that runs now, by title."""
+    """Every instance of this user that runs now, by title.
+
+    Nothing is read in a directory that another user may write in: what a file there says would
+    be that user's word, and `down` would act on it. Raises CommandFailed.
+    """
     _, runtime, _ = base_dirs(environ, uid)
+    found = []
     try:
-        homes = sorted(path for path in runtime.iterdir() if path.is_dir())
-    except OSError:
+        check_private(runtime, uid, or_root=True)
+        for home in sorted(path for path in runtime.iterdir() if path.is_dir()):
+            check_private(home, uid, or_root=True)
+            found.append(read_running(home))
+    except NotPrivate as error:
+        raise CommandFailed(str(error)) from error
+    except OSError:  # it is not there, or is root's alone
         return []
-    found = [read_running(home) for home in homes]
     return [running for running in found if running is not None]
 
 

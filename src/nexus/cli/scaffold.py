@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from nexus.abi import INIT_NAME
+from nexus.cli.trial import tried_plan
+from nexus.init.errors import SystemFileError
 
 NAME_SIZE_MAX: Final = 32  # characters; the rights made of it have 48
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -43,6 +45,7 @@ def scaffold(name: str, directory: Path) -> list[Path]:
     if directory.exists():
         raise ScaffoldError(f"{directory} exists: take another name, or remove it first")
     texts = _rendered(name)
+    _check(name, texts)
     try:
         _write(texts, directory)
     except OSError as error:
@@ -50,6 +53,25 @@ def scaffold(name: str, directory: Path) -> list[Path]:
             f"{error.filename or directory} cannot be written: {error.strerror}"
         ) from error
     return [directory / path for path, _ in texts]
+
+
+def _check(name: str, texts: list[tuple[str, str]]) -> None:
+    """See, in a directory that is thrown away, that `nexus check` takes what is to be written.
+
+    It refuses names of packages that Python or an installed package has. Raises ScaffoldError.
+    """
+    with tempfile.TemporaryDirectory(prefix="nexus-new-") as made:
+        directory = Path(made) / name
+        try:
+            _write(texts, directory)
+            _ = tried_plan(directory / "system.toml")
+        except SystemFileError as error:
+            raise ScaffoldError(
+                f'"{name}" cannot be the name of a service: expected {error.expected}, '
+                f"found {error.found}; take another"
+            ) from error
+        except OSError as error:
+            raise ScaffoldError(f"{made} cannot be written: {error.strerror}") from error
 
 
 def _write(texts: list[tuple[str, str]], directory: Path) -> None:

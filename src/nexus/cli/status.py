@@ -9,6 +9,7 @@ from nexus.cli.ask import Asked
 from nexus.cli.client import OperatorClient
 from nexus.cli.output import say, say_json, say_table
 from nexus.cli.places import all_running
+from nexus.proof.lock import start_of
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import (
     GetService,
@@ -22,7 +23,6 @@ from nexus.protocols.init import (
 
 ASK_TIME: Final = 5.0  # seconds for each question
 HEADS: Final = ("SERVICE", "STATE", "PID", "GEN", "RESTARTS", "HEALTH", "SINCE", "LAST END")
-START_FIELD: Final = 19  # of /proc/PID/stat behind the command's name: starttime, in ticks
 DAY: Final = 86_400
 HOUR: Final = 3_600
 MINUTE: Final = 60
@@ -131,12 +131,11 @@ def last_end(record: ServiceRecord, now: int) -> str:
 
 def age(pid: int) -> float | None:
     """Seconds since the process was started, by Linux's own account; None if there is none."""
-    if not pid:
+    ticks = start_of(pid) if pid else 0
+    if not ticks:
         return None
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
         uptime = float(Path("/proc/uptime").read_text().split()[0])
-        ticks = int(stat.rpartition(")")[2].split()[START_FIELD])
     except (OSError, ValueError, IndexError):
         return None
     return max(0.0, round(uptime - ticks / os.sysconf("SC_CLK_TCK"), 2))

@@ -5,13 +5,14 @@ tightly than a unit could: so nothing here may take away what init needs for tha
 namespaces, seccomp, scheduling classes).
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Final
 
-from nexus.cli.places import base_dirs, title_of
-from nexus.init.plan import Plan, load_plan
+from nexus.cli.output import say_json
+from nexus.cli.places import Places, base_dirs, places_of, title_of
+from nexus.cli.trial import tried_plan
+from nexus.init.plan import Plan
 
 WATCHDOG: Final = 10  # seconds; init pings twice as often, and stalls for none of its services
 NANOS: Final = 1_000_000_000
@@ -20,32 +21,52 @@ START_MAX: Final = 60  # seconds until READY=1
 INTENSITY: Final = "StartLimitIntervalSec=300\nStartLimitBurst=5"
 
 # What init does itself, as root: gives each service an id of its own, a network, mount and IPC
-# namespace, a scheduling class, rlimits; ends them; looks at them.
+# namespace, a scheduling class, rlimits; ends them; looks at them. CAP_DAC_READ_SEARCH is for
+# services of isolation "exec" when only root may read the interpreter: without it in the bounding
+# set they could not keep it while they import (nexus.kernel.linux.native).
 CAPABILITIES: Final = (
-    "CAP_SETUID",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_NICE",
-    "CAP_SYS_RESOURCE",
-    "CAP_KILL",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_NICE",
     "CAP_SYS_PTRACE",
+    "CAP_SYS_RESOURCE",
 )
+SHARED_DIRS: Final = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 (what PrivateTmp= replaces)
+
+
+def unit(file: Path, instance: str | None, *, user: bool, as_json: bool) -> None:
+    """Print the unit. Raises SystemFileError and UsageError."""
+    plan = tried_plan(file)
+    text = _text(plan, file, instance, user=user)
+    if as_json:
+        title = title_of(plan.name, instance)
+        say_json({"system": title, "file": str(file.absolute()), "user": user, "unit": text})
+    else:
+        print(text, end="")
 
 
 def unit_text(file: Path, instance: str | None, *, user: bool) -> str:
     """The unit for a system file, checked first. Raises SystemFileError and UsageError."""
-    plan = load_plan(file)
-    title = title_of(plan.name, instance)
+    return _text(tried_plan(file), file, instance, user=user)
+
+
+def _text(plan: Plan, file: Path, instance: str | None, *, user: bool) -> str:
+    declared = (plan.state_dir, plan.runtime_dir, plan.log_dir)
+    places = places_of(plan.name, instance, file, declared, {}, 0)
+    own = _own_dirs(plan, places)
     stop = -(-sum(service.stop_max for service in plan.services) // NANOS) + STOP_SPARE
     command = [sys.executable, "-P", "-m", "nexus.cli", "up", "--exec", str(file.absolute())]
     if instance is not None:
         command += ["--instance", instance]
     lines = [
         "[Unit]",
-        f"Description=Nexus system {title}",
+        f"Description=Nexus system {places.title}",
         f"ConditionPathExists={_escaped(str(file.absolute()))}",
         "" if user else "After=local-fs.target",
         INTENSITY,
@@ -61,14 +82,14 @@ def unit_text(file: Path, instance: str | None, *, user: bool) -> str:
         f"WatchdogSec={WATCHDOG}",
         "Restart=on-failure",
         "RestartSec=1",
-        *_directories(plan, user=user),
+        *([] if user else _directories(plan, own)),
         "UMask=0077",
         "TasksMax=512",
         "NoNewPrivileges=yes",
         "LockPersonality=yes",
         "RestrictSUIDSGID=yes",
         "RestrictRealtime=no",
-        *([] if user else _root_hardening()),
+        *([] if user else _root_hardening(private=not _is_shared([file.absolute(), *own]))),
         "",
         "[Install]",
         f"WantedBy={'default.target' if user else 'multi-user.target'}",
@@ -76,31 +97,47 @@ def unit_text(file: Path, instance: str | None, *, user: bool) -> str:
     return "\n".join(line for index, line in enumerate(lines) if line or lines[index - 1]) + "\n"
 
 
-def _directories(plan: Plan, *, user: bool) -> list[str]:
-    """Directories that systemd makes and removes, where the system file names none of its own."""
-    if user:
-        return []
-    state, runtime, log = base_dirs({}, 0)
+def _own_dirs(plan: Plan, places: Places) -> list[Path]:
+    """The directories that the system file names itself."""
     declared = (
-        ("StateDirectory", plan.state_dir, state),
-        ("RuntimeDirectory", plan.runtime_dir, runtime),
-        ("LogsDirectory", plan.log_dir, log),
+        (plan.state_dir, places.state),
+        (plan.runtime_dir, places.runtime),
+        (plan.log_dir, places.log),
     )
-    lines = []
-    for name, own, path in declared:
-        if own is None:
-            lines += [f"{name}={path.name}", f"{name}Mode=0700"]
-    if plan.runtime_dir is None:
-        lines.append("RuntimeDirectoryPreserve=yes")  # other instances have theirs in it
+    return [path for own, path in declared if own is not None]
+
+
+def _directories(plan: Plan, own: list[Path]) -> list[str]:
+    """Directories that systemd makes, and what the system file names beside them.
+
+    The one at run time is always needed: an instance has its lock in it (nexus.cli.places).
+    """
+    state, runtime, log = base_dirs({}, 0)
+    lines = [f"RuntimeDirectory={runtime.name}", "RuntimeDirectoryMode=0700"]
+    lines.append("RuntimeDirectoryPreserve=yes")  # other instances have theirs in it
+    if plan.state_dir is None:
+        lines += [f"StateDirectory={state.name}", "StateDirectoryMode=0700"]
+    if plan.log_dir is None:
+        lines += [f"LogsDirectory={log.name}", "LogsDirectoryMode=0700"]
+    for path in own:  # "+" is outside of ProtectSystem=, whose exceptions have to be there
+        word = _quoted(str(path))
+        lines.append(f"ExecStartPre=+/bin/mkdir -m 0700 -p -- {word}")
+    if own:
+        lines.append(f"ReadWritePaths={' '.join(_word(str(path)) for path in own)}")
     return lines
 
 
-def _root_hardening() -> list[str]:
+def _is_shared(paths: list[Path]) -> bool:
+    """Whether one of them is in a directory that PrivateTmp= would hide."""
+    return any(path.is_relative_to(shared) for path in paths for shared in SHARED_DIRS)
+
+
+def _root_hardening(*, private: bool) -> list[str]:
     return [
         f"CapabilityBoundingSet={' '.join(CAPABILITIES)}",
         "ProtectSystem=strict",
         "ProtectHome=read-only",
-        "PrivateTmp=yes",
+        *(["PrivateTmp=yes"] if private else []),
         "ProtectKernelModules=yes",
         "ProtectKernelLogs=yes",
         "ProtectHostname=yes",
@@ -109,16 +146,16 @@ def _root_hardening() -> list[str]:
 
 
 def _quoted(word: str) -> str:
-    """A word of ExecStart, as systemd.service(5) reads it."""
-    escaped = _escaped(word).replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    """A word of ExecStart, as systemd.service(5) reads it: with variables."""
+    return _word(word.replace("$", "$$"))
+
+
+def _word(word: str) -> str:
+    """A word of a list, as systemd.syntax(7) reads it."""
+    escaped = _escaped(word).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"' if any(letter in escaped for letter in " \t'\"\\;") else escaped
 
 
 def _escaped(word: str) -> str:
     """Percent signs are specifiers in a unit."""
     return word.replace("%", "%%")
-
-
-def default_unit_user() -> bool:
-    """Whether the unit is for the user's own manager."""
-    return os.getuid() != 0

@@ -7,28 +7,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 import nexus
-from nexus.abi import EventKind
+from nexus.abi import INIT_NAME, EventKind
 from nexus.cli.boot import REFUSED, RUNS_ALREADY, Job
 from nexus.cli.client import NANOS
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed
-from nexus.cli.lock import holder_of
 from nexus.cli.output import progress, say, say_json, tell
-from nexus.cli.places import Places, Running, make_dirs, places_of
+from nexus.cli.places import Places, Running, make_dirs, places_of, read_running
 from nexus.cli.readiness import Readiness
-from nexus.cli.sink import Told
-from nexus.init.plan import Plan, load_plan
+from nexus.cli.sink import TOLD_SIZE_MAX, Told
+from nexus.cli.trial import tried_plan
+from nexus.init.plan import Plan
+from nexus.proof.lock import holder_of
+from nexus.services.logd.escape import escaped
 
 STOP_SPARE: Final = 5_000_000_000  # ns; of an orderly end, beyond what the services may take
-TOLD_SIZE_MAX: Final = 8192  # bytes; a console line and its envelope are far below
 KILLED_WAIT: Final = 2.0  # seconds for a killed init to be gone
+ENDED_WAIT: Final = 2.0  # seconds for an init that tells no more to be gone too
 ERRORS_NAME: Final = "init.err"  # what init's interpreter itself had to say
+INIT_LABEL: Final = "init"  # what init calls itself in its lines
 ERRORS_SIZE_MAX: Final = 2000  # bytes of it that are shown
 
 
@@ -42,14 +45,15 @@ def up(
     as_json: bool,
 ) -> int:
     """Start the system of `file`; the exit code. Raises CommandFailed and SystemFileError."""
-    plan = load_plan(file)
+    plan = tried_plan(file)
     declared = (plan.state_dir, plan.runtime_dir, plan.log_dir)
     places = places_of(plan.name, instance, file, declared, os.environ, os.getuid())
     ports = [port for service in plan.services for port in service.grants.ports]
     make_dirs(places, os.getuid(), ports)
-    holder = holder_of(places.lock)
+    running = read_running(places.home)
+    holder = holder_of(places.lock) if running is None else running.pid
     if holder is not None:
-        raise CommandFailed(RUNS_ALREADY.format(title=places.title, pid=holder))
+        raise CommandFailed(RUNS_ALREADY.format(title=places.title, pid=holder or "unknown"))
     job = _job(plan, places, file)
     if exec_:
         return _become(job)
@@ -124,6 +128,33 @@ def _since(start: int) -> float:
     return (time.monotonic_ns() - start) / NANOS
 
 
+def labelled(told: Told) -> str:
+    """A console line that says whose it is: what does not begin with the name gets it."""
+    name = INIT_LABEL if told.name == INIT_NAME else told.name
+    return told.text if told.text.startswith(f"{name}: ") else f"{name}: {told.text}"
+
+
+def _size_of(file: Path) -> int:
+    """Bytes of a file, 0 if there is none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _last_line(file: Path, start: int) -> str:
+    """The last line of what a file has from `start` on, safe to show; empty if there is none."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            _ = opened.seek(max(start if start <= size else 0, size - ERRORS_SIZE_MAX))
+            text = opened.read(ERRORS_SIZE_MAX)
+    except OSError:
+        return ""
+    lines = text.decode("utf-8", "replace").strip().split("\n")
+    return escaped(lines[-1].strip())
+
+
 class _Watching:
     """A system that was just started, seen from the command that started it."""
 
@@ -140,6 +171,8 @@ class _Watching:
         self._places = places
         self._refusal = ""
         self._stops = 0
+        self._is_silent = False
+        self._console_size = _size_of(places.console)
 
     # ------------------------------------------------------------------ in the background
 
@@ -147,10 +180,12 @@ class _Watching:
         """Return when every service is ready; end the system if that takes too long."""
         start = time.monotonic_ns()
         with self._ending_on_signals(), progress(f"starting {self._places.title}"):
-            while not self._readiness.done and not self._stops:
+            while not (self._readiness.done or self._readiness.hopeless or self._stops):
                 left = wait - _since(start)
                 if left <= 0 or not self._see(left):
                     break
+        if self._is_silent:
+            self._await_end()
         if self._readiness.done and not self._readiness.safe_mode:
             self._say_up(_since(start), as_json=as_json)
             return EXIT_OK
@@ -186,22 +221,31 @@ class _Watching:
         if self._stops:
             return f"{title} was not started: interrupted"
         lacking = "; ".join(self._readiness.lacking())
-        if self._child.poll() is not None:
-            said = self._said()
-            return f"{title} ended while it started ({lacking}){said}: see {self._places.console}"
+        code = self._child.poll()
+        if code is not None:
+            how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+            return (
+                f"{title} ended while it started, {how} ({lacking}){self._said()}: "
+                f"see {self._places.console}"
+            )
+        if self._readiness.hopeless:
+            return f"{title} cannot get ready and was ended ({lacking}): see {self._places.console}"
         return (
             f"{title} was not ready after {wait:g} s and was ended ({lacking}): "
             f"see {self._places.console}, or give it longer with --wait"
         )
 
     def _said(self) -> str:
-        """The last line that init's interpreter wrote, if it wrote any."""
-        try:
-            text = (self._places.log / ERRORS_NAME).read_bytes()[-ERRORS_SIZE_MAX:]
-        except OSError:
-            return ""
-        lines = text.decode("utf-8", "replace").strip().splitlines()
-        return f", its last words: {lines[-1]}" if lines else ""
+        """The last line that init's interpreter wrote, or else of the console of this start."""
+        line = _last_line(self._places.log / ERRORS_NAME, 0) or _last_line(
+            self._places.console, self._console_size
+        )
+        return f", its last words: {line}" if line else ""
+
+    def _await_end(self) -> None:
+        """Init has closed the socket: it is about to end, or has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            _ = self._child.wait(ENDED_WAIT)
 
     def _end(self, stop_ns: int) -> None:
         """End what was started, in order if it can, at once if it cannot."""
@@ -252,13 +296,14 @@ class _Watching:
         except OSError:
             data = b""
         if not data:
+            self._is_silent = True
             return False
         told = msgspec.json.decode(data, type=Told)
         if told.kind == REFUSED:
             self._refusal = told.text
         self._readiness.on_told(told)
         if show and told.kind == EventKind.CONSOLE:
-            say(told.text)
+            say(labelled(told))
             _ = sys.stdout.flush()
         elif show and told.kind in (EventKind.SPAWN_FAILED, EventKind.HANG):
             tell(f"{told.name}: {told.text}")

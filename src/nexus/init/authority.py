@@ -6,10 +6,14 @@ a decision as long as the policy page shows the generation it was made under:
 
     policyd's probe answered  -> page raised, available
     policyd ends, is killed or misses a probe -> page raised, not available: all deny at once
-    SetPolicy                 -> page raised: what was decided under the old text is void
+    SetPolicy                 -> page raised: what was decided under the old text is void, and
+                                 who holds a grant it takes away is ended (`grants`)
     SIGHUP                    -> the files are read again; policyd is given the new text
                                  (ReloadBulk, which comes back here as SetPolicy); one that does
                                  not take it is restarted and fetches it, and till then all deny
+
+Reading the files is all that init ever waits for: regular files of bounded size, and so no longer
+than their file system takes. They belong on a local disk.
 """
 
 from collections.abc import Callable
@@ -105,7 +109,7 @@ class Authority:
         self.digest = policy.digest
         await self._raise(available=self.is_available)
         await self._init.say("init: policy set", generation=self.generation, digest=self.digest)
-        self._init.grants.on_policy()
+        await self._init.grants.on_policy()
 
     async def read_again(self, source: PolicySource | None) -> None:
         """SIGHUP: read the policy files, and put in force what they say now."""

@@ -7,7 +7,7 @@ and links is in `nexus.init.plan`.
 from collections.abc import Mapping
 from typing import Final
 
-from nexus.abi import INIT_NAME, Nanos, service_id
+from nexus.abi import INIT_NAME, KERNEL_NAME, Nanos, service_id
 from nexus.init.declare import DURATION_UNITS, amount_text, cut
 from nexus.init.errors import SystemFileError
 from nexus.init.lines import KeyPath
@@ -20,11 +20,12 @@ from nexus.init.system import (
     System,
     Use,
 )
+from nexus.kernel.core.paths import SOCKET_PATH_SIZE_MAX
 
-SOCKET_PATH_SIZE_MAX: Final = 107  # bytes; sun_path of Linux without its zero byte
 POLICY_STAGE: Final = 0
 CORE_STAGE: Final = 1
 REST_STAGE: Final = 2
+RESERVED_NAMES: Final = (KERNEL_NAME, INIT_NAME)  # they send messages too
 POLICYD_PROGRAM: Final = "policyd"  # the service that runs it is the policy service
 
 
@@ -73,9 +74,15 @@ def is_safe(service: Service) -> bool:
 
 
 def check_identities(system: System) -> None:
-    """Refuse two names with one id: the kernel could not tell them apart."""
-    owners = {service_id(INIT_NAME): INIT_NAME}
+    """Refuse two names with one id, init's and the kernel's included: it is all a receiver sees."""
+    owners = {service_id(name): name for name in RESERVED_NAMES}
     for service in system.services:
+        if service.name in RESERVED_NAMES:
+            raise system.wrong(
+                service.path,
+                f"a name that is not reserved ({', '.join(RESERVED_NAMES)})",
+                f'"{service.name}"',
+            )
         identity = service_id(service.name)
         other = owners.setdefault(identity, service.name)
         if other != service.name:

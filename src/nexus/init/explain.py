@@ -14,10 +14,13 @@ from nexus.abi import INIT_NAME
 from nexus.init.crosschecks import is_safe, stage_of
 from nexus.init.declare import SIZE_UNITS, amount_text, cut
 from nexus.init.lines import KeyPath
-from nexus.init.plan import Plan, PlannedLink
+from nexus.init.plan import Plan, PlannedLink, sources_of
 from nexus.init.policy import Layer, layers_of
+from nexus.init.programs import protocols_of
 from nexus.init.system import Service, System, Use
+from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX, ROUTE_RIGHT
+from nexus.wire import Protocol
 
 LABEL_WIDTH: Final = 7  # characters; the longest label
 
@@ -50,6 +53,7 @@ class Explanation:
     client: str
     server: str
     right: str | None
+    request: str | None
     answers: tuple[Answer, ...]
     holders: tuple[tuple[str, str], ...]  # service, and file:line
     remedies: tuple[str, ...]
@@ -62,7 +66,8 @@ class Explanation:
     @property
     def lines(self) -> tuple[str, ...]:
         """The answer for a person."""
-        what = f" {self.right}" if self.right else ""
+        asked = self.right or self.request
+        what = f" {asked}" if asked else ""
         verdict = "allowed" if self.allowed else "denied"
         lines = [f"{self.client} -> {self.server}{what}: {verdict}"]
         lines += [answer.text for answer in self.answers]
@@ -78,6 +83,8 @@ class Explanation:
 def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -> Explanation:
     """Whether `a` may reach `b`, and do what needs the right `op` there.
 
+    `op` may name a request that `b` serves, however it is written: then the link decides whether it
+    gets there, and `b` what it needs, which no file says. A word that the policy has is a right.
     `plan` was made from `system`, whose policy files are read again. Raises UnknownName, and
     SystemFileError if a policy file has become wrong.
     """
@@ -91,9 +98,13 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
         raise UnknownName(f'"{cut(b)}" is no service of {plan.name}: {known}')
     if a == b:
         raise UnknownName(f"{a} needs no link to itself; name two services")
-    if op is not None and (len(op) > RIGHT_SIZE_MAX or not re.match(RIGHT_PATTERN, op)):
-        raise UnknownName(f'"{cut(op)}" is no right; one is a name such as proof.control')
     layers = layers_of(system)
+    served = () if op is None or _is_right(plan, layers, op) else _requests(plan, b)
+    request = None if op is None else _request_of(served, op)
+    right = op if request is None else None
+    if right is not None and (len(right) > RIGHT_SIZE_MAX or not re.match(RIGHT_PATTERN, right)):
+        nor = f", nor is it a request of {b}: {', '.join(served)}" if served else ""
+        raise UnknownName(f'"{cut(right)}" is no right; one is a name such as proof.control{nor}')
     answers: list[Answer] = []
     remedies: list[str] = []
     if server is None:
@@ -101,15 +112,18 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
     else:
         answers.append(_plan_answer(plan, system, client, server, remedies))
         answers += _route_answers(plan, system, layers, a, b, remedies)
-    if op is not None:
-        answers.append(_right_answer(plan, system, layers, a, op, remedies))
+    if right is not None:
+        answers.append(_right_answer(plan, system, layers, a, right, remedies))
+    if request is not None:
+        answers.append(_request_answer(plan, layers, a, b, request))
     answers.append(_sandbox_answer(plan, a))
     return Explanation(
         client=a,
         server=b,
-        right=op,
+        right=right,
+        request=request,
         answers=tuple(answers),
-        holders=_holders(plan, layers, op) if op is not None else (),
+        holders=_holders(plan, layers, right) if right is not None else (),
         remedies=tuple(dict.fromkeys(remedies)),
     )
 
@@ -191,6 +205,39 @@ def _right_answer(
     plan: Plan, system: System, layers: Sequence[Layer], a: str, right: str, remedies: list[str]
 ) -> Answer:
     return _policy_answer("policy", plan, system, layers, a, right, remedies)
+
+
+def _is_right(plan: Plan, layers: Sequence[Layer], word: str) -> bool:
+    """Whether a word can only be a right: no request has a dot, and the policy has the others."""
+    held = any(layer.right(name, word) for layer in layers for name in layer.allow)
+    return "." in word or held or word in plan.policy.routes.values()
+
+
+def _requests(plan: Plan, server: str) -> tuple[str, ...]:
+    """The names of the requests that a service serves."""
+    if server == INIT_NAME:
+        protocols: tuple[Protocol, ...] = (INIT,)
+    else:
+        protocols = protocols_of(sources_of(plan)[plan.by_name[server].program])
+    return tuple(kind.__name__ for protocol in protocols for kind in protocol.codecs)
+
+
+def _request_of(served: Sequence[str], word: str) -> str | None:
+    """The request that is meant: GetStatus, get-status and get_status are one."""
+    wanted = word.replace("-", "").replace("_", "").lower()
+    return next((name for name in served if name.lower() == wanted), None)
+
+
+def _request_answer(plan: Plan, layers: Sequence[Layer], a: str, b: str, request: str) -> Answer:
+    """The link carries every request; what one needs is decided where it is served."""
+    files = {layer.shown: layer.file for layer in layers}
+    rights = plan.policy.allow.get(a, ())
+    held = ", ".join(f"{right.name} [{files[right.file]}:{right.line}]" for right in rights)
+    return Answer(
+        label="request",
+        allowed=True,
+        reason=f"{b} itself decides on {request} by the rights of {a}: {held or 'none'}",
+    )
 
 
 def _policy_answer(

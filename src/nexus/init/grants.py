@@ -4,6 +4,9 @@ With a policy service in the system it is asked, by init as proxy, one grant at 
 one init decides from the policy itself, and so it does for the policy service. Before the first
 of all, init asks for something that must be denied: a policyd that allows it, errs or is silent
 is said, not trusted.
+
+    granted --a new policy without its right--> killed in the same step of init --> decided anew:
+                                                 denied, FAILED until a policy allows it again
 """
 
 from collections.abc import Awaitable, Callable
@@ -167,12 +170,32 @@ class Grants:
     ) -> None:
         await self._init.say(f"init: no start of {record.name}", reason=reason, grants=rows)
 
-    def on_policy(self) -> None:
-        """There is a new policy: what the old one denied is asked again."""
+    async def on_policy(self) -> None:
+        """There is a new policy: whatever the old one decided about grants is decided again.
+
+        An instance that holds one whose right is gone ends at once, for what it has open cannot be
+        taken from it; its next start is decided like any other.
+        """
         for record in self._init.records.values():
             if record.state is TaskState.FAILED and record.reason == Reason.DENIED:
+                if self._init.is_safe and not record.planned.safe:
+                    record.state = TaskState.LEFT_OUT  # like the others, until safe mode is left
+                    continue
                 record.state = TaskState.BACKING_OFF
                 record.due = self._init.now
+            elif record.name in self._deciding:
+                self.cancel(record)  # an answer that is on its way is one about the old policy
+                record.due = self._init.now
+            elif record.lives and record.leaving is None and not record.kill_reason:
+                await self._revoke(record)
+
+    async def _revoke(self, record: Record) -> None:
+        """End the instance if the policy no longer allows all it was granted; and say it."""
+        may = self._init.authority.may
+        lost = [wanted for wanted in wanted_by(record.planned) if not may(record, wanted.right)]
+        if lost:
+            await self._init.say(f"init: grants of {record.name} revoked", grants=lost)
+            await self._init.kill(record, Reason.REVOKED)
 
     # ------------------------------------------------------------------ what must be denied
 

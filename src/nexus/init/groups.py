@@ -154,7 +154,8 @@ class Groups:
         for group in self._groups:
             if group.due is None:
                 continue
-            members = [self._init.records[name] for name in group.restarting]
+            records = [self._init.records[name] for name in group.restarting]
+            members = [each for each in records if not each.is_out]  # nobody waits for those
             if any(each.lives or self._init.stops.is_stopping(each) for each in members):
                 continue
             for each in members:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
 VERSION: Final = 1  # of the stored form
-ENDS_MAX: Final = 12  # unexpected ends that are kept: a page holds them at their longest
+ENDS_MAX: Final = 12  # unexpected ends that are kept; in ASCII they fit at their longest
 STORE_PAUSE: Final = Nanos(1_000_000_000)  # ns; a crash loop costs at most one write a second
 COUNT_MAX: Final = 0xFFFF_FFFF
 
@@ -57,8 +57,26 @@ class Memory(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def decode_memory(data: bytes) -> Memory:
-    """The memory in `data`. Raises msgspec.DecodeError or ValidationError for anything else."""
-    return msgspec.json.decode(data, type=Memory)
+    """The memory in `data`. Raises msgspec.DecodeError for anything else."""
+    try:
+        return msgspec.json.decode(data, type=Memory)
+    except UnicodeDecodeError as error:  # msgspec passes this one on as it is
+        raise msgspec.DecodeError(f"text that is no UTF-8: {error}") from error
+
+
+def encode_memory(memory: Memory) -> bytes:
+    """The memory as it is stored: at most BOOT_MEMORY_SIZE_MAX bytes.
+
+    Every field is bounded in characters, and a character has up to six bytes as JSON. What does
+    not fit goes in this order: the oldest ends, then the end of `why`.
+    """
+    kept = memory
+    while len(data := msgspec.json.encode(kept)) > BOOT_MEMORY_SIZE_MAX:
+        if kept.ends:
+            kept = msgspec.structs.replace(kept, ends=kept.ends[1:])
+        else:
+            kept = msgspec.structs.replace(kept, why=kept.why[: len(kept.why) // 2])
+    return data
 
 
 class BootMemory:
@@ -69,7 +87,6 @@ class BootMemory:
         self._memory = Memory()
         self._before = 0  # unstable boots in a row before this one
         self._is_kept = True  # until the kernel says that this run has no place for it
-        self._exceeded = False  # a group went over its restart intensity
         self._stable_at: Nanos | None = None
         self._store_at: Nanos | None = None
         self.failed = 0  # writes that did not succeed
@@ -126,10 +143,8 @@ class BootMemory:
         self._store_at = None
         if not self._is_kept:
             return
-        data = msgspec.json.encode(self._memory)
-        assert len(data) <= BOOT_MEMORY_SIZE_MAX, "every field is bounded"
         try:
-            await BootMemoryReplace(data)
+            await BootMemoryReplace(encode_memory(self._memory))
         except AbiError as error:
             self.failed += 1
             await self._init.say("init: boot memory not stored", status=error.status.name)
@@ -143,7 +158,6 @@ class BootMemory:
 
     async def on_exceeded(self, why: str) -> None:
         """A group ended more often than it may: this boot is not stable, whatever follows."""
-        self._exceeded = True
         self._stable_at = None
         self._memory.unstable = max(1, self._memory.unstable)
         self._memory.why = why[:REASON_TEXT_SIZE_MAX]
@@ -155,13 +169,12 @@ class BootMemory:
         self._memory.ends = []
         self._memory.unstable = 1
         self._before = 0
-        self._exceeded = False
         self._stable_at = Nanos(self._init.now + self._init.plan.stable)
         await self._store()
 
     async def on_orderly_end(self) -> None:
         """The system was shut down as somebody wished: that is no crash."""
-        if self._stable_at is not None and not self._exceeded:
+        if self._stable_at is not None:
             self._memory.unstable = self._before
         await self._store()
 

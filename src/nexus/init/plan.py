@@ -253,6 +253,12 @@ def load_plan(file: Path) -> Plan:
     return make_plan(load(file))
 
 
+def load_policy(file: Path) -> Policy:
+    """What `load_plan` says the policy is, and no program is looked at. Raises SystemFileError."""
+    system = load(file)
+    return read_policy(system, [service.name for service in in_order(system)])
+
+
 def make_plan(system: System) -> Plan:
     """Check what the values of a system file mean together. Raises SystemFileError."""
     names = [service.name for service in system.services]

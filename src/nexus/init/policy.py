@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from nexus.init.declare import Key, ListOf, MapOf, Table, WrongValue, cut
 from nexus.init.errors import SystemFileError
+from nexus.init.files import WrongFile, read_whole
 from nexus.init.lines import KeyLines, KeyPath
 from nexus.init.system import NAME, RIGHT, System, published, read_toml
 from nexus.protocols.policy import (
@@ -136,17 +137,17 @@ def _first_layer(system: System) -> Layer:
 
 
 def _layer(system: System, index: int) -> Layer:
-    """One policy file. That it is not there is the system file's mistake."""
+    """One policy file. That nothing can be read there is the system file's mistake."""
     shown = system.policy[index]
     file = system.file.parent / shown
     try:
-        data = file.read_bytes()
-    except OSError as error:
+        data = read_whole(file, POLICY_FILE_SIZE_MAX)
+    except WrongFile as wrong:
         raise system.wrong(
             ("system", "policy", index),
-            "a policy file that can be read",
-            f'"{cut(shown)}": {error.strerror or error}',
-        ) from error
+            f"a policy file {wrong.rule}",
+            f'"{cut(shown)}": {wrong.found}',
+        ) from wrong
     return parse_layer(data, file, shown)
 
 

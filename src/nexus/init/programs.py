@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -328,6 +329,7 @@ def _import(source: ProgramSource, name: str, key: str) -> ModuleType:
     with _importing(source.path):
         _make_room(source, top, key)
         is_new = top not in sys.modules
+        threads = set(threading.enumerate())
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -348,6 +350,14 @@ def _import(source: ProgramSource, name: str, key: str) -> ModuleType:
         finally:
             if is_new and top in sys.modules and _from_path(sys.modules[top], source.path):
                 _own_packages.add(top)
+    started = [each.name for each in threading.enumerate() if each not in threads]
+    if started:
+        raise WrongProgram(
+            key,
+            "a module that starts no thread or timer when it is imported: "
+            "init would have it, and would fork with it",
+            f'"{cut(name)}", which started {cut(started[0])}',
+        )
     return module
 
 

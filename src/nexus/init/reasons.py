@@ -24,11 +24,12 @@ class Reason(StrEnum):
     SAFE = "safe mode"
     POLICY = "policy"  # policyd, to take a policy it did not take by itself
     DENIED = "denied"  # a grant of the plan is not allowed by the policy
+    REVOKED = "grant revoked"  # a new policy takes away a right that a grant of it needs
     UNDECIDED = "undecided"  # policyd did not say whether its grants are allowed
     SPAWN = "spawn refused"
 
 
-UNCOUNTED: Final = frozenset({Reason.ASKED, Reason.POLICY})
+UNCOUNTED: Final = frozenset({Reason.ASKED, Reason.POLICY, Reason.REVOKED})
 """Ends that say nothing against the service: no back-off grows, no restart is counted."""
 
 assert all(len(reason) <= REASON_SIZE_MAX for reason in Reason)

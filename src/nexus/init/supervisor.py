@@ -222,7 +222,7 @@ class Supervisor:
             if is_bad and record.reason not in UNCOUNTED:
                 self.dirty.append(record.name)
             if not self.is_going_down:
-                self.shut_down(orderly=not is_bad)
+                self.shut_down(orderly=not is_bad or record.reason in UNCOUNTED)
             return
         await self.say(
             f"init: end of {record.name}",

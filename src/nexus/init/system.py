@@ -17,7 +17,6 @@ from typing import Any, Final
 from nexus.abi import (
     BUDGET_SIZE_DEFAULT,
     ENDPOINTS_PER_OWNER_MAX,
-    INIT_NAME,
     LINK_DEPTH_DEFAULT,
     LINK_DEPTH_MAX,
     LINK_SIZE_MAX,
@@ -55,6 +54,7 @@ from nexus.init.declare import (
     size,
 )
 from nexus.init.errors import SystemFileError
+from nexus.init.files import WrongFile, read_whole
 from nexus.init.lines import KEY_PARTS_MAX, KeyLines, KeyPath, too_many_parts
 from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
@@ -545,11 +545,9 @@ class System:
 def load(file: Path) -> System:
     """Read a system file. Raises SystemFileError."""
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise SystemFileError(
-            file, 1, "a file that can be read", str(error.strerror or error)
-        ) from error
+        data = read_whole(file, FILE_SIZE_MAX)
+    except WrongFile as wrong:
+        raise SystemFileError(file, 1, f"a file {wrong.rule}", wrong.found) from wrong
     return parse(data, file)
 
 
@@ -626,8 +624,6 @@ def _service(
     name: str, entry: Mapping[str, Any], owner_size: int, link: Mapping[str, Any]
 ) -> Service:
     path: KeyPath = ("service", name)
-    if name == INIT_NAME:
-        raise WrongValue(path, "another name than init's own", f'"{name}"')
     ordinary = entry.get("ordinary", False)
     if ordinary and "double" not in entry:
         raise WrongKey(path, 'the key "double" beside "ordinary"', "none")

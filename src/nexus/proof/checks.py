@@ -379,7 +379,9 @@ MMIO_ANSWER_MAX: Final = 1_000_000_000  # ns; ladder #48
 
 def sandbox_escape(_case: Case, trace: Trace, line: Line) -> None:
     """#95: what init read of that very process from outside is what `nexus doctor` says of this
-    machine. What the doctor calls absent is in the evidence of nobody, and is not claimed."""
+    machine. What the doctor calls absent is in the evidence of nobody, and is not claimed; nor is
+    Landlock, which nothing shows from outside and which stands behind the filter: tests/attack
+    takes the filter away to meet it."""
     from nexus.kernel.linux.report import State, hardening_report
 
     pid = line.evidence["pid"]
@@ -427,6 +429,27 @@ def watchdog_restart(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(len(started), 1, f"starts of generation {new}")
     since = started[0] - end.evidence["died"]
     demand(since >= service.backoff, f"restarted {since} ns after its death, before its back-off")
+    if {"policyd", "logd"} <= case.plan.by_name.keys():
+        _page_of_policyd(case, trace, line.evidence["policyd"])
+
+
+def _page_of_policyd(case: Case, trace: Trace, evidence: Evidence) -> None:
+    """One generation for its death, which was a kill, and one for the next one's health."""
+    new = evidence["generation"]
+    before, down, up = evidence["pages"]
+    raised = before[0] < down[0] <= up[0] and before[0] + 2 <= up[0]
+    demand(raised, f"generations of the page: {evidence['pages']}")
+    demand_equal([before[1], up[1]], [True, True], "policyd answers before and afterwards")
+    old = [start for start in trace.spawns("policyd") if start[1].fields["generation"] == new - 1]
+    demand_equal(len(old), 1, f"starts of policyd's generation {new - 1}")
+    ((started, instance),) = old
+    exits = trace.of_kind(EventKind.EXIT)
+    ends = [event for at, event in exits if at > started and event.pid == instance.pid]
+    demand(ends, "that instance has not ended")  # and another may have had its pid since
+    demand_equal(ends[0].fields["signal"], KILLED, "how that instance ended")
+    if case.scope.ground is Ground.SIM:  # where nothing else takes the time
+        demand_equal(down[1], False, "the page while there is no policyd")
+        demand(evidence["denied"], "nobody was denied while there was no policyd")
 
 
 NOTICE_MARGIN: Final = (

@@ -182,6 +182,17 @@ def _integer(name: str, text: str, minimum: int, maximum: int) -> int:
     return value
 
 
+EPILOG: Final = """\
+Examples:
+  nexus prove                           # in the simulator, the selftest system
+  nexus prove --ground linux --smp 2    # as real processes, on two CPUs
+  nexus prove --seed 7 --json
+  nexus prove --saboteurs               # every planted fault must be found
+  nexus prove --compare sim,linux
+
+Environment: RUN_PHASE, RUN_UNTIL_MARKER, RUN_TIMEOUT, SMP, REQUIRE_SMP."""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that raises instead of leaving the process."""
 
@@ -193,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="nexus prove",
         description="Boot a system, climb the proof ladder, print a verdict.",
-        epilog="Environment: RUN_PHASE, RUN_UNTIL_MARKER, RUN_TIMEOUT, SMP, REQUIRE_SMP.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -4,7 +4,6 @@ The system under proof lives in a process group of its own: a crash, a hang or a
 cannot take the runner down, and at the deadline the whole group is killed.
 """
 
-import ctypes
 import json
 import os
 import selectors
@@ -20,6 +19,7 @@ from typing import Final
 
 import nexus
 from nexus.abi import Event
+from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
 from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
 
@@ -30,8 +30,7 @@ READ_SIZE: Final = 256 * 1024
 EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
-PR_SET_PDEATHSIG: Final = 1  # prctl(2)
-PR_SET_CHILD_SUBREAPER: Final = 36
+PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,21 +113,14 @@ def _environment() -> dict[str, str]:
 
 def become_subreaper() -> None:
     """Have orphans of a boot become our children, so that they can be counted and reaped."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _ = prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the runner `parent` dies: nobody reads it then."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _ = prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 class _Reading:

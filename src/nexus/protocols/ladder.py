@@ -1167,7 +1167,9 @@ RUNGS: Final = (
         needs=("policyd", "logd", "demo.testsvc"),
         claim=(
             "A ROUTE request naming demo.testsvc is DENY with the same nonce; audited with "
-            "reason identity and selftest's kernel id as sender."
+            "reason identity and selftest's kernel id as sender. So is a CHECK_FOR about "
+            "demo.testsvc, for selftest may not ask in another's place; and init answers what "
+            "demo.testsvc asks of it without a right, up to its shutdown, with DENIED."
         ),
         fault="the requester field is believed",
     ),
@@ -1394,7 +1396,8 @@ RUNGS: Final = (
         mechanisms=(Mechanism.DOCTOR,),
         claim=(
             "demo.testsvc tries by raw system calls: a path, a socket, fork, execve, ptrace and "
-            "the memory of another service, writing the identity table. All fail; init reads "
+            "the memory of another service, writing the identity table, reading init's "
+            "environment. All fail; init reads "
             "from outside: no-new-privs, seccomp filter, no capabilities, not dumpable, only "
             "granted descriptors; all as `nexus doctor` lists them. What doctor lists as absent "
             "is reported, not claimed."
@@ -1413,7 +1416,9 @@ RUNGS: Final = (
         claim=(
             "demo.testsvc stops answering its health probe without exiting: init ends and "
             "restarts it inside the declared deadline, generation + 1, back-off applied, reason "
-            "hang in init's record; every other service keeps its pid."
+            "hang in init's record; every other service keeps its pid. Then policyd, where there "
+            "is one, is killed: the policy page is raised for its death and again for the next "
+            "one's health, and nothing is allowed in between."
         ),
         fault="only exits are watched",
     ),

@@ -94,7 +94,8 @@ class Record(Message):
 class Records(Message):
     """A page in the order of ids. `next` is what to ask for then; `oldest` the first id kept.
 
-    A record that does not fit on the page begins the next one: none is skipped.
+    A record that does not fit on the page begins the next one: none is skipped. Ids grow, and some
+    between two of them may have been pushed out: who holds most of the journal loses its own first.
     """
 
     next: Annotated[int, U64()]

@@ -64,7 +64,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def decode_policy(data: bytes) -> Policy:
-    """The policy in `data`. Raises msgspec.DecodeError or ValidationError for anything else."""
+    """The policy in `data`. Raises msgspec.DecodeError for anything else."""
     if len(data) > POLICY_SIZE_MAX:
-        raise msgspec.ValidationError(f"{len(data)} bytes, a policy has {POLICY_SIZE_MAX} at most")
-    return msgspec.msgpack.decode(data, type=Policy)
+        raise msgspec.DecodeError(f"{len(data)} bytes, a policy has {POLICY_SIZE_MAX} at most")
+    try:
+        return msgspec.msgpack.decode(data, type=Policy)
+    except UnicodeDecodeError as error:  # msgspec passes this one on as it is
+        raise msgspec.DecodeError(f"text that is no UTF-8: {error}") from error

@@ -112,8 +112,12 @@ class ReloadBulk(Request[Reloaded], op=7, idempotent=True, refuses=PolicydStatus
 class Counts(Message):
     """What this instance has decided, by reason, and what became of the audit.
 
-    allowed + denied = audited + audit_dropped + audit_waiting. `malformed` requests are refused
-    as such and audited too, but are no decisions; they are counted in none of the four.
+    allowed + denied = audited + audit_dropped + audit_waiting. Dropped are the decisions without a
+    record of their own: what exceeds an asker's places or rate is summed up in one record of that
+    asker and second, op `suppressed`, with the count, the first and last number, and how many were
+    allowed and denied. It stands for the asker's decisions in that range that have no record.
+    `malformed` requests are refused as such and audited too, but are no decisions; they are
+    counted in none of the four.
     """
 
     generation: Annotated[int, U32()]

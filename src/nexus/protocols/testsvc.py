@@ -16,6 +16,7 @@ PLACED_SIZE_MAX: Final = 64  # bytes of one placed frame; a header and a tiny bo
 STEPS_MAX: Final = 96  # steps of one raw session
 STEP_DATA_SIZE_MAX: Final = 128  # bytes
 SESSION_WAIT_MAX_MS: Final = 5_000
+ASKED_COUNT_MAX: Final = 8  # requests of one AskInit
 HANG_MAX_MS: Final = 60_000  # longer than any watchdog of a test waits
 
 
@@ -25,7 +26,7 @@ class TestsvcStatus(IntEnum):
     TOO_MANY_HELD = 16  # every place is taken, or the token is held already
     NOT_HELD = 17  # a token that no held request has
     NO_CAPABILITY = 18  # the request came without its link
-    SESSION_BROKEN = 19  # a step was refused by the kernel, or timed cannot be reached
+    SESSION_BROKEN = 19  # a step was refused by the kernel, or timed or init cannot be reached
     NO_SUCH_ATTACK = 20  # unknown, or this ground has no system calls
 
 
@@ -207,6 +208,22 @@ class Hang(Request[Hung], op=13, idempotent=False):
     for_ms: Annotated[int, U32(minimum=1, maximum=HANG_MAX_MS)]
 
 
+class AskedInit(Message):
+    """The statuses init answered with, in the order it was asked; 0 is that it did so."""
+
+    statuses: Annotated[list[Annotated[int, U16()]], List(count_max=ASKED_COUNT_MAX)]
+
+
+class AskInit(Request[AskedInit], op=14, idempotent=False, refuses=TestsvcStatus):
+    """Ask init, over demo.testsvc's own control link, for what it has no right to.
+
+    In this order: its tasks, the policy, a restart of `name`, the end of safe mode, a shutdown;
+    and no further than the first that is not DENIED.
+    """
+
+    name: Annotated[str, Text(size_max=48, size_min=1)]
+
+
 TestsvcRequest: TypeAlias = (
     Echo
     | Hold
@@ -221,11 +238,12 @@ TestsvcRequest: TypeAlias = (
     | Attack
     | ReadLog
     | Hang
+    | AskInit
 )
 PROTOCOL: Final = Protocol(
     "testsvc",
     number=3,
-    version=2,
+    version=3,
     requests=(
         Echo,
         Hold,
@@ -240,5 +258,6 @@ PROTOCOL: Final = Protocol(
         Attack,
         ReadLog,
         Hang,
+        AskInit,
     ),
 )

@@ -83,6 +83,7 @@ class Pump:
         if self._level_now() < self._settings.start_above:
             raise call.refuse(PumpStatus.TANK_EMPTY)
         self._running = True
+        self._reason = StopReason.RUNNING
         self._starts += 1
         self._context.log.info("pump started", level=self._level_now())
 

@@ -16,12 +16,13 @@ class PumpStatus(IntEnum):
 
 
 class StopReason(IntEnum):
-    """Why the pump stands."""
+    """Why the pump stands, if it does."""
 
     NOT_STARTED = 0
     ASKED = 1
     TANK_EMPTY = 2
     SENSOR_LOST = 3
+    RUNNING = 4  # it does not stand
 
 
 class State(Message):

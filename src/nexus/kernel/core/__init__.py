@@ -37,7 +37,7 @@ from nexus.kernel.core.qos import (
     qos_class,
 )
 from nexus.kernel.core.rights import derive, moved
-from nexus.kernel.core.run import Hang, RunOver
+from nexus.kernel.core.run import CannotRun, Hang, RunOver
 from nexus.kernel.core.shape import well_typed
 from nexus.kernel.core.share import OwnerShare, Pool, SystemShares
 from nexus.kernel.core.spawn import (
@@ -70,6 +70,7 @@ __all__ = [
     "TIMER_SIZE",
     "WAITER_SIZE",
     "Account",
+    "CannotRun",
     "CapTable",
     "Hang",
     "Held",

@@ -12,6 +12,10 @@ from nexus.abi import CONSOLE_LINE_SIZE_MAX, EVIDENCE_SIZE_MAX, AbiError, Status
 # by recursion, in whatever stack it stands, must get through.
 EVIDENCE_DEPTH_MAX: Final = 16
 
+# Line and paragraph separator, and the controls of UAX #9 (Unicode 15) that change the order in
+# which other characters are shown: with them a line looks like another one.
+LINE_TURNS: Final = frozenset((0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+
 _JSON_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _BRACKET: Final = re.compile(rb"[\[\]{}]")
 
@@ -19,9 +23,9 @@ _BRACKET: Final = re.compile(rb"[\[\]{}]")
 def check_console(line: str, evidence: bytes) -> Mapping[str, object]:
     """Check a console write and return the evidence as an object, empty if there is none.
 
-    Refuses: InvalidArgument (over a limit, a line break or control character, not UTF-8,
-    evidence that is not one JSON object of finite numbers, or nested deeper than
-    EVIDENCE_DEPTH_MAX).
+    Refuses: InvalidArgument (over a limit, a line break, a control character or one that turns
+    the direction of text, not UTF-8, evidence that is not one JSON object of finite numbers, or
+    nested deeper than EVIDENCE_DEPTH_MAX).
     """
     try:
         size = len(line.encode("utf-8"))
@@ -65,9 +69,9 @@ def _depth(evidence: bytes) -> int:
 
 
 def _breaks(character: str) -> bool:
-    # C0, DEL and C1 controls, and the two separators of Unicode that end a line.
+    # C0, DEL and C1 controls, and what breaks or turns a line of Unicode.
     code = ord(character)
-    return code < 0x20 or 0x7F <= code < 0xA0 or code in (0x2028, 0x2029)
+    return code < 0x20 or 0x7F <= code < 0xA0 or code in LINE_TURNS
 
 
 def _not_json(text: str) -> NoReturn:

@@ -18,3 +18,7 @@ class RunOver(Exception):
     def __init__(self, until: Nanos) -> None:
         super().__init__(f"the root task had not exited at {until} ns")
         self.until = until
+
+
+class CannotRun(Exception):
+    """A kernel cannot serve a run in this process; the sentence says why and what to do."""

@@ -61,6 +61,8 @@ from nexus.abi import (
 FRAME_SIZE_MAX: Final = 8 * 1024  # bytes
 CRASH_SIZE_MAX: Final = 4096  # bytes of traceback: the end of it tells most
 NOTE_SIZE_MAX: Final = 1024  # bytes of JSON
+STEPS_MAX: Final = 32  # steps a child may say it could not take: there are fewer
+STEP_SIZE_MAX: Final = 64  # characters of such a step's name
 
 # First byte of a frame to init.
 PREPARED: Final = 1
@@ -148,9 +150,20 @@ def pack_prepared(prepared: Prepared) -> bytes:
 
 
 def unpack_prepared(frame: bytes) -> Prepared:
-    """Read it; the child runs our code only, so a malformed one is a bug."""
+    """Read it; what a service imports may have written it. Raises ValueError, TypeError,
+    OverflowError or RecursionError."""
+    if frame[:1] != bytes((PREPARED,)):
+        raise ValueError("another frame")
     uid, gid, degraded, failed = json.loads(frame[1:])
-    return Prepared(int(uid), int(gid), tuple(degraded), str(failed))
+    steps = tuple(_printable(str(step), STEP_SIZE_MAX) for step in degraded[:STEPS_MAX])
+    return Prepared(int(uid), int(gid), steps, _printable(str(failed), NOTE_SIZE_MAX))
+
+
+def _printable(text: str, size_max: int) -> str:
+    """At most so many characters, of one line and without what a terminal obeys."""
+    return "".join(
+        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:size_max]
+    )
 
 
 class TraceBuffer:

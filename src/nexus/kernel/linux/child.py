@@ -29,6 +29,7 @@ from nexus.kernel.linux.objects import Endpoint, HolderLink, adopt
 from nexus.kernel.linux.truesize import Truesize
 
 EXIT_ORPHAN: Final = 71  # EX_OSERR: init is gone
+EXIT_UNPREPARED: Final = 78  # EX_CONFIG: an interpreter of its own that could not import or confine
 
 CONTROL_TERMS: Final = LinkTerms(LINK_DEPTH_DEFAULT, CONTROL_LINK_SIZE, 0)
 

@@ -20,7 +20,18 @@ from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from nexus.abi import BootImage, LinkId, Nanos, Now, Recv, Send, ServiceId, Slot, Trap
+from nexus.abi import (
+    VMO_SIZE_MAX,
+    BootImage,
+    LinkId,
+    Nanos,
+    Now,
+    Recv,
+    Send,
+    ServiceId,
+    Slot,
+    Trap,
+)
 from nexus.kernel.linux.identity import POLICY, IdentityView
 from nexus.kernel.linux.native import LIBC, MACHINE, environment_strings, syscall
 
@@ -32,6 +43,7 @@ ABSTRACT: Final = b"\0nexus-escape"
 MEMORY_MANY: Final = 8 << 30  # bytes; far above any budget with its margin, and an import's limit
 MAP_NORESERVE: Final = 0x4000  # or Linux itself refuses so much on a small machine
 OBJECT_LARGE: Final = 1 << 26  # bytes; above every memory object
+OBJECTS_MANY: Final = 256  # of the largest size: four times what a service may map
 DESCRIPTORS_MANY: Final = 4096  # above every limit of a service
 PROC_MEMORY: Final = "mem"
 PTRACE_SEIZE: Final = 0x4206
@@ -241,6 +253,18 @@ def _take_large_object(_target: Target) -> None:
         os.close(descriptor)
 
 
+def _take_many_objects(_target: Target) -> None:
+    """Each as large as one may be. Only its last byte is written: Linux would count pages."""
+    taken: list[int] = []
+    try:
+        while len(taken) < OBJECTS_MANY:
+            taken.append(os.memfd_create("escape"))
+            _ = os.pwrite(taken[-1], b"x", VMO_SIZE_MAX - 1)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
 def _lift_limit(_target: Target) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
@@ -336,6 +360,11 @@ ATTEMPTS: Final = (
         "write the identity table", _write_identity_table, Wall.SEALS, EACCES, Wall.SEALS, EACCES
     ),
     Attempt("write the policy page", _write_policy_page, Wall.SEALS, EACCES, Wall.SEALS, EACCES),
+)
+
+# Not in the table, for nothing refuses it: `nexus doctor` shows that.
+MANY_OBJECTS: Final = Attempt(
+    "memory objects without end", _take_many_objects, Wall.NONE, DONE, Wall.NONE, DONE
 )
 
 

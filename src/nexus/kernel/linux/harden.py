@@ -15,7 +15,6 @@ import fcntl
 import gc
 import importlib
 import os
-import random  # noqa: TID251 (the child's own generator is made different from its siblings')
 import resource
 import select
 import signal
@@ -212,7 +211,6 @@ class Hardening:
     def finish(self) -> None:
         """The rest, after what is still to be opened was opened."""
         set_name(self.confinement.name)
-        self._reseed()
         if self.confinement.enabled:
             self._try("not_dumpable", self._not_dumpable)
             self._try("landlock", self._landlock)
@@ -411,9 +409,6 @@ class Hardening:
 
     def _not_dumpable(self) -> None:
         _ = prctl(PR_SET_DUMPABLE, 0)
-
-    def _reseed(self) -> None:
-        random.seed()
 
     def _landlock(self) -> None:
         abi = landlock.version()

@@ -36,6 +36,8 @@ QOS: Final = 4
 UID: Final = 5
 GID: Final = 6
 
+NO_ID: Final = 0xFFFF_FFFF  # no user's and no group's: Linux keeps it for "unchanged"
+
 READS_MAX: Final = 8  # a row changes only after its task is gone: a second read is rare
 
 CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -81,6 +83,15 @@ class IdentityTable:
         cells[row + UID] = uid
         cells[row + GID] = gid
         cells[row + PID] = sender.pid
+        self.pulse()
+
+    def set_ids(self, pid: int, uid: int, gid: int) -> None:
+        """Enter the ids of a task that was published with none: until now nobody believed a
+        message of it, and there can have been none."""
+        row = row_of(pid)
+        assert self._cells[row + PID] == pid, "only a task in the table has ids"
+        self._cells[row + UID] = uid
+        self._cells[row + GID] = gid
         self.pulse()
 
     def set_qos(self, pid: int, qos: QosClass) -> None:

@@ -2,13 +2,17 @@
 
 The calling process becomes init: it drives the root task's coroutine, forks every spawned
 program, stamps identities, keeps the shares and the classes, reads the kernel channels between
-the root's traps and while it waits, and never blocks on a service.
+the root's traps and while it waits, and never blocks on a service. A forked child confines itself
+by our code alone, in a few milliseconds that the spawn waits for; an interpreter of its own starts
+and imports what it likes, so its spawn returns at once and the rest follows as events of its
+channel, within a deadline (`Preparing`).
 
 Decisions a test must be able to break are small methods looked up at each use:
 `_next_generation`, `_spawn_reason`, `_give_back`, `_may_reuse`, `_decide_qos`, `_forget_ends`,
 `_policy_raise`, `_boot_memory_replace`, `_remove_ports`.
 """
 
+import faulthandler
 import gc
 import os
 import resource
@@ -16,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -69,8 +74,10 @@ from nexus.abi import (
     service_id,
 )
 from nexus.kernel.core import (
+    EXIT_CRASH,
     QOS_STATUS,
     Account,
+    CannotRun,
     OwnerShare,
     QosReason,
     QosRequest,
@@ -104,7 +111,7 @@ from nexus.kernel.linux.driver import (
 )
 from nexus.kernel.linux.grants import check_grants, open_granted
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
-from nexus.kernel.linux.identity import CREDENTIALS, ROWS, IdentityTable, IdentityView
+from nexus.kernel.linux.identity import CREDENTIALS, NO_ID, ROWS, IdentityTable, IdentityView
 from nexus.kernel.linux.native import MACHINE, timerfd, timerfd_arm
 from nexus.kernel.linux.notify import ServiceManager
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
@@ -114,15 +121,19 @@ from nexus.kernel.linux.sight import DRIVER_DESCRIPTORS, STANDARD_DESCRIPTORS, s
 from nexus.kernel.linux.stage2 import Handover, execute, hand_over
 from nexus.kernel.linux.truesize import Truesize
 
-# Four for each task (process, channel, both control links), and a service's own number.
-DESCRIPTORS_WANTED: Final = 4 * TASKS_MAX + DESCRIPTORS_MAX
+# Six for each task (process, channel, both control links, and of these the other ends until they
+# are handed over), and a service's own number.
+DESCRIPTORS_WANTED: Final = 6 * TASKS_MAX + DESCRIPTORS_MAX
 ROOT_SLOT: Final = Slot(1)  # of the root's own endpoint, as for every task
 FORKS_MAX: Final = 32  # tries to get a number that is not burned
 CONFIRM_MAX: Final = 5_000_000_000  # nanoseconds a task may keep a burned number in a shortage
 BURNED_MAX: Final = ROWS // 4  # numbers at rest, above which it is one: a fork in four is lost
 FORK_PAUSE: Final = 2  # milliseconds between two tries, in which confirmations may come
-PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a child may take to confine itself
+PREPARE_TIME: Final = 5_000_000_000  # nanoseconds a forked child may take to confine itself
 EXEC_PREPARE_TIME: Final = 15_000_000_000  # and to start an interpreter and import, a second's work
+LEAVE_TIME: Final = 1_000_000_000  # nanoseconds a child may take to end that says it cannot start
+THREAD_END_TIME: Final = 1_000_000_000  # nanoseconds an ended thread may stay listed
+THREAD_PAUSE: Final = 1_000_000  # nanoseconds between two looks at them
 FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
 MUTED_TIME: Final = 10_000_000  # nanoseconds a channel is left alone that had more than that
 OUTBOX_MAX: Final = ROWS + 16  # frames to one task: each burned number once, and an answer
@@ -131,6 +142,7 @@ LAST_FRAMES_MAX: Final = 4096  # taken from the channel of a dead task; its buff
 EVENTS_PER_POLL: Final = 64
 KILL_TIME: Final = 5_000_000_000  # nanoseconds until a killed task must be reapable
 KERNEL_PID: Final = Pid(0)
+ENDED_EARLY: Final = "the child ended before it was confined"
 
 # Nice values of the classes. Not SCHED_FIFO, SCHED_RR or SCHED_IDLE: no class starves another.
 NICE: Final = {
@@ -141,6 +153,22 @@ NICE: Final = {
 }
 
 
+class Preparing:
+    """What a child in an interpreter of its own is given when it has confined itself: its side
+    of the links, its ports, devices and sockets. Until then init holds them, and until then
+    nothing the child says is believed but why it cannot start.
+    """
+
+    __slots__ = ("birth", "degraded", "ends", "failed", "inherited")
+
+    def __init__(self, birth: Birth, inherited: tuple[int, ...], degraded: tuple[str, ...]) -> None:
+        self.birth = birth
+        self.inherited = inherited  # descriptors to hand over
+        self.degraded = degraded
+        self.ends = ExitStack()  # closes them
+        self.failed = ""  # why it will not run
+
+
 class Child:
     """A task that was spawned: its process, its channel, what it had reserved."""
 
@@ -148,6 +176,7 @@ class Child:
         "channel",
         "exit",
         "frames",
+        "killed",
         "links",
         "name",
         "notes",
@@ -155,6 +184,7 @@ class Child:
         "outside",
         "pid",
         "pidfd",
+        "preparing",
         "program",
         "qos",
         "sender",
@@ -181,6 +211,8 @@ class Child:
         self.share = share
         self.links = links  # init's ends of both control links, shut down at its death
         self.exit: ExitInfo | None = None
+        self.preparing: Preparing | None = None  # until it runs, in an interpreter of its own
+        self.killed = False  # by init, on purpose
         self.outbox: deque[bytes] = deque()  # at most one frame per burned number, and answers
         self.frames = 0  # taken from its channel
         self.notes = 0
@@ -282,6 +314,7 @@ class LinuxKernel:
         self._audit: deque[str] = deque()
         self._audit_dropped = 0
         self._muted: dict[int, int] = {}  # pid -> time its channel is listened to again
+        self._deadlines: dict[int, int] = {}  # pid -> time by which it must be prepared, or gone
         self._by_descriptor: dict[int, Child] = {}
         self._may_renice = False
 
@@ -298,8 +331,12 @@ class LinuxKernel:
         `until` is a time of the kernel clock, such as `kernel.now` plus a span. Raises RunOver
         when the clock passes it. All children are reaped and all descriptors closed on return,
         however it comes about.
+
+        Raises CannotRun in a process with more than one thread: a fork takes only one along, and
+        whatever the others hold locked. Timers and signal handlers of the caller rest meanwhile.
         """
         assert not self._started, "a kernel serves one run"
+        check_threads()
         self._started = True
         with ExitStack() as stack:
             self._enter(stack, until)
@@ -345,6 +382,7 @@ class LinuxKernel:
         # First, so that it is undone last: no signal ends init while it has children.
         mask = outside.block_signals()
         _ = stack.callback(outside.restore_signals, mask, self.told)
+        outside.rest_handlers(stack)
         self.until = until
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = min(max(soft, DESCRIPTORS_WANTED), hard)
@@ -458,13 +496,14 @@ class LinuxKernel:
         """End and reap every task; their last lines are recorded."""
         for child in self.children.values():
             if child.exit is None:
-                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+                self._end(child)
         for child in list(self.children.values()):
             if child.exit is None:
                 _ = _await_readable(child.pidfd, KILL_TIME)
                 self._died(child)
             _ = self._reap(child)
         self._muted.clear()
+        assert not self._deadlines, "nobody is being prepared any more"
 
     def _end_all(self) -> None:
         assert not self.children, "the root's end has reaped every task"
@@ -559,12 +598,16 @@ class LinuxKernel:
                 self._read_channel(child)
 
     def _on_timer(self) -> None:
-        if time.monotonic_ns() >= self.until:
+        now = time.monotonic_ns()
+        if now >= self.until:
             raise RunOver(self.until)
+        for pid in [pid for pid, at in self._deadlines.items() if at <= now]:
+            self._too_late(self.children[pid])
         self._arm()
 
     def _arm(self) -> None:
-        timerfd_arm(self._timer, min([self.until, *self._muted.values()]))
+        times = [self.until, *self._muted.values(), *self._deadlines.values()]
+        timerfd_arm(self._timer, min(times))
 
     def _mute(self, child: Child) -> None:
         """Leave a channel alone for a while that had more frames than one turn takes."""
@@ -582,12 +625,16 @@ class LinuxKernel:
                 self._epoll.register(child.channel.fileno(), self._interest(child))
 
     def _interest(self, child: Child) -> int:
-        return select.EPOLLIN | select.EPOLLOUT if child.outbox else select.EPOLLIN
+        if child.outbox and child.preparing is None:
+            return select.EPOLLIN | select.EPOLLOUT
+        return select.EPOLLIN
 
     def _tell(self, child: Child, frame: bytes) -> None:
-        """Queue a frame for a task and send what goes at once."""
+        """Queue a frame for a task and send what goes at once; nothing goes before the task's
+        links do."""
         child.outbox.append(frame)
-        self._send_out(child)
+        if child.preparing is None:
+            self._send_out(child)
 
     def _send_out(self, child: Child) -> None:
         if child.channel is None:
@@ -618,23 +665,20 @@ class LinuxKernel:
         if channel is None:
             return False
         try:
-            data, ancillary, flags, _ = channel.recvmsg(wire.FRAME_SIZE_MAX, CONTROL_SIZE, AT_ONCE)
+            data, stamp, whole = _receive(channel)
         except BlockingIOError:
             return False
         except ConnectionResetError:
             return True
-        stamp = None
-        for _, kind, content in ancillary:
-            if kind == socket.SCM_CREDENTIALS:
-                stamp = CREDENTIALS.unpack(content)[0]
-            elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
-                os.close(DESCRIPTOR.unpack_from(content)[0])
         if stamp is None and not data:
             self._close_channel(child)
             return False
         child.frames += 1
-        whole = not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-        if not (whole and data and stamp == child.pid and self._take_frame(child, data)):
+        if child.preparing is not None:
+            self._hear(child, child.preparing, data, stamp)
+            return True
+        own = stamp is not None and stamp[0] == child.pid
+        if not (whole and data and own and self._take_frame(child, data)):
             self.refused_frames += 1
         return True
 
@@ -717,6 +761,7 @@ class LinuxKernel:
             if not self._read_frame(child):
                 break
         self._close_channel(child)
+        unborn = self._never_ran(child)
         self._epoll.unregister(child.pidfd)
         del self._by_descriptor[child.pidfd]
         result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
@@ -730,8 +775,8 @@ class LinuxKernel:
             "code": code,
             "signal": number,
         }
-        if child.traceback:
-            fields["crash"] = child.traceback
+        if child.traceback or unborn:
+            fields["crash"] = child.traceback or unborn
         self._event(EventKind.EXIT, child.pid, fields)
         self._hang_up(child)
         self._give_back(child)
@@ -780,7 +825,7 @@ class LinuxKernel:
             if child is not None and child.exit is None:
                 evidence = {"name": child.name, "pid": by, "numbers": count}
                 self.kernel_line(f"KCONFIRM: {child.name} ended, it keeps {count}", evidence)
-                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+                self._end(child)
 
     def confirmed(self, by: int, pid: int) -> None:
         """A task has read everything that a dead one can have sent to it."""
@@ -857,16 +902,8 @@ class LinuxKernel:
             return self._start(spec)
         except SpawnRefused as refusal:
             self._spawn_error = self._spawn_reason(refusal)
-            self._event(
-                EventKind.SPAWN_FAILED,
-                self.root.pid,
-                {
-                    "name": spec.name,
-                    "program": spec.program,
-                    "reason": self._spawn_error.name.lower(),
-                    "detail": str(refusal),
-                },
-            )
+            fields = _no_start(spec.name, spec.program, self._spawn_error, str(refusal))
+            self._event(EventKind.SPAWN_FAILED, self.root.pid, fields)
             raise
 
     def _spawn_reason(self, refusal: SpawnRefused) -> SpawnReason:
@@ -945,7 +982,9 @@ class LinuxKernel:
             )
             birth = self._birth(spec, program, sender, share, tuple(names))
             child, degraded = self._fork(birth, inherited, links)
-        self._forget_ends(up_near, far, *ports)
+            _ = granted.callback(self._forget_ends, up_near, far, *ports)
+            if child.preparing is not None:
+                child.preparing.ends = granted.pop_all()
         for owner, holder, terms in (
             (INIT_NAME, spec.name, CONTROL_TERMS),
             (spec.name, INIT_NAME, down),
@@ -954,22 +993,28 @@ class LinuxKernel:
             self._event(EventKind.LINK, child.pid, fields)
         self.children[child.pid] = child
         self.generations[spec.name] = child.sender.generation
+        if child.preparing is None:
+            self._runs(child, birth, degraded)
+        return Spawned(child.pid, service, child.sender.generation, slot, upward.link)
+
+    def _runs(self, child: Child, birth: Birth, degraded: tuple[str, ...]) -> None:
+        """Record a task that was let go."""
+        assert birth.program is not None, "init has a program to start"
         self._event(
             EventKind.SPAWN,
             child.pid,
             {
-                "name": spec.name,
+                "name": child.name,
                 "generation": child.sender.generation,
-                "program": program.name,
-                "digest": program.digest,
+                "program": birth.program.name,
+                "digest": birth.program.digest,
                 "qos": int(child.qos),
-                "service": f"{service:016x}",
-                "grants": grants_fields(spec.grants),
+                "service": f"{child.sender.service:016x}",
+                "grants": grants_fields(birth.spec.grants),
                 "degraded": list(degraded),
                 "outside": child.outside,
             },
         )
-        return Spawned(child.pid, service, child.sender.generation, slot, upward.link)
 
     def _unsee(self, link: OwnerLink) -> None:
         """Undo of a spawn: the spawner hears no PeerGone of a link it never heard of."""
@@ -1017,8 +1062,9 @@ class LinuxKernel:
     def _fork(
         self, birth: Birth, inherited: tuple[int, ...], links: tuple[socket.socket, ...]
     ) -> tuple[Child, tuple[str, ...]]:
-        """Fork until Linux gives a number that means nobody else, prepare the child, enter it
-        into the table, and let it go. Refuses: SpawnRefused (oom, map-failed)."""
+        """Fork until Linux gives a number that means nobody else, enter the child into the
+        table, and let it go when it is prepared: a forked one now, an interpreter of its own
+        when it says so. Refuses: SpawnRefused (oom, map-failed)."""
         spec = birth.spec
         executed = spec.grants.isolation is Isolation.EXEC
         for attempt in range(FORKS_MAX):
@@ -1040,29 +1086,29 @@ class LinuxKernel:
                 if not self._may_reuse(pid):
                     self.forks_discarded += 1
                     continue
-                prepared = self._prepared(
-                    mine, pidfd, pid, EXEC_PREPARE_TIME if executed else PREPARE_TIME
-                )
-                if prepared.failed:
-                    raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
                 sender = birth.me._replace(pid=Pid(pid))
                 child = Child(spec, sender, pidfd, mine, birth.share, links)
-                child.outside = seen(pid, self._granted(spec, inherited))
+                if executed:
+                    prepared = wire.Prepared(NO_ID, NO_ID, (), "")  # Linux stamps them later
+                else:
+                    prepared = self._prepared(mine, pidfd, pid)
+                    if prepared.failed:
+                        raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
+                    child.outside = seen(pid, self._granted(spec, inherited))
                 self.names[sender.service] = spec.name
                 self.table.publish(sender, prepared.uid, prepared.gid)
                 _ = undo.callback(self.table.clear, pid)
                 degraded = (*prepared.degraded, *self.degraded)
                 if not self._apply_qos(pid, sender.qos):
                     degraded = (*degraded, "qos")
-                if executed:
-                    # Only now: it can neither be taken for another nor leave what it is given.
-                    handover = Handover(birth.spec, sender, birth.spawner, birth.names, birth.trace)
-                    hand_over(mine, handover, inherited)
                 self._epoll.register(pidfd, select.EPOLLIN)
                 self._epoll.register(mine.fileno(), select.EPOLLIN)
                 self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
                 _ = undo.pop_all()
-                if not executed:
+                if executed:
+                    child.preparing = Preparing(birth, inherited, degraded)
+                    self._must_by(child, EXEC_PREPARE_TIME)
+                else:
                     self._tell(child, bytes((wire.GO,)))
                 return child, degraded
         self._end_deaf()
@@ -1091,55 +1137,127 @@ class LinuxKernel:
             return pid
         me = birth.me._replace(pid=Pid(os.getpid()))
         spec, program = birth.spec, birth.program
-        assert program is not None, "init has a program to start"
-        if spec.cpu is not None:
-            os.sched_setaffinity(0, (self.cpus[spec.cpu],))
-        confinement = birth.confinement._replace(uid=self._uid_of(me.pid), keep=keep)
-        if spec.grants.isolation is Isolation.EXEC:
-            confinement = confinement._replace(keep=keep[:1])  # the rest when it is confined
-            return execute(program.entry, program.path, confinement, ordinary=program.ordinary)
-        return live(birth._replace(me=me, confinement=confinement))
+        try:
+            assert program is not None, "init has a program to start"
+            if spec.cpu is not None:
+                os.sched_setaffinity(0, (self.cpus[spec.cpu],))
+            confinement = birth.confinement._replace(uid=self._uid_of(me.pid), keep=keep)
+            if spec.grants.isolation is Isolation.EXEC:
+                confinement = confinement._replace(keep=keep[:1])  # the rest when it is confined
+                execute(program.entry, program.path, confinement, ordinary=program.ordinary)
+            live(birth._replace(me=me, confinement=confinement))
+        finally:
+            os._exit(EXIT_CRASH)  # whatever fails before: there is one init
 
     def _uid_of(self, pid: int) -> int | None:
         """The id a service runs under; None where init cannot give it one of its own."""
         return self.uid_first + pid % ROWS if os.geteuid() == 0 else None
 
-    def _prepared(self, channel: socket.socket, pidfd: int, pid: int, span: int) -> wire.Prepared:
-        """Wait for a child to have confined itself, and serve the other tasks meanwhile.
-
-        Nothing it says is believed but that it could not: its ids are Linux's stamp.
-        """
+    def _prepared(self, channel: socket.socket, pidfd: int, pid: int) -> wire.Prepared:
+        """Wait for a forked child to have confined itself, and serve the other tasks meanwhile."""
         look = select.poll()
         look.register(channel, select.POLLIN)
         look.register(self._epoll, select.POLLIN)
-        give_up = time.monotonic_ns() + span
+        give_up = time.monotonic_ns() + PREPARE_TIME
         while not _await_readable(channel.fileno(), 0):
             left = give_up - time.monotonic_ns()
             if left <= 0:
-                seconds = span // 1_000_000_000
-                return _failed(f"the child did not confine itself in time ({seconds} s)")
+                return _failed(_not_in_time(PREPARE_TIME))
             if look.poll(left / 1_000_000):
                 self.serve()
-        data, ancillary, _, _ = channel.recvmsg(wire.FRAME_SIZE_MAX, CONTROL_SIZE, AT_ONCE)
-        stamps = []
-        for _, kind, content in ancillary:
-            if kind == socket.SCM_CREDENTIALS:
-                stamps.append(CREDENTIALS.unpack(content))
-            elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
-                os.close(DESCRIPTOR.unpack_from(content)[0])
+        data, stamp, _ = _receive(channel)
         if not data:
             _ = _await_readable(pidfd, PREPARE_TIME)
-            return _failed("the child ended before it was confined")
+            return _failed(ENDED_EARLY)
+        return self._believed(data, stamp, pid)
+
+    def _believed(self, data: bytes, stamp: tuple[int, int, int] | None, pid: int) -> wire.Prepared:
+        """What a child's first frame means. Nothing it says is believed but that it could not:
+        its ids are Linux's stamp."""
         try:
             prepared = wire.unpack_prepared(data)
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return _failed("the child spoke before it was confined")
         if prepared.failed:
             return prepared
-        ((sender, uid, gid),) = stamps
-        if sender != pid:
+        if stamp is None or stamp[0] != pid:
             return _failed("another process spoke for the child")
-        return prepared._replace(uid=uid, gid=gid)
+        return prepared._replace(uid=stamp[1], gid=stamp[2])
+
+    # ------------------------------------------------------------------ interpreters of their own
+
+    def _must_by(self, child: Child, span: int) -> None:
+        """Give a child a time in nanoseconds to be prepared in, or to end in."""
+        self._deadlines[child.pid] = time.monotonic_ns() + span
+        self._arm()
+
+    def _hear(
+        self,
+        child: Child,
+        preparing: Preparing,
+        data: bytes,
+        stamp: tuple[int, int, int] | None,
+    ) -> None:
+        """A child speaks that is being prepared."""
+        if preparing.failed:
+            self.refused_frames += 1  # it was told once, and is ending
+            return
+        prepared = self._believed(data, stamp, child.pid)
+        if not prepared.failed:
+            self._let_go(child, preparing, prepared)
+            return
+        self._fails(child, preparing, prepared.failed)
+        # It ends by itself, with an exit code that tells more than a signal does.
+        self._must_by(child, LEAVE_TIME)
+
+    def _let_go(self, child: Child, preparing: Preparing, prepared: wire.Prepared) -> None:
+        """It is confined: it gets its identity's ids and everything else it is to have. Only
+        now: it can neither be taken for another nor leave what it is given."""
+        birth = preparing.birth
+        assert child.channel is not None, "it has just been read"
+        handover = Handover(birth.spec, child.sender, birth.spawner, birth.names, birth.trace)
+        try:
+            child.outside = seen(child.pid, self._granted(birth.spec, preparing.inherited))
+            self.table.set_ids(child.pid, prepared.uid, prepared.gid)
+            hand_over(child.channel, handover, preparing.inherited)
+        except OSError as error:
+            self._fails(child, preparing, f"the child could not be let go: {error}")
+            self._must_by(child, 0)
+            return
+        del self._deadlines[child.pid]
+        child.preparing = None
+        preparing.ends.close()
+        self._runs(child, birth, (*prepared.degraded, *preparing.degraded))
+        if child.outbox:
+            self._send_out(child)
+
+    def _too_late(self, child: Child) -> None:
+        """A child is neither prepared nor gone in its time."""
+        del self._deadlines[child.pid]
+        preparing = child.preparing
+        if child.exit is None and preparing is not None:
+            self._fails(child, preparing, _not_in_time(EXEC_PREPARE_TIME))
+            self._end(child)
+
+    def _fails(self, child: Child, preparing: Preparing, why: str) -> None:
+        """Record, once, why a child will never run. Its end is told as any task's."""
+        if preparing.failed:
+            return
+        preparing.failed = why
+        fields = _no_start(child.name, child.program, SpawnReason.MAP_FAILED, why)
+        self._event(EventKind.SPAWN_FAILED, child.pid, fields)
+
+    def _never_ran(self, child: Child) -> str:
+        """A task has ended: take back what it was to be given, and why it never ran; empty if
+        it did."""
+        preparing, child.preparing = child.preparing, None
+        if preparing is None:
+            return ""
+        _ = self._deadlines.pop(child.pid, None)
+        preparing.ends.close()
+        if not child.killed:
+            self._fails(child, preparing, ENDED_EARLY)
+        return preparing.failed or f"it had not imported {child.program} yet"
 
     # ------------------------------------------------------------------ the root's other traps
 
@@ -1166,7 +1284,12 @@ class LinuxKernel:
         if child is None:
             raise AbiError(Status.INVALID_ARGUMENT, f"no task {trap.pid}")
         if child.exit is None:
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            self._end(child)
+
+    def _end(self, child: Child) -> None:
+        """End a live task at once; its pidfd says when it is gone."""
+        child.killed = True
+        signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
     def _task_table(self, trap: TaskTable) -> tuple[TaskInfo, ...]:  # noqa: ARG002
         self.serve()
@@ -1275,6 +1398,52 @@ def may_renice() -> bool:
 def enough_descriptors() -> bool:
     """Whether init may have the descriptors that a full system needs."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= DESCRIPTORS_WANTED
+
+
+def check_threads() -> None:
+    """Raises CannotRun if this process has more than one thread."""
+    if _threads() == 1:
+        return
+    # A timer like others, but with a thread. Only where there is one: after a fork it would be
+    # waited for in vain.
+    faulthandler.cancel_dump_traceback_later()
+    give_up = time.monotonic_ns() + THREAD_END_TIME
+    while (count := _threads()) > 1:  # Linux may still list one that was joined
+        if time.monotonic_ns() >= give_up:
+            others = threading.enumerate()
+            others.remove(threading.current_thread())
+            named = f" ({', '.join(repr(other.name) for other in others)})" if others else ""
+            raise CannotRun(
+                f"init cannot fork: its process has {count} threads{named}; a module that it "
+                f"imports must start none, a service may when it runs"
+            )
+        time.sleep(THREAD_PAUSE / 1e9)  # noqa: TID251 (a kernel's wait, before anything runs)
+
+
+def _threads() -> int:
+    return _entries("/proc/self/task")
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, tuple[int, int, int] | None, bool]:
+    """Take a frame: its data, Linux's stamp (pid, uid, gid), whether it is whole. Descriptors
+    that come with it are closed. Raises OSError."""
+    data, ancillary, flags, _ = channel.recvmsg(wire.FRAME_SIZE_MAX, CONTROL_SIZE, AT_ONCE)
+    stamp = None
+    for _, kind, content in ancillary:
+        if kind == socket.SCM_CREDENTIALS:
+            stamp = CREDENTIALS.unpack(content)
+        elif kind == socket.SCM_RIGHTS and len(content) >= DESCRIPTOR.size:
+            os.close(DESCRIPTOR.unpack_from(content)[0])
+    return data, stamp, not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+
+
+def _no_start(name: str, program: str, reason: SpawnReason, detail: str) -> dict[str, object]:
+    """The fields of SPAWN_FAILED."""
+    return {"name": name, "program": program, "reason": reason.name.lower(), "detail": detail}
+
+
+def _not_in_time(span: int) -> str:
+    return f"the child did not confine itself in time ({span // 1_000_000_000} s)"
 
 
 def _failed(why: str) -> wire.Prepared:

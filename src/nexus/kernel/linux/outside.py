@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 import struct
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ from nexus.abi import (
     Signal,
     Slot,
 )
+from nexus.kernel.core.paths import SOCKET_PATH_SIZE_MAX
 from nexus.kernel.linux.native import MSG_CMSG_CLOEXEC, signalfd
 from nexus.kernel.linux.objects import EPOLL_IN, Endpoint, OwnerLink
 
@@ -38,7 +39,6 @@ NO_TERMS: Final = LinkTerms(0, 0, 0)  # nothing is reserved for what comes from 
 
 SOCKET_SUFFIX: Final = ".sock"
 SOCKET_MODE: Final = 0o600
-SOCKET_PATH_MAX: Final = 107  # bytes; sun_path of unix(7) with its final zero
 
 _SIGINFO_SIZE: Final = 128  # bytes of struct signalfd_siginfo, on every architecture
 _SIGNAL_NUMBER: Final = struct.Struct("=I")  # its first field
@@ -132,6 +132,24 @@ def restore_signals(former: set[signal.Signals | int], told: set[signal.Signals]
     _ = signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
+def rest_handlers(stack: ExitStack) -> None:
+    """Let no timer and no handler that some imported module left run in init, or in a child of
+    it before that has taken its own steps; `stack` puts them back. The signals of `SIGNALS` are
+    blocked, and reach their handlers after the run."""
+    for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+        left, interval = signal.setitimer(timer, 0)  # alarm(2) is the first of them
+        if left or interval:
+            _ = stack.callback(signal.setitimer, timer, left, interval)
+    descriptor = signal.set_wakeup_fd(-1)
+    if descriptor != -1:
+        _ = stack.callback(signal.set_wakeup_fd, descriptor)
+    for number in signal.valid_signals() - SIGNALS:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            former = signal.signal(number, signal.SIG_DFL)
+            _ = stack.callback(signal.signal, number, former)
+
+
 def socket_path(directory: Path, name: str) -> Path:
     """Where callers of a port connect to."""
     return directory / f"{name}{SOCKET_SUFFIX}"
@@ -140,8 +158,8 @@ def socket_path(directory: Path, name: str) -> Path:
 def listen(path: Path) -> socket.socket:
     """A listening socket at a path that only its user and root may connect to, in place of what
     an earlier run left there. Raises OSError, with a sentence for people."""
-    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
-        raise OSError(f"{path} is longer than the {SOCKET_PATH_MAX} bytes of a socket's path")
+    if len(os.fsencode(path)) > SOCKET_PATH_SIZE_MAX:
+        raise OSError(f"{path} is longer than the {SOCKET_PATH_SIZE_MAX} bytes of a socket's path")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_socket(path)
     listener = socket.socket(

@@ -8,8 +8,10 @@ interpreter of their own, without grants and with. The rest is looked up.
 
 import json
 import os
+import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,6 +19,7 @@ from typing import Any, Final, NamedTuple
 from nexus.abi import (
     HEAP_SIZE,
     INIT_NAME,
+    VMO_SIZE_MAX,
     AbiError,
     BootImage,
     Event,
@@ -30,8 +33,9 @@ from nexus.abi import (
     SpawnSpec,
 )
 from nexus.kernel.linux import escapes, landlock, seccomp
-from nexus.kernel.linux.escapes import DONE, Wall
+from nexus.kernel.linux.escapes import DONE, MANY_OBJECTS, OBJECTS_MANY, Wall
 from nexus.kernel.linux.harden import (
+    PRIVATE_NAMESPACES,
     UID_FIRST,
     Confinement,
     Hardening,
@@ -40,7 +44,8 @@ from nexus.kernel.linux.harden import (
     readable,
 )
 from nexus.kernel.linux.kernel import LinuxKernel, enough_descriptors, may_renice
-from nexus.kernel.linux.native import MACHINE
+from nexus.kernel.linux.native import MACHINE, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
+from nexus.kernel.linux.sight import bounds, seen
 
 PID_MAX_LARGE: Final = 1 << 22  # the largest Linux has: a number comes again late
 ANSWER_TIME: Final = 5_000  # milliseconds the child may take
@@ -69,7 +74,7 @@ class Guarantee(NamedTuple):
 # Name of a step, what it gives, and what is left where it cannot be taken.
 STEPS: Final = (
     ("limits", "descriptors, core dumps, processes and locked memory are bounded", State.ABSENT),
-    ("memory", "memory, mappings and memory objects are bounded by the budget", State.ABSENT),
+    ("memory", "memory, mappings and a memory object are bounded by the budget", State.ABSENT),
     ("namespaces", "no network, no host name, no System V objects in sight", State.ABSENT),
     ("ids", "a user id of its own: no signal to, no trace of another service", State.DEGRADED),
     ("capabilities", "no capability: a sender's pid cannot be forged", State.ABSENT),
@@ -101,11 +106,17 @@ UNFILTERED: Final = {
 }
 
 
+# Limits of a child that are zero, by Linux's name.
+ZERO_LIMITS: Final = ("Max core file size", "Max locked memory")
+
+
 class Found(NamedTuple):
-    """What a child found: steps it could not take, and what came of its attempts."""
+    """What a child found: steps it could not take, and what came of its attempts; and the steps
+    that Linux's own account of it denies."""
 
     refused: dict[str, str]
     outcomes: dict[str, str]
+    denied: dict[str, str]
 
 
 class Service(NamedTuple):
@@ -119,9 +130,15 @@ class Service(NamedTuple):
 def hardening_report() -> tuple[Guarantee, ...]:
     """The state of each guarantee on this machine, for this user."""
     preload()
-    found = _try_in_a_child(filtered=True)
-    behind = _try_in_a_child(filtered=False)
-    refused = dict(found.refused)
+    return (*step_rows(), *tried_rows(_try_in_a_run()), *_looked_up_rows())
+
+
+def step_rows() -> list[Guarantee]:
+    """The steps of a forked service without grants, and what they leave open."""
+    with _sibling() as sibling:
+        found = _try_in_a_child(sibling, filtered=True)
+        behind = _try_in_a_child(sibling, filtered=False)
+    refused = found.denied | found.refused
     for step, names in FILTERED.items():
         _ = refused.setdefault(step, _open(names, found.outcomes, "refusal"))
     for step, names in UNFILTERED.items():
@@ -136,9 +153,22 @@ def hardening_report() -> tuple[Guarantee, ...]:
     if "landlock" in refused:
         index = [row.name for row in rows].index("landlock_scope")
         rows[index] = rows[index]._replace(state=State.ABSENT, why=refused["landlock"])
-    rows += _tried_rows(_try_in_a_run())
-    rows += _looked_up_rows()
-    return tuple(rows)
+    rows.append(_many_objects(found.outcomes.get(MANY_OBJECTS.name)))
+    return rows
+
+
+def _many_objects(outcome: str | None) -> Guarantee:
+    gives = "all memory objects of a service together are bounded"
+    if outcome is None:
+        return Guarantee("memory_objects", State.ABSENT, gives, "not tried")
+    mib = 1 << 20
+    why = (
+        f"each of {VMO_SIZE_MAX // mib} MiB at most, as many as a task has descriptors: "
+        f"{OBJECTS_MANY * VMO_SIZE_MAX // mib} MiB were there to take"
+    )
+    if outcome == DONE:
+        return Guarantee("memory_objects", State.DEGRADED, gives, why)
+    return Guarantee("memory_objects", State.HELD, gives)
 
 
 def _open(names: tuple[str, ...], outcomes: dict[str, str], field: str) -> str:
@@ -148,7 +178,7 @@ def _open(names: tuple[str, ...], outcomes: dict[str, str], field: str) -> str:
     return ", ".join(f"{name}: {outcomes.get(name, 'not tried')}" for name in wrong)
 
 
-def _tried_rows(services: dict[str, Service]) -> list[Guarantee]:
+def tried_rows(services: dict[str, Service]) -> list[Guarantee]:
     """What whole services found."""
     forked, executed = services["fork"], services["exec"]
     rows = []
@@ -186,11 +216,11 @@ def _tried_rows(services: dict[str, Service]) -> list[Guarantee]:
         "each message carries who sent it, from Linux itself",
         attempts(forked, forge_credentials="EPERM") or forked.report["sender"],
     )
-    alike = (
-        "" if executed.failed or _differ(forked, executed) else "layout and hash seed are init's"
-    )
     names = tuple(one.name for one in escapes.ATTEMPTS)
-    left = executed.failed or alike or _open(names, executed.report["outcomes"], "refusal")
+    left = executed.failed or forked.failed
+    if not left and not _differ(forked, executed):
+        left = "layout and hash seed are init's"
+    left = left or _open(names, executed.report["outcomes"], "refusal")
     reading = "import_reading" in executed.degraded
     row(
         "exec_isolation",
@@ -269,9 +299,12 @@ def _looked_up_rows() -> list[Guarantee]:
     return rows
 
 
-def _in_a_child(work: Callable[[int], object], time: int) -> Any:
+def _in_a_child(
+    work: Callable[[int], object], time: int, look: Callable[[int], object] | None = None
+) -> Any:
     """Do `work` in a forked child and return the JSON it writes to the descriptor it is handed;
-    None if there was none within `time` milliseconds. The child is dead then."""
+    None if there was none within `time` milliseconds. `look` is handed the child's pid when it
+    has answered and closed that descriptor. The child is dead then."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -286,15 +319,48 @@ def _in_a_child(work: Callable[[int], object], time: int) -> Any:
     while readable(reader, time) and (part := os.read(reader, ANSWER_SIZE_MAX)):
         answer += part
     os.close(reader)
-    os.kill(child, signal.SIGKILL)
-    _ = os.waitpid(child, 0)
+    try:
+        if answer and look is not None:
+            _ = look(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _ = os.waitpid(child, 0)
     return json.loads(answer) if answer else None
 
 
-def _try_in_a_child(*, filtered: bool) -> Found:
-    """Confine a child, learn which steps it could not take, and let it try to get out."""
+@contextmanager
+def _sibling() -> Iterator[int]:
+    """A process of the id that a confined child has, outside of its walls: the pid."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setresgid(UID_FIRST, UID_FIRST, UID_FIRST)
+                os.setresuid(UID_FIRST, UID_FIRST, UID_FIRST)
+            _ = prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            _ = prctl(PR_SET_DUMPABLE, 0)  # as every service
+            _ = os.write(told, b"1")
+            signal.pause()
+        finally:
+            os._exit(0)
+    os.close(told)
+    try:
+        _ = readable(ready, ANSWER_TIME)
+        yield child
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        _ = os.waitpid(child, 0)
+
+
+def _try_in_a_child(sibling: int, *, filtered: bool) -> Found:
+    """Confine a child, learn which steps it could not take, let it try to get out, and look at
+    it from outside."""
     namespaces = Namespaces() if os.geteuid() == 0 else None
     parent = os.getpid()
+    denied: dict[str, str] = {}
 
     def work(writer: int) -> None:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -312,20 +378,55 @@ def _try_in_a_child(*, filtered: bool) -> Found:
         hardening = Hardening(confinement) if filtered else _Unfiltered(confinement)
         (writer,) = hardening.before_identity()
         hardening.finish()
-        target = escapes.Target(parent)
+        target = escapes.Target(sibling)
         tried = {
             one.name: escapes.outcome(one, target)
-            for one in escapes.ATTEMPTS
+            for one in (*escapes.ATTEMPTS, MANY_OBJECTS)
             if one.wall is not Wall.SEALS
         }
         _ = os.write(writer, json.dumps((hardening.why, tried)).encode())
+        os.close(writer)
+        _ = select.poll().poll(ANSWER_TIME)  # to be looked at
 
-    found = _in_a_child(work, ANSWER_TIME)
+    found = _in_a_child(work, ANSWER_TIME, lambda pid: denied.update(_denied(pid)))
     if namespaces is not None:
         namespaces.close()
     if found is None:
-        return Found({name: "the confined child ended" for name, _, _ in STEPS}, {})
-    return Found(*found)
+        return Found({name: "the confined child ended" for name, _, _ in STEPS}, {}, {})
+    refused, outcomes = found
+    return Found(refused, outcomes, denied)
+
+
+def _denied(pid: int) -> dict[str, str]:
+    """The steps that a confined child has not taken, as Linux shows it, and what it shows."""
+    outside = seen(pid, 0)
+    limits = bounds(pid)
+    shown = {
+        "limits": [
+            f"{name} is {hard}" for name in ZERO_LIMITS for hard in limits[name] if hard != "0"
+        ],
+        "capabilities": [
+            f"{name} is {outside[name]:#x}" for name in ("cap_eff", "cap_prm") if outside[name]
+        ],
+        "not_dumpable": ["it can be dumped"] * (outside["dumpable"] is True),
+        "seccomp": [
+            f"{name} is {outside[name]}"
+            for name, taken in (("no_new_privs", 1), ("seccomp", 2))
+            if outside[name] != taken
+        ],
+    }
+    shown["ids"] = ["it has init's id"] * (outside["uid"] == os.geteuid())
+    if os.geteuid() == 0:
+        shown["ids"] += [f"it is in groups {outside['groups']}"] * bool(outside["groups"])
+        shown["namespaces"] = [
+            f"it has init's {name}" for name in PRIVATE_NAMESPACES if _shared(pid, name)
+        ]
+    return {step: ", ".join(wrong) for step, wrong in shown.items() if wrong}
+
+
+def _shared(pid: int, namespace: str) -> bool:
+    here, there = (Path(f"/proc/{process}/ns/{namespace}") for process in ("self", pid))
+    return here.readlink() == there.readlink()
 
 
 class _Unfiltered(Hardening):
@@ -379,10 +480,10 @@ def _run_services() -> dict[str, Service]:
                 spawned = await Spawn(
                     SpawnSpec(name, "hostile", boot.endpoint, argument, endpoints=1, grants=grants)
                 )
+                report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
             except AbiError as refusal:
-                found[name] = Service(str(refusal), (), {})
+                found[name] = Service(_failure(events, name) or str(refusal), (), {})
                 continue
-            report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
             degraded = _degraded(events, name)
             found[name] = Service("", degraded, report)
         await Send(prey.slot, b"end")
@@ -391,6 +492,14 @@ def _run_services() -> dict[str, Service]:
     until = Nanos(kernel.now + RUN_TIME * 1_000_000)
     _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
     return found
+
+
+def _failure(events: list[Event], name: str) -> str:
+    """Why a service never ran, as the kernel says; empty if it does not say."""
+    for event in events:
+        if event.kind is EventKind.SPAWN_FAILED and event.fields["name"] == name:
+            return str(event.fields["detail"])
+    return ""
 
 
 def _degraded(events: list[Event], name: str) -> tuple[str, ...]:

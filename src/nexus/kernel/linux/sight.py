@@ -7,7 +7,8 @@ look.
 import os
 from typing import Final
 
-STATUS_SIZE_MAX: Final = 8192  # bytes of /proc/PID/status
+STATUS_SIZE_MAX: Final = 8192  # bytes of /proc/PID/status; /proc/PID/limits has fewer
+LIMIT_AT: Final = 26  # column of the values in /proc/PID/limits
 # Of a forked child, made by its driver: the timer, the idle set, its endpoint's set. A port has a
 # set too.
 DRIVER_DESCRIPTORS: Final = 3
@@ -29,6 +30,7 @@ def seen(pid: int, granted: int) -> dict[str, object]:
         descriptors = None
     return {
         "uid": uid,
+        "groups": _field(text, b"Groups").decode().split(),
         "no_new_privs": int(_field(text, b"NoNewPrivs")),
         "seccomp": int(_field(text, b"Seccomp")),
         "cap_eff": int(_field(text, b"CapEff"), 16),
@@ -38,6 +40,19 @@ def seen(pid: int, granted: int) -> dict[str, object]:
         "descriptors": descriptors,
         "granted": granted,
     }
+
+
+def bounds(pid: int) -> dict[str, tuple[str, str]]:
+    """Each limit of a process by Linux's name for it, soft and hard, proc_pid_limits(5).
+
+    Raises OSError when the process is gone.
+    """
+    _, *lines = _read(f"/proc/{pid}/limits").decode().splitlines()
+    found = {}
+    for line in lines:
+        soft, hard = line[LIMIT_AT:].split()[:2]
+        found[line[:LIMIT_AT].strip()] = (soft, hard)
+    return found
 
 
 def _read(path: str) -> bytes:

@@ -4,10 +4,13 @@
                    read), no-new-privs, first filter, exec
     interpreter    not dumpable, second filter (no exec), imports the program, memory limits,
                    parent-death signal, Landlock (nothing), final filter
-    init           publishes the identity, and only then hands over links, argument and grants
+    init           enters its ids as Linux stamps them, and only then hands over links, argument
+                   and grants
 
 Until then the process has the kernel channel and nothing else of the system, and init believes
-nothing it says but the stamp of Linux. What the program does while it is imported is bounded by
+nothing it says but the stamp of Linux. Init does not wait for any of it: the spawn has returned,
+init holds the service's side of its links, and an import that fails, hangs or dies is the end of
+an instance. What the program does while it is imported is bounded by
 the first stage, for it could leave out the second.
 """
 
@@ -36,7 +39,14 @@ from nexus.kernel.linux.channel import (
     TaskPort,
     pack_prepared,
 )
-from nexus.kernel.linux.child import EXIT_ORPHAN, Birth, adopt_channel, furnish, run
+from nexus.kernel.linux.child import (
+    EXIT_ORPHAN,
+    EXIT_UNPREPARED,
+    Birth,
+    adopt_channel,
+    furnish,
+    run,
+)
 from nexus.kernel.linux.harden import Confinement, Hardening, import_paths, preload
 from nexus.kernel.linux.truesize import Truesize
 
@@ -58,7 +68,7 @@ try:
 except BaseException as error:
     text = "cannot import nexus: %s: %s" % (type(error).__name__, error)
     os.write(int(channel), bytes(({PREPARED},)) + json.dumps((0, 0, (), text[:400])).encode())
-    os._exit(70)
+    os._exit({EXIT_UNPREPARED})
 del sys.argv[1:]
 main(plan)
 """
@@ -77,7 +87,7 @@ class Plan(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """What init hands over when the task's identity is published; descriptors travel along:
+    """What init hands over when the task's ids are in the table; descriptors travel along:
     control link, own endpoint's link, identity, ports, devices and sockets."""
 
     spec: SpawnSpec
@@ -113,7 +123,7 @@ def execute(
         sentence = f"cannot start {sys.executable} as uid {os.getuid()}: {error}"
         _ = os.write(channel, pack_prepared(Prepared(0, 0, (), sentence)))
     finally:
-        os._exit(EXIT_CRASH)
+        os._exit(EXIT_UNPREPARED)
 
 
 def main(text: str) -> NoReturn:
@@ -142,7 +152,7 @@ def _live(plan: Plan) -> int:
         hardening.after_import(plan.statm)
     except BaseException as error:  # noqa: BLE001 (a program that cannot be started is told as such)
         _ = channel.send(pack_prepared(Prepared(0, 0, (), _sentence(plan.entry, error))))
-        return EXIT_CRASH
+        return EXIT_UNPREPARED
     prepared = Prepared(os.getuid(), os.getgid(), tuple(hardening.why), "")
     handover, descriptors = _receive(channel, prepared)
     port = TaskPort(channel)

@@ -37,11 +37,14 @@ from nexus.ipc import (
     RetryBudget,
     call_until,
 )
+from nexus.protocols.init import GetPolicy, GetTasks, LeaveSafeMode, Restart, Shutdown
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Level, Query
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
     PROTOCOL,
+    AskedInit,
+    AskInit,
     Attack,
     AttackResult,
     Die,
@@ -140,6 +143,8 @@ class Testsvc:
             case Hang():
                 _ = await SleepUntil(Nanos(call.now + request.for_ms * MILLISECOND))
                 return Hung()
+            case AskInit():
+                return await self._ask_init(call, request)
             case _:
                 assert_never(request)
 
@@ -280,6 +285,27 @@ class Testsvc:
         if attack is None:
             raise call.refuse(TestsvcStatus.NO_SUCH_ATTACK)
         return await attack(Pid(request.target_pid))
+
+    async def _ask_init(self, call: Call, request: AskInit) -> AskedInit:
+        control = await self._peers.control(call.deadline)
+        if not isinstance(control, Exchange):
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        statuses: list[int] = []
+        asked: tuple[Request[Any], ...] = (
+            GetTasks(),
+            GetPolicy(),
+            Restart(request.name),
+            LeaveSafeMode(),
+            Shutdown(),  # last: whoever is allowed to ends the system
+        )
+        for one in asked:
+            answer = await control.call(one, call.deadline, call.context)
+            if isinstance(answer, CallFailure):
+                raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+            statuses.append(int(answer.status if isinstance(answer, Refused) else ReplyStatus.OK))
+            if statuses[-1] != ReplyStatus.DENIED:
+                break
+        return AskedInit(statuses)
 
     async def _timed(self, call: Call) -> Client:
         """The client of timed, bound to its present instance."""

@@ -1,31 +1,31 @@
-"""The audit of decisions on its way to logd: posted, acknowledged, repeated, counted; not awaited.
+"""The audit of decisions on its way to logd: posted, acknowledged, posted again; not awaited.
 
-    put --room---> waiting --posted--> open --acknowledged with a record id--> audited
-    put --full---> dropped             open --refused for now, no answer, peer gone--> waiting
-                                       open --refused for good, too many attempts----> dropped
+    put --in its asker's share--> waiting --posted--> open --acknowledged with an id--> audited
+    put --beyond it--> dropped             open --refused for now, no answer, peer gone--> waiting
+                                           open --refused for good--> dropped, told by a sum of one
 
 `allowed + denied = audited + dropped + waiting` holds after every event, where waiting counts the
-open ones. Records of malformed requests are no decisions: they have a few places of their own and
-count in none of these. A record whose answer was lost may be in the journal twice, never not at
-all; its number tells.
+open ones and dropped those that a sum tells instead of a record of their own (shares.py). So every
+decision is told once: by its record or by one sum. Records of malformed requests and of sums are
+no decisions: they have places of their own and count in none of these. What waits is given up
+never, for its places bound it (ADR 0011). A record whose answer was lost may be in the journal
+twice, never not at all; its number tells.
 """
 
 from bisect import insort
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-from nexus.abi import Nanos
+from nexus.abi import Nanos, ServiceId
 from nexus.ipc import Client, Posted, Poster, Refused, deadline_after
 from nexus.protocols.logd import FIELDS_SIZE_MAX, Append, Appended, Field, Level, LogdStatus
+from nexus.services.policyd.shares import Kind, Share, Shares, Suppressed
 from nexus.wire import ReplyStatus
 
 SCOPE: Final = "policyd.audit"
 TEXT: Final = "audit"
-WAITING_MAX: Final = 256  # decisions without an acknowledgement; at most 130 KiB
-MALFORMED_MAX: Final = 16  # waiting records of malformed requests; nobody may crowd out decisions
 POSTS_MAX: Final = 8  # posts of one turn, so that a turn has a bound: about 0.1 ms
-ATTEMPTS_MAX: Final = 64  # of one record; with RATE_PAUSE about as long as logd needs for a queue
 POST_PAUSE: Final = Nanos(1_000_000)  # ns from a decision to its post: the reply goes first
 ANSWER_PAUSE: Final = Nanos(2_000_000)  # ns between two looks after answers, doubling
 ANSWER_PAUSE_MAX: Final = Nanos(64_000_000)  # ns
@@ -50,12 +50,17 @@ Look = Callable[[Nanos], Awaitable[Client | None]]
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One record: its place in the order, whether it is of a decision, how often it was posted."""
+    """One record: its place in the order, the share it takes a place of, and which kind of place.
+
+    `number` is the decision's, 0 if it is of none, or of one that is counted as dropped.
+    """
 
     place: int
+    share: Share
+    kind: Kind
     request: Append
-    decides: bool
-    attempts: int = field(default=0)
+    number: int
+    denied: bool
 
 
 class Audit:
@@ -64,9 +69,10 @@ class Audit:
     Time is an argument; the only waits are those of `look`, which are bounded by LOOK_MAX.
     """
 
-    def __init__(self, look: Look | None) -> None:
+    def __init__(self, look: Look | None, shares: Shares) -> None:
         self.audited = 0
         self.dropped = 0
+        self._shares = shares
         self._look = look
         self._logd: Client | None = None
         self._poster: Poster[Entry] | None = None
@@ -74,7 +80,6 @@ class Audit:
         self._open = 0  # posted, not acknowledged
         self._decisions = 0  # of both
         self._places = 0
-        self._told = 0  # of `dropped`, in a record
         self._now = Nanos(0)
         self._wake = None if look is None else Nanos(0)  # the planned link is taken first
         self._not_before = Nanos(0)  # a search or a post makes no sense earlier
@@ -86,28 +91,27 @@ class Audit:
         """Decisions without an acknowledgement."""
         return self._decisions
 
-    def put(self, fields: dict[str, str], now: Nanos, *, denied: bool, decides: bool) -> None:
-        """Queue a record, or count that it had no place. Values are cut to what a record takes."""
-        others = len(self._waiting) + self._open - self._decisions
-        if decides and self._decisions >= WAITING_MAX:
-            self.dropped += 1
+    def put(
+        self,
+        fields: dict[str, str],
+        now: Nanos,
+        *,
+        asker: ServiceId,
+        kind: Kind,
+        number: int,
+        denied: bool,
+    ) -> None:
+        """Queue a record, or add it to its asker's sum; `number` is 0 if it is of no decision."""
+        share = self._shares.of(asker, fields["asked_by"])
+        taken = share.take(kind, now)
+        if taken is None:
+            share.suppress(kind, number, denied=denied)
+            self.dropped += number > 0
+            self._wake_by(share.due)
             return
-        if not decides and others >= MALFORMED_MAX:
-            return
-        if self.dropped > self._told:
-            self._told = self.dropped
-            fields = {**fields, "dropped": str(self.dropped)}
-        self._places += 1
-        request = Append(
-            Level.WARN if denied else Level.INFO,
-            SCOPE,
-            TEXT,
-            [Field(key, value) for key, value in fields.items()],
-        )
-        self._waiting.append(Entry(self._places, request, decides))
-        self._decisions += decides
-        wake = max(Nanos(now + POST_PAUSE), self._not_before)
-        self._wake = wake if self._wake is None else min(self._wake, wake)
+        self._queue(share, taken, appended(fields, denied=denied), number, denied=denied)
+        self._decisions += number > 0
+        self._wake_by(max(Nanos(now + POST_PAUSE), self._not_before))
 
     async def hurry(self, now: Nanos) -> None:
         """Post the record just put if nothing is before it: in logd's queue it outlives us.
@@ -129,19 +133,40 @@ class Audit:
         self._now = now
         self._wake = None
         settled = self.audited + self.dropped
+        if self._poster is not None:
+            await self._poster.take(now)
+        self._close_sums(now)
         if self._not_before <= now:
             await self._go_on(now)
-        elif self._poster is not None:
-            await self._poster.take(now)
-        if not self._waiting and not self._open:
+        if self.audited + self.dropped > settled or not (self._waiting or self._open):
             self._answer_pause = ANSWER_PAUSE
-            if self._look is not None and self._logd is None:
-                self._wake = self._not_before
-            return
-        if self.audited + self.dropped > settled:
-            self._answer_pause = ANSWER_PAUSE
-        self._wake = self._later(now)
-        self._answer_pause = Nanos(min(2 * self._answer_pause, ANSWER_PAUSE_MAX))
+        if self._waiting or self._open:
+            self._wake_by(self._later(now))
+            self._answer_pause = Nanos(min(2 * self._answer_pause, ANSWER_PAUSE_MAX))
+        elif self._look is not None and self._logd is None:
+            self._wake_by(self._not_before)
+        for share in self._shares.growing():
+            self._wake_by(max(share.due or now, Nanos(now + POST_PAUSE)))
+
+    def _wake_by(self, when: Nanos | None) -> None:
+        """There is something to do at `when`."""
+        if when is not None:
+            self._wake = when if self._wake is None else min(self._wake, when)
+
+    def _close_sums(self, now: Nanos) -> None:
+        """Queue the sums whose second is over."""
+        for share in self._shares.growing():
+            closed = share.close(now)
+            if closed is not None:
+                denied = bool(closed.denied or closed.malformed)
+                request = appended(closed.fields(share.name), denied=denied)
+                self._queue(share, Kind.SUM, request, 0, denied=denied)
+
+    def _queue(
+        self, share: Share, kind: Kind, request: Append, number: int, *, denied: bool
+    ) -> None:
+        self._places += 1
+        self._waiting.append(Entry(self._places, share, kind, request, number, denied))
 
     def _later(self, now: Nanos) -> Nanos:
         """The next moment: for answers soon, for what waits not before it makes sense."""
@@ -155,7 +180,6 @@ class Audit:
             self._look_pause = Nanos(min(2 * self._look_pause, LOOK_PAUSE_MAX))
             return
         self._look_pause = LOOK_PAUSE
-        await poster.take(now)
         for entry in self._waiting[:POSTS_MAX]:
             if await self._post(poster, entry, now) is not Posted.SENT:
                 return
@@ -165,7 +189,6 @@ class Audit:
         if posted is Posted.SENT:
             self._waiting.remove(entry)
             self._open += 1
-            entry.attempts += 1
         return posted
 
     async def _found(self, now: Nanos) -> Poster[Entry] | None:
@@ -186,18 +209,38 @@ class Audit:
         """What logd did with one record."""
         self._open -= 1
         if isinstance(outcome, Appended) and outcome.record > 0:
-            self._end(entry)
-            self.audited += entry.decides
-        elif _is_final(outcome) or entry.attempts >= ATTEMPTS_MAX:
-            self._end(entry)
-            self.dropped += entry.decides
-        else:
+            self.audited += self._settled(entry)
+            entry.share.give_back(entry.kind)
+        elif not _is_final(outcome):
             if isinstance(outcome, Refused):
                 self._not_before = deadline_after(self._now, RATE_PAUSE)
             insort(self._waiting, entry, key=_place)
+        elif entry.number > 0:
+            entry.request = _reduced(entry)
+            self.dropped += self._settled(entry)
+            insort(self._waiting, entry, key=_place)
+        else:
+            entry.share.give_back(entry.kind)
 
-    def _end(self, entry: Entry) -> None:
-        self._decisions -= entry.decides
+    def _settled(self, entry: Entry) -> int:
+        """The decisions, one or none, that have just stopped waiting with this record."""
+        decisions = int(entry.number > 0)
+        entry.number = 0
+        self._decisions -= decisions
+        return decisions
+
+
+def appended(fields: dict[str, str], *, denied: bool) -> Append:
+    """A record as logd takes it."""
+    level = Level.WARN if denied else Level.INFO
+    return Append(level, SCOPE, TEXT, [Field(key, value) for key, value in fields.items()])
+
+
+def _reduced(entry: Entry) -> Append:
+    """What is left to tell of a decision whose record logd never takes: a sum of it alone."""
+    alone = Suppressed(Nanos(0))
+    alone.add(entry.kind, entry.number, denied=entry.denied)
+    return appended(alone.fields(entry.share.name), denied=entry.denied)
 
 
 def cut(text: str, size_max: int) -> str:

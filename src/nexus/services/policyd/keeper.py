@@ -89,7 +89,7 @@ class Keeper:
         """
         try:
             policy = decode_policy(data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except msgspec.DecodeError:
             return PolicydStatus.BAD_POLICY
         if not self._is_of_this_system(policy):
             return PolicydStatus.BAD_POLICY
@@ -138,7 +138,7 @@ class Keeper:
             return Unreadable(bulk.value)
         try:
             policy = decode_policy(bytes(bulk.view))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             return Unreadable(str(error))
         finally:
             await bulk.release()

@@ -3,14 +3,18 @@
 from contextlib import suppress
 from typing import Final
 
+import msgspec
+
 from nexus.abi import AbiError, BootImage, ConsoleWrite, Nanos
 from nexus.ipc import Client, Peers, Refused, RetryBudget, deadline_after
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.policyd import PROTOCOL
 from nexus.runtime import Server, ServiceConfig
+from nexus.runtime.program import EXIT_SETTINGS, SENTENCE_SIZE_MAX
 from nexus.services.policyd.audit import LOOK_MAX, Audit
 from nexus.services.policyd.keeper import Keeper
 from nexus.services.policyd.service import Policyd
+from nexus.services.policyd.shares import Settings, Shares
 
 LOGD_NAME: Final = "logd"
 BIND_MAX: Final = Nanos(500_000_000)  # ns for init's Bind, which is on its way when we start
@@ -21,6 +25,12 @@ EXIT_NO_POLICY: Final = 1  # init gave none; its supervisor, which is init, trie
 async def main(boot: BootImage) -> int:
     """Answer init's Bind, take the policy from init, then serve until init says Stop."""
     config = ServiceConfig.of(boot)
+    try:
+        settings = config.settings_as(Settings)
+    except msgspec.ValidationError as error:
+        where = f"[service.{boot.name}.settings] in the system file"
+        await _tell(boot, f"settings: {error}; correct {where}")
+        return EXIT_SETTINGS
     peers = Peers(boot, config.trace_seed)
 
     async def look(until: Nanos) -> Client | None:
@@ -29,13 +39,19 @@ async def main(boot: BootImage) -> int:
         return found if isinstance(found, Client) else None
 
     keeper = Keeper(peers)
-    service = Policyd(keeper, Audit(look if LOGD_NAME in config.uses else None))
+    service = Policyd(keeper, Audit(look if LOGD_NAME in config.uses else None, Shares(settings)))
     server = Server(service, PROTOCOL, boot, peers.caller)
     _ = await server.step(deadline_after(boot.now, BIND_MAX))
     failure = await keeper.start(deadline_after(boot.now, START_MAX))
     if failure is not None:
         why = failure.status.name if isinstance(failure, Refused) else type(failure).__name__
-        with suppress(AbiError):
-            await ConsoleWrite(f"{boot.name}: init gives no policy: {why}")
+        await _tell(boot, f"init gives no policy: {why}")
         return EXIT_NO_POLICY
     return await server.run()
+
+
+async def _tell(boot: BootImage, sentence: str) -> None:
+    """Say on the console why the program ends."""
+    printable = "".join(each if each.isprintable() else "?" for each in sentence)
+    with suppress(AbiError):
+        await ConsoleWrite(f"{boot.name}: {printable[:SENTENCE_SIZE_MAX]}")

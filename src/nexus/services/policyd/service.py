@@ -39,6 +39,7 @@ from nexus.services.policyd.audit import (
 )
 from nexus.services.policyd.judge import Judge, Ruling
 from nexus.services.policyd.keeper import ASK_MAX, Keeper
+from nexus.services.policyd.shares import Kind
 from nexus.wire import PREFIX_SIZE, ReplyStatus
 
 RELOAD_MAX: Final = Nanos(2_000_000_000)  # ns for init to take a policy
@@ -99,7 +100,9 @@ class Policyd:
             "generation": str(max(0, self._keeper.generation)),
             "number": "0",
         }
-        self._audit.put(fields, message.now, denied=True, decides=False)
+        self._audit.put(
+            fields, message.now, asker=sender, kind=Kind.MALFORMED, number=0, denied=True
+        )
 
     def ready(self) -> bool:
         """Whether a policy is loaded."""
@@ -209,7 +212,14 @@ class Policyd:
             "number": str(self._numbers),
         }
         denied = ruling.verdict is Verdict.DENY
-        self._audit.put(fields, call.now, denied=denied, decides=True)
+        self._audit.put(
+            fields,
+            call.now,
+            asker=call.sender.service,
+            kind=Kind.RELOAD if op == OPS[Reload] and not denied else Kind.DECISION,
+            number=self._numbers,
+            denied=denied,
+        )
         await self._audit.hurry(call.now)
         return Decision(ruling.verdict, ruling.reason, generation, self._numbers)
 

@@ -8,6 +8,7 @@ from nexus.protocols.logd import PAGE_MAX, Level, Query, Record
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import (
     Check,
+    CheckFor,
     Counts,
     Decision,
     GetCounts,
@@ -15,6 +16,7 @@ from nexus.protocols.policyd import (
     Route,
     Verdict,
 )
+from nexus.protocols.testsvc import AskInit
 from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.routing_rungs import grown, use_once
 from nexus.services.selftest.rung import Evidence, RungFailed, expect, require
@@ -23,6 +25,9 @@ from nexus.wire import HEADER, ReplyStatus, nonce_of, status_of
 PROBE_RIGHT: Final = "proof.probe"  # the policy gives it to this client alone
 FOREIGN_RIGHT: Final = "crypto.sign"  # keystored's
 SPOOFED: Final = "demo.testsvc"
+HELD_BY_SPOOFED: Final = "ipc.core"  # a right it has: only who asks is wrong
+NOBODY: Final = "nobody"  # whom init would restart, were it asked by somebody with the right
+ASKED_OF_INIT: Final = 5  # requests of AskInit
 MMIO_RIGHT: Final = "device.mmio.blk"
 MMIO_SUBJECT: Final = "timed"
 MMIO_TARGET: Final = "window blk"
@@ -69,17 +74,27 @@ async def policy_deny(climb: Climb) -> Evidence:
 
 
 async def requester_spoof_denied(climb: Climb) -> Evidence:
-    """#79: naming somebody else is DENY, reason identity, and the audit names us."""
-    decision = await climb.call(climb.client("policyd"), Route(SPOOFED, MMIO_SUBJECT))
-    record = await _audit_by_number(climb, decision)
+    """#79: naming somebody else, or asking in another's place, is DENY, reason identity, and the
+    audit names us; and init lets a service do for itself only what its rights say."""
+    policyd = climb.client("policyd")
+    spoof = Route(SPOOFED, MMIO_SUBJECT)
+    delegated = CheckFor(service_id(SPOOFED), HELD_BY_SPOOFED, f"delegated {climb.boot.pid}")
 
-    _expect_decision(decision, Verdict.DENY, Reason.IDENTITY)
-    fields = fields_of(record)
-    expect(record.service, service_id("policyd"), "sender of the audit record")
-    expect(fields["asked_by"], climb.boot.name, "who asked, by the audit")
-    expect(fields["reason"], "identity", "reason in the audit")
-    expect(fields["decision"], "deny", "decision in the audit")
-    return {"decision": decision.number, "record": record.record}
+    found = {}
+    for name, request in (("named", spoof), ("delegated", delegated)):
+        decision = await climb.call(policyd, request)
+        record = await _audit_by_number(climb, decision)
+        _expect_decision(decision, Verdict.DENY, Reason.IDENTITY)
+        fields = fields_of(record)
+        expect(record.service, service_id("policyd"), "sender of the audit record")
+        expect(fields["asked_by"], climb.boot.name, "who asked, by the audit")
+        expect(fields["reason"], "identity", "reason in the audit")
+        expect(fields["decision"], "deny", "decision in the audit")
+        found[name] = {"decision": decision.number, "record": record.record}
+    asked = await climb.call(climb.testsvc, AskInit(NOBODY))
+
+    expect(asked.statuses, [int(ReplyStatus.DENIED)] * ASKED_OF_INIT, "what init answered another")
+    return {**found, "init": asked.statuses}
 
 
 async def policy_malformed(climb: Climb) -> Evidence:

@@ -68,6 +68,10 @@ def test_lines_outside_the_limits_are_refused(rig: Rig) -> None:
             "escape\x1b[31m",
             "delete\x7f",
             "next line\x85",
+            "line separator\u2028",
+            "paragraph separator\u2029",
+            *(f"embedding {chr(code)}" for code in range(0x202A, 0x202F)),
+            *(f"isolate {chr(code)}" for code in range(0x2066, 0x206A)),
             "lone surrogate \ud800",
         ):
             await refused(ConsoleWrite(line), Status.INVALID_ARGUMENT)
