@@ -146,8 +146,10 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize(
     "does",
     [
-        "import threading, time\n"
-        "threading.Thread(target=time.sleep, args=(2,), daemon=True, name='t').start()",
+        (
+            "import threading, time\n"
+            "threading.Thread(target=time.sleep, args=(2,), daemon=True, name='t').start()"
+        ),
         "import threading; t = threading.Timer(2, print); t.name = 't'; t.daemon = True; t.start()",
     ],
 )
