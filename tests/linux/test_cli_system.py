@@ -464,7 +464,8 @@ def test_a_crash_full_of_control_characters_ends_no_foreground(own: Machine) -> 
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
+    assert process.returncode in (0, 1), err  # 1: it was just crashing when it was to stop
+    assert "minimal has ended" in err
     assert "Traceback" not in err
     text = console.read_text()
     assert "\x01" not in text

@@ -1384,9 +1384,15 @@ class LinuxKernel:
         return True
 
 
+NICE_LEAST: Final = -20  # the highest priority of all
+NICE_CEILING: Final = 40  # setrlimit(2): with this RLIMIT_NICE a process may take it
+
+
 def may_renice() -> bool:
     """Whether this process may raise a priority it has lowered, tried on itself."""
     nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice == NICE_LEAST:  # there is no higher one to try: Linux would take it for the same
+        return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_NICE)[0] >= NICE_CEILING
     try:
         os.setpriority(os.PRIO_PROCESS, 0, nice - 1)
         os.setpriority(os.PRIO_PROCESS, 0, nice)
