@@ -42,9 +42,13 @@ from nexus.proof import workload
 
 FAULTS_SPAN: Final = Nanos(400_000_000)  # ns of virtual time in which faults fire
 FREEZE_SPAN_MIN: Final = Nanos(5_000_000)  # ns; nobody notices
-FREEZE_SPAN_MAX: Final = Nanos(1_500_000_000)  # ns; longer than every deadline of a probe
+FREEZE_AFTER_MAX: Final = Nanos(100_000_000)  # ns; it begins early enough to end with the faults
+FREEZE_SPAN_MAX: Final = Nanos(
+    290_000_000
+)  # ns; longer than every interval and deadline of a probe
 SWEEP_SPAN: Final = Nanos(60_000_000)  # ns; one failure is planned, and early
 HEALTHY_WITHIN: Final = Nanos(12_000_000_000)  # ns after the faults; testsvc tries 10 s to start
+assert FREEZE_AFTER_MAX + FREEZE_SPAN_MAX < FAULTS_SPAN, "nobody is frozen when a run ends"
 RUN_LIMIT: Final = Nanos(40_000_000_000)  # ns of virtual time; a run that needs it hangs
 SWEEP_NTH_MAX: Final = 60  # occurrences failed one by one; a later one is like an earlier one
 PROBLEMS_SHOWN_MAX: Final = 20
@@ -64,17 +68,28 @@ smp = 2
 total_size = "8MiB"
 owner_size = "512KiB"
 
+[group.storm] # what a run provokes is more than a real system takes before it gives up
+restarts = 1000
+within = "60s"
+exceeded = "give-up"
+
 [service.policyd]
 program = "policyd"
+group = "storm"
+restart = {{ backoff = "50ms", backoff_max = "400ms" }}
 health = {{ deadline = "500ms", every = "50ms", answer = "100ms" }}
 capabilities = ["policy.authority"]
 
 [service.timed]
 program = "timed"
-health = {{ deadline = "500ms" }}
+group = "storm"
+restart = {{ backoff = "50ms", backoff_max = "400ms" }}
+health = {{ deadline = "500ms", every = "100ms", answer = "100ms" }}
 
 [service."demo.testsvc"]
 program = "demo.testsvc"
+group = "storm"
+restart = {{ backoff = "50ms", backoff_max = "400ms" }}
 health = {{ deadline = "500ms" }}
 endpoints = 16
 uses = [{{ name = "timed" }}]
@@ -82,6 +97,8 @@ uses = [{{ name = "timed" }}]
 _CLIENT: Final = """
 [service."{name}"]
 program = "selftest-client"
+group = "storm"
+restart = {{ backoff = "50ms", backoff_max = "400ms" }}
 health = {{ deadline = "500ms" }}
 capabilities = ["proof.control", "policy.delegate"]
 uses = [{{ name = "timed" }}, {{ name = "demo.testsvc" }}, {{ name = "policyd" }}]
@@ -205,7 +222,7 @@ def drawn_faults(seed: int) -> Plan:
     freeze = tuple(
         Freeze(
             task=task,
-            after=Nanos(source.randrange(FAULTS_SPAN)),
+            after=Nanos(source.randrange(FREEZE_AFTER_MAX)),
             span=Nanos(source.randint(FREEZE_SPAN_MIN, FREEZE_SPAN_MAX)),
         )
         for task in SERVICES
