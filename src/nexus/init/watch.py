@@ -222,5 +222,6 @@ class Watch:
         record.health = Health.LATE
         self._plan_next(record)
         await self._init.authority.on_doubt(record)
-        if record.misses >= record.planned.probe_misses:
+        # Going down, a service has the deadline of its Stop, and no other.
+        if record.misses >= record.planned.probe_misses and not self._init.is_going_down:
             await self._init.kill(record, reason)
