@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from nexus.abi import INIT_NAME, CapClose, Nanos, Now, PolicyRead, Slot
+from nexus.abi import INIT_NAME, CapClose, Exit, Nanos, Now, PolicyRead, Slot
 from nexus.ipc import (
     Answer,
     Bulk,
@@ -38,6 +38,7 @@ from nexus.wire import ReplyStatus
 
 ASK_MAX: Final = Nanos(400_000_000)  # ns for one answer of init; less than who waits for us waits
 START_ATTEMPTS_MAX: Final = 6  # with doubling pauses; init is alive, or there is no system
+EXIT_NO_INIT: Final = 3  # the control link is closed
 START_BACKOFF: Final = Nanos(10_000_000)  # ns
 NONE_YET: Final = -1  # no generation: whatever the page says, init has to be asked
 
@@ -128,6 +129,9 @@ class Keeper:
         if not isinstance(control, Exchange):
             return control
         outcome = await control.ask(GetPolicy(), until)
+        if isinstance(outcome, Closed):
+            # Without the link to init nothing is decided. If init lives, it starts another.
+            await Exit(EXIT_NO_INIT)
         if not isinstance(outcome, Answer):
             return outcome
         return await self._read(outcome)
