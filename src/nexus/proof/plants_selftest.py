@@ -46,6 +46,7 @@ from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Hold
 from nexus.protocols.timed import Whoami
 from nexus.runtime import Call, Server
+from nexus.services.selftest.kernel_rungs import VMO_SIZE
 from nexus.services.timed import service as timed_service
 from nexus.services.timed.service import Timed
 from nexus.wire import NONCE_OFFSET, Codec, RemoteProtocolError, encode
@@ -463,8 +464,13 @@ def _rounded_down() -> None:
 
 
 def _length_not_rounded(owner: Any, method: str) -> None:
-    """#142."""
-    _ = replace(owner, method, lambda _owner, size: size)
+    """#142: that rung's VMO. policyd's policy travels in one too, and is another rung's."""
+
+    def length(holder: Any, size: int) -> int:
+        rounded: int = original(holder, size)
+        return size if size == VMO_SIZE else rounded
+
+    original = replace(owner, method, length)
 
 
 def _vmo_stays_sim() -> None:
