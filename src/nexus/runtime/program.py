@@ -501,7 +501,7 @@ def load_ordinary(target: str, protocol: str) -> OrdinaryMain:
             code: int = await own(context)
         except (Unreachable, SettingsFault) as fault:
             return await task.run(_tell(boot, fault))
-        except Exception as error:
+        except Exception as error:  # told to the console, and goes on: the crash is the exit
             await task.run(tell_of_crash(boot, error))
             raise
         return code

@@ -65,7 +65,7 @@ channel, plan, *path = sys.argv[1:]
 try:
     sys.path += [entry for entry in path if entry not in sys.path]
     from nexus.kernel.linux.stage2 import main
-except BaseException as error:
+except BaseException as error:  # whatever stops our own import is told to init, and ends here
     text = "cannot import nexus: %s: %s" % (type(error).__name__, error)
     os.write(int(channel), bytes(({PREPARED},)) + json.dumps((0, 0, (), text[:400])).encode())
     os._exit({EXIT_UNPREPARED})
