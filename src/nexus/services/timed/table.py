@@ -204,7 +204,7 @@ class TimerTable(Generic[WaiterT]):
     def _take_id(self) -> int:
         """The next id: never 0, and of nothing that lives or whose firing is kept."""
         timer_id = self._last_id
-        while True:
+        while True:  # ends: a few thousand of TIMER_ID_MAX ids are taken, by the bounds above
             timer_id = timer_id % TIMER_ID_MAX + 1
             if timer_id not in self._live and not any(
                 timer_id in firings for firings in self._kept.values()
