@@ -24,6 +24,8 @@ class EventKind(StrEnum):
     KERNEL = "kernel"  # line: KSELFTEST and KINIT lines; evidence (object)
     TRAP = "trap"  # name, trap, status, size: only while tracing is on
     HANG = "hang"  # name: a task that never yields
+    # name, what, and what goes with it: a status register was written, bytes were delivered
+    DEVICE = "device"
 
 
 class Event(NamedTuple):

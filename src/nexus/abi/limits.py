@@ -27,10 +27,16 @@ NOTIFY_SIZE_MAX: Final = 256  # bytes of one sd_notify message
 PORT_PEERS_MAX: Final = 8  # connections of one port; people and scripts, not services
 PORTS_MAX: Final = 2  # ports of one task; the operator has one
 THREADS_MAX: Final = 64  # threads one service may be granted
+HARDWARE_MAX: Final = 8  # devices of one service; a driver has one
+DMA_PAGES: Final = 32  # pages a device may read and write; one transfer and its queue
+BLOCK_SIZE: Final = 512  # bytes; virtio-blk counts in them whatever the disk's own blocks are
+BLOCK_TRANSFER_MAX: Final = 1024 * 1024  # bytes of one block trap
+SECRET_SIZE_MAX: Final = 4096  # bytes; a few wrapping keys, a page
 SERVICE_NAME_SIZE_MAX: Final = 48  # bytes of ASCII; the reference system's routing limit
 
 assert MESSAGE_SIZE_MAX <= LINK_SIZE_MAX, "a link holds at least one largest message"
 assert LINK_SIZE_MAX <= OWNER_SIZE_DEFAULT <= TOTAL_SIZE_DEFAULT
 assert ENDPOINTS_PER_OWNER_MAX <= ENDPOINTS_TOTAL_MAX
 assert ENDPOINTS_PER_OWNER_MAX <= SLOTS_MAX, "each endpoint of a task takes a slot"
+assert BLOCK_TRANSFER_MAX % BLOCK_SIZE == 0
 assert CONSOLE_LINE_SIZE_MAX + EVIDENCE_SIZE_MAX < MESSAGE_SIZE_MAX

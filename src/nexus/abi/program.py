@@ -26,6 +26,7 @@ class BootImage:
     now: Nanos
     argument: bytes
     ports: tuple[Slot, ...] = ()  # in the order of Grants.ports
+    hardware: tuple[Slot, ...] = ()  # in the order of Grants.hardware
     descriptors: tuple[tuple[str, int], ...] = ()  # granted devices and sockets, by name
 
 

@@ -18,6 +18,7 @@ class Status(IntEnum):
     TIMED_OUT = 6  # the deadline has passed
     INVALID_ARGUMENT = 7  # a size, slot, number or name that cannot be
     UNSUPPORTED = 8  # this kernel cannot do it
+    DEVICE_FAILED = 9  # the device reports an error: what it did is not known (ADR 12)
 
 
 class SpawnReason(IntEnum):

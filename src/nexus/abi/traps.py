@@ -10,7 +10,7 @@ right is PermissionDenied; a refused trap changes nothing.
 
 from collections.abc import Generator
 from enum import IntEnum
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from nexus.abi.identity import Sender
 from nexus.abi.limits import (
@@ -25,11 +25,13 @@ from nexus.abi.status import SpawnReason
 from nexus.abi.types import (
     NO_WAIT,
     CapKind,
+    HardwareKind,
     LinkId,
     Nanos,
     Pid,
     QosClass,
     Rights,
+    SecretBackend,
     ServiceId,
     Slot,
 )
@@ -108,11 +110,19 @@ class ListenGrant(NamedTuple):
     port: int
 
 
+class HardwareGrant(NamedTuple):
+    """A device of the bus map: `name` is its name there. A live device has one holder."""
+
+    name: str
+    kind: HardwareKind
+
+
 class Grants(NamedTuple):
     """What a service may do beyond the ABI. Nothing by default.
 
     `threads` is how many further threads it may start. `ports` name doors to the outside
-    (PortSend); devices, `listen`, `connect` (TCP port numbers) and `streams` (AF_UNIX stream
+    (PortSend). `hardware` are devices of the bus map (DeviceQuery); `secret` is where its secret
+    is kept (SecretRead), and needs EXEC. Devices, `listen`, `connect` (TCP port numbers) and `streams` (AF_UNIX stream
     pairs, which asyncio needs) are for programs with ordinary libraries and need EXEC.
     """
 
@@ -123,6 +133,67 @@ class Grants(NamedTuple):
     listen: tuple[ListenGrant, ...] = ()
     connect: tuple[int, ...] = ()
     streams: bool = False
+    hardware: tuple[HardwareGrant, ...] = ()
+    secret: SecretBackend = SecretBackend.NONE
+
+
+class BusEntry(NamedTuple):
+    """A device of the bus map as the kernel finds it.
+
+    `backing` is "virtio-mmio", "file", "node", "hwrng" or "getrandom". For virtio-mmio `magic`,
+    `version` and `device_id` are the registers as they read; elsewhere they are 0, and so are
+    `base` and `length`.
+    """
+
+    name: str
+    kind: HardwareKind  # as the bus map declares it
+    backing: str
+    base: int
+    length: int
+    magic: int
+    version: int
+    device_id: int
+
+
+class DeviceInfo(NamedTuple):
+    """A granted device: its name in the bus map, what is behind it, and its size in blocks of
+    BLOCK_SIZE bytes (0 where there are none, and for a window, whose driver reads them)."""
+
+    name: str
+    backing: str
+    block_count: int
+    writable: bool
+
+
+class RegisterWindow(Protocol):
+    """The registers of a device, mapped; they are read and written as little-endian 32-bit words.
+
+    An access is the device's business and takes effect at once. ValueError for an offset outside
+    the window or not a multiple of 4, and when the mapping has ended.
+    """
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        ...
+
+    def read(self, offset: int) -> int:
+        """A register's value."""
+        ...
+
+    def write(self, offset: int, value: int) -> None:
+        """Set a register."""
+        ...
+
+
+class DmaArea(NamedTuple):
+    """Memory that a device reads and writes: DMA_PAGES pages, zeroed before the first owner.
+
+    `addresses` has the device's address of each page; they need not follow one another.
+    """
+
+    view: memoryview
+    addresses: tuple[int, ...]
 
 
 class PolicyWord(NamedTuple):
@@ -664,3 +735,153 @@ class PortPeer(Trap[PeerIdentity]):
     def __init__(self, port: Slot, link: LinkId) -> None:
         self.port = port
         self.link = link
+
+
+class BusScan(Trap[tuple[BusEntry, ...]]):
+    """The devices of the bus map, looked at without touching their state. Only the root task may.
+
+    Sorted by name.
+    """
+
+    __slots__ = ()
+
+
+class DeviceQuery(Trap[DeviceInfo]):
+    """What a granted device is. Rights: MAP. Its kind is CapQuery's answer: DEVICE for a window
+    onto its registers, BLOCK or ENTROPY for one that the kernel drives.
+
+    Refuses: InvalidArgument (no device).
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class DeviceMap(Trap[RegisterWindow]):
+    """The registers of a device, from `offset` (a multiple of PAGE_SIZE) to the window's end.
+
+    The mapping lasts as long as the task and can be had again; pages are never executable.
+    Rights: MAP. Refuses: PermissionDenied (`execute`, offset not below the length, another
+    kind of capability), InvalidArgument (offset not aligned).
+    """
+
+    __slots__ = ("execute", "offset", "slot")
+
+    def __init__(self, slot: Slot, offset: int = 0, *, execute: bool = False) -> None:
+        self.slot = slot
+        self.offset = offset
+        self.execute = execute
+
+
+class DeviceDma(Trap[DmaArea]):
+    """The memory that the device of this window may read and write. The same area each time.
+
+    Rights: MAP. Refuses: PermissionDenied (another kind of capability).
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class BlockRead(Trap[bytes]):
+    """`count` blocks of BLOCK_SIZE bytes from block `block` on.
+
+    Rights: MAP. Refuses: InvalidArgument (outside the device, more than BLOCK_TRANSFER_MAX),
+    TimedOut (the deadline had passed; on the simulated kernel also: the device takes longer),
+    DeviceFailed, PermissionDenied (no block device).
+    """
+
+    __slots__ = ("block", "count", "deadline", "slot")
+
+    def __init__(self, slot: Slot, block: int, count: int, deadline: Nanos) -> None:
+        self.slot = slot
+        self.block = block
+        self.count = count
+        self.deadline = deadline
+
+
+class BlockWrite(Trap[None]):
+    """Write whole blocks from block `block` on. With `durable` these bytes survive a power cut
+    when the trap returns; earlier writes still need a BlockFlush.
+
+    After DeviceFailed or TimedOut any part of it may have been written.
+    Rights: MAP. Refuses: as BlockRead; PermissionDenied (read only), NoSpace (the disk under a
+    device that is a file is full).
+    """
+
+    __slots__ = ("block", "data", "deadline", "durable", "slot")
+
+    def __init__(
+        self,
+        slot: Slot,
+        block: int,
+        data: bytes | bytearray | memoryview,
+        deadline: Nanos,
+        *,
+        durable: bool = False,
+    ) -> None:
+        self.slot = slot
+        self.block = block
+        self.data = data
+        self.deadline = deadline
+        self.durable = durable
+
+
+class BlockFlush(Trap[None]):
+    """Everything written so far survives a power cut when the trap returns.
+
+    Refuses: as BlockRead. After a failed flush earlier writes may be lost, and a later flush
+    that succeeds says nothing about them.
+    """
+
+    __slots__ = ("deadline", "slot")
+
+    def __init__(self, slot: Slot, deadline: Nanos) -> None:
+        self.slot = slot
+        self.deadline = deadline
+
+
+class EntropyDraw(Trap[bytes]):
+    """1..ENTROPY_SIZE_MAX bytes as the granted source delivers them: at most `size`, perhaps none.
+
+    Rights: MAP. Refuses: InvalidArgument (size), PermissionDenied (no entropy source),
+    DeviceFailed.
+    """
+
+    __slots__ = ("size", "slot")
+
+    def __init__(self, slot: Slot, size: int) -> None:
+        self.slot = slot
+        self.size = size
+
+
+class SecretQuery(Trap[SecretBackend]):
+    """Where the caller's secret is kept; NONE without the grant."""
+
+    __slots__ = ()
+
+
+class SecretRead(Trap[bytes]):
+    """What SecretReplace last stored; empty if nothing was.
+
+    Refuses: PermissionDenied (no grant), DeviceFailed (there is something that cannot be read).
+    """
+
+    __slots__ = ()
+
+
+class SecretReplace(Trap[None]):
+    """Store 1..SECRET_SIZE_MAX bytes: all or nothing, and durable as far as the backend is.
+
+    Refuses: PermissionDenied (no grant), InvalidArgument (size), NoSpace, DeviceFailed; the old
+    secret is then still there.
+    """
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data

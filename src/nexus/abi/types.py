@@ -41,6 +41,8 @@ class CapKind(IntEnum):
     DEVICE = 2
     ENDPOINT = 3
     LINK = 4
+    BLOCK = 5  # a block device that the kernel drives
+    ENTROPY = 6  # an entropy source that the kernel drives
 
 
 class QosClass(IntEnum):
@@ -50,3 +52,19 @@ class QosClass(IntEnum):
     NORMAL = 1
     INTERACTIVE = 2
     PERF_BURST = 3
+
+
+class HardwareKind(IntEnum):
+    """What a device of the bus map is for. Numbers are virtio's device ids."""
+
+    EMPTY = 0  # a transport with no device behind it
+    BLOCK = 2
+    ENTROPY = 4
+
+
+class SecretBackend(IntEnum):
+    """Where the kernel keeps the secret of a service that was granted one."""
+
+    NONE = 0
+    FILE = 1  # a directory of the state directory that only this service can look into
+    KEYRING = 2  # Linux's key retention service; lost with the machine's power

@@ -81,6 +81,24 @@ _SOURCES: Final = (
         name="timed", module="nexus.services.timed", protocols=("nexus.protocols.timed",)
     ),
     ProgramSource(
+        name="rngd",
+        module="nexus.services.rngd",
+        protocols=("nexus.protocols.rngd",),
+        asks_policy=True,
+    ),
+    ProgramSource(
+        name="statefsd",
+        module="nexus.services.statefsd",
+        protocols=("nexus.protocols.statefsd",),
+        asks_policy=True,
+    ),
+    ProgramSource(
+        name="keystored",
+        module="nexus.services.keystored",
+        protocols=("nexus.protocols.keystored",),
+        asks_policy=True,
+    ),
+    ProgramSource(
         name="demo.testsvc",
         module="nexus.services.demo.testsvc",
         protocols=("nexus.protocols.testsvc",),

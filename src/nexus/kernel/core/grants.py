@@ -4,7 +4,15 @@ from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from nexus.abi import PORTS_MAX, THREADS_MAX, Grants, Isolation
+from nexus.abi import (
+    HARDWARE_MAX,
+    PORTS_MAX,
+    THREADS_MAX,
+    Grants,
+    HardwareKind,
+    Isolation,
+    SecretBackend,
+)
 from nexus.kernel.core.budget import ENDPOINT_SIZE, SLOT_SIZE
 from nexus.kernel.core.name import name_is_valid
 
@@ -36,6 +44,11 @@ def grants_fields(grants: Grants) -> dict[str, object]:
         "listen": [socket._asdict() for socket in grants.listen],
         "connect": list(grants.connect),
         "streams": grants.streams,
+        "hardware": [
+            {"name": each.name, "kind": HardwareKind(each.kind).name.lower()}
+            for each in grants.hardware
+        ],
+        "secret": SecretBackend(grants.secret).name.lower(),
     }
 
 
@@ -62,6 +75,16 @@ def _problems(grants: Grants) -> Iterator[str]:
     for port in (*(socket.port for socket in grants.listen), *grants.connect):
         if not 1 <= port <= TCP_PORT_MAX:
             yield f"TCP port {port} is not in 1..{TCP_PORT_MAX}"
+    if len(grants.hardware) > HARDWARE_MAX:
+        yield f"{len(grants.hardware)} bus devices, a task has at most {HARDWARE_MAX}"
+    yield from _names("bus device", [each.name for each in grants.hardware])
+    for each in grants.hardware:
+        if each.kind not in list(HardwareKind):
+            yield f"no kind of device {each.kind!r}"
+    if grants.secret not in list(SecretBackend):
+        yield f"no secret backend {grants.secret!r}"
+    elif grants.secret and grants.isolation is not Isolation.EXEC:
+        yield "a secret needs an interpreter of its own (EXEC)"
     if grants.isolation is not Isolation.EXEC and (descriptors or grants.connect or grants.streams):
         yield "devices, sockets and streams need an interpreter of their own (EXEC)"
 
