@@ -13,10 +13,13 @@ from nexus.abi import (
     LINK_SIZE_MAX,
     DeviceGrant,
     Grants,
+    HardwareGrant,
+    HardwareKind,
     Isolation,
     ListenGrant,
     Nanos,
     QosClass,
+    SecretBackend,
     ServiceId,
 )
 from nexus.init import crosschecks
@@ -34,6 +37,7 @@ from nexus.init.plan import (
 )
 from nexus.init.policy import policy_schema_text
 from nexus.init.system import Exceeded, Strategy, parse, schema_text
+from nexus.kernel.core.hardware import Hardware, check_bus
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Register
 from nexus.wire import BODY_SIZE_MAX, HEADER_SIZE, encode
@@ -528,6 +532,47 @@ stop = "5s"
     assert not plan.links[0].sync
 
 
+def test_devices_of_the_machine_are_granted_by_name() -> None:
+    plan = plan_of(
+        HEAD
+        + """
+[device.disk]
+kind = "block"
+size = "16MiB"
+path = "/dev/disk/by-label/state"
+
+[device.rng]
+kind = "entropy"
+
+[device.spare]
+kind = "empty"
+
+[device.old]
+kind = "block"
+size = "64KiB"
+legacy = true
+"""
+        + TIMED_ENTRY
+        + 'hardware = ["spare", "disk"]\nisolation = "exec"\nsecret = "keyring"\n'
+        + CLIENT
+    )
+
+    assert plan.hardware == (
+        Hardware("disk", HardwareKind.BLOCK, 16 * 1024**2, "/dev/disk/by-label/state"),
+        Hardware("rng", HardwareKind.ENTROPY),
+        Hardware("spare", HardwareKind.EMPTY),
+        Hardware("old", HardwareKind.BLOCK, 64 * 1024, legacy=True),
+    )
+    timed, client = plan.services
+    assert timed.grants.hardware == (
+        HardwareGrant("spare", HardwareKind.EMPTY),
+        HardwareGrant("disk", HardwareKind.BLOCK),
+    )
+    assert timed.grants.secret is SecretBackend.KEYRING
+    assert client.grants == Grants()
+    check_bus(plan.hardware)
+
+
 def test_the_longest_backoff_follows_a_longer_first_one() -> None:
     plan = plan_of(HEAD + TIMED_ENTRY + 'restart = { backoff = "20s" }\n')
 
@@ -571,6 +616,7 @@ def test_a_cycle_behind_a_long_way_is_named_without_the_way() -> None:
 
 
 BASE = HEAD + TIMED_ENTRY + CLIENT
+DISK = '[device.disk]\nkind = "block"\nsize = "1MiB"\n'
 CHANGES = {
     "system": ("stable", "safe_after", "policy_stale_max", "state_dir", "runtime_dir", "log_dir"),
     "values": ('"9s"', "5", '"900ms"', '"/a"', '"/b"', '"/c"'),
@@ -593,6 +639,13 @@ CHANGES = {
         BASE + 'isolation = "exec"\nconnect = [80]\n',
         BASE + 'isolation = "exec"\nlisten.a = { port = 80 }\n',
         BASE + 'isolation = "exec"\ndevices.a = { path = "/dev/a" }\n',
+        HEAD + DISK + TIMED_ENTRY + CLIENT,
+        HEAD + DISK.replace("1MiB", "2MiB") + TIMED_ENTRY + CLIENT,
+        HEAD + DISK + 'path = "/dev/sda"\n' + TIMED_ENTRY + CLIENT,
+        HEAD + DISK + "legacy = true\n" + TIMED_ENTRY + CLIENT,
+        HEAD + DISK + TIMED_ENTRY + CLIENT + 'hardware = ["disk"]\n',
+        BASE + 'isolation = "exec"\nsecret = "file"\n',
+        BASE + 'isolation = "exec"\nsecret = "keyring"\n',
         BASE + 'restart = { backoff_max = "1s" }\n',
         BASE + 'restart = { reset = "1s" }\n',
         BASE + 'health = { every = "3s" }\n',

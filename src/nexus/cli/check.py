@@ -33,6 +33,7 @@ def describe(plan: Plan) -> list[str]:
         _times(plan),
         _links(plan),
         _groups(plan),
+        _devices(plan),
         _grants(plan),
         _rights(plan),
     )
@@ -119,6 +120,25 @@ def _groups(plan: Plan) -> list[str]:
     return _table(heads, rows) if rows else []
 
 
+def _devices(plan: Plan) -> list[str]:
+    """The bus map, and who has which device."""
+    holders = {
+        grant.name: service.name for service in plan.services for grant in service.grants.hardware
+    }
+    rows = [
+        (
+            device.name,
+            device.kind.name.lower(),
+            _size(device.size) if device.size else "-",
+            "old registers, refused" if device.legacy else device.path or "-",
+            holders.get(device.name, "-"),
+        )
+        for device in plan.hardware
+    ]
+    heads = ("DEVICE", "KIND", "SIZE", "PLACE", "HOLDER")
+    return _table(heads, rows) if rows else []
+
+
 def _grants(plan: Plan) -> list[str]:
     """What services may do beyond their links; those who may do nothing are left out."""
     rows = [
@@ -137,6 +157,8 @@ def _grants(plan: Plan) -> list[str]:
 
 def _ways(grants: Grants) -> list[str]:
     ways = [f"port {name}" for name in grants.ports]
+    ways += [f"{each.kind.name.lower()} device {each.name}" for each in grants.hardware]
+    ways += [f"secret in a {grants.secret.name.lower()}"] if grants.secret else []
     ways += [
         f"device {each.name} {each.path}{' writable' if each.writable else ''}"
         for each in grants.devices

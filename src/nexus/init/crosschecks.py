@@ -149,6 +149,54 @@ def check_grants(system: System) -> None:
                 )
 
 
+def check_hardware(system: System, sources: Mapping[str, ProgramSource]) -> None:
+    """A device has one holder and one place, and a program has the device it drives."""
+    devices = {device.name: device for device in system.hardware}
+    places: dict[str, str] = {}
+    for device in system.hardware:
+        other = places.setdefault(device.path, device.name) if device.path else device.name
+        if other != device.name:
+            raise system.wrong(
+                ("device", device.name, "path"),
+                f'another path than that of the device "{other}"',
+                f'"{cut(device.path)}"',
+            )
+    holders: dict[str, str] = {}
+    for service in system.services:
+        for index, grant in enumerate(service.grants.hardware):
+            path = (*service.path, "hardware", index)
+            holder = holders.setdefault(grant.name, service.name)
+            if holder != service.name:
+                raise system.wrong(
+                    path,
+                    "a device that no other service has",
+                    f'"{grant.name}", which "{holder}" has',
+                )
+            if devices[grant.name].legacy:
+                raise system.wrong(
+                    path, "a device that is not legacy: those are refused", f'"{grant.name}"'
+                )
+        _check_needs(system, service, sources[service.name])
+
+
+def _check_needs(system: System, service: Service, source: ProgramSource) -> None:
+    """What a program of Nexus cannot be without."""
+    kinds = [grant.kind for grant in service.grants.hardware]
+    if source.drives is not None and source.drives not in kinds:
+        kind = source.drives.name.lower()
+        raise system.wrong(
+            (*service.path, "hardware"),
+            f'a device of kind "{kind}" in hardware, which "{source.name}" drives',
+            ", ".join(f'"{each.name.lower()}"' for each in kinds) or "none",
+        )
+    if source.keeps_secret and not service.grants.secret:
+        raise system.wrong(
+            (*service.path, "secret"),
+            f'isolation = "exec" and a secret, which "{source.name}" needs',
+            "none",
+        )
+
+
 def check_waits(system: System) -> None:
     """A service waits for none that may not be there: of a later stage, or left out when safe."""
     services = {service.name: service for service in system.services}

@@ -32,6 +32,7 @@ from nexus.init.crosschecks import (
     REST_STAGE,
     check_cycles,
     check_grants,
+    check_hardware,
     check_identities,
     check_path,
     check_policyd,
@@ -75,6 +76,7 @@ from nexus.init.system import (
     Use,
     load,
 )
+from nexus.kernel.core.hardware import Hardware
 from nexus.kernel.core.spawn import DELEGATIONS_MAX
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.policy import Policy
@@ -181,7 +183,8 @@ class Plan:
     """A system that may be booted. Services are in the order of their start.
 
     `path` are the whole paths of the folders that programs of its own are found in; the other
-    folders are as declared. `policyd` is the policy service, if there is one.
+    folders are as declared. `policyd` is the policy service, if there is one; `hardware` is the bus
+    map.
     """
 
     name: str
@@ -200,6 +203,7 @@ class Plan:
     state_dir: str | None = None
     runtime_dir: str | None = None
     log_dir: str | None = None
+    hardware: tuple[Hardware, ...] = ()
 
     @cached_property
     def links(self) -> tuple[PlannedLink, ...]:
@@ -285,6 +289,7 @@ def make_plan(system: System) -> Plan:
     check_waits(system)
     check_policyd(system, policyd, sources)
     check_grants(system)
+    check_hardware(system, sources)
     services = tuple(
         _service(system, service, sources[service.name], links[service.name], into[service.name])
         for service in in_order(system)
@@ -308,6 +313,7 @@ def make_plan(system: System) -> Plan:
         state_dir=system.state_dir,
         runtime_dir=system.runtime_dir,
         log_dir=system.log_dir,
+        hardware=system.hardware,
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from nexus.abi import Program
+from nexus.abi import HardwareKind, Program
 from nexus.init.declare import cut
 from nexus.wire import Protocol
 
@@ -49,15 +49,18 @@ class WrongProgram(Exception):
 class ProgramSource:
     """Where a program is: `module` holds its code, `protocols` are the modules of what it serves.
 
-    `asks_policy`: it decides nothing without the policy service. A program of a system's own has
-    an `entry`; an `ordinary` one uses libraries that need asyncio, and `double` is the class that
-    runs in the simulator instead. `path` are folders to import it from, besides Python's own.
+    `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
+    it `keeps_secret` where only it can read. A program of a system's own has an `entry`; an
+    `ordinary` one uses libraries that need asyncio, and `double` is the class that runs in the
+    simulator instead. `path` are folders to import it from, besides Python's own.
     """
 
     name: str
     module: str
     protocols: tuple[str, ...] = ()
     asks_policy: bool = False
+    drives: HardwareKind | None = None
+    keeps_secret: bool = False
     entry: str = ""
     double: str = ""
     ordinary: bool = False
@@ -85,18 +88,21 @@ _SOURCES: Final = (
         module="nexus.services.rngd",
         protocols=("nexus.protocols.rngd",),
         asks_policy=True,
+        drives=HardwareKind.ENTROPY,
     ),
     ProgramSource(
         name="statefsd",
         module="nexus.services.statefsd",
         protocols=("nexus.protocols.statefsd",),
         asks_policy=True,
+        drives=HardwareKind.BLOCK,
     ),
     ProgramSource(
         name="keystored",
         module="nexus.services.keystored",
         protocols=("nexus.protocols.keystored",),
         asks_policy=True,
+        keeps_secret=True,
     ),
     ProgramSource(
         name="demo.testsvc",

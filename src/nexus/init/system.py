@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import (
+    BLOCK_SIZE,
     BUDGET_SIZE_DEFAULT,
     ENDPOINTS_PER_OWNER_MAX,
+    HARDWARE_MAX,
     LINK_DEPTH_DEFAULT,
     LINK_DEPTH_MAX,
     LINK_SIZE_MAX,
@@ -27,13 +29,17 @@ from nexus.abi import (
     TOTAL_SIZE_DEFAULT,
     DeviceGrant,
     Grants,
+    HardwareGrant,
+    HardwareKind,
     Isolation,
     ListenGrant,
     Nanos,
     QosClass,
+    SecretBackend,
 )
 from nexus.init.declare import (
     DURATION_UNITS,
+    SIZE_UNITS,
     Address,
     Choice,
     Either,
@@ -57,6 +63,7 @@ from nexus.init.errors import SystemFileError
 from nexus.init.files import WrongFile, read_whole
 from nexus.init.lines import KEY_PARTS_MAX, KeyLines, KeyPath, too_many_parts
 from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
+from nexus.kernel.core.hardware import Hardware
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
 from nexus.protocols.init import DELEGATIONS_MAX, SERVICES_MAX
 from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX
@@ -98,6 +105,9 @@ PATH_SIZE_MAX: Final = 256  # characters
 DEVICES_MAX: Final = 16  # grants of one service
 LISTEN_MAX: Final = 8
 CONNECT_MAX: Final = 16
+BUS_MAX: Final = 16  # devices of a system; a virtual machine has room for no fewer
+DISK_SIZE_MIN: Final = 64 * 1024  # bytes; less holds no journal and its checkpoint
+DISK_SIZE_MAX: Final = 64 * 1024**3  # bytes
 LISTEN_ADDRESS: Final = "127.0.0.1"
 ENTRY_SIZE_MAX: Final = 128  # characters
 GROUPS_MAX: Final = SERVICES_MAX
@@ -145,6 +155,11 @@ _DEVICE_PATH: Final = Word(
     what="the whole path of a device such as /dev/ttyUSB0",
     size_max=PATH_SIZE_MAX,
 )
+_DISK_PATH: Final = Word(
+    pattern=_DEVICE_PATH.pattern,
+    what="the whole path of a device or of a file such as /dev/disk/by-label/state",
+    size_max=PATH_SIZE_MAX,
+)
 _NETWORK_PORT: Final = Integer(minimum=1, maximum=65535)
 _DEPTH: Final = Integer(minimum=1, maximum=LINK_DEPTH_MAX)
 _DELEGATIONS: Final = Integer(minimum=0, maximum=DELEGATIONS_MAX)
@@ -169,6 +184,12 @@ _QOS: Final = {
     "perf-burst": QosClass.PERF_BURST,
 }
 _ISOLATION: Final = {"fork": Isolation.FORK, "exec": Isolation.EXEC}
+_SECRET: Final = {"file": SecretBackend.FILE, "keyring": SecretBackend.KEYRING}
+HARDWARE_KINDS: Final = {
+    "block": HardwareKind.BLOCK,
+    "entropy": HardwareKind.ENTROPY,
+    "empty": HardwareKind.EMPTY,
+}
 
 GRANT_KEYS: Final = {
     "isolation": Key(
@@ -184,6 +205,15 @@ GRANT_KEYS: Final = {
         kind=ListOf(item=_GRANT, count_max=PORTS_MAX, unique="port"),
         doc="its sockets in the runtime directory, for people and scripts outside",
     ),
+    "hardware": Key(
+        kind=ListOf(item=_GRANT, count_max=HARDWARE_MAX, unique="device"),
+        doc="devices of [device] that are its own while it lives",
+    ),
+    "secret": Key(
+        kind=Choice(words=tuple(_SECRET)),
+        doc="where the kernel keeps a secret that this service alone may read and replace;"
+        ' needs isolation "exec"',
+    ),
     "devices": Key(
         kind=MapOf(
             key=_GRANT,
@@ -196,7 +226,8 @@ GRANT_KEYS: Final = {
             ),
             count_max=DEVICES_MAX,
         ),
-        doc='devices by the name the service knows them by; needs isolation "exec"',
+        doc="character devices for ordinary libraries, by the name the service knows them by;"
+        ' needs isolation "exec"',
     ),
     "listen": Key(
         kind=MapOf(
@@ -369,6 +400,30 @@ GROUP: Final = Table(
         ),
     },
 )
+DEVICE: Final = Table(
+    doc="One device of the machine. One service at a time may have it.",
+    keys={
+        "kind": Key(
+            kind=Choice(words=tuple(HARDWARE_KINDS)),
+            doc="a disk, a source of entropy, or a transport with nothing behind it",
+            required=True,
+        ),
+        "size": Key(
+            kind=size(DISK_SIZE_MIN, DISK_SIZE_MAX, "16MiB"),
+            doc=f"bytes of a disk, a multiple of {BLOCK_SIZE}",
+        ),
+        "path": Key(
+            kind=_DISK_PATH,
+            doc="where it is on linux; default NAME.img in the state directory for a disk, and"
+            " whatever source the machine has for entropy",
+        ),
+        "legacy": Key(
+            kind=Flag(),
+            doc="whether the simulated machine gives it the old register layout, which is"
+            " granted to nobody; other machines leave it out; default false",
+        ),
+    },
+)
 SYSTEM: Final = Table(
     doc="What holds for the whole system.",
     keys={
@@ -424,6 +479,10 @@ SYSTEM_FILE: Final = Table(
     keys={
         "system": Key(kind=SYSTEM, doc="the system", required=True),
         "group": Key(kind=MapOf(key=NAME, item=GROUP, count_max=GROUPS_MAX), doc="groups by name"),
+        "device": Key(
+            kind=MapOf(key=_GRANT, item=DEVICE, count_max=BUS_MAX),
+            doc="the devices of the machine by name",
+        ),
         "service": Key(
             kind=MapOf(key=NAME, item=SERVICE, count_max=SERVICES_MAX),
             doc="the services by name, in the order of their start within a stage",
@@ -532,6 +591,7 @@ class System:
     policy_stale_max: Nanos
     groups: tuple[Group, ...]
     services: tuple[Service, ...]
+    hardware: tuple[Hardware, ...] = ()
 
     def wrong(self, path: KeyPath, expected: str, found: str) -> SystemFileError:
         """The error about the value at `path`."""
@@ -593,8 +653,11 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
     head = document["system"]
     owner_size = head.get("owner_size", OWNER_SIZE_DEFAULT)
     link = head.get("link", {})
+    hardware = tuple(_device(name, entry) for name, entry in document.get("device", {}).items())
+    kinds = {device.name: device.kind for device in hardware}
     services = tuple(
-        _service(name, entry, owner_size, link) for name, entry in document["service"].items()
+        _service(name, entry, owner_size, link, kinds)
+        for name, entry in document["service"].items()
     )
     if not services:
         raise WrongValue(("service",), "at least one service", "none")
@@ -617,11 +680,35 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
         policy_stale_max=Nanos(head.get("policy_stale_max", POLICY_STALE_DEFAULT)),
         groups=groups,
         services=services,
+        hardware=hardware,
     )
 
 
+def _device(name: str, entry: Mapping[str, Any]) -> Hardware:
+    """A disk has a size, and nothing else has one; what is not there has no path."""
+    path: KeyPath = ("device", name)
+    kind = HARDWARE_KINDS[entry["kind"]]
+    amount = entry.get("size", 0)
+    if kind is HardwareKind.BLOCK and "size" not in entry:
+        raise WrongKey(path, 'the key "size" of a block device', "none")
+    if kind is not HardwareKind.BLOCK and "size" in entry:
+        raise MisplacedKey(path, "size", 'kind = "block" beside "size"', f'"{entry["kind"]}"')
+    if amount % BLOCK_SIZE:
+        found = f'"{amount_text(amount, SIZE_UNITS)}"'
+        raise WrongValue((*path, "size"), f"a multiple of {BLOCK_SIZE}B", found)
+    if kind is HardwareKind.EMPTY and "path" in entry:
+        raise MisplacedKey(path, "path", 'kind = "block" or "entropy" beside "path"', '"empty"')
+    if entry.get("legacy") and "path" in entry:
+        raise MisplacedKey(path, "path", 'no "path" beside "legacy"', "both")
+    return Hardware(name, kind, amount, entry.get("path", ""), entry.get("legacy", False))
+
+
 def _service(
-    name: str, entry: Mapping[str, Any], owner_size: int, link: Mapping[str, Any]
+    name: str,
+    entry: Mapping[str, Any],
+    owner_size: int,
+    link: Mapping[str, Any],
+    kinds: Mapping[str, HardwareKind],
 ) -> Service:
     path: KeyPath = ("service", name)
     ordinary = entry.get("ordinary", False)
@@ -649,7 +736,7 @@ def _service(
         protocol=entry.get("protocol", ""),
         ordinary=ordinary,
         double=entry.get("double", ""),
-        grants=_grants(entry, path),
+        grants=_grants(entry, path, kinds),
         core=entry.get("stage") == "core",
         safe=entry.get("safe", False),
         group=entry.get("group"),
@@ -674,12 +761,12 @@ def _service(
     )
 
 
-def _grants(entry: Mapping[str, Any], path: KeyPath) -> Grants:
+def _grants(entry: Mapping[str, Any], path: KeyPath, kinds: Mapping[str, HardwareKind]) -> Grants:
     """What the service may do beyond the ABI; what needs a process of its own has one."""
     isolation = _ISOLATION[entry.get("isolation", "fork")]
     ordinary = entry.get("ordinary", False)
     if isolation is not Isolation.EXEC:
-        for key in ("ordinary", "devices", "listen", "connect"):
+        for key in ("ordinary", "secret", "devices", "listen", "connect"):
             if entry.get(key):
                 raise MisplacedKey(path, key, f'isolation = "exec" beside "{key}"', "fork")
     devices = entry.get("devices", {})
@@ -688,6 +775,13 @@ def _grants(entry: Mapping[str, Any], path: KeyPath) -> Grants:
         if name in devices:
             raise WrongValue(
                 (*path, "listen", name), "another name than a device's", f'"{name}" for both'
+            )
+    hardware = entry.get("hardware", ())
+    for index, name in enumerate(hardware):
+        if name not in kinds:
+            listed = ", ".join(kinds) or "none"
+            raise WrongValue(
+                (*path, "hardware", index), f"a device of this system ({listed})", f'"{name}"'
             )
     return Grants(
         isolation=isolation,
@@ -703,6 +797,8 @@ def _grants(entry: Mapping[str, Any], path: KeyPath) -> Grants:
         ),
         connect=tuple(entry.get("connect", ())),
         streams=ordinary,  # asyncio wakes itself up over such a pair
+        hardware=tuple(HardwareGrant(name, kinds[name]) for name in hardware),
+        secret=_SECRET[entry["secret"]] if "secret" in entry else SecretBackend.NONE,
     )
 
 
