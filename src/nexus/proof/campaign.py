@@ -29,6 +29,7 @@ from nexus.init.plan import make_plan
 from nexus.init.system import parse
 from nexus.kernel.core import Hang, RunOver
 from nexus.kernel.sim import (
+    DEVICE_POINTS,
     FAILURES,
     FaultPoint,
     Faults,
@@ -179,7 +180,8 @@ class Campaign:
     @property
     def never(self) -> list[str]:
         """Faults that never fired, recoveries that were never reached, traps nobody made."""
-        never = [point.value for point in FaultPoint if not self.fired[point.value]]
+        points = [point for point in FaultPoint if point not in DEVICE_POINTS]
+        never = [point.value for point in points if not self.fired[point.value]]
         never += [name for name in RECOVERIES if not self.recoveries[name]]
         never += [f"sweep {row}" for row, fired in self.sweep_fired.items() if not fired]
         if self.makers:
@@ -482,6 +484,8 @@ SWEPT: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
 _RIGHTS: Final = "refuses only for a slot, a right or a value, which are the caller's own"
 _ROOT: Final = "made by init alone, whose kernel refuses it to others only"
 _SURE: Final = "refuses nothing"
+_DEVICE: Final = "no service of the campaign has a device"
+_SECRET: Final = "no service of the campaign has a secret"
 _PORT: Final = "refuses only for a slot or a connection; no service of the campaign has a port"
 NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.SleepUntil: _SURE,
@@ -506,6 +510,11 @@ NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.Notify: _ROOT,
     abi_traps.PortClose: _PORT,
     abi_traps.PortPeer: _PORT,
+    abi_traps.BusScan: _ROOT,
+    abi_traps.DeviceQuery: _RIGHTS,
+    abi_traps.DeviceMap: _RIGHTS,
+    abi_traps.DeviceDma: _RIGHTS,
+    abi_traps.SecretQuery: _SURE,
 }
 """Traps without a failure that could be injected, and why."""
 
@@ -522,12 +531,34 @@ SELDOM: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.PortSend: "no service of the campaign has a port",
     abi_traps.PortClose: "no service of the campaign has a port",
     abi_traps.PortPeer: "no service of the campaign has a port",
+    abi_traps.BusScan: _DEVICE,
+    abi_traps.DeviceQuery: _DEVICE,
+    abi_traps.DeviceMap: _DEVICE,
+    abi_traps.DeviceDma: _DEVICE,
+    abi_traps.BlockRead: _DEVICE,
+    abi_traps.BlockWrite: _DEVICE,
+    abi_traps.BlockFlush: _DEVICE,
+    abi_traps.EntropyDraw: _DEVICE,
+    abi_traps.SecretQuery: _SECRET,
+    abi_traps.SecretRead: _SECRET,
+    abi_traps.SecretReplace: _SECRET,
 }
 """Traps that a run without faults need not make."""
 
 UNMADE: Final[Mapping[tuple[type[Trap[Any]], Status], str]] = {
     (abi_traps.Wait, Status.TIMED_OUT): "init looks with NO_WAIT, which is refused as QueueEmpty",
     (abi_traps.PortSend, Status.QUEUE_FULL): "no service of the campaign has a port",
+    (abi_traps.BlockRead, Status.DEVICE_FAILED): _DEVICE,
+    (abi_traps.BlockRead, Status.TIMED_OUT): _DEVICE,
+    (abi_traps.BlockWrite, Status.DEVICE_FAILED): _DEVICE,
+    (abi_traps.BlockWrite, Status.TIMED_OUT): _DEVICE,
+    (abi_traps.BlockWrite, Status.NO_SPACE): _DEVICE,
+    (abi_traps.BlockFlush, Status.DEVICE_FAILED): _DEVICE,
+    (abi_traps.BlockFlush, Status.TIMED_OUT): _DEVICE,
+    (abi_traps.EntropyDraw, Status.DEVICE_FAILED): _DEVICE,
+    (abi_traps.SecretRead, Status.DEVICE_FAILED): _SECRET,
+    (abi_traps.SecretReplace, Status.DEVICE_FAILED): _SECRET,
+    (abi_traps.SecretReplace, Status.NO_SPACE): _SECRET,
 }
 """Failures of SWEPT that no task of the system can meet, and why."""
 
@@ -623,6 +654,7 @@ def as_json(campaign: Campaign) -> str:
                 "fired": campaign.fired[point.value],
             }
             for point in FaultPoint
+            if point not in DEVICE_POINTS
         },
         "recoveries": {name: campaign.recoveries[name] for name in RECOVERIES},
         "calls": dict(sorted(campaign.calls.items())),
@@ -660,6 +692,7 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
         [
             (point.value, campaign.reached[point.value], campaign.fired[point.value])
             for point in FaultPoint
+            if point not in DEVICE_POINTS
         ],
     )
     yield from _table(

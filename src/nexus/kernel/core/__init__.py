@@ -22,7 +22,20 @@ from nexus.kernel.core.ending import (
     end_coroutine,
     exit_code,
 )
-from nexus.kernel.core.grants import PORT_SIZE, grants_fields
+from nexus.kernel.core.grants import (
+    DEVICE_BUDGET_SIZE,
+    DEVICE_SIZE,
+    PORT_SIZE,
+    grants_fields,
+)
+from nexus.kernel.core.hardware import (
+    VIRTIO_MAGIC,
+    VIRTIO_VERSION,
+    WINDOW_SIZE,
+    Hardware,
+    check_bus,
+    find_hardware,
+)
 from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.core.message import check_data, check_derived, check_terms
 from nexus.kernel.core.name import name_is_valid
@@ -37,7 +50,7 @@ from nexus.kernel.core.qos import (
     qos_class,
 )
 from nexus.kernel.core.rights import derive, moved
-from nexus.kernel.core.run import CannotRun, Hang, RunOver
+from nexus.kernel.core.run import CannotRun, Hang, PowerCut, RunOver
 from nexus.kernel.core.shape import well_typed
 from nexus.kernel.core.share import OwnerShare, Pool, SystemShares
 from nexus.kernel.core.spawn import (
@@ -54,6 +67,8 @@ __all__ = [
     "ARGUMENT_SIZE_MAX",
     "BOOT_BUDGET_SIZE",
     "DELEGATIONS_MAX",
+    "DEVICE_BUDGET_SIZE",
+    "DEVICE_SIZE",
     "ENDPOINT_SIZE",
     "EVIDENCE_DEPTH_MAX",
     "EXIT_CODE_MAX",
@@ -68,15 +83,20 @@ __all__ = [
     "SPAWN_STATUS",
     "TASK_SIZE",
     "TIMER_SIZE",
+    "VIRTIO_MAGIC",
+    "VIRTIO_VERSION",
     "WAITER_SIZE",
+    "WINDOW_SIZE",
     "Account",
     "CannotRun",
     "CapTable",
     "Hang",
+    "Hardware",
     "Held",
     "NoExitCode",
     "OwnerShare",
     "Pool",
+    "PowerCut",
     "QosReason",
     "QosRequest",
     "RunOver",
@@ -85,6 +105,7 @@ __all__ = [
     "SystemShares",
     "audit_line",
     "check_boot_memory",
+    "check_bus",
     "check_console",
     "check_cpu",
     "check_data",
@@ -97,6 +118,7 @@ __all__ = [
     "derive",
     "end_coroutine",
     "exit_code",
+    "find_hardware",
     "grants_fields",
     "moved",
     "name_is_valid",

@@ -18,6 +18,8 @@ from nexus.kernel.core.name import name_is_valid
 
 PORT_SIZE: Final = ENDPOINT_SIZE  # bytes; a port is charged to its owner's budget as an endpoint is
 PORT_BUDGET_SIZE: Final = PORT_SIZE + SLOT_SIZE
+DEVICE_SIZE: Final = ENDPOINT_SIZE  # bytes; so is a device of the bus map
+DEVICE_BUDGET_SIZE: Final = DEVICE_SIZE + SLOT_SIZE
 DESCRIPTORS_MAX: Final = 16  # devices and listening sockets of one service; a gateway has a few
 CONNECT_MAX: Final = 16  # TCP ports one service may connect to
 TCP_PORT_MAX: Final = 65_535

@@ -1,14 +1,14 @@
 """The bus map: which devices a system has, and what both kernels check before one is granted."""
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE, PAGE_SIZE, Grants, HardwareKind, SpawnReason
 from nexus.kernel.core.spawn import SpawnRefused
 
-WINDOW_SIZE = PAGE_SIZE  # bytes of a device's registers; one page of its own
-VIRTIO_MAGIC = 0x74726976  # "virt"
-VIRTIO_VERSION = 2  # the modern register layout; 1 is the legacy one
+WINDOW_SIZE: Final = PAGE_SIZE  # bytes of a device's registers; one page of its own
+VIRTIO_MAGIC: Final = 0x74726976  # "virt"
+VIRTIO_VERSION: Final = 2  # the modern register layout; 1 is the legacy one
 
 
 class Hardware(NamedTuple):
@@ -16,7 +16,8 @@ class Hardware(NamedTuple):
 
     `size` is bytes of a block device, a multiple of BLOCK_SIZE. `path` is a device node or a file
     on linux; empty for NAME.img in the state directory (BLOCK), or for whatever source Linux has
-    (ENTROPY). `legacy` puts a transport of the old register layout on the simulated bus.
+    (ENTROPY). `legacy` puts a transport of the old register layout on the simulated bus. A
+    `read_only` block device is opened for reading alone.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Hardware(NamedTuple):
     size: int = 0
     path: str = ""
     legacy: bool = False
+    read_only: bool = False
 
 
 def find_hardware(

@@ -20,5 +20,14 @@ class RunOver(Exception):
         self.until = until
 
 
+class PowerCut(Exception):
+    """The power was cut at `at`, on the kernel clock: what was not durable by then is lost."""
+
+    def __init__(self, at: Nanos, why: str) -> None:
+        super().__init__(f"the power was cut at {at} ns: {why}")
+        self.at = at
+        self.why = why
+
+
 class CannotRun(Exception):
     """A kernel cannot serve a run in this process; the sentence says why and what to do."""

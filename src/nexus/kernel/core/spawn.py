@@ -22,7 +22,12 @@ from nexus.abi import (
     Status,
 )
 from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
-from nexus.kernel.core.grants import PORT_BUDGET_SIZE, grants_problem, ports_problem
+from nexus.kernel.core.grants import (
+    DEVICE_BUDGET_SIZE,
+    PORT_BUDGET_SIZE,
+    grants_problem,
+    ports_problem,
+)
 from nexus.kernel.core.name import name_is_valid
 
 ARGUMENT_SIZE_MAX: Final = 16 * 1024  # bytes; a service's settings, not data
@@ -84,6 +89,7 @@ def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
     if problem is not None:
         return problem
     least_budget = BOOT_BUDGET_SIZE + PORT_BUDGET_SIZE * len(spec.grants.ports)
+    least_budget += DEVICE_BUDGET_SIZE * len(spec.grants.hardware)
     ranges = (
         ("argument", len(spec.argument), 0, ARGUMENT_SIZE_MAX),
         ("owner_size", spec.owner_size, CONTROL_LINK_SIZE, 1 << 31),

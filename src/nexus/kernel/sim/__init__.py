@@ -1,24 +1,28 @@
 """The simulated kernel: the same ABI under a virtual clock, from one seed."""
 
 from nexus.kernel.sim.faults import (
+    DEVICE_POINTS,
     FAILURES,
     FaultPoint,
     Faults,
     Forge,
     Freeze,
     NthFailure,
+    NthRequest,
     Plan,
 )
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.ports import SimPeer, SimPort
 
 __all__ = [
+    "DEVICE_POINTS",
     "FAILURES",
     "FaultPoint",
     "Faults",
     "Forge",
     "Freeze",
     "NthFailure",
+    "NthRequest",
     "Plan",
     "SimKernel",
     "SimPeer",

@@ -1,6 +1,6 @@
 """Injected faults: a plan, what was reached, what fired. Nothing is wrapped without a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random  # noqa: TID251 (handed in: the run's seeded stream of faults)
@@ -8,18 +8,24 @@ from typing import Any, Final
 
 from nexus.abi import (
     NEVER,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootMemoryReplace,
     Call,
     CapClone,
     CapDerive,
     ConsoleWrite,
     EndpointCreate,
+    EntropyDraw,
     LinkCreate,
     Nanos,
     Pid,
     PortSend,
     Recv,
     ReplyRecv,
+    SecretRead,
+    SecretReplace,
     Send,
     Spawn,
     Status,
@@ -32,6 +38,8 @@ SLOW_FACTOR: Final = 20  # a resume on a slow CPU takes that much longer
 WAKE_DELAY_MAX: Final = Nanos(2_000_000)  # 2 ms between a wake-up and the run queue
 TIMER_DELAY_MAX: Final = Nanos(1_000_000)  # 1 ms; promise 4 of design.md section 3
 DELIVERY_DELAY_MAX: Final = Nanos(5_000_000)  # 5 ms before a sent message can be received
+DISK_DELAY_MAX: Final = Nanos(200_000_000)  # 200 ms; a worn flash chip that moves its blocks about
+STUCK: Final = Nanos(60_000_000_000)  # a minute: no driver waits that long
 CHANCE_ONE: Final = 1_000_000  # probabilities are given in parts of a million
 
 
@@ -50,6 +58,27 @@ class FaultPoint(StrEnum):
     LATE_DELIVERY = "late_delivery"
     FREEZE = "freeze"  # a task is stopped for a while, and goes on: SIGSTOP and SIGCONT
     LOST_SIGNAL = "lost_signal"  # a resched interrupt is not sent; the CPU's own tick finds it
+    ENTROPY_SHORT = "entropy_short"  # fewer bytes than were asked for
+    ENTROPY_NONE = "entropy_none"  # a request is answered with no bytes at all
+    ENTROPY_CONSTANT = "entropy_constant"  # one byte, again and again
+    ENTROPY_REPEAT = "entropy_repeat"  # the bytes of the request before
+    BLOCK_ERROR = "block_error"  # a request fails, and nothing of it is done
+    SLOW_DISK = "slow_disk"  # a request of a block device takes longer
+    LOST_COMPLETION = "lost_completion"  # a request is done, and its driver is never told
+
+
+DEVICE_POINTS: Final = frozenset(
+    {
+        FaultPoint.ENTROPY_SHORT,
+        FaultPoint.ENTROPY_NONE,
+        FaultPoint.ENTROPY_CONSTANT,
+        FaultPoint.ENTROPY_REPEAT,
+        FaultPoint.BLOCK_ERROR,
+        FaultPoint.SLOW_DISK,
+        FaultPoint.LOST_COMPLETION,
+    }
+)
+"""The points that only a device of the bus reaches."""
 
 
 FAILURES: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
@@ -67,6 +96,12 @@ FAILURES: Final[Mapping[type[Trap[Any]], tuple[Status, ...]]] = {
     ConsoleWrite: (Status.QUEUE_FULL,),
     BootMemoryReplace: (Status.NO_SPACE,),
     PortSend: (Status.QUEUE_FULL,),
+    BlockRead: (Status.DEVICE_FAILED, Status.TIMED_OUT),
+    BlockWrite: (Status.DEVICE_FAILED, Status.TIMED_OUT, Status.NO_SPACE),
+    BlockFlush: (Status.DEVICE_FAILED, Status.TIMED_OUT),
+    EntropyDraw: (Status.DEVICE_FAILED,),
+    SecretRead: (Status.DEVICE_FAILED,),
+    SecretReplace: (Status.DEVICE_FAILED, Status.NO_SPACE),
 }
 """What an injected failure may answer, by trap: statuses its docstring names."""
 
@@ -111,6 +146,21 @@ class Freeze:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NthRequest:
+    """The `nth` request (from 1) that a device takes up suffers a fault of DEVICE_POINTS.
+
+    Flushes are requests; those of the other kind of device do not count. `persistent`: so do all
+    later ones. `span` is by how much a slow disk is slower.
+    """
+
+    device: str
+    point: FaultPoint
+    nth: int
+    persistent: bool = False
+    span: Nanos = STUCK
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What may go wrong in a run.
 
@@ -122,6 +172,7 @@ class Plan:
     nth: tuple[NthFailure, ...] = ()
     forge: tuple[Forge, ...] = ()
     freeze: tuple[Freeze, ...] = ()
+    requests: tuple[NthRequest, ...] = ()
     chances: Mapping[FaultPoint, int] = field(default_factory=dict)
     tasks: frozenset[str] | None = None
     stop_at: Nanos = NEVER
@@ -140,6 +191,7 @@ class Faults:
         self._source: Random | None = None
         self._occurred = [0] * len(plan.nth)
         self._sent = [0] * len(plan.forge)
+        self._taken_up = [0] * len(plan.requests)
 
     def begin(self, source: Random, start: Nanos) -> None:
         """Take the run's stream of choices and the clock it starts at."""
@@ -207,6 +259,32 @@ class Faults:
                 self.fired[FaultPoint.FORGE] += 1
                 pids.append(forge.pid)
         return pids
+
+    def of_request(
+        self, device: str, points: Collection[FaultPoint], now: Nanos
+    ) -> dict[FaultPoint, Nanos]:
+        """What goes wrong with the request that a device takes up now, and by how much.
+
+        `points` are those that this kind of request reaches.
+        """
+        found: dict[FaultPoint, Nanos] = {}
+        if self.paused:
+            return found
+        for index, planned in enumerate(self.plan.requests):
+            if planned.device != device or planned.point not in points:
+                continue
+            self.reached[planned.point] += 1
+            self._taken_up[index] += 1
+            count = self._taken_up[index]
+            due = count == planned.nth or (planned.persistent and count > planned.nth)
+            if due and now < self.stop_at:
+                self.fired[planned.point] += 1
+                found[planned.point] = planned.span
+        for point in sorted(points):
+            if point not in found and self.fires(point, now):
+                slow = point is FaultPoint.SLOW_DISK
+                found[point] = Nanos(self.amount(DISK_DELAY_MAX) if slow else 0)
+        return found
 
     def freezes(self, now: Nanos) -> bool:
         """Whether a planned freeze may happen now. Counts the reach."""
