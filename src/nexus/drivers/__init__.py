@@ -1,9 +1,31 @@
 """User-space drivers: what a service does with a device it was granted.
 
 A driver finds out from its capability what it holds (a register window, or a device the kernel
-drives) and looks the same to the service either way. It waits by the ABI, with a deadline.
+drives) and looks the same to the service either way. It waits by the ABI, with a deadline. What it
+raises is a DeviceFault; it repeats nothing by itself.
 """
 
-from nexus.drivers.block import BlockDevice, DeviceFault, Fault
+from nexus.drivers.block import REQUEST_MAX, BlockDevice, DeviceFault, Fault
+from nexus.drivers.choose import open_block, open_entropy
+from nexus.drivers.entropy import DRAW_SIZE_MAX, EntropyDevice
+from nexus.drivers.kernel_block import KernelBlock
+from nexus.drivers.kernel_entropy import KernelEntropy
+from nexus.drivers.virtio import Identity
+from nexus.drivers.virtio_block import VirtioBlock
+from nexus.drivers.virtio_entropy import VirtioEntropy
 
-__all__ = ["BlockDevice", "DeviceFault", "Fault"]
+__all__ = [
+    "DRAW_SIZE_MAX",
+    "REQUEST_MAX",
+    "BlockDevice",
+    "DeviceFault",
+    "EntropyDevice",
+    "Fault",
+    "Identity",
+    "KernelBlock",
+    "KernelEntropy",
+    "VirtioBlock",
+    "VirtioEntropy",
+    "open_block",
+    "open_entropy",
+]

@@ -1,7 +1,11 @@
 """What a block device is to the code that stores things on it."""
 
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
+
+from nexus.abi import BLOCK_SIZE, Nanos
+
+REQUEST_MAX: Final = Nanos(2_000_000_000)  # ns for one request to a device (services.md 6)
 
 
 class Fault(Enum):
@@ -51,3 +55,16 @@ class BlockDevice(Protocol):
     async def flush(self) -> None:
         """Everything written before survives a power cut on return."""
         ...
+
+
+def whole_blocks(data: bytes | bytearray | memoryview) -> int:
+    """How many blocks `data` is; anything else than whole blocks is a bug."""
+    size = memoryview(data).nbytes
+    assert size % BLOCK_SIZE == 0, f"{size} bytes are no whole blocks"
+    return size // BLOCK_SIZE
+
+
+def check_range(block: int, count: int, block_count: int) -> None:
+    """Raises OUT_OF_RANGE unless there are at least one block, and all of them on the device."""
+    if block < 0 or count < 1 or block + count > block_count:
+        raise DeviceFault(Fault.OUT_OF_RANGE, f"{count} blocks at {block} of {block_count}")
