@@ -504,3 +504,63 @@ def test_step_serves_one_message_and_returns() -> None:
     assert pair.client(lambda x: x.call(Add(1, 1), FAR), server=task) == Sum(2)
     assert pair.kernel.run(task) == [True, True, False]
     assert pair.kernel.now == 10_000_000
+
+
+class Gatherer:
+    """Answers what it was asked when nobody waits any more, and not before."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+        self.groups: list[int] = []
+        self.stops = 0
+
+    def handle(self, call: Any, request: Add) -> Any:
+        deferred = call.defer()
+        self.waiting.append((deferred, request))
+        return deferred
+
+    def busy(self) -> bool:
+        return bool(self.waiting)
+
+    async def on_idle(self) -> None:
+        self.give()
+
+    def on_stop(self) -> None:
+        self.stops += 1
+        self.give()
+
+    def give(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        self.groups.append(len(waiting))
+        for deferred, request in waiting:
+            deferred.reply(Sum(request.a + request.b))
+
+
+def test_what_waits_is_worked_on_when_no_message_does_and_a_lone_one_at_once() -> None:
+    gatherer = Gatherer()
+    pair = Pair(gatherer)
+
+    async def body(exchange: Exchange) -> list[Any]:
+        started = [await exchange.start(Add(number, 1), FAR) for number in range(4)]
+        together = [await exchange.finish(each) for each in started]
+        return [*together, await exchange.call(Add(10, 1), FAR)]
+
+    outcomes = pair.client(body)
+
+    assert outcomes == [Sum(1), Sum(2), Sum(3), Sum(4), Sum(11)]
+    assert gatherer.groups == [4, 1]
+    assert pair.kernel.now < 2_000, "nobody waited for the clock"
+
+
+def test_what_still_waits_is_answered_before_the_service_ends() -> None:
+    gatherer = Gatherer()
+    pair = Pair(gatherer)
+
+    async def body(exchange: Exchange) -> list[Any]:
+        started = [await exchange.start(Add(1, 1), FAR), await exchange.start(Stop(), FAR)]
+        return [await exchange.finish(each) for each in started]
+
+    outcomes = pair.client(body)
+
+    assert outcomes == [Sum(2), Stopping()]
+    assert (gatherer.groups, gatherer.stops) == ([1], 1)

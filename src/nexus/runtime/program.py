@@ -55,7 +55,11 @@ BIND_MAX: Final = Nanos(2_000_000_000)  # ns that init's Bind may take to come
 POLICYD_NAME: Final = "policyd"
 EXIT_UNREACHABLE: Final = 1  # a service it uses was not there in time; init starts it again
 EXIT_SETTINGS: Final = 2  # its settings in the system file are not what it takes
+EXIT_UNUSABLE: Final = 3  # a person has to put something right first
 SENTENCE_SIZE_MAX: Final = 300  # characters of an explanation; a console line has 512 bytes
+
+HANDED_ON: Final = ("on_time", "on_gone", "ready", "on_malformed", "busy", "on_idle", "on_stop")
+"""Hooks of a class of one's own that the runtime calls as they are."""
 
 SettingsT = TypeVar("SettingsT")
 ReplyT = TypeVar("ReplyT")
@@ -90,6 +94,11 @@ class Unreachable(Refusal):
 
 class SettingsFault(Exception):
     """The settings of the system file are not what the program takes; the text says where."""
+
+
+class Unusable(Exception):
+    """What the service cannot work without is there and cannot be used, such as its device; the
+    text is a sentence that says what to do. In `start` it ends the program (EXIT_UNUSABLE)."""
 
 
 class Own(Protocol):
@@ -194,7 +203,7 @@ class _Hooked:
         self._context = context
         self.started = False
         self.handle = own.handle
-        for name in ("on_time", "on_gone", "ready", "on_malformed"):
+        for name in HANDED_ON:
             if hasattr(own, name):
                 setattr(self, name, getattr(own, name))
         if hasattr(own, "next_time"):
@@ -257,13 +266,14 @@ async def _told_if_unable(boot: BootImage, running: Coroutine[Trap[Any], Any, in
     """The exit code of `running`; what only people can put right is said in a sentence."""
     try:
         return await running
-    except (Unreachable, SettingsFault) as fault:
+    except (Unreachable, SettingsFault, Unusable) as fault:
         return await _tell(boot, fault)
 
 
-async def _tell(boot: BootImage, fault: Unreachable | SettingsFault) -> int:
+async def _tell(boot: BootImage, fault: Unreachable | SettingsFault | Unusable) -> int:
     """Say on the console why the program ends; its exit code."""
-    sentence, code = str(fault), EXIT_UNREACHABLE
+    sentence = str(fault)
+    code = EXIT_UNUSABLE if isinstance(fault, Unusable) else EXIT_UNREACHABLE
     if isinstance(fault, SettingsFault):
         where = f"[service.{boot.name}.settings] in the system file"
         sentence, code = f"settings: {fault}; correct {where}", EXIT_SETTINGS

@@ -110,6 +110,9 @@ class Hooks(NamedTuple):
     facts: Callable[[], dict[str, int]] | None
     ready: Callable[[], bool] | None
     on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
+    busy: Callable[[], bool] | None  # there is work for when no message waits
+    on_idle: Callable[[], Any] | None  # busy, and no message waits; plain or coroutine
+    on_stop: Callable[[], Any] | None  # the last thing before the end; plain or coroutine
 
 
 class Log(Protocol):
@@ -163,6 +166,7 @@ class Server:
             *(getattr(service, name, None) for name in Hooks._fields)  # the optional methods
         )
         assert (self._hooks.on_time is None) is (self._hooks.next_time is None)
+        assert (self._hooks.on_idle is None) is (self._hooks.busy is None)
         self._caller = Caller(Spans(b"", boot.name, boot.generation)) if caller is None else caller
         self._dispatch = protocol.dispatch
         self._replies: dict[LinkId, Slot] = {}
@@ -184,6 +188,8 @@ class Server:
         """Serve until Stop; the exit code."""
         while not self.stopping:
             _ = await self._turn(NEVER)
+        if self._hooks.on_stop is not None:
+            await _settled(self._hooks.on_stop())
         await self._flush()
         return 0
 
@@ -216,6 +222,7 @@ class Server:
         handle = self._handle
         awaits = self._awaits
         next_time = self._hooks.next_time
+        busy = self._hooks.busy
         log = self._log
         timed = next_time is not None or log is not None
         forever = deadline == NEVER
@@ -226,10 +233,14 @@ class Server:
                 if due is not None and due <= self._latest:
                     due = yield from self._ring(next_time).__await__()
                 trap.deadline = deadline if due is None else min(due, deadline)
+            elif busy is not None:
+                trap.deadline = deadline  # it may still be that of a busy turn
             if log is not None and log.due:
                 yield from self._drive(log).__await__()
             if self._outbox:
                 yield from self._flush().__await__()
+            if busy is not None and busy():
+                trap.deadline = NO_WAIT
             try:
                 message: Message = yield trap
             except AbiError as error:
@@ -324,11 +335,20 @@ class Server:
         if isinstance(error, PeerGone):
             await self._on_gone(error.link)
         elif error.status in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
+            if self._hooks.busy is not None and self._hooks.busy():
+                await self._work()
+            else:
+                self._log_pause = min(Nanos(2 * self._log_pause), LOG_PAUSE_MAX)
             self._latest = await Now()
-            self._log_pause = min(Nanos(2 * self._log_pause), LOG_PAUSE_MAX)
         else:
             raise error
         return False
+
+    async def _work(self) -> None:
+        """No message waits and the service has something to do: a step of it."""
+        on_idle = self._hooks.on_idle
+        assert on_idle is not None
+        await _settled(on_idle())
 
     async def _on_gone(self, link: LinkId) -> None:
         """The holder of a link is gone: nobody reads what would be sent to it."""
