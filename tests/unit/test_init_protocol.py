@@ -6,6 +6,7 @@ from nexus.abi import CONTROL_LINK_SIZE, QosClass
 from nexus.protocols.init import (
     AUDIT_LINE_SIZE_MAX,
     AUDIT_ROWS_MAX,
+    BOOT_ID_SIZE,
     LINK_ROWS_MAX,
     REASON_SIZE_MAX,
     REASON_TEXT_SIZE_MAX,
@@ -80,6 +81,7 @@ LARGEST: list[Message] = [
         U64,
         U64,
         U32,
+        bytes(BOOT_ID_SIZE),
         U32,
         "d" * 64,
         True,

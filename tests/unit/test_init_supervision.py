@@ -71,7 +71,7 @@ from nexus.protocols.policyd import (
 )
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import Echo
-from nexus.runtime import Server, serve
+from nexus.runtime import Server, ServiceConfig, serve
 from nexus.wire import ReplyStatus
 from tests.fakes.initrig import (
     DRIVER,
@@ -595,6 +595,34 @@ def test_boots_that_crash_lead_to_safe_mode_which_lasts_until_it_is_left(boot: B
     assert starts(fourth, "a", "b") == [("a", 1), ("b", 1)]
     assert decode_memory(fourth.memory).unstable == 0
     assert decode_memory(fifth.memory).boots == 5
+
+
+def test_services_and_init_say_which_boot_it_is(boot: Boot) -> None:
+    told: list[ServiceConfig] = []
+
+    async def note(image: BootImage) -> int:
+        told.append(ServiceConfig.of(image))
+        return await idle(image)
+
+    async def driver(driver: Driver) -> SystemInfo:
+        return await driver.reply(GetSystem(), SystemInfo)
+
+    def booted(seed: int, memory: bytes | None) -> Run:
+        text = SYSTEM + service("a") + QUIET
+        return boot(driver, text=text, mains={"a": note}, memory=memory, seed=seed)
+
+    first = booted(1, b"")
+    second = booted(2, first.memory)
+    _ = booted(3, None)
+    _ = booted(4, None)
+
+    assert [config.boot for config in told] == [0, 1, 0, 0]
+    assert len({config.boot_id for config in told}) == len(told)
+    assert (first.result.boots, second.result.boots) == (1, 2)
+    assert [run.result.boot_id for run in (first, second)] == [each.boot_id for each in told[:2]]
+    ready = [run.evidence("init: ready") for run in (first, second)]
+    assert [each["boot"] for each in ready] == [0, 1]
+    assert [each["boot_id"] for each in ready] == [each.boot_id.hex() for each in told[:2]]
 
 
 def test_an_orderly_end_before_the_boot_is_stable_is_no_crash(boot: Boot) -> None:

@@ -46,6 +46,7 @@ def status(asked: Asked, *, as_json: bool) -> None:
                 "why": info.why,
                 "digest": info.digest,
                 "boots": info.boots,
+                "boot_id": info.boot_id.hex(),
                 "policy": {
                     "generation": info.policy_generation,
                     "digest": info.policy_digest,

@@ -575,6 +575,7 @@ class Desk:
             ready=init.ready_at or 0,
             now=init.now,
             boots=init.memory.boots,
+            boot_id=init.memory.boot_id,
             policy_generation=init.authority.generation,
             policy_digest=init.authority.digest,
             policy_available=init.authority.is_available,

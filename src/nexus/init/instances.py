@@ -76,7 +76,9 @@ class Instances:
             program=planned.program,
             digest=planned.program_digest,
         )
-        record.argument = config_of(planned, await Entropy(TRACE_SEED_SIZE)).encoded()
+        memory = self._init.memory
+        seed = await Entropy(TRACE_SEED_SIZE)
+        record.argument = config_of(planned, seed, memory.boot, memory.boot_id).encoded()
         try:
             spawned = await Spawn(
                 SpawnSpec(

@@ -1,4 +1,4 @@
-"""init's memory of crashes from boot to boot: when a system that keeps crashing ends in safe mode.
+"""init's memory from boot to boot: how many there were, and when one that keeps crashing is safe.
 
     boot: unstable + 1, stored before the first service starts
       -- `stable` without an exceeded group --> unstable = 0
@@ -20,10 +20,11 @@ from nexus.abi import (
     AbiError,
     BootMemoryRead,
     BootMemoryReplace,
+    Entropy,
     Nanos,
     Status,
 )
-from nexus.protocols.init import REASON_SIZE_MAX, REASON_TEXT_SIZE_MAX
+from nexus.protocols.init import BOOT_ID_SIZE, REASON_SIZE_MAX, REASON_TEXT_SIZE_MAX
 
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
@@ -90,11 +91,17 @@ class BootMemory:
         self._stable_at: Nanos | None = None
         self._store_at: Nanos | None = None
         self.failed = 0  # writes that did not succeed
+        self.boot_id = bytes(BOOT_ID_SIZE)  # until `begin` has drawn it
 
     @property
     def boots(self) -> int:
         """Boots with this memory, this one included."""
         return self._memory.boots
+
+    @property
+    def boot(self) -> int:
+        """The number of this boot: 0 for the first with this memory, and without a memory."""
+        return max(0, self._memory.boots - 1)
 
     @property
     def unstable(self) -> int:
@@ -108,6 +115,7 @@ class BootMemory:
 
     async def begin(self) -> str:
         """Read, count this boot as unstable, store. Why it must be a safe one, or ""."""
+        self.boot_id = await Entropy(BOOT_ID_SIZE)
         await self._read()
         memory = self._memory
         memory.boots = min(memory.boots + 1, COUNT_MAX)

@@ -130,11 +130,15 @@ class Record:
 _OUT: Final = (TaskState.STOPPED, TaskState.FAILED, TaskState.LEFT_OUT)
 
 
-def config_of(planned: PlannedService, trace_seed: bytes) -> ServiceConfig:
+def config_of(
+    planned: PlannedService, trace_seed: bytes, boot: int, boot_id: bytes
+) -> ServiceConfig:
     """What a service is told when it starts."""
     return ServiceConfig(
         uses=[link.server for link in planned.uses],
         posts=list(planned.posts),
         settings=dict(planned.settings),
         trace_seed=trace_seed,
+        boot=boot,
+        boot_id=boot_id,
     )

@@ -209,7 +209,13 @@ class Supervisor:
             for row in self.links.rows
             if row.terms is not None
         ]
-        await self.say("init: ready", links=links, grants=self.grants.rows)
+        await self.say(
+            "init: ready",
+            links=links,
+            grants=self.grants.rows,
+            boot=self.memory.boot,
+            boot_id=self.memory.boot_id.hex(),
+        )
 
     # ------------------------------------------------------------------ ends
 

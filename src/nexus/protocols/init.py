@@ -20,7 +20,7 @@ from nexus.abi import (
 )
 from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, Fact
 from nexus.protocols.policy import POLICY_SIZE_MAX
-from nexus.wire import I64, U8, U16, U32, U64, List, Message, Protocol, Request, Text
+from nexus.wire import I64, U8, U16, U32, U64, Blob, List, Message, Protocol, Request, Text
 
 REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
 PROOF_CONTROL: Final = "proof.control"  # AwaitReady, and what the next two allow
@@ -34,6 +34,7 @@ AUDIT_LINE_SIZE_MAX: Final = 192  # characters; core.md 1.2 gives at most 171
 DELEGATIONS_MAX: Final = 32  # links one use may hand on at run time
 REASON_SIZE_MAX: Final = 32  # characters
 REASON_TEXT_SIZE_MAX: Final = 200  # characters of a sentence for people
+BOOT_ID_SIZE: Final = 16  # bytes; random, so no two boots of all devices have one id
 
 assert SERVICES_MAX < TASKS_MAX
 
@@ -319,7 +320,11 @@ class SystemState(IntEnum):
 
 
 class SystemInfo(Message):
-    """The system as a whole. `why` is the reason of safe mode; times are the kernel's clock."""
+    """The system as a whole. `why` is the reason of safe mode; times are the kernel's clock.
+
+    `boots` counts the boots of this state directory, this one included; services know it as their
+    configuration's `boot`, which is one less. `boot_id` is random, and another in each boot.
+    """
 
     name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
     digest: Annotated[str, Text(size_max=64)]
@@ -329,13 +334,14 @@ class SystemInfo(Message):
     ready: Annotated[int, U64()]
     now: Annotated[int, U64()]
     boots: Annotated[int, U32()]
+    boot_id: Annotated[bytes, Blob(size_min=BOOT_ID_SIZE, size_max=BOOT_ID_SIZE)]
     policy_generation: Annotated[int, U32()]
     policy_digest: Annotated[str, Text(size_max=64)]
     policy_available: bool
 
 
 class GetSystem(Request[SystemInfo], op=13, idempotent=True):
-    """The state of the system. `boots` counts this state directory's boots, this one included."""
+    """The state of the system."""
 
 
 class SafeModeLeft(Message):
@@ -367,7 +373,7 @@ InitRequest: TypeAlias = (
 PROTOCOL: Final = Protocol(
     "init",
     number=1,
-    version=2,
+    version=3,
     requests=(
         Route,
         AwaitReady,

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from nexus.abi import BootImage
+from nexus.protocols.init import BOOT_ID_SIZE
 
 TRACE_SEED_SIZE = 16  # bytes; as much as a trace id
 
@@ -16,13 +17,16 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `uses` are the services it may ask for; of these it never waits for `posts`, which the plan
     declares with `sync = false` so that no cycle of waiting can be; `settings` are its own values;
-    `trace_seed` makes its trace and span ids.
+    `trace_seed` makes its trace and span ids. `boot` is the number of this boot, 0 for the first and
+    for every boot of a system that keeps nothing; `boot_id` is random, and says which boot it is.
     """
 
     uses: list[str]
     posts: list[str]
     settings: dict[str, Any]
     trace_seed: bytes
+    boot: int = 0
+    boot_id: bytes = bytes(BOOT_ID_SIZE)
 
     @classmethod
     def of(cls, boot: BootImage) -> "ServiceConfig":
