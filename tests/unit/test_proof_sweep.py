@@ -10,7 +10,7 @@ from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.init.plan import Plan, load_plan
 from nexus.proof import compare, sabotage, saboteurs
 from nexus.proof.compare import Allowed, Seen, compare_logs, normalise
-from nexus.proof.expected import Scope, not_run
+from nexus.proof.expected import Scope, not_run, scope_of
 from nexus.proof.prove import Watcher
 from nexus.proof.report import spans
 from nexus.proof.sabotage import NoSuchSaboteur, Saboteur
@@ -70,8 +70,7 @@ SELFTEST_SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 
 @pytest.mark.parametrize("ground", SIM_LINUX)
 def test_every_rung_that_a_run_of_the_selftest_system_climbs_has_a_saboteur(ground: Ground) -> None:
-    services = [service.name for service in load_plan(SELFTEST_SYSTEM).services]
-    outside = not_run(Scope(ground=ground, smp=2, services=services))
+    outside = not_run(scope_of(load_plan(SELFTEST_SYSTEM), ground, 2))
 
     climbed = {row.number for row in RUNGS} - outside.keys()
     sabotaged = {each.rung for each in SABOTEURS if ground in each.grounds}

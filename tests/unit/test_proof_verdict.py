@@ -8,7 +8,7 @@ import pytest
 
 from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid, service_id
 from nexus.init.plan import Plan
-from nexus.proof.expected import Scope, not_run
+from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, not_run
 from nexus.proof.trace import Ending, Line, Trace
 from nexus.proof.verdict import (
     Case,
@@ -23,14 +23,17 @@ from nexus.protocols.ladder import (
     KERNEL,
     RUNGS,
     SELFTEST,
+    Boot,
     Ground,
     Mechanism,
     Phase,
+    boot_of,
     rung,
 )
 
 SERVICES = ("timed", "demo.testsvc", "demo.interactive", SELFTEST)
-PIDS = {INIT_NAME: Pid(1)} | {name: Pid(10 + at) for at, name in enumerate(SERVICES)}
+NAMES = (*SERVICES, "policyd", "logd", "statefsd")
+PIDS = {INIT_NAME: Pid(1)} | {name: Pid(10 + at) for at, name in enumerate(NAMES)}
 SCOPE = Scope(ground=Ground.LINUX, smp=1, services=SERVICES)
 PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with=None, services=())
 
@@ -456,3 +459,149 @@ def test_a_prefix_marker_may_come_once_per_rest_of_its_line() -> None:
 
 def test_the_ladder_has_the_identity_of_the_selftest_client_in_words() -> None:
     assert f"{service_id(SELFTEST):#018x}" in rung(62).claim
+
+
+# ---------------------------------------------------------------- several boots
+
+STATE = Scope(
+    ground=Ground.LINUX,
+    smp=1,
+    services=NAMES,
+    devices=("block",),
+)
+
+
+def _boots(scope: Scope = STATE, *, without: tuple[tuple[int, int], ...] = ()) -> list[Trace]:
+    """A whole run of three boots; `without` are (boot, rung) whose line does not come."""
+    boots = boots_of(scope)
+    streams = []
+    for boot in range(3):
+        stream = Stream()
+        for name in ("policyd", "logd", "statefsd"):
+            stream.add(EventKind.SPAWN, PIDS[name], name=name, generation=1, program=name)
+        for row in _run(scope):
+            again = rung(row).phase is Phase.BRING_UP or row == 143
+            if (boots[row] == boot or again) and (boot, row) not in without:
+                stream.line(rung(row).marker, rung(row).printer)
+        streams.append(stream)
+    return [Trace(tuple(each.events), "", number=at) for at, each in enumerate(streams)]
+
+
+def _states(traces: list[Trace], case: Case | None = None) -> Verdict:
+    return judge(case or _case(STATE), *traces)
+
+
+def test_a_system_that_keeps_nothing_is_booted_once() -> None:
+    assert last_boot_of(SCOPE) == 0
+    assert set(boots_of(SCOPE).values()) == {0}
+
+
+def test_the_boots_of_a_run_are_those_that_a_rung_needs() -> None:
+    early = dataclasses.replace(STATE, phase=Phase.EXEC)
+    without_restart = dataclasses.replace(STATE, built=frozenset({Mechanism.DISK}))
+
+    assert last_boot_of(STATE) == 2
+    assert last_boot_of(early) == 0
+    assert last_boot_of(without_restart) == 0
+
+
+def test_bring_up_is_met_in_the_first_boot_and_the_end_in_the_last() -> None:
+    boots = boots_of(STATE)
+
+    assert [boots[number] for number in (5, 29, 56, 103, 104, 106, 116, 142, 143, 144)] == [
+        *(0, 0, 0, 0),
+        *(1, 2, 2, 2, 2, 2),
+    ]
+
+
+def test_only_the_simulated_disk_loses_its_power() -> None:
+    sim = dataclasses.replace(STATE, ground=Ground.SIM)
+
+    assert [is_cut(sim, boot) for boot in range(3)] == [False, True, False]
+    assert not any(is_cut(STATE, boot) for boot in range(3))
+
+
+def test_observe_runs_in_the_last_boot_before_ota() -> None:
+    assert [boot_of(rung(116), last) for last in (0, 1, 2, 5)] == [0, 1, 2, 2]
+    assert [boot_of(rung(143), last) for last in (0, 2, 5)] == [0, 2, 5]
+    assert rung(136).boot is Boot.BACK_IN_B
+
+
+def test_a_run_of_three_boots_is_green() -> None:
+    verdict = _states(_boots())
+
+    assert verdict.exit_code == 0, [*verdict.of(State.RED), *verdict.findings]
+
+
+def test_the_line_of_another_boot_is_neither_a_pass_nor_a_duplicate() -> None:
+    verdict = _states(_boots(without=((0, 20),)))  # boots 1 and 2 have it
+
+    assert _red(verdict) == [20]
+    assert verdict.results[19].reason == "its line was not printed"
+
+
+def test_a_line_twice_in_a_boot_is_red_also_where_its_rung_is_not_met() -> None:
+    traces = _boots()
+    again = [event for event in traces[1].events if event.fields.get("line") == "init: ready"]
+    traces[1] = dataclasses.replace(traces[1], events=(*traces[1].events, *again))
+
+    assert _red(_states(traces)) == [29]
+
+
+def test_a_failure_in_any_boot_turns_its_rung_red() -> None:
+    traces = _boots(without=((0, 143),))
+    fields = {"name": SELFTEST, "generation": 1, "evidence": {}}
+    text = "SELFTEST: no resource left behind FAIL slots"
+    failed = Event(Nanos(1), EventKind.CONSOLE, PIDS[SELFTEST], {**fields, "line": text})
+    traces[0] = dataclasses.replace(traces[0], events=(*traces[0].events, failed))
+
+    assert _red(_states(traces)) == [143]
+
+
+def test_a_check_is_given_the_boot_of_its_line() -> None:
+    seen = []
+
+    def look(_case: Case, trace: Trace, line: Line) -> None:
+        seen.append((trace.number, line.boot))
+
+    assert _states(_boots(), _case(STATE, rung5=look, rung104=look, rung144=look)).exit_code == 0
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_the_rungs_of_a_boot_that_was_not_made_are_blocked_not_red() -> None:
+    traces = _boots(without=((0, 103),))[:1]
+    traces[0] = dataclasses.replace(traces[0], ending=Ending(code=None))
+
+    verdict = _states(traces)
+
+    assert _red(verdict) == [103]
+    assert _state(verdict, 106) is State.BLOCKED
+    assert _state(verdict, 142) is State.BLOCKED
+    assert "boot 2 was not made" in verdict.results[141].reason
+
+
+def test_a_run_stopped_in_its_first_boot_leaves_the_later_ones_undecided() -> None:
+    traces = _boots()[:1]
+    traces[0] = dataclasses.replace(traces[0], ending=Ending(stopped=True))
+
+    verdict = _states(traces)
+
+    assert verdict.exit_code == 0, verdict.of(State.RED)
+    assert _state(verdict, 104) is State.NOT_RUN
+
+
+def test_a_dirty_exit_says_in_which_boot() -> None:
+    traces = _boots()
+    traces[1] = dataclasses.replace(traces[1], ending=Ending(code=1))
+
+    assert _states(traces).findings == ("boot 1: dirty exit: code 1, signal 0",)
+
+
+def test_a_power_cut_that_did_not_come_is_red() -> None:
+    scope = dataclasses.replace(STATE, ground=Ground.SIM)
+    traces = _boots(scope)
+    assert any("power" in finding for finding in _states(traces, _case(scope)).findings)
+
+    traces[1] = dataclasses.replace(traces[1], ending=Ending(cut=True))
+    verdict = _states(traces, _case(scope))
+    assert verdict.exit_code == 0, [*verdict.of(State.RED), *verdict.findings]

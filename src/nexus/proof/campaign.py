@@ -485,7 +485,7 @@ _RIGHTS: Final = "refuses only for a slot, a right or a value, which are the cal
 _ROOT: Final = "made by init alone, whose kernel refuses it to others only"
 _SURE: Final = "refuses nothing"
 _DEVICE: Final = "no service of the campaign has a device"
-_SECRET: Final = "no service of the campaign has a secret"
+_KEPT: Final = "no service of the campaign has a secret"
 _PORT: Final = "refuses only for a slot or a connection; no service of the campaign has a port"
 NOT_SWEPT: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.SleepUntil: _SURE,
@@ -539,9 +539,9 @@ SELDOM: Final[Mapping[type[Trap[Any]], str]] = {
     abi_traps.BlockWrite: _DEVICE,
     abi_traps.BlockFlush: _DEVICE,
     abi_traps.EntropyDraw: _DEVICE,
-    abi_traps.SecretQuery: _SECRET,
-    abi_traps.SecretRead: _SECRET,
-    abi_traps.SecretReplace: _SECRET,
+    abi_traps.SecretQuery: _KEPT,
+    abi_traps.SecretRead: _KEPT,
+    abi_traps.SecretReplace: _KEPT,
 }
 """Traps that a run without faults need not make."""
 
@@ -556,9 +556,9 @@ UNMADE: Final[Mapping[tuple[type[Trap[Any]], Status], str]] = {
     (abi_traps.BlockFlush, Status.DEVICE_FAILED): _DEVICE,
     (abi_traps.BlockFlush, Status.TIMED_OUT): _DEVICE,
     (abi_traps.EntropyDraw, Status.DEVICE_FAILED): _DEVICE,
-    (abi_traps.SecretRead, Status.DEVICE_FAILED): _SECRET,
-    (abi_traps.SecretReplace, Status.DEVICE_FAILED): _SECRET,
-    (abi_traps.SecretReplace, Status.NO_SPACE): _SECRET,
+    (abi_traps.SecretRead, Status.DEVICE_FAILED): _KEPT,
+    (abi_traps.SecretReplace, Status.DEVICE_FAILED): _KEPT,
+    (abi_traps.SecretReplace, Status.NO_SPACE): _KEPT,
 }
 """Failures of SWEPT that no task of the system can meet, and why."""
 

@@ -512,13 +512,21 @@ def _growth_of(**grown: int) -> dict[str, int]:
 
 
 def nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
-    """#143: every account in the evidence is what it was, and every started task has ended."""
+    """#143: at the end of each boot every account is what it was when that boot was ready, and
+    every started task has ended."""
+    for boot in (*trace.earlier, trace):
+        lines = [each for each in boot.lines if (each.printer, each.text) == (SELFTEST, line.text)]
+        demand_equal(len(lines), 1, f"lines about it in boot {boot.number}")
+        _nothing_left_behind(case, boot, lines[0])
+
+
+def _nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
     accounts = line.evidence["accounts"]
     for name, account in accounts.items():
-        demand_equal(account["now"], account["ready"], f"account of {name}")
+        demand_equal(account["now"], account["ready"], f"account of {name}, boot {trace.number}")
     planned = {service.name for service in case.plan.services}
     demand_equal(set(accounts), planned | {INIT_NAME}, "tasks with an account")
-    if trace.ending.stopped:
+    if trace.ending.stopped or trace.ending.cut:
         return
     living = {event.pid for _, event in trace.of_kind(EventKind.SPAWN)}
     for _, event in trace.of_kind(EventKind.EXIT):

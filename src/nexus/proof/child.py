@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
             find(job.saboteur, Ground(job.ground)).plant()
         booted = boot_scenario(job, sink) if job.scenario else boot_system(job, sink)
         if job.log is not None:
-            with Path(job.log).open("w", encoding="utf-8") as file:
+            with Path(job.log).open("a" if job.boot else "w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in booted.log_lines)
         return booted.exit_code
     finally:

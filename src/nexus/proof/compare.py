@@ -260,6 +260,7 @@ _PLACES: Final[Mapping[EventKind, str]] = {
     EventKind.SPAWN: "starts",
     EventKind.SPAWN_FAILED: "starts",
     EventKind.EXIT: "end",
+    EventKind.DEVICE: "others",
 }
 
 

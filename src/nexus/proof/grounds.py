@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Final
 
 from nexus.abi import ExitInfo, Nanos
-from nexus.init.ground import boot
+from nexus.init.ground import Booted, Places, boot
 from nexus.init.plan import load_plan
 from nexus.kernel.core import Hang, RunOver
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim import SimKernel
 from nexus.proof import scenario
-from nexus.proof.runner import Job
+from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
 
-EXIT_RUN_OVER: Final = 3  # the root task had not exited at the bound of the kernel's clock
-EXIT_HANG: Final = 4
 EXIT_SIGNAL: Final = 128  # plus the signal that ended the root task, as a shell counts
 
 
@@ -35,22 +33,45 @@ class BootEnd:
 
 
 def boot_system(job: Job, sink: EventSink) -> BootEnd:
-    """Boot a system file with the kernel's self-test in front."""
+    """Boot a system file, the first time with the kernel's self-test in front."""
     plan = load_plan(Path(job.system))
+    ground = Ground(job.ground)
+    places = _places(job, ground)
     try:
         booted = boot(
             plan,
-            Ground(job.ground),
+            ground,
             seed=job.seed,
             smp=job.smp,
             recorder=sink.record,
             limit=Nanos(job.limit),
             trace=job.trace,
-            selftest=True,
+            selftest=job.boot == 0,
+            places=places,
         )
     except (RunOver, Hang) as over:
         return _over(over)
+    _keep(job, booted)
     return BootEnd(exit_code=_code(booted.exit), log_lines=booted.log_lines)
+
+
+def _places(job: Job, ground: Ground) -> Places:
+    """What earlier boots left. On linux the kernel looks for it itself."""
+    assert job.state is not None, "a system is booted with a state directory"
+    state = Path(job.state)
+    if ground is Ground.LINUX:
+        return Places(state=state)
+    memory = state / BOOT_MEMORY
+    return Places(boot_memory=memory.read_bytes() if memory.exists() else b"")
+
+
+def _keep(job: Job, booted: Booted) -> None:
+    """Leave to the next boot what a simulated machine keeps. On linux it is where it was."""
+    if booted.boot_memory is not None and job.state is not None:
+        _ = (Path(job.state) / BOOT_MEMORY).write_bytes(booted.boot_memory)
+
+
+BOOT_MEMORY: Final = "boot-memory"
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

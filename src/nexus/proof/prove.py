@@ -1,11 +1,14 @@
-"""One proof run: plan, scope, boot, checks, verdict, record."""
+"""One proof run: plan, scope, boots, checks, verdict, record."""
 
+import hashlib
 import os
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import nexus
@@ -13,16 +16,20 @@ from nexus.abi import Event, EventKind
 from nexus.init.errors import SystemFileError
 from nexus.init.plan import Plan, load_plan
 from nexus.proof.checks import CHECKS
-from nexus.proof.expected import Scope, not_run
+from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, scope_of
 from nexus.proof.record import RecordWriter, default_path
+from nexus.proof.remains import damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
-from nexus.proof.runner import Job, run_boot
+from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, run_boot
 from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
-from nexus.protocols.ladder import RUNGS, Ground, Phase, Rung, rung
+from nexus.protocols.ladder import SELFTEST, Ground, Phase, Rung, rung
+from nexus.services.selftest.state_rungs import CUT_LINE
 
+CUT_AT: Final = f"{SELFTEST}: {CUT_LINE}"
+CUT_WRITE: Final = 1  # of a disk after that line: inside the batch that is written then
 SIM_LIMIT: Final = 600 * 10**9  # ns of virtual time; a selftest run takes a few seconds of it
 
 
@@ -33,26 +40,32 @@ class Outcome:
     request: Request
     smp: int
     plan: Plan
-    trace: Trace
+    traces: Sequence[Trace]
     verdict: Verdict
     record: Path
+
+    @property
+    def wall(self) -> int:
+        """Nanoseconds of the runner's clock that the boots took."""
+        return sum(trace.ending.wall for trace in self.traces)
 
 
 class Watcher:
     """Watches a boot as it goes and says where to stop it.
 
-    At the line asked for, or where the last expected rung is decided: if that was asked for, if
-    the run is cut at a phase, or if the system is not one that ends by itself. A service's
-    statement is decided by init's line about it, which comes a little later.
+    At the line asked for, or, in the last boot, where the last expected rung is decided: if that
+    was asked for, if the run is cut at a phase, or if the system is not one that ends by itself. A
+    service's statement is decided by init's line about it, which comes a little later.
     """
 
-    def __init__(self, case: Case) -> None:
-        outside = not_run(case.scope)
-        self._undecided = {row.number for row in RUNGS if row.number not in outside}
+    def __init__(self, case: Case, boot: int = 0) -> None:
+        boots = boots_of(case.scope)
+        self._undecided = {number for number, where in boots.items() if where == boot}
         self._line = case.until or None
         self._line_seen = False
         ends = case.scope.phase is Phase.END and case.plan.ends_with is not None
-        self._at_decision = case.until == "" or not ends
+        last = boot == last_boot_of(case.scope)
+        self._at_decision = last and (case.until == "" or not ends)
         self._awaited: set[str] = set()
 
     def __call__(self, event: Event) -> bool:
@@ -99,36 +112,77 @@ def prove(request: Request, directory: Path) -> Outcome:
             _ = find(request.saboteur, request.ground)
         except NoSuchSaboteur as error:
             raise UsageError(str(error)) from error
-    services = [service.name for service in plan.services]
-    scope = Scope(ground=request.ground, smp=smp, services=services, phase=request.phase)
+    scope = scope_of(plan, request.ground, smp, request.phase)
     case = Case(scope=scope, plan=plan, checks=CHECKS, until=request.until)
     path = request.record or default_path(directory, request.ground.value)
     with RecordWriter(path) as record:
         record.entry("run", _header(request, plan, smp))
-        trace = run_boot(
-            _job(request, smp),
-            timeout=request.timeout,
-            watch=Watcher(case),
-            keep=lambda line: record.event(0, line),
-        )
-        verdict = judge(case, trace)
-        _keep_verdict(record, trace, verdict)
-    return Outcome(request=request, smp=smp, plan=plan, trace=trace, verdict=verdict, record=path)
+        traces = _boots(request, case, record, directory)
+        verdict = judge(case, *traces)
+        _keep_verdict(record, traces, verdict)
+    return Outcome(request=request, smp=smp, plan=plan, traces=traces, verdict=verdict, record=path)
 
 
-def _job(request: Request, smp: int) -> Job:
+def _boots(
+    request: Request, case: Case, record: RecordWriter, directory: Path
+) -> tuple[Trace, ...]:
+    """Every boot of the run, oldest first, and between two of them what the runner does there."""
+    traces: list[Trace] = []
+    last = last_boot_of(case.scope)
+    with TemporaryDirectory(prefix="state-", dir=directory) as name:
+        state = Path(name)
+        for number in range(last + 1):
+            trace = run_boot(
+                _job(request, case.scope, number, state),
+                timeout=request.timeout,
+                watch=Watcher(case, number),
+                keep=partial(record.event, number),
+            )
+            left = remains_of(case.plan, state)
+            traces.append(replace(trace, left=left, earlier=tuple(traces)))
+            if number == last or not _goes_on(trace):
+                break
+            if number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
+                record.entry("damage", damage(case.plan, state, left))
+    return tuple(traces)
+
+
+CORRUPTION_RUNG: Final = 106
+
+
+def _goes_on(trace: Trace) -> bool:
+    """Whether the system can be booted again: it was not stopped, and left in order."""
+    ending = trace.ending
+    if ending.stopped or ending.signal or not ending.told_end:
+        return False
+    return ending.code is not None and ending.code not in {EXIT_RUN_OVER, EXIT_HANG}
+
+
+def _job(request: Request, scope: Scope, boot: int, state: Path) -> Job:
     system = request.system
     if not system.exists() and not system.is_absolute():
         system = Path(nexus.__file__).parents[2] / system
     return Job(
         ground=request.ground.value,
         system=str(system),
-        smp=smp,
-        seed=request.seed,
+        smp=scope.smp,
+        seed=seed_of(request.seed, boot),
+        boot=boot,
+        state=str(state),
+        cut_at=CUT_AT if is_cut(scope, boot) else "",
+        cut_write=CUT_WRITE,
         limit=SIM_LIMIT if request.ground is Ground.SIM else request.timeout,
         saboteur=request.saboteur,
         log=None if request.log is None else str(request.log),
     )
+
+
+def seed_of(seed: int, boot: int) -> int:
+    """The seed of one boot: no two boots of a run draw the same entropy."""
+    if boot == 0:
+        return seed
+    text = f"nexus.proof.boot.{boot}.{seed}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _header(request: Request, plan: Plan, smp: int) -> Mapping[str, Any]:
@@ -149,7 +203,7 @@ def _header(request: Request, plan: Plan, smp: int) -> Mapping[str, Any]:
     }
 
 
-def _keep_verdict(record: RecordWriter, trace: Trace, verdict: Verdict) -> None:
+def _keep_verdict(record: RecordWriter, traces: Sequence[Trace], verdict: Verdict) -> None:
     for result in verdict.results:
         record.entry(
             "rung",
@@ -162,7 +216,9 @@ def _keep_verdict(record: RecordWriter, trace: Trace, verdict: Verdict) -> None:
                 "evidence": dict(result.evidence),
             },
         )
-    record.entry("output", {"text": trace.output})
+    for trace in traces:
+        record.entry("output", {"boot": trace.number, "text": trace.output})
+        record.entry("ending", {"boot": trace.number, **asdict(trace.ending)})
     record.entry(
         "verdict",
         {

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from nexus.proof.prove import Outcome
+from nexus.proof.trace import Trace
 from nexus.proof.verdict import RungResult, State, Verdict
 from nexus.protocols.ladder import Phase, rung
 
@@ -27,7 +28,7 @@ def as_text(outcome: Outcome) -> str:
     head = (
         f"ground {request.ground.value}, system {outcome.plan.name} "
         f"(plan {outcome.plan.digest[:12]}), SMP {outcome.smp}, seed {request.seed}, "
-        f"{outcome.trace.ending.wall / 1e9:.2f} s"
+        f"{_boots(len(outcome.traces))}, {outcome.wall / 1e9:.2f} s"
     )
     lines = [head, "", *_table(verdict), "", *_trouble(verdict), *_outside(verdict)]
     lines += [f"record: {outcome.record}", verdict_line(verdict)]
@@ -46,10 +47,10 @@ def as_json(outcome: Outcome) -> str:
         "plan_digest": outcome.plan.digest,
         "smp": outcome.smp,
         "seed": request.seed,
-        "boots": 1,
+        "boots": [_boot_json(trace) for trace in outcome.traces],
         "timeout_ns": request.timeout,
-        "duration_ns": outcome.trace.ending.wall,
-        "stopped": outcome.trace.ending.stopped,
+        "duration_ns": outcome.wall,
+        "stopped": outcome.traces[-1].ending.stopped,
         "phases": [_phase_json(phase, verdict) for phase in Phase],
         "rungs": [_rung_json(result) for result in verdict.results if not _is_outside(result)],
         "not_run": [
@@ -59,6 +60,18 @@ def as_json(outcome: Outcome) -> str:
         "record": str(outcome.record),
     }
     return json.dumps(report, separators=(",", ":")) + "\n"
+
+
+def _boots(count: int) -> str:
+    return "1 boot" if count == 1 else f"{count} boots"
+
+
+def _boot_json(trace: Trace) -> dict[str, Any]:
+    return {
+        "boot": trace.number,
+        "duration_ns": trace.ending.wall,
+        "power_cut": trace.ending.cut,
+    }
 
 
 def not_run_by_reason(verdict: Verdict) -> list[tuple[str, list[int]]]:

@@ -31,17 +31,29 @@ EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
 PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
+EXIT_RUN_OVER: Final = 3  # the root task had not exited at the bound of the kernel's clock
+EXIT_HANG: Final = 4
+EXIT_POWER_CUT: Final = 5  # where the job said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the child process has to boot. `limit` bounds its kernel clock, in nanoseconds."""
+    """What the child process has to boot. `limit` bounds its kernel clock, in nanoseconds.
+
+    `state` is the directory of what lasts from one boot of the run to the next. With `cut_at` the
+    power is cut (sim) inside the `cut_write`th write of a disk after selftest-client printed that
+    line.
+    """
 
     ground: str
     system: str
     smp: int
     seed: int
     limit: int
+    boot: int = 0
+    state: str | None = None
+    cut_at: str = ""
+    cut_write: int = 0
     runner: int = 0  # process that started it, filled in by run_boot
     saboteur: int | None = None
     scenario: str | None = None
@@ -95,13 +107,13 @@ def run_boot(
     finally:
         os.close(writer)
     with child:
-        reading = _Reading(child, reader, watch, keep)
+        reading = _Reading(child, reader, watch, keep, cuttable=bool(job.cut_at))
         try:
             reading.until(start + timeout)
         finally:
             left_behind = _end_group(child)
             reading.close()
-    return reading.trace(left_behind, time.monotonic_ns() - start)
+    return reading.trace(job.boot, left_behind, time.monotonic_ns() - start)
 
 
 def _environment() -> dict[str, str]:
@@ -127,10 +139,17 @@ class _Reading:
     """The two streams of a running boot: events, and raw output."""
 
     def __init__(
-        self, child: "subprocess.Popen[bytes]", reader: int, watch: Watch, keep: Keep
+        self,
+        child: "subprocess.Popen[bytes]",
+        reader: int,
+        watch: Watch,
+        keep: Keep,
+        *,
+        cuttable: bool,
     ) -> None:
         assert child.stdout is not None
         self._child = child
+        self._cuttable = cuttable
         self._reader = reader
         self._output = child.stdout
         self._watch = watch
@@ -168,11 +187,13 @@ class _Reading:
     def close(self) -> None:
         os.close(self._reader)
 
-    def trace(self, left_behind: int, wall: int) -> Trace:
+    def trace(self, boot: int, left_behind: int, wall: int) -> Trace:
         status = self._child.returncode
         killed = self._timed_out
+        cut = not killed and self._cuttable and status == EXIT_POWER_CUT
         ending = Ending(
-            code=None if killed else max(status, 0),
+            code=None if killed else 0 if cut else max(status, 0),
+            cut=cut,
             signal=0 if killed or self._stopped else max(-status, 0),
             stopped=self._stopped,
             left_behind=left_behind,
@@ -180,7 +201,8 @@ class _Reading:
             told_end=self._dropped is not None,
             wall=wall,
         )
-        return Trace(tuple(self._events), self._text.decode("utf-8", "replace"), ending)
+        text = self._text.decode("utf-8", "replace")
+        return Trace(tuple(self._events), text, ending, boot)
 
     def _read_events(self) -> bool:
         data = os.read(self._reader, READ_SIZE)

@@ -77,7 +77,7 @@ def _sabotage(number: int, base: Request, directory: Path) -> Finding:
     except NoSuchSaboteur as error:
         return Finding(rung=number, fault=fault, problem=str(error))
     outcome: Outcome = prove(replace(base, saboteur=number, record=None), directory)
-    seconds = outcome.trace.ending.wall / 1e9
+    seconds = outcome.wall / 1e9
     problem = problem_of(number, outcome.verdict)
     return Finding(rung=number, fault=fault, problem=problem, seconds=seconds)
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid
+from nexus.proof.remains import NOTHING_LEFT, Remains
 from nexus.protocols.ladder import KERNEL
 
 CRASH_PATTERNS: Final = (
@@ -27,8 +28,9 @@ class Identity(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One printed line. `place` is its index in the event stream; `printer` is the kernel's
-    stamp, KERNEL for the kernel's own lines; `evidence` is empty when none came with it."""
+    """One printed line. `place` is its index in the event stream of its boot; `printer` is the
+    kernel's stamp, KERNEL for the kernel's own lines; `evidence` is empty when none came with
+    it."""
 
     place: int
     time: Nanos
@@ -37,13 +39,21 @@ class Line(NamedTuple):
     pid: Pid
     text: str
     evidence: Mapping[str, Any]
+    boot: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Where the line stands among those of the whole run."""
+        return self.boot, self.place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How a boot's process ended. `stopped`: the runner ended it on purpose, at a marker."""
+    """How a boot's process ended. `stopped`: the runner ended it on purpose, at a marker; `cut`:
+    the power was cut where the runner had said."""
 
     code: int | None = 0  # None: killed at the deadline
+    cut: bool = False
     signal: int = 0
     stopped: bool = False
     left_behind: int = 0  # processes of the boot still there when it had ended
@@ -54,16 +64,23 @@ class Ending:
 
 @dataclass(frozen=True)
 class Trace:
-    """One boot: its events in the order they were recorded, raw output, and its ending."""
+    """One boot: its events in the order they were recorded, raw output, and its ending.
+
+    `left` is what the runner itself read on the disks when the boot had ended, and `earlier` are
+    the boots of the run before this one, oldest first.
+    """
 
     events: Sequence[Event]
     output: str = ""
     ending: Ending = field(default_factory=Ending)
+    number: int = 0
+    left: Remains = NOTHING_LEFT
+    earlier: "tuple[Trace, ...]" = ()
 
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         """Every console and kernel line in order."""
-        return tuple(_lines(self.events))
+        return tuple(_lines(self.events, self.number))
 
     @cached_property
     def text_lines(self) -> frozenset[str]:
@@ -88,7 +105,7 @@ class Trace:
         return dict(_impostors(self.events))
 
 
-def _lines(events: Sequence[Event]) -> Iterator[Line]:
+def _lines(events: Sequence[Event], boot: int) -> Iterator[Line]:
     for index, event in enumerate(events):
         if event.kind not in {EventKind.CONSOLE, EventKind.KERNEL}:
             continue
@@ -102,6 +119,7 @@ def _lines(events: Sequence[Event]) -> Iterator[Line]:
             pid=event.pid,
             text=str(event.fields.get("line", "")),
             evidence=evidence if isinstance(evidence, dict) else {},
+            boot=boot,
         )
 
 

@@ -1,7 +1,7 @@
-"""From what a run left behind to its verdict. Pure: the same trace gives the same verdict.
+"""From what a run left behind to its verdict. Pure: the same traces give the same verdict.
 
-A rung passes when its line was printed once, by its printer, behind the rungs it comes after,
-with evidence that holds. It is red when one of these is not so, or when the line is missing;
+A rung passes when its line was printed once, in its boot, by its printer, behind the rungs it
+comes after, with evidence that holds. It is red when one of these is not so, or when the line is missing;
 blocked when the line is missing, failed or not, and a rung it comes after is red or blocked;
 not_run outside its scope. What makes a run red without naming a rung (a stray FAIL line, a
 traceback, a dirty exit) is a finding: it denies #144, whose claim is the whole stream.
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from nexus.abi import INIT_NAME, EventKind, Nanos
 from nexus.init.plan import Plan
-from nexus.proof.expected import PHASES, Scope, not_run
+from nexus.proof.expected import PHASES, Scope, boots_of, is_cut, not_run
 from nexus.proof.trace import CRASH_PATTERNS, FAIL_WORD, Line, Trace
 from nexus.protocols.ladder import (
     CLAIMED_PREFIXES,
@@ -134,15 +134,17 @@ def failed_rung_of(line: str) -> Rung | None:
     return next((row for row in RUNGS if row.is_failure(line)), None)
 
 
-def judge(case: Case, trace: Trace) -> Verdict:
-    """The verdict on one boot."""
-    return _Judge(case, trace).verdict()
+def judge(case: Case, *traces: Trace) -> Verdict:
+    """The verdict on the boots of a run, oldest first."""
+    return _Judge(case, traces).verdict()
 
 
 class _Judge:
-    def __init__(self, case: Case, trace: Trace) -> None:
+    def __init__(self, case: Case, traces: Sequence[Trace]) -> None:
         self._case = case
-        self._trace = trace
+        self._traces = traces
+        self._last = traces[-1]
+        self._boots = boots_of(case.scope)
         self._not_run = dict(not_run(case.scope))
         self._printed: dict[int, list[Line]] = defaultdict(list)
         self._faults: dict[int, list[str]] = defaultdict(list)
@@ -151,8 +153,13 @@ class _Judge:
         self._passed_by: set[int] = set()  # rungs that a printed one comes after
 
     def verdict(self) -> Verdict:
-        self._read_lines()
-        self._read_ending()
+        for trace in self._traces:
+            self._read_lines(trace)
+        for row in RUNGS:
+            self._check_repeats(row)
+        for trace in self._traces:
+            self._read_ending(trace)
+        self._read_until()
         self._passed_by = _behind(number for number, lines in self._printed.items() if lines)
         for row in RUNGS[: END_RUNG - 1]:
             self._results[row.number] = self._decide(row)
@@ -165,22 +172,20 @@ class _Judge:
 
     # ------------------------------------------------------------ what was printed
 
-    def _read_lines(self) -> None:
-        for line in self._trace.lines:
-            if line.place in self._trace.impostors:
-                self._findings.append(f"{line.text!r}: {self._trace.impostors[line.place]}")
+    def _read_lines(self, trace: Trace) -> None:
+        for line in trace.lines:
+            if line.place in trace.impostors:
+                self._findings.append(f"{line.text!r}: {trace.impostors[line.place]}")
             row = rung_of(line.text)
             if row is not None:
-                self._read_marker(row, line)
+                self._read_marker(row, line, forged=line.place in trace.impostors)
             elif FAIL_WORD.search(line.text):
                 self._read_failure(line)
             elif line.text.startswith(CLAIMED_PREFIXES) and not self._is_cpu_line(line):
                 self._findings.append(f"unexpected line {line.text!r} from {line.printer}")
-        for row in RUNGS:
-            self._check_repeats(row)
 
-    def _read_marker(self, row: Rung, line: Line) -> None:
-        if line.printer != row.printer or line.place in self._trace.impostors:
+    def _read_marker(self, row: Rung, line: Line, *, forged: bool) -> None:
+        if line.printer != row.printer or forged:
             reason = f"forged: printed by {line.printer} (pid {line.pid}), not by {row.printer}"
             self._faults[row.number].append(reason)
             if row.number in self._not_run:
@@ -209,33 +214,45 @@ class _Judge:
         )
 
     def _check_repeats(self, row: Rung) -> None:
-        """A marker comes once. A restarted service states anew that it is ready: the line of a
-        later generation is another instance's and counts neither for nor against the rung."""
-        seen: dict[str, Line] = {}
+        """A marker comes once in each boot, and counts for the rung in its own. A restarted
+        service states anew that it is ready: the line of a later generation is another instance's
+        and counts neither for nor against the rung."""
+        seen: dict[tuple[int, str], Line] = {}
         kept: list[Line] = []
+        boot = self._boots.get(row.number, 0)
         for line in self._printed.get(row.number, ()):
-            first = seen.setdefault(line.text, line)
+            first = seen.setdefault((line.boot, line.text), line)
             if first is line:
-                kept.append(line)
+                if line.boot == boot:
+                    kept.append(line)
             elif not _is_restart(row, first, line):
                 self._faults[row.number].append(f"printed again at {line.time} ns")
         self._printed[row.number] = kept
 
     # ------------------------------------------------------------ how the boot ended
 
-    def _read_ending(self) -> None:
-        trace, ending = self._trace, self._trace.ending
-        found = self._findings.append
+    def _read_ending(self, trace: Trace) -> None:
+        ending = trace.ending
+
+        def found(text: str) -> None:
+            several = len(self._traces) > 1
+            self._findings.append(f"boot {trace.number}: {text}" if several else text)
+
         if ending.code is None:
             found("the boot was killed at its deadline")
         elif not ending.stopped and (ending.code or ending.signal):
             found(f"dirty exit: code {ending.code}, signal {ending.signal}")
+        if is_cut(self._case.scope, trace.number) and not (ending.cut or ending.stopped):
+            found("the power was to be cut, and the boot did not get there")
         if ending.left_behind and not ending.stopped:
             found(f"{ending.left_behind} processes were left behind")
         if ending.code is not None and not ending.stopped and not ending.told_end:
             found("the event stream ended before the boot said so")
         if ending.dropped:
             found(f"{ending.dropped} events were lost")
+        self._read_crashes(trace, found)
+
+    def _read_crashes(self, trace: Trace, found: Callable[[str], None]) -> None:
         texts = [trace.output, *(line.text for line in trace.lines)]
         for pattern in CRASH_PATTERNS:
             match = next((m for m in map(pattern.search, texts) if m is not None), None)
@@ -253,9 +270,11 @@ class _Judge:
                 found(f"dirty exit of {event.fields.get('name')}: {how}")
         for _, event in trace.of_kind(EventKind.HANG):
             found(f"{event.fields.get('name')} never yields")
+
+    def _read_until(self) -> None:
         until = self._case.until
-        if until and until not in trace.text_lines:
-            found(f"the run ended without the line {until!r}")
+        if until and not any(until in trace.text_lines for trace in self._traces):
+            self._findings.append(f"the run ended without the line {until!r}")
 
     def _last_phase(self) -> Phase:
         run = [row.phase for row in RUNGS if row.number not in self._not_run]
@@ -287,9 +306,13 @@ class _Judge:
         if behind is not None:  # also if it failed: that is what it came after that failed first
             reason = "; ".join((f"behind #{behind}", *self._faults[row.number]))
             return RungResult(number=row.number, state=State.BLOCKED, reason=reason)
-        if self._trace.ending.stopped and row.number not in self._passed_by:
+        if self._last.ending.stopped and row.number not in self._passed_by:
             reason = "the run was stopped before it"
             return RungResult(number=row.number, state=State.NOT_RUN, reason=reason)
+        boot = self._boots[row.number]
+        if boot > self._last.number:
+            reason = f"boot {boot} was not made: boot {self._last.number} did not end well enough"
+            return RungResult(number=row.number, state=State.BLOCKED, reason=reason)
         return RungResult(number=row.number, state=State.RED, reason="its line was not printed")
 
     def _first_in_the_way(self, row: Rung) -> int | None:
@@ -311,7 +334,7 @@ class _Judge:
         """Edges that this line breaks. One to a red rung is that rung's fault, not this one's."""
         for number in row.after:
             before = self._printed[number]
-            if self._results[number].state is State.PASSED and before[0].place > line.place:
+            if self._results[number].state is State.PASSED and before[0].order > line.order:
                 yield f"printed before #{number}"
 
     def _compare(self, row: Rung, line: Line) -> None:
@@ -322,9 +345,12 @@ class _Judge:
             demand(check is not None, "no independent evidence is compared for this line")
         if check is not None:
             try:
-                check(self._case, self._trace, line)
+                check(self._case, self._trace_of(line), line)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise Mismatch(f"evidence malformed: {error!r}") from error
+
+    def _trace_of(self, line: Line) -> Trace:
+        return next(trace for trace in self._traces if trace.number == line.boot)
 
     def _decide_end(self, row: Rung) -> RungResult:
         """#144 claims that all is well: behind anything red it is blocked, whatever it says."""

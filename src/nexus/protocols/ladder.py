@@ -5,6 +5,7 @@ comes after, where it can be proved and what it needs, and in words the claim, t
 compared and the fault that must turn exactly this rung red. Rows are never renumbered.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
@@ -70,10 +71,12 @@ class Mechanism(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rung:
-    """One claim. `needs` are services of the system file besides the printer.
+    """One claim. `needs` are services of the system file besides the printer, `devices` kinds of
+    its bus map ("legacy": a transport of register version 1).
 
     `marker` is the whole line, or with `prefix` its beginning: the values that follow are
-    checked. `after` are numbers of rungs whose lines come earlier in the same boot.
+    checked. `after` are numbers of rungs whose lines come earlier in the same boot, or in an
+    earlier one.
     """
 
     number: int
@@ -85,6 +88,7 @@ class Rung:
     fault: str
     after: tuple[int, ...] = ()
     needs: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
     boot: Boot = Boot.START
     prefix: bool = False
@@ -106,6 +110,31 @@ class Rung:
         """Whether `line` says that this rung failed: its stem, FAIL, and perhaps why."""
         stem = f"{self.marker.removesuffix(' ok')} FAIL"
         return line == stem or line.startswith((f"{stem} ", f"{stem}:"))
+
+
+_NUMBERED: Final = {
+    Boot.START: 0,
+    Boot.RESTART: 1,
+    Boot.POWER_CUT: 2,
+    Boot.SLOT_B: 3,
+    Boot.BAD_A: 4,
+    Boot.BACK_IN_B: 5,
+}
+_BEFORE_OTA_MAX: Final = 2  # the boots from 3 on are ota's own
+
+
+def last_boot(rungs: Iterable[Rung]) -> int:
+    """The number of the last boot that a run which climbs these rungs makes."""
+    return max((_NUMBERED.get(rung.boot, 0) for rung in rungs), default=0)
+
+
+def boot_of(rung: Rung, last: int) -> int:
+    """The boot in which `rung` is met, in a run whose last boot is `last`."""
+    if rung.boot is Boot.LAST:
+        return last
+    if rung.boot is Boot.BEFORE_OTA:
+        return min(last, _BEFORE_OTA_MAX)
+    return _NUMBERED[rung.boot]
 
 
 KERNEL: Final = "kernel"  # printer of the kernel's self-test
@@ -525,6 +554,7 @@ RUNGS: Final = (
         printer="statefsd",
         after=(20,),
         grounds=ALL,
+        devices=("block",),
         mechanisms=(Mechanism.DISK,),
         claim=(
             "The store is open on the granted device, never on RAM: epoch and sequence number in "
@@ -729,6 +759,7 @@ RUNGS: Final = (
         printer=INIT_NAME,
         after=(29,),
         grounds=SIM_ONLY,
+        devices=("legacy",),
         mechanisms=(Mechanism.VIRTIO,),
         claim=(
             "A transport with register version 1 stands on the bus: it is listed as refused, "
@@ -744,6 +775,7 @@ RUNGS: Final = (
         after=(20,),
         grounds=SIM_VM,
         needs=("statefsd",),
+        devices=("block",),
         mechanisms=(Mechanism.DISK, Mechanism.VIRTIO),
         claim=(
             "Modern transport in use: register version 2, device id 2, VERSION_1 negotiated, "
@@ -761,6 +793,7 @@ RUNGS: Final = (
         after=(16,),
         grounds=SIM_VM,
         needs=("rngd",),
+        devices=("entropy",),
         mechanisms=(Mechanism.VIRTIO,),
         claim=(
             "rngd alone holds the window (magic 0x74726976, version 2, device id 4) and made one "
@@ -2120,6 +2153,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(29,),
         grounds=SIM_VM,
+        devices=("empty",),
         mechanisms=(Mechanism.VIRTIO,),
         boot=Boot.LAST,
         claim=(
@@ -2136,6 +2170,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(140,),
         grounds=SIM_VM,
+        devices=("empty",),
         mechanisms=(Mechanism.VIRTIO,),
         boot=Boot.LAST,
         claim=(

@@ -53,6 +53,7 @@ from nexus.protocols.init import (
 )
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.testsvc import RawSession, SessionDone, SessionStep, Step
+from nexus.runtime import ServiceConfig
 from nexus.services.selftest.rung import RungFailed, expect, status_of_trap
 from nexus.wire import Request
 
@@ -81,8 +82,11 @@ class Session:
 class Climb:
     """The services the client uses, and the questions it asks of init."""
 
-    def __init__(self, boot: BootImage, peers: Peers, control: Exchange) -> None:
+    def __init__(
+        self, boot: BootImage, config: ServiceConfig, peers: Peers, control: Exchange
+    ) -> None:
         self.boot = boot
+        self.config = config
         self.peers = peers
         self.control = control
         self.clients: dict[str, Client] = {}

@@ -15,7 +15,7 @@ from nexus.abi import (
 from nexus.ipc import Client, Exchange, Peers, RetryBudget
 from nexus.protocols.init import AwaitReady, Ready
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
-from nexus.protocols.ladder import SELFTEST
+from nexus.protocols.ladder import SELFTEST, boot_of, last_boot
 from nexus.protocols.ladder import Rung as Row
 from nexus.protocols.ladder import rung as row_of
 from nexus.protocols.logd import PROTOCOL as LOGD
@@ -33,6 +33,7 @@ START_BUDGET: Final = Nanos(30_000_000_000)  # ns; a whole system starts in a se
 CONNECT_ATTEMPTS_MAX: Final = 200
 CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
+END_RUNG: Final = 144
 
 PROTOCOLS: Final[dict[str, Protocol]] = {
     "timed": TIMED,
@@ -58,7 +59,7 @@ async def main(boot: BootImage) -> int:
     server = Server(Selftest(), TESTSVC, boot, peers.caller)
     until = Nanos(boot.now + START_BUDGET)
     _ = await server.step(until)
-    climb = await _connect(boot, peers, config.uses, until)
+    climb = await _connect(boot, config, peers, until)
     if isinstance(climb, str):
         await _fail("start", climb)
         return EXIT_RED
@@ -75,14 +76,16 @@ async def main(boot: BootImage) -> int:
     return await _climb(climb)
 
 
-async def _connect(boot: BootImage, peers: Peers, uses: list[str], until: Nanos) -> Climb | str:
+async def _connect(
+    boot: BootImage, config: ServiceConfig, peers: Peers, until: Nanos
+) -> Climb | str:
     """The clients of all planned uses, or why one is missing."""
     control = await peers.control(until)
     if not isinstance(control, Exchange):
         return f"no link to init: {control!r}"
-    climb = Climb(boot, peers, control)
+    climb = Climb(boot, config, peers, control)
     budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
-    for name in uses:
+    for name in config.uses:
         client = await peers.connect(name, PROTOCOLS[name], budget)
         if not isinstance(client, Client):
             return f"no link to {name}: {client!r}"
@@ -91,15 +94,26 @@ async def _connect(boot: BootImage, peers: Peers, uses: list[str], until: Nanos)
 
 
 async def _climb(climb: Climb) -> int:
-    """Every rung whose services this system has, in order; the others are the runner's to name."""
-    rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
-    climb.planned = [rung.number for rung in rungs[:-1] if not rung.stated]
+    """Every rung of this boot whose services this system has, in order; the others are the
+    runner's to name."""
+    rungs = _of_boot(climb)
+    climb.planned = [rung.number for rung in rungs if not (rung.stated or rung.number == END_RUNG)]
     behind: set[int] = set()  # failed, or blocked by one that failed
     for rung in rungs:
         blocked = behind.intersection(row_of(rung.number).after)
         if blocked or not await _holds(climb, rung):
             behind.add(rung.number)
     return EXIT_RED if climb.failed else 0
+
+
+def _of_boot(climb: Climb) -> list[Rung]:
+    rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
+    last = last_boot(row_of(rung.number) for rung in rungs)
+    return [
+        rung
+        for rung in rungs
+        if rung.always or boot_of(row_of(rung.number), last) == climb.config.boot
+    ]
 
 
 def _is_in_system(row: Row, climb: Climb) -> bool:

@@ -67,12 +67,13 @@ class Rung:
     """One row of the ladder as the client climbs it.
 
     With `stated` another service prints the marker: the client says what it measured, on a line
-    of its own, and the runner compares the two.
+    of its own, and the runner compares the two. With `always` it is climbed in every boot.
     """
 
     number: int
     check: "Callable[[Climb], Awaitable[Evidence]]"
     stated: bool = False
+    always: bool = False
 
 
 RUNG_LINE_SIZE_MAX: Final = 400  # bytes of a FAIL line; the console takes 512

@@ -81,6 +81,6 @@ RUNGS: Final = (
     Rung(117, sink_logd),
     Rung(139, mmio_policy_deny),
     Rung(142, cap_query_vmo),
-    Rung(143, no_resource_left_behind),
+    Rung(143, no_resource_left_behind, always=True),
     Rung(144, end),
 )
