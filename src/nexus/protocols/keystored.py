@@ -12,6 +12,7 @@ from nexus.wire import U8, U32, U64, Blob, Bool, Message, Protocol, Request, Tex
 
 NAME_SIZE_MAX: Final = 64  # bytes of an entry's name (services.md 8.4)
 VALUE_SIZE_MAX: Final = 256  # bytes of an entry's value
+ENTRIES_MAX: Final = 32  # entries of a caller; two pages of statefsd's to count
 SIGN_SIZE_MAX: Final = 4096  # bytes; sign a digest of what is longer
 WIRE_NAME_MAX: Final = 256  # bytes a frame may carry, so that one too long has its own status
 WIRE_VALUE_MAX: Final = 1024
@@ -34,7 +35,7 @@ class KeystoredStatus(IntEnum):
     KEY_EXISTS = 18  # there is a device key already
     KEY_NOT_FOUND = 19  # there is no device key yet
     EXPORT_DENIED = 20  # the private key never leaves, whoever asks
-    UNAVAILABLE = 21  # statefsd, rngd or the wrapping key cannot be had now; nothing was done
+    UNAVAILABLE = 21  # statefsd, rngd or the wrapping key cannot be had now, or not in time
     CORRUPTED = 22  # what is stored cannot be opened with the wrapping key
     OVER_LIMIT = 23  # the caller's entries
 
@@ -46,7 +47,8 @@ class Done(Message):
 class Put(Request[Done], op=1, idempotent=True, refuses=KeystoredStatus):
     """Keep a value under a name of the caller's own. Durable when answered.
 
-    *Refuses*: TOO_LARGE, OVER_LIMIT, UNAVAILABLE.
+    After UNAVAILABLE the entry has the old value or the new one.
+    *Refuses*: TOO_LARGE, OVER_LIMIT, UNAVAILABLE, CORRUPTED.
     """
 
     name: Annotated[bytes, Blob(size_min=1, size_max=WIRE_NAME_MAX)]
@@ -66,7 +68,7 @@ class Get(Request[Value], op=2, idempotent=True, refuses=KeystoredStatus):
 
 
 class Delete(Request[Done], op=3, idempotent=True, refuses=KeystoredStatus):
-    """Drop the caller's value. *Refuses*: NOT_FOUND, TOO_LARGE, UNAVAILABLE."""
+    """Drop the caller's value, durably. *Refuses*: NOT_FOUND, TOO_LARGE, UNAVAILABLE, CORRUPTED."""
 
     name: Annotated[bytes, Blob(size_min=1, size_max=WIRE_NAME_MAX)]
 
@@ -97,6 +99,7 @@ class DeviceKey(Message):
 class GenerateKey(Request[DeviceKey], op=10, idempotent=False, refuses=KeystoredStatus):
     """Make the device key, once in the device's life; durable when answered.
 
+    After UNAVAILABLE there is the new key or none: asked again, KEY_EXISTS says which.
     The caller holds `device.keygen`, else DENIED. *Refuses*: KEY_EXISTS, UNAVAILABLE, CORRUPTED.
     """
 
@@ -124,7 +127,7 @@ class Sign(Request[Signature], op=12, idempotent=True, refuses=KeystoredStatus):
 
 
 class ExportPrivateKey(Request[Done], op=13, idempotent=True, refuses=KeystoredStatus):
-    """Always refused, and audited. *Refuses*: EXPORT_DENIED."""
+    """Always refused, whoever asks, and audited by keystored itself. *Refuses*: EXPORT_DENIED."""
 
 
 class Rotated(Message):
@@ -136,7 +139,8 @@ class Rotated(Message):
 class RotateWrapping(Request[Rotated], op=14, idempotent=False, refuses=KeystoredStatus):
     """Make a new wrapping key and seal everything with it; a cut at any point is recovered from.
 
-    The device key stays what it is. The caller holds `device.key.rotate`, else DENIED.
+    The device key stays what it is. After UNAVAILABLE it may be half done: keystored finishes it by
+    itself, or when asked again. The caller holds `device.key.rotate`, else DENIED.
     *Refuses*: UNAVAILABLE, CORRUPTED.
     """
 
@@ -146,12 +150,12 @@ class Store(Message):
 
     statefsd_generation: Annotated[int, U32()]  # of the instance that keeps its entries
     backend: Annotated[int, U8()]  # abi.SecretBackend of the wrapping key
-    wrapping: Annotated[int, U32()]  # number of the wrapping key; 0 before the first
+    wrapping: Annotated[int, U32()]  # number of the wrapping key; 0 if there is or is known none
     keygens: Annotated[int, U64()]  # device keys made in this instance's life: 0 or 1
     has_device_key: Annotated[bool, Bool()]
 
 
-class GetStore(Request[Store], op=15, idempotent=True, refuses=KeystoredStatus):
+class GetStore(Request[Store], op=15, idempotent=True):
     """What keystored stands on."""
 
 

@@ -121,6 +121,7 @@ class Context:
         policyd = POLICYD_NAME in config.uses and POLICYD_NAME not in config.posts
         self.authority = Authority(self._policyd if policyd else None, self.log)
         self._clients: dict[str, Client] = {}
+        self._server: Server | None = None
 
     @property
     def name(self) -> str:
@@ -136,6 +137,15 @@ class Context:
     def settings(self) -> dict[str, Any]:
         """The table [service.NAME.settings] as it stands."""
         return self.config.settings
+
+    def serve_by(self, server: Server) -> None:
+        """The runtime's word on what serves the service."""
+        self._server = server
+
+    async def send_given(self) -> None:
+        """Send the deferred replies given so far: a handler is about to wait for somebody."""
+        if self._server is not None:
+            await self._server.send_given()
 
     def settings_as(self, kind: type[SettingsT]) -> SettingsT:
         """The settings as the service's own msgspec.Struct.
@@ -155,17 +165,21 @@ class Context:
         """The deadline `span` ns from now."""
         return deadline_after(await Now(), span)
 
-    async def client(self, name: str, protocol: WireProtocol) -> Client:
+    async def client(
+        self, name: str, protocol: WireProtocol, deadline: Nanos | None = None
+    ) -> Client:
         """A client of a service this one uses, made once; it follows the service's restarts.
 
-        Raises Unreachable when there is no route within CONNECT_MAX, or the deadline of the
-        request being served.
+        Raises Unreachable when there is no route within CONNECT_MAX, or until `deadline`, or the
+        deadline of the request being served.
         """
         client = self._clients.get(name)
         if client is None:
             if name not in self.config.uses or name in self.config.posts:
                 raise Unreachable(name, None)
             until = deadline_after(await Now(), CONNECT_MAX)
+            if deadline is not None:
+                until = nested_deadline(deadline, until)
             parent = self.peers.caller.parent
             if parent is not None:
                 until = nested_deadline(parent.deadline, until)
@@ -252,6 +266,7 @@ async def _run(own: Callable[[Context], Own], protocol: WireProtocol, boot: Boot
     hooked = _Hooked(service, context)
     server = Server(hooked, protocol, boot, context.peers.caller, log=context.log)
     server.starting = True
+    context.serve_by(server)
     _ = await server.step(deadline_after(boot.now, BIND_MAX))
     start = getattr(service, "start", None)
     if start is not None:
