@@ -13,14 +13,17 @@ from nexus.kernel.sim.faults import (
 )
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.ports import SimPeer, SimPort
+from nexus.kernel.sim.power import Cut, Moment
 
 __all__ = [
     "DEVICE_POINTS",
     "FAILURES",
+    "Cut",
     "FaultPoint",
     "Faults",
     "Forge",
     "Freeze",
+    "Moment",
     "NthFailure",
     "NthRequest",
     "Plan",

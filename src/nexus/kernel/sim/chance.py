@@ -22,9 +22,10 @@ assert 0 < RESUME_COST_MIN <= RESUME_COST_MAX
 class Chance:
     """Streams of choices, a function of the seed alone."""
 
-    __slots__ = ("_cost", "_entropy", "costs", "faults", "start")
+    __slots__ = ("_cost", "_entropy", "costs", "faults", "seed", "start")
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self._cost = Random(f"nexus.cost.{seed}")  # noqa: S311 (simulation, not keys)
         self.costs = chain.from_iterable(self._cost_blocks())  # ns, one for each resume
         self.faults = Random(f"nexus.faults.{seed}")  # noqa: S311 (simulation, not keys)
@@ -36,6 +37,10 @@ class Chance:
         while True:
             drawn = array("H", self._cost.randbytes(2 * COST_BLOCK))
             yield [RESUME_COST_MIN + (number & 0x3FFF) for number in drawn]
+
+    def of_device(self, name: str) -> Random:
+        """The stream of a device of the bus, from its beginning."""
+        return Random(f"nexus.device.{name}.{self.seed}")  # noqa: S311 (simulated device)
 
     def entropy(self, size: int) -> bytes:
         """Bytes of the simulated entropy device."""

@@ -226,6 +226,7 @@ class Heap:
             total += SLOT_SIZE * task.table.used
             total += sum(endpoint.cost for endpoint in task.endpoints.values())
             total += sum(port_size(port) for port in task.ports.values())
+            total += sum(device.cost for device in task.devices)
             total += LINK_END_SIZE * len(task.links)
             if task.kernel_link is not None:
                 signals = task.kernel_link

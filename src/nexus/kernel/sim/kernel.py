@@ -7,7 +7,7 @@ that never reaches a trap is stopped by the host-side watchdog and reported as a
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -24,9 +24,14 @@ from nexus.abi import (
     AbiError,
     AuditLines,
     AuditLog,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootImage,
     BootMemoryRead,
     BootMemoryReplace,
+    BusEntry,
+    BusScan,
     Call,
     CapClone,
     CapClose,
@@ -34,9 +39,15 @@ from nexus.abi import (
     CapInfo,
     CapQuery,
     ConsoleWrite,
+    DeviceDma,
+    DeviceInfo,
+    DeviceMap,
+    DeviceQuery,
+    DmaArea,
     EndpointClose,
     EndpointCreate,
     Entropy,
+    EntropyDraw,
     Event,
     EventKind,
     Exit,
@@ -65,6 +76,10 @@ from nexus.abi import (
     Recv,
     ReplyRecv,
     Rights,
+    SecretBackend,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
     Send,
     Sender,
     SetTaskQos,
@@ -96,6 +111,7 @@ from nexus.kernel.core import (
     QOS_STATUS,
     Account,
     Hang,
+    Hardware,
     Held,
     NoExitCode,
     OwnerShare,
@@ -120,9 +136,11 @@ from nexus.kernel.core import (
     well_typed,
 )
 from nexus.kernel.sim import log
+from nexus.kernel.sim.bus import Bus
 from nexus.kernel.sim.chance import Chance
 from nexus.kernel.sim.clock import Clock
-from nexus.kernel.sim.faults import Faults
+from nexus.kernel.sim.disk import Disk
+from nexus.kernel.sim.faults import FaultPoint, Faults
 from nexus.kernel.sim.heap import TASK_CHARGE, Heap
 from nexus.kernel.sim.inject import FaultyIpc, FaultyScheduler, Injector
 from nexus.kernel.sim.ipc import Ipc, NoRoom
@@ -137,6 +155,7 @@ from nexus.kernel.sim.objects import (
     WAIT_SEND,
     WAIT_TIME,
     Blocked,
+    Device,
     Endpoint,
     KernelObject,
     Link,
@@ -145,7 +164,10 @@ from nexus.kernel.sim.objects import (
     Vmo,
 )
 from nexus.kernel.sim.ports import UID_SYSTEM, Ports, SimPort
+from nexus.kernel.sim.power import Cut, Power
 from nexus.kernel.sim.sched import SLICE, Cpu, Scheduler
+from nexus.kernel.sim.secret import Secrets
+from nexus.kernel.sim.virtio import Window
 from nexus.kernel.sim.watchdog import Spinning, Watchdog
 
 HANG_LIMIT_S: Final = 5.0  # seconds of processor time in one step; a step takes microseconds
@@ -196,6 +218,17 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
     PortSend,
     PortClose,
     PortPeer,
+    BusScan,
+    DeviceQuery,
+    DeviceMap,
+    DeviceDma,
+    BlockRead,
+    BlockWrite,
+    BlockFlush,
+    EntropyDraw,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
 )
 
 
@@ -216,6 +249,9 @@ class SimKernel:
     `boot_memory` is what an earlier boot stored, None for a system that cannot store; what this
     one has stored stands there afterwards. `uid` is the user who runs the system. While
     `disk_full` is set nothing more is stored.
+    `hardware` is the bus map; those named in `kernel_driven` have no registers, as on linux.
+    `disks` are in its block devices, blank ones where none is given. What is left after the run,
+    however it ended, stands in `bus.disks`, `boot_memory` and `secrets.kept`.
     """
 
     def __init__(
@@ -233,6 +269,10 @@ class SimKernel:
         hang_limit_s: float = HANG_LIMIT_S,
         boot_memory: bytes | None = b"",
         uid: int = UID_SYSTEM,
+        hardware: Sequence[Hardware] = (),
+        disks: Mapping[str, Disk] | None = None,
+        kernel_driven: Collection[str] = (),
+        secrets: Mapping[tuple[str, SecretBackend], bytes] | None = None,
     ) -> None:
         self.programs: Programs = programs
         self.seed = seed
@@ -250,6 +290,21 @@ class SimKernel:
         self.ports = Ports(self.ipc, self._report_refused, uid)
         self.boot_memory = boot_memory
         self.disk_full = False
+        self.power = Power(self.clock, self._report_cut)
+        self.secrets = Secrets(secrets or {})
+        self.bus = Bus(
+            hardware,
+            disks or {},
+            kernel_driven,
+            chance=self.chance,
+            clock=self.clock,
+            heap=self.heap,
+            scheduler=self.scheduler,
+            power=self.power,
+            faults=faults,
+            record=self._report_device,
+            on_fault=self._report_device_fault,
+        )
         self.notices: list[str] = []  # what Notify has said, in order
         self.policy = PolicyWord(0, available=False)
         self.uid = uid
@@ -295,7 +350,7 @@ class SimKernel:
         """Drive everything to the root task's exit. Other tasks are then killed.
 
         `until` is a time of the kernel clock, such as `kernel.now` plus a span. Raises RunOver
-        when the clock passes it, Hang when a task never reaches its next trap.
+        when the clock passes it, Hang when a task never reaches its next trap, PowerCut.
         """
         assert not self._started, "a kernel serves one run"
         assert until > self.clock.now, "`until` is absolute: a span is added to kernel.now"
@@ -341,6 +396,15 @@ class SimKernel:
         """Send a signal to the root task; one that it has not received yet is not sent twice."""
         assert self._started, "before the run there is nobody to hear it: use at()"
         self.ipc.signal(signal)
+
+    def cut_power(self, cut: Cut | None = None) -> None:
+        """Stop the whole device: now (from an action of `at`), or when that moment has come.
+
+        The run then raises PowerCut.
+        """
+        if cut is None:
+            self.power.cut("from outside")
+        self.power.plan(cut)
 
     def port(self, name: str) -> SimPort:
         """The outer side of a port."""
@@ -539,6 +603,8 @@ class SimKernel:
 
     def record(self, kind: EventKind, pid: Pid, fields: dict[str, object]) -> None:
         """Record an event: to the recorder, to `log`, and as text into the event log."""
+        if self.power.off:
+            return  # nobody sees what a device without power does
         event = Event(self.clock.now, kind, pid, fields)
         if self.testing and kind is not EventKind.KERNEL:
             self.tested = event
@@ -581,6 +647,22 @@ class SimKernel:
 
     def _report_refused(self, task: Task, reason: str) -> None:
         self.record(EventKind.REFUSED, task.pid, {"owner": task.name, "reason": reason})
+
+    def _report_device(self, task: Task | None, fields: dict[str, object]) -> None:
+        self.record(EventKind.DEVICE, KERNEL_PID if task is None else task.pid, fields)
+
+    def _report_device_fault(self, task: Task | None, name: str, point: FaultPoint) -> None:
+        assert self.faults is not None, "it was planned"
+        fields: dict[str, object] = {
+            "point": point.value,
+            "count": self.faults.fired[point],
+            "device": name,
+        }
+        self.record(EventKind.FAULT, KERNEL_PID if task is None else task.pid, fields)
+
+    def _report_cut(self, why: str) -> None:
+        self.record(EventKind.DEVICE, KERNEL_PID, {"name": "power", "what": "cut", "why": why})
+        self.secrets.lose_power()
 
     # ---- tasks begin
 
@@ -649,6 +731,7 @@ class SimKernel:
         control: Slot | None,
         endpoint: Slot,
         grants: Grants = Grants(),  # noqa: B008 (immutable)
+        hardware: tuple[Slot, ...] = (),
     ) -> None:
         boot = BootImage(
             name=task.name,
@@ -660,6 +743,7 @@ class SimKernel:
             now=self.clock.now,
             argument=argument,
             ports=tuple(sorted(task.ports)),
+            hardware=hardware,
         )
         coroutine = program.main(boot)
         task.coroutine = coroutine
@@ -721,6 +805,7 @@ class SimKernel:
         names = {task.name for task in self.tasks.values() if task.state != DEAD}
         program = check_spec(spec, self.programs, names)
         check_ports(spec, self.ports.live)
+        hardware = self.bus.find(spec.grants)
         held = parent.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
             raise SpawnRefused(
@@ -735,7 +820,7 @@ class SimKernel:
             raise SpawnRefused(SpawnReason.ENDPOINT_QUOTA, f"{spec.endpoints} endpoints")
         with ExitStack() as undo:
             try:
-                spawned = self._start_within(parent, spec, program, held.object, undo)
+                spawned = self._start_within(parent, spec, program, held.object, hardware, undo)
             except AbiError as refusal:
                 if isinstance(refusal, SpawnRefused):
                     raise
@@ -744,7 +829,13 @@ class SimKernel:
         return spawned
 
     def _start_within(
-        self, parent: Task, spec: SpawnSpec, program: Program, control: Endpoint, undo: ExitStack
+        self,
+        parent: Task,
+        spec: SpawnSpec,
+        program: Program,
+        control: Endpoint,
+        hardware: tuple[Hardware, ...],
+        undo: ExitStack,
     ) -> Spawned:
         shares = self.shares
         shares.tasks.take(1)
@@ -763,11 +854,16 @@ class SimKernel:
         endpoint = self.ipc.create_endpoint(child)
         for name in spec.grants.ports:
             _ = self.ports.create(child, name)
+        _ = undo.callback(self.bus.release, child)
+        slots = tuple(self.bus.grant(child, each) for each in hardware)
+        child.secret = SecretBackend(spec.grants.secret)
         down = terms._replace(delegations=spec.delegations)
         slot, _link = self.ipc.place_link(endpoint, down, parent, Rights.SEND | Rights.MANAGE)
         _ = undo.callback(self.ipc.close_slot, parent, slot)
         try:
-            self._begin(child, program, spec.argument, control_slot, endpoint.slot, spec.grants)
+            self._begin(
+                child, program, spec.argument, control_slot, endpoint.slot, spec.grants, slots
+            )
         except Exception as error:  # noqa: BLE001 (a program that cannot be started)
             raise SpawnRefused(SpawnReason.MAP_FAILED, repr(error)) from None
         self.scheduler.ready(child)
@@ -807,6 +903,7 @@ class SimKernel:
         if task.wait_link is not None:
             task.wait_link.waiter = None
             task.wait_link = None
+        self.bus.release(task)  # first: nothing that its coroutine still does reaches a device
         self._close_coroutine(task)
         fields: dict[str, object] = {
             "name": task.name,
@@ -926,6 +1023,17 @@ class SimKernel:
             PortSend: self._port_send,
             PortClose: self._port_close,
             PortPeer: self._port_peer,
+            BusScan: self._bus_scan,
+            DeviceQuery: self._device_query,
+            DeviceMap: self._device_map,
+            DeviceDma: self._device_dma,
+            BlockRead: self._block,
+            BlockWrite: self._block,
+            BlockFlush: self._block,
+            EntropyDraw: self._entropy_draw,
+            SecretQuery: self._secret_query,
+            SecretRead: self._secret_read,
+            SecretReplace: self._secret_replace,
         }
         assert set(handlers) == set(TRAPS), "every trap has a handler"
         return {trap: (handlers[trap], code) for code, trap in enumerate(TRAPS)}
@@ -1064,7 +1172,9 @@ class SimKernel:
 
     def _cap_query(self, task: Task, trap: CapQuery) -> CapInfo:
         held = task.table.require(trap.slot, Rights.MAP)
-        return CapInfo(held.object.kind, held.rights, held.object.cost)
+        object_ = held.object
+        length = object_.length if isinstance(object_, Device) else object_.cost
+        return CapInfo(object_.kind, held.rights, length)
 
     # memory
 
@@ -1211,6 +1321,7 @@ class SimKernel:
                 "evidence": evidence,
             },
         )
+        self.power.on_line(task.name, trap.line)
 
     def _task_stats(self, task: Task, trap: TaskStats) -> TaskCounters:  # noqa: ARG002
         vmo_size = self.heap.vmo_size(task)
@@ -1286,6 +1397,37 @@ class SimKernel:
     def _port_peer(self, task: Task, trap: PortPeer) -> PeerIdentity:
         return self.ports.peer_of(task, trap.port, trap.link)
 
+    # devices and secrets
+
+    def _bus_scan(self, task: Task, trap: BusScan) -> tuple[BusEntry, ...]:  # noqa: ARG002
+        self._require_root(task)
+        return self.bus.scan()
+
+    def _device_query(self, task: Task, trap: DeviceQuery) -> DeviceInfo:
+        return self.bus.query(task, trap.slot)
+
+    def _device_map(self, task: Task, trap: DeviceMap) -> Window:
+        return self.bus.map_window(task, trap.slot, trap.offset, execute=trap.execute)
+
+    def _device_dma(self, task: Task, trap: DeviceDma) -> DmaArea:
+        return self.bus.dma(task, trap.slot)
+
+    def _block(self, task: Task, trap: BlockRead | BlockWrite | BlockFlush) -> Blocked:
+        return self.bus.block(task, trap)
+
+    def _entropy_draw(self, task: Task, trap: EntropyDraw) -> bytes:
+        return self.bus.entropy(task, trap.slot, trap.size)
+
+    def _secret_query(self, task: Task, trap: SecretQuery) -> SecretBackend:  # noqa: ARG002
+        return task.secret
+
+    def _secret_read(self, task: Task, trap: SecretRead) -> bytes:  # noqa: ARG002
+        return self.secrets.read(task)
+
+    def _secret_replace(self, task: Task, trap: SecretReplace) -> None:
+        self.secrets.full = self.disk_full
+        self.secrets.replace(task, trap.data)
+
     def _note(self, task: Task, code: int, detail: int) -> None:
         self.event_log.records += (self.clock.now, task.tag | code, detail)
 
@@ -1306,6 +1448,7 @@ class SimKernel:
             "endpoints": self.ipc.endpoints_alive,
             "links": len(links),
             "connections": self.ports.connections,
+            "devices": self.bus.held,
             "queued": sum(len(link.queue) for link in links),
             "queued_size": sum(link.queued_size for link in links),
             "reserved_size": self.shares.size.used,

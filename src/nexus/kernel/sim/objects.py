@@ -14,12 +14,14 @@ from nexus.abi import (
     Pid,
     Program,
     QosClass,
+    SecretBackend,
     ServiceId,
     Slot,
     SpawnReason,
     Trap,
 )
 from nexus.kernel.core import (
+    DEVICE_SIZE,
     ENDPOINT_SIZE,
     LINK_END_SIZE,
     PORT_SIZE,
@@ -178,7 +180,20 @@ class Vmo:
         self.mapped_first: Task | None = None  # the task whose views are views of `data` itself
 
 
-KernelObject: TypeAlias = Endpoint | Link | Vmo
+class Device:
+    """A device of the bus in the hands of its holder. `length` is that of its registers."""
+
+    __slots__ = ("kind", "length", "name")
+
+    cost: Final = DEVICE_SIZE
+
+    def __init__(self, name: str, kind: CapKind, length: int) -> None:
+        self.name = name
+        self.kind: Final = kind
+        self.length = length
+
+
+KernelObject: TypeAlias = Endpoint | Link | Vmo | Device
 Entry: TypeAlias = tuple[bytes, Pid, Held[KernelObject] | None]
 """A queued message: its bytes, the pid stamped on it, and the capability that moves with it."""
 
@@ -193,6 +208,7 @@ class Task:
         "cpu",
         "crash",
         "deadline",
+        "devices",
         "endpoints",
         "entries",
         "error",
@@ -218,6 +234,7 @@ class Task:
         "refused_links",
         "refused_oversize",
         "resume",
+        "secret",
         "send",
         "sent",
         "sent_size",
@@ -268,6 +285,8 @@ class Task:
         self.links_made = 0  # ids given, to connections of ports too; never used twice
         self.kernel_link: Link | None = None  # by which signals come; the root task has one
         self.ports: dict[Slot, Port] = {}  # own ones, by their slot
+        self.devices: list[Device] = []  # held, in the order of the grants, whatever the slots say
+        self.secret = SecretBackend.NONE  # where its own is kept
         self.maps: dict[int, tuple[Vmo, bytearray]] = {}  # by id of the VMO: views still out
         self.coroutine: Coroutine[Trap[Any], Any, int | None] | None = None
         self.send: Callable[[Any], Any] = _not_started
