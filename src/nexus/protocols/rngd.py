@@ -3,10 +3,12 @@
 from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
 
-from nexus.wire import INLINE_SIZE_MAX, U16, Blob, Message, Protocol, Request
+from nexus.wire import INLINE_SIZE_MAX, U16, U64, Blob, List, Message, Protocol, Request, Text
 
 DRAW_SIZE_MAX: Final = 256  # bytes; getrandom(2) never short-reads at or below 256
 DRAW_RIGHT: Final = "rng.entropy"
+CLIENTS_MAX: Final = 64  # accounts of clients; the least recently served gives way
+BACKING_SIZE_MAX: Final = 32  # characters
 
 assert DRAW_SIZE_MAX <= INLINE_SIZE_MAX, "a full reply fits one frame"
 
@@ -40,5 +42,33 @@ class GetEntropy(
     size: Annotated[int, U16()]
 
 
-RngdRequest: TypeAlias = GetEntropy
-PROTOCOL: Final = Protocol("rngd", number=9, version=1, requests=(GetEntropy,))
+class ClientRow(Message):
+    """How many bytes one service was given, over all its restarts."""
+
+    service: Annotated[int, U64()]
+    given: Annotated[int, U64()]
+
+
+class Source(Message):
+    """Where the bytes come from, since rngd started. No byte of it is secret.
+
+    `backing` is "virtio-mmio", "hwrng" or "getrandom", and empty while no device was opened. `fit`:
+    the last start-up test passed and no health test has failed since. `delivered` bytes came from
+    the device, those of start-up tests among them; `given` were answered to clients.
+    """
+
+    backing: Annotated[str, Text(size_max=BACKING_SIZE_MAX)]
+    fit: bool
+    start_tests_passed: Annotated[int, U64()]
+    delivered: Annotated[int, U64()]
+    given: Annotated[int, U64()]
+    given_to_caller: Annotated[int, U64()]
+    clients: Annotated[list[ClientRow], List(count_max=CLIENTS_MAX)]
+
+
+class GetSource(Request[Source], op=2, idempotent=True):
+    """What rngd says of its source. Nobody needs a right for it."""
+
+
+RngdRequest: TypeAlias = GetEntropy | GetSource
+PROTOCOL: Final = Protocol("rngd", number=9, version=1, requests=(GetEntropy, GetSource))

@@ -58,7 +58,16 @@ EXIT_SETTINGS: Final = 2  # its settings in the system file are not what it take
 EXIT_UNUSABLE: Final = 3  # a person has to put something right first
 SENTENCE_SIZE_MAX: Final = 300  # characters of an explanation; a console line has 512 bytes
 
-HANDED_ON: Final = ("on_time", "on_gone", "ready", "on_malformed", "busy", "on_idle", "on_stop")
+HANDED_ON: Final = (
+    "on_time",
+    "on_gone",
+    "evidence",
+    "ready",
+    "on_malformed",
+    "busy",
+    "on_idle",
+    "on_stop",
+)
 """Hooks of a class of one's own that the runtime calls as they are."""
 
 SettingsT = TypeVar("SettingsT")
