@@ -108,6 +108,7 @@ class Hooks(NamedTuple):
     on_gone: Callable[[LinkId], Any] | None  # the holder of a link is gone; plain or coroutine
     on_other: Callable[[Message], Any] | None  # a message of a further source; plain or coroutine
     facts: Callable[[], dict[str, int]] | None
+    evidence: Callable[[], dict[str, Any]] | None  # goes with the line that the service is ready
     ready: Callable[[], bool] | None
     on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
     busy: Callable[[], bool] | None  # there is work for when no message waits
@@ -640,6 +641,8 @@ class Server:
             "digest": self._digest,
             "echoed": self._echoed,
         }
+        if self._hooks.evidence is not None:
+            evidence |= self._hooks.evidence()
         try:
             await ConsoleWrite(line, json.dumps(evidence).encode())
         except AbiError:
