@@ -121,6 +121,23 @@ def test_a_denial_is_kept_like_an_allow() -> None:
     assert len(asking.policyd.asked) == 1
 
 
+def test_what_must_not_wait_for_policyd_is_done_before_it_is_asked_and_only_then() -> None:
+    asking = Asking()
+    asked_before: list[int] = []
+
+    async def body(authority: Authority) -> None:
+        async def before() -> None:
+            asked_before.append(len(asking.policyd.asked))
+
+        authority.before_asking = before
+        for right in ("a", "a", "b", "a"):
+            assert (await check(authority, right)).allowed
+
+    asking.run(body)
+
+    assert asked_before == [0, 1]
+
+
 async def _times(authority: Authority, count: int) -> list[Outcome]:
     return [await check(authority) for _ in range(count)]
 

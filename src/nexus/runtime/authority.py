@@ -52,6 +52,8 @@ assert SILENCE_LEAST <= ASK_MAX
 Connect = Callable[[Nanos], Awaitable[Client | RouteFailure]]
 """Finds policyd, at most until the given time."""
 
+BeforeAsking = Callable[[], Awaitable[object]]
+
 Key = tuple[ServiceId, str, str]
 """Subject, right and target."""
 
@@ -81,6 +83,8 @@ class Authority:
         self._generation = 0
         self._silent: tuple[PolicyWord, Nanos] | None = None
         self._page = PolicyRead()
+        self.before_asking: BeforeAsking | None = None
+        """Done before policyd is asked: what must not wait for its answer."""
         self.allowed = 0
         self.denied = 0
         self.unavailable = 0  # of the denied ones
@@ -140,6 +144,8 @@ class Authority:
         key = (subject, right, target)
         outcome = self._recall(key, word)
         if outcome is None:
+            if self.before_asking is not None:
+                await self.before_asking()
             outcome = await self._ask(key, word, deadline, context)
             if outcome is UNAVAILABLE:
                 self._audit(key, word)

@@ -206,6 +206,10 @@ class Server:
         """The way back of a bound link, which stays the runtime's."""
         return self._replies.get(link)
 
+    async def send_given(self) -> None:
+        """Send the deferred replies given so far: a handler is about to wait for somebody."""
+        await self._flush()
+
     # A generator and not an async def, as ipc's Exchange.call and for the same reason.
     @coroutine
     def _turn(self, deadline: Nanos) -> Generator[Trap[Any], Any, bool]:
