@@ -157,7 +157,8 @@ class Keys(Message):
 class ListKeys(Request[Keys], op=6, idempotent=True, refuses=StatefsdStatus):
     """The keys below `prefix` that come after `after`, of the areas the caller may look into.
 
-    `prefix` is "/state/" or a whole path of segments that ends in "/".
+    `prefix` is "/state/" or a whole path of segments that ends in "/". Below "/state/" areas are
+    left out that the caller may not look into; in an area it may not look into it is DENIED.
     *Refuses*: INVALID_KEY, KEY_TOO_LONG.
     """
 
@@ -173,8 +174,10 @@ class Synced(Message):
 
 
 class Sync(Request[Synced], op=7, idempotent=True, refuses=StatefsdStatus):
-    """Make everything accepted durable. The caller may write somewhere. *Refuses*: IO_ERROR,
-    READ_ONLY."""
+    """Make everything accepted durable, whoever wrote it. The caller may write into `area`.
+
+    *Refuses*: INVALID_KEY, KEY_TOO_LONG, IO_ERROR, READ_ONLY.
+    """
 
     area: Key  # an area the caller may write, "/state/AREA/" or "/state/"
 
@@ -200,7 +203,9 @@ class Batch(Request[Stored], op=8, idempotent=False, refuses=StatefsdStatus):
     """All changes or none, also across a power cut. Deleting what is not there is no error.
 
     `changes` is an encoded Changes (`nexus.wire.encode`): its bound is that of the whole batch.
-    *Refuses*: as Put; MALFORMED for bytes that are no Changes.
+    The caller may write into every area it touches.
+    *Refuses*: as Put; INVALID_KEY also for a key that is there twice; MALFORMED for bytes that are
+    no Changes.
     """
 
     changes: Annotated[bytes, Blob(size_min=1, size_max=BATCH_SIZE_MAX)]
@@ -244,12 +249,12 @@ class AreaUse(Message):
     keys: Annotated[int, U32()]
     size_max: Annotated[int, U64()]
     keys_max: Annotated[int, U32()]
-    reads: Annotated[int, U64()]  # of the caller's, in this instance's life
-    writes: Annotated[int, U64()]
+    reads: Annotated[int, U64()]  # the caller's own, of all areas, in this instance's life
+    writes: Annotated[int, U64()]  # the same; a batch is one
 
 
 class GetArea(Request[AreaUse], op=10, idempotent=True, refuses=StatefsdStatus):
-    """What an area takes. The caller may look into it. *Refuses*: INVALID_KEY."""
+    """What an area takes. The caller may look into it. *Refuses*: INVALID_KEY, KEY_TOO_LONG."""
 
     area: Key
 
@@ -266,7 +271,10 @@ class Seen(Message):
 
 
 class Calls(Message):
-    """The latest calls, oldest first, and how many calls each of the latest clients has made."""
+    """The latest calls, oldest first, and how many there were.
+
+    Clients are remembered until 64 others were heard since.
+    """
 
     seen: Annotated[list[Seen], List(count_max=32)]
     total: Annotated[int, U64()]

@@ -1,0 +1,116 @@
+"""statefsd's settings in the system file: how much each area may take, and what is kept for it.
+
+An area is named by its first segment, "keystore" for /state/keystore/, and "/" for keys right
+below /state/. Areas are separated by commas::
+
+    [service.statefsd.settings]
+    quota = "4MiB 16384"                    # of every area that is not named: bytes and keys
+    quotas = "metricsd 8MiB 4096, / 64KiB 64"
+    reserves = "keystore 256KiB, boot 64KiB" # kept free for these, however full the disk is
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+
+from nexus.protocols.statefsd import ROOT
+from nexus.services.statefsd.access import area_fault
+
+QUOTA_DEFAULT: Final = "4MiB 16384"
+QUOTAS_DEFAULT: Final = "keystore 1MiB 4096, boot 64KiB 256"
+RESERVES_DEFAULT: Final = "keystore 256KiB, boot 64KiB"
+AREAS_MAX: Final = 32  # areas one setting names
+SIZE_MAX: Final = 1 << 40  # bytes
+KEYS_MAX: Final = 1 << 24
+UNITS: Final[Mapping[str, int]] = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+AMOUNT: Final = re.compile(r"([0-9]{1,9})([A-Za-z]*)")
+
+
+class Quota(NamedTuple):
+    """Bytes of live records, and keys."""
+
+    size: int
+    keys: int
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[service.statefsd.settings]."""
+
+    quota: str = QUOTA_DEFAULT
+    quotas: str = QUOTAS_DEFAULT
+    reserves: str = RESERVES_DEFAULT
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which msgspec makes a ValidationError with the place in it."""
+        _ = self.default_quota, self.area_quotas, self.area_reserves
+
+    @property
+    def default_quota(self) -> Quota:
+        """Of an area that is not named."""
+        words = self.quota.split()
+        if len(words) != 2:
+            raise ValueError(f'quota is "{self.quota}": say bytes and keys, as in "4MiB 16384"')
+        return _quota(words[0], words[1])
+
+    @property
+    def area_quotas(self) -> dict[bytes, Quota]:
+        """Of the named areas."""
+        found = {}
+        for words in _rows("quotas", self.quotas):
+            if len(words) != 3:
+                raise ValueError(
+                    f'quotas has "{" ".join(words)}": say area, bytes and keys, '
+                    'as in "metricsd 8MiB 4096"'
+                )
+            found[_area("quotas", words[0], found)] = _quota(words[1], words[2])
+        return found
+
+    @property
+    def area_reserves(self) -> dict[bytes, int]:
+        """Bytes kept free for the named areas."""
+        found: dict[bytes, int] = {}
+        for words in _rows("reserves", self.reserves):
+            if len(words) != 2:
+                raise ValueError(
+                    f'reserves has "{" ".join(words)}": say area and bytes, as in "boot 64KiB"'
+                )
+            found[_area("reserves", words[0], found)] = _size(words[1])
+        return found
+
+    def quota_of(self, area: bytes) -> Quota:
+        """What this area may take."""
+        return self.area_quotas.get(area, self.default_quota)
+
+
+def _rows(what: str, text: str) -> list[list[str]]:
+    rows = [row.split() for row in text.split(",")] if text.strip() else []
+    if len(rows) > AREAS_MAX:
+        raise ValueError(f"{what} names {len(rows)} areas: up to {AREAS_MAX} are possible")
+    return rows
+
+
+def _area(what: str, name: str, found: Mapping[bytes, object]) -> bytes:
+    area = (ROOT if name == "/" else f"{ROOT}{name}/").encode()
+    if area_fault(area) is not None:
+        raise ValueError(f'{what} names "{name}", which is no area: it is one segment, or "/"')
+    if area in found:
+        raise ValueError(f'{what} names "{name}" twice')
+    return area
+
+
+def _quota(size: str, keys: str) -> Quota:
+    if not re.fullmatch(r"[0-9]{1,8}", keys) or not 1 <= int(keys) <= KEYS_MAX:
+        raise ValueError(f'"{keys}" is no number of keys: from 1 to {KEYS_MAX} is possible')
+    return Quota(_size(size), int(keys))
+
+
+def _size(text: str) -> int:
+    amount = AMOUNT.fullmatch(text)
+    if amount is None or amount[2] not in UNITS:
+        raise ValueError(f'"{text}" is no size: say it as 262144 or 256KiB')
+    size = int(amount[1]) * UNITS[amount[2]]
+    if not 1 <= size <= SIZE_MAX:
+        raise ValueError(f"{text} is no size: from 1 byte to {SIZE_MAX >> 30}GiB is possible")
+    return size
