@@ -1,22 +1,24 @@
 """The root task's memory across boots: one small file in the state directory."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from nexus.abi import BOOT_MEMORY_SIZE_MAX, AbiError, Status
+from nexus.kernel.linux.durable import (
+    DIRECTORY_FLAGS,
+    NEW_SUFFIX,
+    make_directory,
+    read_file,
+    replace_file,
+)
 
 FILE_NAME: Final = "boot-memory"
-NEW_NAME: Final = "boot-memory.new"
-
-_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_WRITE: Final = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL
+NEW_NAME: Final = FILE_NAME + NEW_SUFFIX
 
 
 class BootMemory:
-    """Reads and replaces the file. A replacement is whole or does not happen: written beside,
-    synced, renamed, and the directory synced."""
+    """Reads and replaces the file. A replacement is whole or does not happen."""
 
     __slots__ = ("directory",)
 
@@ -29,18 +31,16 @@ class BootMemory:
 
         Refuses: Unsupported (no state directory, or one that cannot be read).
         """
-        directory = self._directory()
         try:
-            descriptor = os.open(directory / FILE_NAME, _READ)
+            directory = os.open(self._directory(), DIRECTORY_FLAGS)
         except FileNotFoundError:
             return b""
         try:
-            content = b""
-            while part := os.read(descriptor, BOOT_MEMORY_SIZE_MAX - len(content)):
-                content += part
-            return content
+            return read_file(directory, FILE_NAME, BOOT_MEMORY_SIZE_MAX)
+        except FileNotFoundError:
+            return b""
         finally:
-            os.close(descriptor)
+            os.close(directory)
 
     def replace(self, data: bytes) -> None:
         """Store `data`. Where only the last step fails, the sync of the directory, a later boot
@@ -50,16 +50,10 @@ class BootMemory:
         written).
         """
         path = self._directory()
-        _make_directory(path)
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        make_directory(path)
+        directory = os.open(path, DIRECTORY_FLAGS)
         try:
-            try:
-                _write_new(directory, data)
-                os.rename(NEW_NAME, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
-            except OSError:
-                _remove_new(directory)
-                raise
-            os.fsync(directory)
+            replace_file(directory, FILE_NAME, data)
         finally:
             os.close(directory)
 
@@ -67,33 +61,3 @@ class BootMemory:
         if self.directory is None:
             raise AbiError(Status.UNSUPPORTED, "this run has no state directory")
         return self.directory
-
-
-def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, and have each outlive a power cut."""
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    path.mkdir(mode=0o700, exist_ok=True)
-    above = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(above)
-    finally:
-        os.close(above)
-
-
-def _write_new(directory: int, data: bytes) -> None:
-    _remove_new(directory)  # of a boot that ended half way
-    descriptor = os.open(NEW_NAME, _WRITE, 0o600, dir_fd=directory)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_new(directory: int) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(NEW_NAME, dir_fd=directory)

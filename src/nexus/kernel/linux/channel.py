@@ -17,17 +17,25 @@ from typing import Final, NamedTuple
 from nexus.abi import (
     AbiError,
     AuditLog,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootMemoryRead,
     BootMemoryReplace,
+    BusScan,
     Call,
     CapClone,
     CapClose,
     CapDerive,
     CapQuery,
     ConsoleWrite,
+    DeviceDma,
+    DeviceMap,
+    DeviceQuery,
     EndpointClose,
     EndpointCreate,
     Entropy,
+    EntropyDraw,
     EventKind,
     Exit,
     Kill,
@@ -42,6 +50,9 @@ from nexus.abi import (
     PortSend,
     Recv,
     ReplyRecv,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
     Send,
     SetTaskQos,
     SleepUntil,
@@ -77,7 +88,7 @@ GO: Final = 1
 PEER_DEAD: Final = 2
 QOS_ANSWER: Final = 3
 
-NOTABLE: Final = (EventKind.LINK, EventKind.REFUSED, EventKind.HEAP)
+NOTABLE: Final = (EventKind.LINK, EventKind.REFUSED, EventKind.HEAP, EventKind.DEVICE)
 
 PID_FRAME: Final = struct.Struct("<BI")
 QOS_FRAME: Final = struct.Struct("<Bqq")
@@ -129,6 +140,17 @@ TRAPS: Final[tuple[type, ...]] = (
     PortSend,
     PortClose,
     PortPeer,
+    BusScan,
+    DeviceQuery,
+    DeviceMap,
+    DeviceDma,
+    BlockRead,
+    BlockWrite,
+    BlockFlush,
+    EntropyDraw,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
 )
 TRAP_NUMBER: Final = {kind: number for number, kind in enumerate(TRAPS)}
 

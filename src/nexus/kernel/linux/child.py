@@ -22,10 +22,12 @@ from nexus.abi import (
 )
 from nexus.kernel.core import EXIT_CRASH, Account, OwnerShare
 from nexus.kernel.linux.channel import InitIsGone, Prepared, TaskPort
+from nexus.kernel.linux.devices import Granted, adopt_device
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.harden import Confinement, Hardening
 from nexus.kernel.linux.identity import IdentityView
 from nexus.kernel.linux.objects import Endpoint, HolderLink, adopt
+from nexus.kernel.linux.secrets import hold
 from nexus.kernel.linux.truesize import Truesize
 
 EXIT_ORPHAN: Final = 71  # EX_OSERR: init is gone
@@ -41,8 +43,10 @@ class Birth(NamedTuple):
     program: Program | None  # None in an interpreter of its own, which has imported it by itself
     me: Sender
     spawner: ServiceId
-    names: tuple[str, ...]  # of granted devices and sockets
-    confinement: Confinement  # keeps channel, control link, own link, identity, ports, granted
+    devices: tuple[Granted, ...]  # of the bus map
+    names: tuple[str, ...]  # of granted character devices and sockets
+    # keeps channel, control link, own link, identity, ports, devices, granted
+    confinement: Confinement
     share: OwnerShare
     truesize: Truesize
     trace: bool
@@ -100,6 +104,12 @@ def furnish(birth: Birth, port: TaskPort, inherited: Sequence[int]) -> tuple[Dri
         driver.open_port(name, adopt_channel(descriptor))
         for name, descriptor in zip(ports, rest[: len(ports)], strict=True)
     )
+    rest = rest[len(ports) :]
+    hardware = []
+    for granted in birth.devices:
+        number = rest.pop(0) if granted.described else -1
+        hardware.append(driver.take_device(adopt_device(granted, number)))
+    driver.secret = hold(birth.spec.grants.secret, birth.confinement.secret)
     boot = BootImage(
         name=birth.spec.name,
         service=driver.me.service,
@@ -110,7 +120,8 @@ def furnish(birth: Birth, port: TaskPort, inherited: Sequence[int]) -> tuple[Dri
         now=Nanos(time.monotonic_ns()),
         argument=birth.spec.argument,
         ports=slots,
-        descriptors=tuple(zip(birth.names, rest[len(ports) :], strict=True)),
+        hardware=tuple(hardware),
+        descriptors=tuple(zip(birth.names, rest, strict=True)),
     )
     return driver, boot
 

@@ -27,12 +27,17 @@ from nexus.abi import (
     PAGE_SIZE,
     PORT_PEERS_MAX,
     PORTS_MAX,
+    SECRET_SIZE_MAX,
     SLOTS_MAX,
     VMO_SIZE_MAX,
     AbiError,
     AuditLog,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootMemoryRead,
     BootMemoryReplace,
+    BusScan,
     Call,
     CapClone,
     CapClose,
@@ -41,9 +46,15 @@ from nexus.abi import (
     CapKind,
     CapQuery,
     ConsoleWrite,
+    DeviceDma,
+    DeviceInfo,
+    DeviceMap,
+    DeviceQuery,
+    DmaArea,
     EndpointClose,
     EndpointCreate,
     Entropy,
+    EntropyDraw,
     EventKind,
     Exit,
     Kill,
@@ -68,6 +79,10 @@ from nexus.abi import (
     Recv,
     ReplyRecv,
     Rights,
+    SecretBackend,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
     Send,
     Sender,
     ServiceId,
@@ -94,6 +109,7 @@ from nexus.abi import (
     MESSAGE_KIND_RESERVED as RESERVED,
 )
 from nexus.kernel.core import (
+    DEVICE_SIZE,
     ENDPOINT_SIZE,
     EXIT_CODE_MAX,
     LINK_END_SIZE,
@@ -113,6 +129,7 @@ from nexus.kernel.core import (
     moved,
     page_round,
 )
+from nexus.kernel.linux.devices import Block, Device, Registers, Source, Window
 from nexus.kernel.linux.frames import (
     COOKIE_SIZE,
     DETACH,
@@ -155,6 +172,7 @@ from nexus.kernel.linux.objects import (
     make_pair,
 )
 from nexus.kernel.linux.outside import Door, OutsideLink, PeerLink, SignalLink
+from nexus.kernel.linux.secrets import Holding
 from nexus.kernel.linux.truesize import Truesize
 
 OWNED_LINKS_MAX: Final = 512  # far ends of one task: they take descriptors and no slots
@@ -303,6 +321,7 @@ class Driver:
         "handlers",
         "links",
         "me",
+        "secret",
         "share",
         "table",
         "wall",
@@ -326,6 +345,7 @@ class Driver:
         self.links: dict[int, OwnerLink] = {}  # by id: links into own endpoints and ports
         self.control: Slot | None = None  # of the link to the spawner
         self.endpoint = Slot(-1)  # of the task's first endpoint
+        self.secret: Holding | None = None
         self.wall = port.root
         self._view = view
         self._cells = view.cells
@@ -398,6 +418,17 @@ class Driver:
                 PortSend: self._port_send,
                 PortClose: self._port_close,
                 PortPeer: self._port_peer,
+                BusScan: self._root_only,
+                DeviceQuery: self._device_query,
+                DeviceMap: self._device_map,
+                DeviceDma: self._device_dma,
+                BlockRead: self._block_read,
+                BlockWrite: self._block_write,
+                BlockFlush: self._block_flush,
+                EntropyDraw: self._entropy_draw,
+                SecretQuery: self._secret_query,
+                SecretRead: self._secret_read,
+                SecretReplace: self._secret_replace,
             }
         )
 
@@ -523,8 +554,10 @@ class Driver:
             self._close_endpoint(named)
         elif isinstance(named, HolderLink):
             named.sock.close()
-        else:
+        elif isinstance(named, Vmo):
             self._close_vmo(named)
+        else:
+            named.close()
 
     def _close_vmo(self, vmo: Vmo) -> None:
         """No slot holds it any more; a view that is out keeps the memory."""
@@ -1455,7 +1488,7 @@ class Driver:
     def _passed(self, slot: Slot) -> None:
         """Empty the slot of a capability that has left: only after the send succeeded."""
         named = self._empty(slot)
-        assert not isinstance(named, Endpoint), "endpoints do not move"
+        assert not isinstance(named, (Endpoint, Device)), "neither endpoints nor devices move"
         if self.table.aliases(named):
             return
         if isinstance(named, HolderLink):
@@ -1648,8 +1681,8 @@ class Driver:
 
     def _cap_query(self, trap: CapQuery) -> CapInfo:
         held = self.table.require(trap.slot, Rights.MAP)
-        assert isinstance(held.object, Vmo), "only memory objects have MAP"
-        return CapInfo(CapKind.VMO, held.rights, held.object.length)
+        assert isinstance(held.object, (Vmo, Device)), "nothing else has MAP"
+        return CapInfo(_kind(held.object), held.rights, held.object.length)
 
     # ------------------------------------------------------------------ memory objects
 
@@ -1715,6 +1748,76 @@ class Driver:
             self._vmo_size -= vmo.length
             self.budget.refund(vmo.length)
             self._measure()
+
+    # ------------------------------------------------------------------ devices
+
+    def take_device(self, device: Device) -> Slot:
+        """Hold a device that init has granted. Refuses: NoSpace."""
+        if isinstance(device, Block):
+            device.on_failure = lambda error: self._note(
+                EventKind.DEVICE, {"name": device.granted.name, "what": "failed", "error": error}
+            )
+        return self.put(device, Rights.MAP)
+
+    def _device_query(self, trap: DeviceQuery) -> DeviceInfo:
+        held = self.table.get(trap.slot)
+        if not isinstance(held.object, Device):
+            raise AbiError(Status.INVALID_ARGUMENT, f"slot {trap.slot} is no device")
+        _ = self.table.require(trap.slot, Rights.MAP)
+        return held.object.granted.info
+
+    def _device_map(self, trap: DeviceMap) -> Registers:
+        return self._window(trap.slot).map(trap.offset, execute=trap.execute)
+
+    def _device_dma(self, trap: DeviceDma) -> DmaArea:
+        return self._window(trap.slot).dma()
+
+    def _window(self, slot: Slot) -> Window:
+        named = self.table.require(slot, Rights.MAP).object
+        if not isinstance(named, Window):
+            raise AbiError(Status.PERMISSION_DENIED, f"slot {slot} is no register window")
+        return named
+
+    def _block(self, slot: Slot) -> Block:
+        named = self.table.require(slot, Rights.MAP).object
+        if not isinstance(named, Block):
+            raise AbiError(Status.PERMISSION_DENIED, f"slot {slot} is no block device")
+        return named
+
+    def _block_read(self, trap: BlockRead) -> bytes:
+        return self._block(trap.slot).read(trap.block, trap.count, trap.deadline)
+
+    def _block_write(self, trap: BlockWrite) -> None:
+        block = self._block(trap.slot)
+        block.write(trap.block, trap.data, trap.deadline, durable=trap.durable)
+
+    def _block_flush(self, trap: BlockFlush) -> None:
+        self._block(trap.slot).flush(trap.deadline)
+
+    def _entropy_draw(self, trap: EntropyDraw) -> bytes:
+        named = self.table.require(trap.slot, Rights.MAP).object
+        if not isinstance(named, Source):
+            raise AbiError(Status.PERMISSION_DENIED, f"slot {trap.slot} is no entropy source")
+        return named.draw(trap.size)
+
+    # ------------------------------------------------------------------ the secret
+
+    def _secret(self) -> Holding:
+        if self.secret is None:
+            raise AbiError(Status.PERMISSION_DENIED, "no grant of a secret")
+        return self.secret
+
+    def _secret_query(self, trap: SecretQuery) -> SecretBackend:  # noqa: ARG002
+        return SecretBackend.NONE if self.secret is None else self.secret.backend
+
+    def _secret_read(self, trap: SecretRead) -> bytes:  # noqa: ARG002
+        return self._secret().read()
+
+    def _secret_replace(self, trap: SecretReplace) -> None:
+        secret = self._secret()
+        if not 1 <= len(trap.data) <= SECRET_SIZE_MAX:
+            raise AbiError(Status.INVALID_ARGUMENT, f"a secret of {len(trap.data)} bytes")
+        secret.replace(trap.data)
 
     # ------------------------------------------------------------------ the rest
 
@@ -1842,13 +1945,17 @@ class Driver:
 def _cost(named: Named) -> int:
     if isinstance(named, Endpoint):
         return ENDPOINT_SIZE
-    return LINK_END_SIZE if isinstance(named, HolderLink) else named.length
+    if isinstance(named, HolderLink):
+        return LINK_END_SIZE
+    return named.length if isinstance(named, Vmo) else DEVICE_SIZE
 
 
 def _kind(named: Named) -> CapKind:
     if isinstance(named, Endpoint):
         return CapKind.ENDPOINT
-    return CapKind.LINK if isinstance(named, HolderLink) else CapKind.VMO
+    if isinstance(named, HolderLink):
+        return CapKind.LINK
+    return CapKind.VMO if isinstance(named, Vmo) else named.kind
 
 
 def cookie_of(end: socket.socket) -> bytes:

@@ -7,7 +7,15 @@ import stat
 from contextlib import ExitStack
 from typing import Final
 
-from nexus.abi import DeviceGrant, Grants, Isolation, ListenGrant, Program, SpawnReason
+from nexus.abi import (
+    DeviceGrant,
+    Grants,
+    Isolation,
+    ListenGrant,
+    Program,
+    SecretBackend,
+    SpawnReason,
+)
 from nexus.kernel.core import SpawnRefused
 from nexus.kernel.linux import landlock
 
@@ -25,6 +33,12 @@ def check_grants(grants: Grants, program: Program, *, harden: bool) -> None:
         raise SpawnRefused(
             SpawnReason.INVALID_PAYLOAD,
             f"{program.name} needs isolation = exec and streams, for its event loop",
+        )
+    if grants.secret is SecretBackend.FILE and harden and not landlock.version():
+        raise SpawnRefused(
+            SpawnReason.MAP_FAILED,
+            "this Linux kernel has no Landlock, which bounds a secret's directory; a secret in "
+            "the keyring does without",
         )
     network = bool(grants.listen or grants.connect)
     if network and harden and landlock.version() < landlock.NET_SINCE:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nexus.abi import VMO_SIZE_MAX, Grants, Isolation
+from nexus.abi import VMO_SIZE_MAX, Grants, Isolation, SecretBackend
 from nexus.kernel.linux import landlock, seccomp
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.native import (
@@ -44,6 +44,7 @@ from nexus.kernel.linux.native import (
     setns,
     unshare,
 )
+from nexus.kernel.linux.secrets import NO_SECRET, Secret, give_directory, take_key
 
 UID_FIRST: Final = 61_000  # one uid per row of the identity table; unused on common systems
 GC_THRESHOLD: Final = 50_000  # allocations: what init made is frozen, a service makes few cycles
@@ -58,6 +59,7 @@ THREAD_MARGIN: Final = 16 * 1024 * 1024
 IMPORT_DATA_MAX: Final = 512 * 1024 * 1024
 IMPORT_ADDRESSES_MAX: Final = 4 * 1024 * 1024 * 1024
 ORDINARY_DESCRIPTORS: Final = 64  # an event loop's own and TCP connections
+SECRET_DESCRIPTORS: Final = 2  # the directory, and the file that is written or read
 # Beside the import path and the interpreter: shared libraries, and what the C library reads.
 SYSTEM_PATHS: Final = (
     "/lib",
@@ -184,6 +186,9 @@ class Confinement(NamedTuple):
     name: str  # for ps
     budget: int  # bytes of objects the service may hold
     grants: Grants
+    file_size: int = VMO_SIZE_MAX  # bytes of the longest file it may write to
+    secret: Secret = NO_SECRET  # the directory is init's to open, the key is the child's to take
+    key_name: str = ""  # of the secret's key
 
 
 class Hardening:
@@ -223,12 +228,19 @@ class Hardening:
     def before_exec(self, readable: Iterable[str]) -> tuple[int, ...]:
         """All that can be done before an interpreter starts and reads the files of the import
         path; returns the kept descriptors, which the interpreter inherits, the last one to
-        measure its memory with. Raises OSError where a step is not optional."""
+        measure its memory with. `confinement` knows the secret afterwards. Raises OSError where
+        a step is not optional."""
         self._signals()
         statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-        kept = self._descriptors((*self.confinement.keep, statm))
+        directory = self.confinement.secret.directory
+        secret = () if directory < 0 else (directory,)
+        kept = self._descriptors((*self.confinement.keep, statm, *secret))
         for number in kept:
             os.set_inheritable(number, True)
+        if secret:
+            directory = kept[-1]
+            kept = kept[:-1]
+        self._secret(directory)
         if self.confinement.enabled:
             self._try("limits", self._limits)
             self._try("memory", self._import_memory)
@@ -266,6 +278,8 @@ class Hardening:
             for step in ("landlock", "seccomp"):
                 if step in self.why and (grants.listen or grants.connect):
                     raise OSError(f"no bound on TCP connections, {step}: {self.why[step]}")
+                if step in self.why and grants.secret is SecretBackend.FILE:
+                    raise OSError(f"no bound on the secret's directory, {step}: {self.why[step]}")
         _ = gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
@@ -326,7 +340,8 @@ class Hardening:
 
     def _descriptors_max(self) -> int:
         grants = self.confinement.grants
-        granted = len(grants.devices) + len(grants.listen)
+        granted = len(grants.devices) + len(grants.listen) + len(grants.hardware)
+        granted += SECRET_DESCRIPTORS if grants.secret else 0
         ordinary = bool(grants.streams or grants.listen or grants.connect)
         return DESCRIPTORS_MAX + granted + ORDINARY_DESCRIPTORS * ordinary
 
@@ -354,12 +369,12 @@ class Hardening:
         room = budget + MEMORY_MARGIN + THREAD_MARGIN * self.confinement.grants.threads
         _lower(resource.RLIMIT_DATA, data + room)
         _lower(resource.RLIMIT_AS, size + room + budget)  # views of its objects
-        _lower(resource.RLIMIT_FSIZE, VMO_SIZE_MAX)
+        _lower(resource.RLIMIT_FSIZE, self.confinement.file_size)
 
     def _import_memory(self) -> None:
         _lower(resource.RLIMIT_DATA, IMPORT_DATA_MAX)
         _lower(resource.RLIMIT_AS, IMPORT_ADDRESSES_MAX)
-        _lower(resource.RLIMIT_FSIZE, VMO_SIZE_MAX)
+        _lower(resource.RLIMIT_FSIZE, self.confinement.file_size)
 
     def _namespaces(self) -> None:
         if not self.confinement.namespaces:
@@ -396,10 +411,34 @@ class Hardening:
             raise OSError("no Landlock in this kernel")
         paths = (sys.prefix, sys.base_prefix, *SYSTEM_PATHS, *readable)
         connect = self.confinement.grants.connect if abi >= landlock.NET_SINCE else ()
-        os.close(landlock.restrict(abi, connect=connect, readable=dict.fromkeys(paths)))
+        ruleset = landlock.restrict(
+            abi,
+            connect=connect,
+            readable=dict.fromkeys(paths),
+            replaceable=self._secret_directories(),
+        )
+        os.close(ruleset)
 
     def _import_seccomp(self, stage: seccomp.Stage) -> None:
-        seccomp.install(self.confinement.grants, stage)
+        seccomp.install(self.confinement.grants, stage, self.confinement.secret)
+
+    def _secret(self, directory: int) -> None:
+        """Find or make what the service's secret is kept in, while that is still allowed, and
+        give it to the id that the service will have."""
+        secret = Secret(directory)
+        uid = self.confinement.uid if self.confinement.enabled else None
+        if directory >= 0:
+            give_directory(directory, os.geteuid() if uid is None else uid)
+        if self.confinement.grants.secret is SecretBackend.KEYRING:
+            try:
+                secret = Secret(key=take_key(self.confinement.key_name))
+            except OSError as error:
+                self.why["keyring"] = str(error)  # the service is told so when it asks
+        self.confinement = self.confinement._replace(secret=secret)
+
+    def _secret_directories(self) -> tuple[int, ...]:
+        directory = self.confinement.secret.directory
+        return () if directory < 0 else (directory,)
 
     def _die_with_parent(self) -> None:
         """After the change of ids, which clears it."""
@@ -417,12 +456,13 @@ class Hardening:
         grants = self.confinement.grants
         if abi < landlock.NET_SINCE and (grants.listen or grants.connect):
             raise OSError(f"Landlock ABI {abi} knows no TCP ports, {landlock.NET_SINCE} is needed")
-        os.close(landlock.restrict(abi, connect=grants.connect))
+        replaceable = self._secret_directories()
+        os.close(landlock.restrict(abi, connect=grants.connect, replaceable=replaceable))
         if abi < landlock.SCOPE_SINCE:
             self.why["landlock_scope"] = f"Landlock ABI {abi}, {landlock.SCOPE_SINCE} is needed"
 
     def _seccomp(self) -> None:
-        seccomp.install(self.confinement.grants)
+        seccomp.install(self.confinement.grants, secret=self.confinement.secret)
 
 
 def _lower(kind: int, limit: int) -> None:

@@ -23,13 +23,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 from nexus.abi import (
     AUDIT_LINES_MAX,
+    BLOCK_SIZE,
     CONSOLE_LINE_SIZE_MAX,
     ENTROPY_SIZE_MAX,
     EVIDENCE_SIZE_MAX,
@@ -37,12 +38,15 @@ from nexus.abi import (
     INIT_NAME,
     NO_WAIT,
     TASKS_MAX,
+    VMO_SIZE_MAX,
     AbiError,
     AuditLines,
     AuditLog,
     BootImage,
     BootMemoryRead,
     BootMemoryReplace,
+    BusEntry,
+    BusScan,
     Entropy,
     Event,
     EventKind,
@@ -60,6 +64,7 @@ from nexus.abi import (
     QosClass,
     Recorder,
     Rights,
+    SecretBackend,
     Sender,
     Slot,
     Spawn,
@@ -78,6 +83,7 @@ from nexus.kernel.core import (
     QOS_STATUS,
     Account,
     CannotRun,
+    Hardware,
     OwnerShare,
     QosReason,
     QosRequest,
@@ -87,12 +93,14 @@ from nexus.kernel.core import (
     SystemShares,
     audit_line,
     check_boot_memory,
+    check_bus,
     check_console,
     check_cpu,
     check_notice,
     check_ports,
     check_spec,
     decide,
+    find_hardware,
     grants_fields,
     parse_evidence,
 )
@@ -100,6 +108,7 @@ from nexus.kernel.linux import channel as wire
 from nexus.kernel.linux import outside, seccomp
 from nexus.kernel.linux.bootmemory import BootMemory
 from nexus.kernel.linux.child import CONTROL_TERMS, Birth, live
+from nexus.kernel.linux.devices import FILE, Granted
 from nexus.kernel.linux.driver import (
     AT_ONCE,
     CONTROL_SIZE,
@@ -111,12 +120,14 @@ from nexus.kernel.linux.driver import (
 )
 from nexus.kernel.linux.grants import check_grants, open_granted
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
+from nexus.kernel.linux.hardware import Bus
 from nexus.kernel.linux.identity import CREDENTIALS, NO_ID, ROWS, IdentityTable, IdentityView
 from nexus.kernel.linux.native import MACHINE, timerfd, timerfd_arm
 from nexus.kernel.linux.notify import ServiceManager
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
 from nexus.kernel.linux.outside import SignalLink
 from nexus.kernel.linux.seccomp import Stage
+from nexus.kernel.linux.secrets import NO_SECRET, Secret, key_name, open_directory
 from nexus.kernel.linux.sight import DRIVER_DESCRIPTORS, STANDARD_DESCRIPTORS, seen
 from nexus.kernel.linux.stage2 import Handover, execute, hand_over
 from nexus.kernel.linux.truesize import Truesize
@@ -176,6 +187,7 @@ class Child:
         "channel",
         "exit",
         "frames",
+        "hardware",
         "killed",
         "links",
         "name",
@@ -203,6 +215,7 @@ class Child:
     ) -> None:
         self.name = spec.name
         self.program = spec.program
+        self.hardware = tuple(grant.name for grant in spec.grants.hardware)
         self.pid = sender.pid
         self.sender = sender
         self.qos = sender.qos
@@ -267,6 +280,7 @@ class LinuxKernel:
     `state_dir` holds what outlives a boot; without it BootMemory is Unsupported. `runtime_dir`
     holds the sockets of the ports; without it a task with ports cannot start. Both are made if
     they are not there. `notify_socket` is the value of NOTIFY_SOCKET, None without a manager.
+    `hardware` is the bus map: images without a path, and secrets, are in the state directory.
     While `run` is running, SIGTERM, SIGINT and SIGHUP are messages to the root task.
     """
 
@@ -284,7 +298,9 @@ class LinuxKernel:
         runtime_dir: Path | None = None,
         notify_socket: str | None = None,
         uid_first: int = UID_FIRST,
+        hardware: Sequence[Hardware] = (),
     ) -> None:
+        check_bus(hardware)
         self.programs: Programs = programs
         self.limits = limits if limits is not None else SystemLimits()
         self.cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus is None else cpus
@@ -293,6 +309,8 @@ class LinuxKernel:
         self.selftest = selftest
         self.runtime_dir = runtime_dir
         self.uid_first = uid_first
+        self.state_dir = state_dir
+        self.bus = Bus(hardware, state_dir)
         self.boot_memory = BootMemory(state_dir)
         self.manager = ServiceManager(notify_socket)
         self.ports: dict[str, tuple[Path, ...]] = {}  # sockets of live tasks, by their name
@@ -461,6 +479,7 @@ class LinuxKernel:
                 BootMemoryRead: self._boot_memory_read,
                 BootMemoryReplace: self._boot_memory_replace,
                 Notify: self._notify,
+                BusScan: self._bus_scan,
             }
         )
         share.endpoints.take(1)
@@ -544,6 +563,8 @@ class LinuxKernel:
             fields = {**fields, "owner": known, "holder": name}
         elif kind is EventKind.REFUSED:
             fields = {**fields, "owner": name}
+        elif kind is EventKind.DEVICE:
+            fields = {**fields, "holder": name}
         self._event(kind, sender.pid, fields)
 
     def traced(self, sender: Sender, name: str, number: int, status: int, size: int) -> None:
@@ -918,6 +939,7 @@ class LinuxKernel:
         live_names = {child.name for child in self.children.values() if child.exit is None}
         program = check_spec(spec, self.programs, live_names | {INIT_NAME})
         check_grants(spec.grants, program, harden=self.harden)
+        devices = find_hardware(spec.grants, self.bus.present, self._live_hardware())
         check_cpu(spec, len(self.cpus))
         held = self.driver.table.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
@@ -932,7 +954,7 @@ class LinuxKernel:
             raise SpawnRefused(SpawnReason.ENDPOINT_QUOTA, f"{spec.endpoints} endpoints")
         with ExitStack() as undo:
             try:
-                spawned = self._start_within(spec, program, held.object, undo)
+                spawned = self._start_within(spec, program, devices, held.object, undo)
             except SpawnRefused:
                 raise
             except (AbiError, OSError) as refusal:
@@ -940,8 +962,18 @@ class LinuxKernel:
             _ = undo.pop_all()
         return spawned
 
+    def _live_hardware(self) -> set[str]:
+        """The devices that have a holder."""
+        live = [child for child in self.children.values() if child.exit is None]
+        return {name for child in live for name in child.hardware}
+
     def _start_within(
-        self, spec: SpawnSpec, program: Program, control: Endpoint, undo: ExitStack
+        self,
+        spec: SpawnSpec,
+        program: Program,
+        devices: tuple[Hardware, ...],
+        control: Endpoint,
+        undo: ExitStack,
     ) -> Spawned:
         self.shares.tasks.take(1)
         _ = undo.callback(self.shares.tasks.give, 1)
@@ -973,14 +1005,20 @@ class LinuxKernel:
         links = (upward.sock, near)
         ports = self._open_ports(spec, undo)
         with ExitStack() as granted:
+            opened = [self.bus.open(device, granted) for device in devices]
             names = open_granted(spec.grants, granted)
+            secret = NO_SECRET
+            if spec.grants.secret is SecretBackend.FILE:
+                secret = Secret(open_directory(self.state_dir, spec.name, granted))
             inherited = (
                 *(end.fileno() for end in (up_near, far)),
                 self.table.descriptor,
                 *(port.fileno() for port in ports),
+                *(number for device, number in opened if device.described),
                 *names.values(),
             )
-            birth = self._birth(spec, program, sender, share, tuple(names))
+            described = tuple(device for device, _ in opened)
+            birth = self._birth(spec, program, sender, share, described, tuple(names), secret)
             child, degraded = self._fork(birth, inherited, links)
             _ = granted.callback(self._forget_ends, up_near, far, *ports)
             if child.preparing is not None:
@@ -991,6 +1029,8 @@ class LinuxKernel:
         ):
             fields = {"owner": owner, "holder": holder, "depth": terms.depth, "size": terms.size}
             self._event(EventKind.LINK, child.pid, fields)
+        for device in birth.devices:
+            self._event(EventKind.DEVICE, child.pid, _opened_fields(device, spec.name))
         self.children[child.pid] = child
         self.generations[spec.name] = child.sender.generation
         if child.preparing is None:
@@ -1031,17 +1071,23 @@ class LinuxKernel:
         program: Program,
         sender: Sender,
         share: OwnerShare,
+        devices: tuple[Granted, ...],
         names: tuple[str, ...],
+        secret: Secret,
     ) -> Birth:
         """What a child takes along; its descriptors and its id follow when there is a process."""
         if self.harden and MACHINE in seccomp.MACHINES:
             executed = spec.grants.isolation is Isolation.EXEC
-            _ = seccomp.assembled(spec.grants, Stage.START if executed else Stage.FINAL)
+            # What holds a secret has numbers in its filter that only the child knows.
+            if not spec.grants.secret:
+                _ = seccomp.assembled(spec.grants, Stage.START if executed else Stage.FINAL)
+        images = [device.block_count * BLOCK_SIZE for device in devices if device.backing == FILE]
         return Birth(
             spec=spec,
             program=program,
             me=sender,
             spawner=self.root.service,
+            devices=devices,
             names=names,
             confinement=Confinement(
                 parent=os.getpid(),
@@ -1053,6 +1099,9 @@ class LinuxKernel:
                 name=spec.name,
                 budget=spec.budget,
                 grants=spec.grants,
+                file_size=max([VMO_SIZE_MAX, *images]),
+                secret=secret,
+                key_name=key_name(self.state_dir, spec.name),
             ),
             share=share,
             truesize=self.truesize,
@@ -1118,7 +1167,7 @@ class LinuxKernel:
         """How many descriptors a child ought to have when it says that it is confined."""
         at_first = STANDARD_DESCRIPTORS + 1  # and the kernel channel
         if spec.grants.isolation is Isolation.EXEC:
-            return at_first
+            return at_first + (spec.grants.secret is SecretBackend.FILE)
         # The identity table is mapped and closed.
         return at_first + len(inherited) - 1 + DRIVER_DESCRIPTORS + len(spec.grants.ports)
 
@@ -1215,7 +1264,9 @@ class LinuxKernel:
         now: it can neither be taken for another nor leave what it is given."""
         birth = preparing.birth
         assert child.channel is not None, "it has just been read"
-        handover = Handover(birth.spec, child.sender, birth.spawner, birth.names, birth.trace)
+        handover = Handover(
+            birth.spec, child.sender, birth.spawner, birth.devices, birth.names, birth.trace
+        )
         try:
             child.outside = seen(child.pid, self._granted(birth.spec, preparing.inherited))
             self.table.set_ids(child.pid, prepared.uid, prepared.gid)
@@ -1316,6 +1367,9 @@ class LinuxKernel:
 
     def _boot_memory_replace(self, trap: BootMemoryReplace) -> None:
         self.boot_memory.replace(check_boot_memory(trap.data))
+
+    def _bus_scan(self, trap: BusScan) -> tuple[BusEntry, ...]:  # noqa: ARG002
+        return self.bus.scan()
 
     def _notify(self, trap: Notify) -> None:
         self.manager.tell(check_notice(trap.text))
@@ -1446,6 +1500,18 @@ def _receive(channel: socket.socket) -> tuple[bytes, tuple[int, int, int] | None
 def _no_start(name: str, program: str, reason: SpawnReason, detail: str) -> dict[str, object]:
     """The fields of SPAWN_FAILED."""
     return {"name": name, "program": program, "reason": reason.name.lower(), "detail": detail}
+
+
+def _opened_fields(device: Granted, holder: str) -> dict[str, object]:
+    """The fields of DEVICE when init has opened one for its holder."""
+    return {
+        "name": device.name,
+        "what": "granted",
+        "holder": holder,
+        "backing": device.backing,
+        "block_count": device.block_count,
+        "writable": device.writable,
+    }
 
 
 def _not_in_time(span: int) -> str:

@@ -24,8 +24,13 @@ SCOPE_SINCE: Final = 6  # ABI version with abstract sockets and signals
 NET_RIGHTS: Final = 0b11
 SCOPES: Final = 0b11
 FS_EXECUTE: Final = 1 << 0
+FS_WRITE_FILE: Final = 1 << 1
 FS_READ_FILE: Final = 1 << 2
 FS_READ_DIR: Final = 1 << 3
+FS_REMOVE_FILE: Final = 1 << 5
+FS_MAKE_REG: Final = 1 << 8
+# What it takes to read a file of a directory, and to replace it by another one of it.
+FS_REPLACE: Final = FS_READ_FILE | FS_WRITE_FILE | FS_MAKE_REG | FS_REMOVE_FILE
 NET_CONNECT_TCP: Final = 1 << 1
 _CREATE_RULESET_VERSION: Final = 1
 _RULE_PATH_BENEATH: Final = 1
@@ -57,11 +62,18 @@ def version() -> int:
         return 0
 
 
-def restrict(abi: int, *, connect: Iterable[int] = (), readable: Iterable[str] = ()) -> int:
+def restrict(
+    abi: int,
+    *,
+    connect: Iterable[int] = (),
+    readable: Iterable[str] = (),
+    replaceable: Iterable[int] = (),
+) -> int:
     """Confine the calling process for ever; returns a descriptor for the caller to close.
 
     `connect` are the TCP ports it may still connect to (NET_SINCE), `readable` the files and
     directories it may still read and execute; those that are not there are left out.
+    `replaceable` are descriptors of directories whose files it may read, make and remove.
     Raises OSError.
     """
     assert abi >= 1, "the caller has looked at version()"
@@ -76,6 +88,8 @@ def restrict(abi: int, *, connect: Iterable[int] = (), readable: Iterable[str] =
     for path in readable:
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             _allow_reading(descriptor, path)
+    for directory in replaceable:
+        _allow(descriptor, directory, FS_REPLACE)
     for port in connect:
         rule = _Port(NET_CONNECT_TCP, port)
         _ = syscall(NR_LANDLOCK_ADD_RULE, descriptor, _RULE_NET_PORT, ctypes.byref(rule), 0)
@@ -90,7 +104,11 @@ def _allow_reading(ruleset: int, path: str) -> None:
         rights = FS_READ_FILE | FS_EXECUTE
         if Path(path).is_dir():
             rights |= FS_READ_DIR
-        rule = _Beneath(rights, parent)
-        _ = syscall(NR_LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+        _allow(ruleset, parent, rights)
     finally:
         os.close(parent)
+
+
+def _allow(ruleset: int, parent: int, rights: int) -> None:
+    rule = _Beneath(rights, parent)
+    _ = syscall(NR_LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)

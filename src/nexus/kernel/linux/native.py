@@ -207,10 +207,23 @@ def map_read_only(
 
     mmap.mmap would keep a duplicate of the descriptor for as long as the mapping lives.
     """
-    address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    array = _map(descriptor, length, 0, mmap.PROT_READ, ended)
+    return memoryview(array).toreadonly().cast("B")
+
+
+def map_shared(descriptor: int, length: int, offset: int) -> "ctypes.Array[ctypes.c_ubyte]":
+    """A shared mapping of a descriptor that may be written, unmapped when the array and all that
+    was made from it are let go."""
+    return _map(descriptor, length, offset, mmap.PROT_READ | mmap.PROT_WRITE, None)
+
+
+def _map(
+    descriptor: int, length: int, offset: int, protection: int, ended: Callable[[], None] | None
+) -> "ctypes.Array[ctypes.c_ubyte]":
+    address = _mmap(None, length, protection, mmap.MAP_SHARED, descriptor, offset)
     if address is None or address == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap: {os.strerror(number)}")
     array = (ctypes.c_ubyte * length).from_address(address)
     array.mapping = _Mapping(address, length, ended)  # type: ignore[attr-defined]
-    return memoryview(array).toreadonly().cast("B")
+    return array

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from nexus.abi import AbiError, LinkId, LinkTerms, Sender, ServiceId, Slot, Status
+from nexus.kernel.linux.devices import Device
 from nexus.kernel.linux.frames import NO_COOKIE, TRAILER_SIZE
 from nexus.kernel.linux.native import SIOCINQ, SIOCOUTQ
 from nexus.kernel.linux.truesize import TRUESIZE_SLACK, Truesize
@@ -250,5 +251,5 @@ class Vmo:
         self.views = 0  # mappings that are still out
 
 
-Named = HolderLink | Endpoint | Vmo
+Named = HolderLink | Endpoint | Vmo | Device
 """What a slot can name."""

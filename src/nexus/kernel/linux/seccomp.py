@@ -15,8 +15,9 @@ from enum import IntEnum
 from functools import cache
 from typing import Final, NamedTuple
 
-from nexus.abi import Grants
+from nexus.abi import Grants, HardwareKind, SecretBackend
 from nexus.kernel.linux.native import LIBC, MACHINE, PR_SET_NO_NEW_PRIVS, SIOCINQ, SIOCOUTQ, prctl
+from nexus.kernel.linux.secrets import KEYCTL_READ, KEYCTL_UPDATE, NO_SECRET, Secret
 
 
 class Machine(NamedTuple):
@@ -106,6 +107,12 @@ TCP_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
 # port that Linux chooses.
 LISTEN_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"listen": (50, 201)}
 CONNECT_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"connect": (42, 203)}
+# A block device is read and written by what every service has for its memory objects.
+BLOCK_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
+    "pwritev2": (328, 287),
+    "fdatasync": (75, 83),
+}
+SECRET_FILE_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {"fsync": (74, 82)}
 # What an interpreter needs to import, and to confine itself afterwards. Landlock bounds the paths.
 IMPORT_CALLS: Final[dict[str, tuple[int | None, int | None]]] = {
     **THREAD_CALLS,
@@ -150,6 +157,11 @@ FCNTL: Final = (72, 25)
 MMAP: Final = (9, 222)
 MPROTECT: Final = (10, 226)
 CLONE3: Final = (435, 435)
+OPENAT: Final = (257, 56)
+UNLINKAT: Final = (263, 35)
+RENAMEAT: Final = (264, 38)
+RENAMEAT2: Final = (316, 276)  # what a C library takes where there is no renameat
+KEYCTL: Final = (250, 219)
 
 AF_UNIX: Final = 1
 AF_INET: Final = 2
@@ -176,6 +188,11 @@ THREAD_FLAGS: Final = (0x3D_0F00, 0x7D_0F00)
 # F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS, F_GET_SEALS: none makes a descriptor.
 FCNTLS: Final = (1, 2, 3, 1033, 1034)
 PROT_EXEC: Final = 4
+# Flags to read or to make a file of the secret's directory: O_WRONLY, CREAT, EXCL, NONBLOCK and
+# CLOEXEC, and NOFOLLOW and LARGEFILE, which have each other's number on aarch64. Neither
+# O_DIRECTORY nor O_PATH nor O_TMPFILE: no other directory to start from.
+SECRET_OPEN_FLAGS: Final = 0o2504301
+UINT_MAX: Final = 0xFFFF_FFFF
 
 # include/uapi/linux/bpf_common.h and seccomp.h
 LOAD: Final = 0x20
@@ -197,6 +214,7 @@ SECCOMP_MODE_FILTER: Final = 2
 _INSTRUCTION: Final = struct.Struct("=HBBI")
 
 Instruction = tuple[int, int, int, int]
+Numbers = tuple[int | None, int | None]
 
 
 class Stage(IntEnum):
@@ -291,7 +309,35 @@ def _tcp_option() -> list[Instruction]:
     ]
 
 
-Numbers = tuple[int | None, int | None]
+def _both(first: int, values: tuple[int, ...], body: list[Instruction]) -> list[Instruction]:
+    """Go on to `body` if argument `first` is one of the values, refuse otherwise."""
+    code: list[Instruction] = [(LOAD, 0, 0, ARGUMENT_AT[first])]
+    for position, value in enumerate(values):
+        code.append((JUMP_EQUAL, len(values) - position, 0, value))
+    return [*code, (RETURN, 0, 0, REFUSE), *body]
+
+
+def _secret_calls(secret: Secret, stage: Stage) -> list[tuple[Numbers, list[Instruction]]]:
+    """What a service may do with the place of its secret, and with no other directory or key.
+
+    An absolute path, or one that climbs, is Landlock's to refuse.
+    """
+    limited: list[tuple[Numbers, list[Instruction]]] = []
+    if secret.directory >= 0:
+        here = (secret.directory,)
+        rename = _both(0, here, _one_of(2, here))
+        limited += [
+            (UNLINKAT, _both(0, here, _one_of(2, (0,)))),  # no AT_REMOVEDIR
+            (RENAMEAT, rename),
+            (RENAMEAT2, _both(0, here, _both(2, here, _one_of(4, (0,))))),  # no exchange
+        ]
+        if stage is Stage.FINAL:  # before, Landlock says what an import opens
+            flags = _without(2, UINT_MAX & ~SECRET_OPEN_FLAGS)
+            limited.append((OPENAT, _both(0, here, flags)))
+    if secret.key:
+        operations = (KEYCTL_READ, KEYCTL_UPDATE)
+        limited.append((KEYCTL, _both(0, operations, _one_of(1, (secret.key,)))))
+    return limited
 
 
 def _calls(grants: Grants, stage: Stage) -> dict[str, Numbers]:
@@ -308,6 +354,10 @@ def _calls(grants: Grants, stage: Stage) -> dict[str, Numbers]:
         calls |= LISTEN_CALLS
     if grants.connect:
         calls |= CONNECT_CALLS
+    if any(each.kind is HardwareKind.BLOCK for each in grants.hardware):
+        calls |= BLOCK_CALLS
+    if grants.secret is SecretBackend.FILE:
+        calls |= SECRET_FILE_CALLS
     if stage >= Stage.IMPORT:
         calls |= IMPORT_CALLS
     if stage >= Stage.START:
@@ -315,7 +365,9 @@ def _calls(grants: Grants, stage: Stage) -> dict[str, Numbers]:
     return calls
 
 
-def _limited(grants: Grants, stage: Stage) -> list[tuple[Numbers, list[Instruction]]]:
+def _limited(
+    grants: Grants, stage: Stage, secret: Secret
+) -> list[tuple[Numbers, list[Instruction]]]:
     """The calls allowed with some arguments only."""
     stream = (SOCK_STREAM,) if grants.streams else ()
     tcp = bool(grants.listen or grants.connect)
@@ -338,7 +390,7 @@ def _limited(grants: Grants, stage: Stage) -> list[tuple[Numbers, list[Instructi
         limited += [(SENDTO, _without(3, MSG_FASTOPEN)), (SENDMSG, _without(2, MSG_FASTOPEN))]
     if grants.connect:
         limited.append((SOCKET, _tcp_socket()))
-    return limited
+    return limited + _secret_calls(secret, stage)
 
 
 NO_GRANTS: Final = Grants()
@@ -354,7 +406,10 @@ def allowed_calls(
 
 
 def program(
-    machine: str, grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL
+    machine: str,
+    grants: Grants = NO_GRANTS,
+    stage: Stage = Stage.FINAL,
+    secret: Secret = NO_SECRET,
 ) -> list[Instruction]:
     """The filter of an architecture. Raises KeyError for one without a table."""
     known = MACHINES[machine]
@@ -366,7 +421,7 @@ def program(
     ]
     for number in allowed_calls(machine, grants, stage).values():
         code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    for numbers, body in _limited(grants, stage):
+    for numbers, body in _limited(grants, stage, secret):
         limited = numbers[known.column]
         if limited is not None:
             code += [(JUMP_EQUAL, 0, len(body), limited), *body]
@@ -376,18 +431,20 @@ def program(
 
 
 @cache
-def assembled(grants: Grants, stage: Stage) -> bytes:
+def assembled(grants: Grants, stage: Stage, secret: Secret = NO_SECRET) -> bytes:
     """The filter of this machine as Linux reads it. Asked for by init before it forks, so that a
     child finds it made. Raises KeyError for a machine without a table."""
-    instructions = program(MACHINE, grants, stage)
+    instructions = program(MACHINE, grants, stage, secret)
     return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
 
 
-def install(grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL) -> None:
+def install(
+    grants: Grants = NO_GRANTS, stage: Stage = Stage.FINAL, secret: Secret = NO_SECRET
+) -> None:
     """Confine the calling process for ever. Raises OSError."""
     if MACHINE not in MACHINES:
         raise OSError(f"there is no list of the calls of {MACHINE}")
-    code = assembled(grants, stage)
+    code = assembled(grants, stage, secret)
     text = ctypes.create_string_buffer(code, len(code))
     listing = _Program(len(code) // _INSTRUCTION.size, ctypes.addressof(text))
     _ = prctl(PR_SET_NO_NEW_PRIVS, 1)

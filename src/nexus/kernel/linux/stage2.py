@@ -7,8 +7,9 @@
     init           enters its ids as Linux stamps them, and only then hands over links, argument
                    and grants
 
-Until then the process has the kernel channel and nothing else of the system, and init believes
-nothing it says but the stamp of Linux. Init does not wait for any of it: the spawn has returned,
+Until then the process has the kernel channel and nothing else of the system but the place of its
+own secret, which Landlock and the filters must know from the start; and init believes nothing it
+says but the stamp of Linux. Init does not wait for any of it: the spawn has returned,
 init holds the service's side of its links, and an import that fails, hangs or dies is the end of
 an instance. What the program does while it is imported is bounded by
 the first stage, for it could leave out the second.
@@ -47,11 +48,12 @@ from nexus.kernel.linux.child import (
     furnish,
     run,
 )
+from nexus.kernel.linux.devices import Granted
 from nexus.kernel.linux.harden import Confinement, Hardening, import_paths, preload
 from nexus.kernel.linux.truesize import Truesize
 
 BIRTH_SIZE_MAX: Final = 64 * 1024  # bytes; an argument is at most a quarter of it
-BIRTH_DESCRIPTORS_MAX: Final = 64  # three, ports, devices and sockets
+BIRTH_DESCRIPTORS_MAX: Final = 64  # three, ports, devices of both kinds and sockets
 DETAIL_SIZE_MAX: Final = 512  # bytes of the sentence about a failed import
 NANOSECONDS: Final = 1_000_000  # per millisecond
 
@@ -88,12 +90,14 @@ class Plan(NamedTuple):
 
 class Handover(NamedTuple):
     """What init hands over when the task's ids are in the table; descriptors travel along:
-    control link, own endpoint's link, identity, ports, devices and sockets."""
+    control link, own endpoint's link, identity, ports, devices of the bus map, character devices
+    and sockets."""
 
     spec: SpawnSpec
     me: Sender
     spawner: ServiceId
-    names: tuple[str, ...]  # of devices and sockets
+    devices: tuple[Granted, ...]  # of the bus map
+    names: tuple[str, ...]  # of character devices and sockets
     trace: bool
 
 
@@ -114,6 +118,7 @@ def execute(
     try:
         inherited = import_paths()
         channel, statm = hardening.before_exec((*path, *inherited))
+        confinement = hardening.confinement  # it knows the secret by now
         plan = Plan(entry, path, ordinary, channel, statm, confinement, hardening.why)
         words = (str(channel), pickle.dumps(plan).hex(), *inherited)
         os.execve(  # noqa: S606 (there is no shell in it)
@@ -162,6 +167,7 @@ def _live(plan: Plan) -> int:
         program=None,
         me=handover.me,
         spawner=handover.spawner,
+        devices=handover.devices,
         names=handover.names,
         confinement=plan.confinement,
         share=OwnerShare(spec.owner_size, spec.endpoints),
