@@ -43,6 +43,18 @@ restarts = 5
 within = "30s"
 exceeded = "safe-mode"
 
+[device.disk]
+kind = "block"
+size = "1MiB"
+path = "/dev/sda"
+
+[device.rng]
+kind = "entropy"
+
+[device.old]
+kind = "empty"
+legacy = true
+
 [service.policyd]
 program = "policyd"
 uses = { logd = { depth = 64, sync = false } }
@@ -74,7 +86,9 @@ threads = 2
 ports = ["console"]
 connect = [1883, 80]
 devices.serial = { path = "/dev/ttyS0", writable = true }
-capabilities = ["proof.control", "log.read"]
+hardware = ["rng", "disk"]
+secret = "file"
+capabilities = ["proof.control", "log.read:/plant/", "log.read"]
 restart = { backoff = "50ms", backoff_max = "5s", reset = "10s" }
 stop = "1s"
 
@@ -105,7 +119,7 @@ timed = ["ipc.core"]
   "ipc.core",
   "log.read", # why
 ]
-client = []
+client = ["a.b:/x/", "a.b:/y z", "a.b"]
 
 [route]
 timed = "time.use"
@@ -119,6 +133,7 @@ VALUES: Final = (
     '["a", "a"]', "{ a = 1 }", "1979-05-27T07:32:00Z", '"1ms"', '"60min"', '"999999999min"',
     '"16KiB"', '"exec"', '"fork"', '"core"', '"timed"', '"client"', '"policyd"', '"logd"',
     '["policyd"]', '{ policyd = {}, logd = {} }', '[{ name = "client" }]', '"::1"', "a.b.c.d",
+    '["rng"]', '["old"]', '"block"', '"empty"', '"keyring"', '"/dev/sda"', '["a:b"]', '["a: b"]',
 )  # fmt: skip
 """What a value is replaced with."""
 

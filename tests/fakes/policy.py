@@ -19,7 +19,7 @@ from nexus.protocols.init import (
 )
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Append, Appended, LogdStatus
-from nexus.protocols.policy import Policy, Right, decode_policy
+from nexus.protocols.policy import Policy, decode_policy, parse_right
 from nexus.runtime import Call, Deferred, Server, ServiceConfig
 from nexus.services.policyd import main as policyd_main
 from tests.fakes.pair import SEED, TERMS
@@ -38,7 +38,7 @@ def policy_of(
     return Policy(
         services=list(services),
         allow={
-            name: [Right(right, "base.toml", line) for line, right in enumerate(given, 1)]
+            name: [parse_right(right, "base.toml", line) for line, right in enumerate(given, 1)]
             for name, given in rights.items()
         },
         routes=dict(routes or {}),

@@ -14,7 +14,7 @@ from nexus.init.declare import Table
 from nexus.init.errors import SystemFileError
 from nexus.init.plan import make_plan
 from nexus.init.policy import POLICY_FILE, merge, parse_layer
-from nexus.init.system import GROUP, SERVICE, SYSTEM, parse
+from nexus.init.system import DEVICE, GROUP, SERVICE, SYSTEM, parse
 
 SAMPLE_COUNT: Final = 1_500  # files per loader in `make test`
 EXAMPLES: Final = 150
@@ -75,6 +75,7 @@ SCALARS: Final = st.one_of(
         ("1ms", "2s", "1min", "16KiB", "1MiB", "timed", "client", "policyd", "logd", "one", "all")
     ),
     st.sampled_from(("core", "fork", "exec", "safe-mode", "a.b", "/dev/x", "../x", "x:y", "::1")),
+    st.sampled_from(("block", "entropy", "empty", "disk", "keyring", "file", "64KiB", "100001B")),
 )
 VALUES: Final = st.recursive(
     SCALARS,
@@ -124,11 +125,21 @@ SERVICES: Final = st.fixed_dictionaries(
     some_of(SYSTEM, {"name": "any", "total_size": "16MiB"}),
     SERVICES,
     st.dictionaries(st.sampled_from(("a", "timed")), some_of(GROUP, {}), max_size=1),
+    st.dictionaries(
+        st.sampled_from(("disk", "timed")),
+        st.sampled_from(("block", "entropy", "empty")).flatmap(
+            lambda kind: some_of(DEVICE, {"kind": kind})
+        ),
+        max_size=2,
+    ),
 )
 def test_any_value_of_any_key_gives_a_sentence_or_a_plan(
-    system: dict[str, Any], services: dict[str, Any], groups: dict[str, Any]
+    system: dict[str, Any],
+    services: dict[str, Any],
+    groups: dict[str, Any],
+    devices: dict[str, Any],
 ) -> None:
-    document = {"system": system, "service": services, "group": groups}
+    document = {"system": system, "service": services, "group": groups, "device": devices}
     text = "".join(f"{key} = {toml(value)}\n" for key, value in document.items())
     try:
         plan = make_plan(parse(text.encode(), Path("any.toml")))

@@ -129,6 +129,30 @@ def test_a_right_says_who_holds_it_and_where(file: Path) -> None:
     assert f"log.read is held by: demo.testsvc [{file.with_name('base.toml')}:3]" in found.lines
 
 
+def test_a_bound_right_is_explained_with_what_it_is_for(file: Path) -> None:
+    base = file.with_name("base.toml")
+    text = base.read_text().replace('"log.read"', '"log.read:/plant/"', 1)
+    base.write_text(text)
+    plain = asked(file, "demo.testsvc", "init-lite", "log.read")
+    inside = asked(file, "demo.testsvc", "init-lite", "log.read:/plant/pump")
+    exact = asked(file, "demo.testsvc", "init-lite", "log.read:/plant/")
+    outside = asked(file, "demo.testsvc", "init-lite", "log.read:/office/")
+
+    alone = "demo.testsvc holds log.read for /plant/ alone"
+    assert answer(plain, "policy") == answer(inside, "policy") == (True, alone, "base.toml:3")
+    assert answer(exact, "policy") == (True, "demo.testsvc holds log.read", "base.toml:3")
+    assert plain.holders == exact.holders == (("demo.testsvc", f"{base}:3"),)
+    assert not outside.allowed
+    assert outside.holders == ()
+    assert outside.remedies == (f'{base}:3: add "log.read:/office/" to the rights of demo.testsvc',)
+
+
+@pytest.mark.parametrize("word", ["log.read:", "log.read: x", "log.read:" + "x" * 65, "a" * 49])
+def test_what_no_policy_file_may_have_is_no_right(file: Path, word: str) -> None:
+    with pytest.raises(UnknownName, match="is no right"):
+        _ = asked(file, "demo.testsvc", "init-lite", word)
+
+
 def test_a_right_that_a_later_file_took_away_says_so(file: Path) -> None:
     found = asked(file, "timed", "init-lite", "log.read")
 

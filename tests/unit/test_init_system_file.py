@@ -675,7 +675,7 @@ def test_the_data_of_a_plan_is_json_with_the_names_of_its_fields() -> None:
     data = json.loads(json.dumps(plan_data(plan)))
 
     assert data["services"][1]["grants"]["connect"] == [80]
-    assert data["policy"]["allow"] == {"client": [["a.b", "test.toml", 11]]}
+    assert data["policy"]["allow"] == {"client": [["a.b", "test.toml", 11, ""]]}
     assert data["groups"][0]["strategy"] == "one"
     assert "by_name" not in data
 

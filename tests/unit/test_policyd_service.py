@@ -125,6 +125,18 @@ def test_a_service_without_an_entry_has_no_right() -> None:
     assert verdict_of(*ask(system, Check("proof.probe", ""), name="logd")) == DENIED
 
 
+def test_a_right_that_is_bound_allows_its_target_alone() -> None:
+    rights = {"app": ["ipc.core", "statefs.write:/state/app/", "port.open:door", "port.open:gate"]}
+    targets = ("/state/app/", "/state/app/key", "/state/app", "/state/apple/", "/state/", "")
+    system = PolicySystem(policy_of(rights))
+
+    writes = ask(system, *(Check("statefs.write", target) for target in targets))
+    opens = ask(system, *(Check("port.open", name) for name in ("door", "gate", "doors", "")))
+
+    assert [verdict_of(each) for each in writes] == [ALLOWED] * 2 + [DENIED] * 4
+    assert [verdict_of(each) for each in opens] == [ALLOWED] * 2 + [DENIED] * 2
+
+
 def test_the_subject_of_a_check_is_the_sender_and_not_who_holds_the_right() -> None:
     system = system_of()
 
@@ -174,7 +186,7 @@ def test_a_named_requester_is_the_sender_or_init_speaks_for_it(
     if isinstance(request_, Route):
         ruling = judge.route(service_id(sender), request_.requester, request_.target)
     else:
-        ruling = judge.exec(service_id(sender), request_.requester)
+        ruling = judge.exec(service_id(sender), request_.requester, request_.program)
 
     assert (ruling.verdict, ruling.reason) == expected
 
@@ -213,7 +225,7 @@ def test_only_a_holder_of_policy_delegate_or_init_asks_for_others() -> None:
     by_other = ask(system, request, name="other")
     by_itself = ask(system, request, name="app")
     by_init = Judge(policy_of(BASE)).check_for(
-        service_id(INIT_NAME), service_id("app"), "proof.probe"
+        service_id(INIT_NAME), service_id("app"), "proof.probe", ""
     )
 
     assert verdict_of(*by_delegate) == ALLOWED
@@ -248,59 +260,76 @@ def test_another_instance_of_a_service_is_the_same_subject() -> None:
 
 
 NAMES: Final = ("app", "other", "keystored", "ghost", INIT_NAME)
-RIGHTS: Final = (DELEGATE, ROUTE_RIGHT, EXEC_RIGHT, RELOAD, "a", "b")
+NAMED: Final = (DELEGATE, ROUTE_RIGHT, EXEC_RIGHT, RELOAD, "a", "b")
+TARGETS: Final = ("", "app", "/x/", "/x/y", "/x/y/z", "/xy/", "/")
+RIGHTS: Final = (
+    *NAMED,
+    *(
+        f"{name}:{target}"
+        for name in ("a", DELEGATE, ROUTE_RIGHT, RELOAD)
+        for target in TARGETS[1:]
+    ),
+)
 POLICIES: Final = st.builds(
     policy_of,
     st.dictionaries(
         st.sampled_from(NAMES), st.lists(st.sampled_from(RIGHTS), unique=True, max_size=6)
     ),
     services=st.lists(st.sampled_from(NAMES[:3]), unique=True),
-    routes=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(RIGHTS), max_size=3),
+    routes=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NAMED), max_size=3),
 )
 
 
-def modelled(policy: Policy, subject: str, rights: list[str], *, bound_to: bool) -> object:
+def held_by(policy: Policy, subject: str, target: str) -> set[str]:
+    """The reference: the names of the rights that somebody holds to do something to `target`."""
+    above = {"", target, *(target[: at + 1] for at, each in enumerate(target) if each == "/")}
+    return {right.name for right in policy.allow.get(subject, ()) if right.target in above}
+
+
+def modelled(
+    policy: Policy, subject: str, rights: list[str], target: str, *, bound_to: bool
+) -> object:
     """The reference: who is not issued or not bound is foreign; else it needs every right."""
     if not bound_to or subject not in (*policy.services, INIT_NAME):
         return FOREIGN
-    held = {right.name for right in policy.allow.get(subject, ())}
-    return ALLOWED if held.issuperset(rights) else DENIED
+    return ALLOWED if held_by(policy, subject, target).issuperset(rights) else DENIED
 
 
 @given(
     policy=POLICIES,
     sender=st.sampled_from(NAMES),
     named=st.sampled_from(NAMES),
-    right=st.sampled_from(RIGHTS),
+    right=st.sampled_from(NAMED),
+    target=st.sampled_from(TARGETS),
 )
 def test_decisions_equal_the_reference_model(
-    policy: Policy, sender: str, named: str, right: str
+    policy: Policy, sender: str, named: str, right: str, target: str
 ) -> None:
     judge = Judge(policy)
     who, whom = service_id(sender), service_id(named)
     issued = (*policy.services, INIT_NAME)
     delegates = sender == INIT_NAME or (
-        sender in issued and DELEGATE in {each.name for each in policy.allow.get(sender, ())}
+        sender in issued and DELEGATE in held_by(policy, sender, "")
     )
     speaks = sender in (named, INIT_NAME)
     needed = [ROUTE_RIGHT, *([policy.routes["app"]] if "app" in policy.routes else [])]
 
     found = {
-        "check": judge.check(who, right),
-        "check_for": judge.check_for(who, whom, right),
+        "check": judge.check(who, right, target),
+        "check_for": judge.check_for(who, whom, right, target),
         "route": judge.route(who, named, "app"),
-        "exec": judge.exec(who, named),
+        "exec": judge.exec(who, named, target),
         "reload": judge.reload(who),
     }
 
     assert {op: (each.verdict, each.reason) for op, each in found.items()} == {
-        "check": modelled(policy, sender, [right], bound_to=True),
-        "check_for": modelled(policy, named, [right], bound_to=delegates),
-        "route": modelled(policy, named, needed, bound_to=speaks),
-        "exec": modelled(policy, named, [EXEC_RIGHT], bound_to=speaks),
+        "check": modelled(policy, sender, [right], target, bound_to=True),
+        "check_for": modelled(policy, named, [right], target, bound_to=delegates),
+        "route": modelled(policy, named, needed, "app", bound_to=speaks),
+        "exec": modelled(policy, named, [EXEC_RIGHT], target, bound_to=speaks),
         "reload": ALLOWED
         if sender == INIT_NAME
-        else modelled(policy, sender, [RELOAD], bound_to=True),
+        else modelled(policy, sender, [RELOAD], "", bound_to=True),
     }
 
 

@@ -172,7 +172,7 @@ def _rights(plan: Plan) -> list[str]:
     given: dict[tuple[str, str], list[str]] = {}
     for name, rights in plan.policy.allow.items():
         for right in rights:
-            given.setdefault((name, f"{right.file}:{right.line}"), []).append(right.name)
+            given.setdefault((name, f"{right.file}:{right.line}"), []).append(right.text)
     rows = [(name, ", ".join(rights), where) for (name, where), rights in given.items()]
     rows += [(f"route to {name}", right, "-") for name, right in plan.policy.routes.items()]
     return _table(("SUBJECT", "RIGHTS", "GIVEN BY"), rows) if rows else []

@@ -53,9 +53,9 @@ class Authority:
         self.is_available = False
         self._services = frozenset(service.name for service in init.plan.services)
 
-    def may(self, record: Record, *rights: str) -> bool:
-        """Whether the policy gives the service one of these rights."""
-        return any(self.policy.right(record.name, right) is not None for right in rights)
+    def may(self, record: Record, *rights: str, target: str = "") -> bool:
+        """Whether the policy gives the service one of these rights, to do that to `target`."""
+        return any(self.policy.right(record.name, right, target) is not None for right in rights)
 
     @property
     def policyd(self) -> Record | None:

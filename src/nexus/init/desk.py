@@ -155,6 +155,15 @@ def rights_for(request: InitRequest) -> tuple[str, ...]:
             return (SYSTEM_OBSERVE, PROOF_CONTROL)
 
 
+def target_of(request: InitRequest) -> str:
+    """What a right must be bound to, if it is: the service that is asked about."""
+    match request:
+        case GetService() | GetResources() | GetRouteCounts() | Restart():
+            return request.name
+        case _:
+            return ""
+
+
 class Desk:
     """Serves nexus.protocols.init."""
 
@@ -287,7 +296,8 @@ class Desk:
 
     def _authorise(self, record: Record, request: InitRequest) -> None:
         """Everything but Route needs a right, as the policy in force gives them."""
-        if not self._init.authority.may(record, *rights_for(request)):
+        target = target_of(request)
+        if not self._init.authority.may(record, *rights_for(request), target=target):
             raise Refused(ReplyStatus.DENIED)
 
     async def _send(

@@ -6,9 +6,9 @@ out than its links). Pure: everything follows from the system file and its polic
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nexus.abi import INIT_NAME
 from nexus.init.crosschecks import is_safe, stage_of
@@ -17,9 +17,9 @@ from nexus.init.lines import KeyPath
 from nexus.init.plan import Plan, PlannedLink, sources_of
 from nexus.init.policy import Layer, layers_of
 from nexus.init.programs import protocols_of
-from nexus.init.system import Service, System, Use
+from nexus.init.system import BOUND_RIGHT, Service, System, Use
 from nexus.protocols.init import PROTOCOL as INIT
-from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX, ROUTE_RIGHT
+from nexus.protocols.policy import BOUND, ROUTE_RIGHT, Right
 from nexus.wire import Protocol
 
 LABEL_WIDTH: Final = 7  # characters; the longest label
@@ -27,6 +27,24 @@ LABEL_WIDTH: Final = 7  # characters; the longest label
 
 class UnknownName(Exception):
     """What was asked about is no service of the system, or no right; the text is a sentence."""
+
+
+class Wanted(NamedTuple):
+    """A right that is asked about; without a target, whatever it is bound to.
+
+    `text` is how somebody would write it down.
+    """
+
+    name: str
+    target: str | None
+    text: str
+
+    def of(self, rights: Iterable[Right]) -> Right | None:
+        """Which of the rights it is; one that is not bound comes first."""
+        found = [each for each in rights if each.name == self.name]
+        if self.target is not None:
+            found = [each for each in found if each.covers(self.target)]
+        return min(found, key=lambda each: bool(each.target), default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +102,8 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
     """Whether `a` may reach `b`, and do what needs the right `op` there.
 
     `op` may name a request that `b` serves, however it is written: then the link decides whether it
-    gets there, and `b` what it needs, which no file says. A word that the policy has is a right.
+    gets there, and `b` what it needs, which no file says. A word that the policy has is a right, and
+    RIGHT:TARGET asks for the right to do that to the target.
     `plan` was made from `system`, whose policy files are read again. Raises UnknownName, and
     SystemFileError if a policy file has become wrong.
     """
@@ -102,9 +121,10 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
     served = () if op is None or _is_right(plan, layers, op) else _requests(plan, b)
     request = None if op is None else _request_of(served, op)
     right = op if request is None else None
-    if right is not None and (len(right) > RIGHT_SIZE_MAX or not re.match(RIGHT_PATTERN, right)):
+    if right is not None and not _is_written_right(right):
         nor = f", nor is it a request of {b}: {', '.join(served)}" if served else ""
         raise UnknownName(f'"{cut(right)}" is no right; one is a name such as proof.control{nor}')
+    wanted = None if right is None else _wanted(right)
     answers: list[Answer] = []
     remedies: list[str] = []
     if server is None:
@@ -112,8 +132,8 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
     else:
         answers.append(_plan_answer(plan, system, client, server, remedies))
         answers += _route_answers(plan, system, layers, a, b, remedies)
-    if right is not None:
-        answers.append(_right_answer(plan, system, layers, a, right, remedies))
+    if wanted is not None:
+        answers.append(_policy_answer("policy", plan, system, layers, a, wanted, remedies))
     if request is not None:
         answers.append(_request_answer(plan, layers, a, b, request))
     answers.append(_sandbox_answer(plan, a))
@@ -123,7 +143,7 @@ def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -
         right=right,
         request=request,
         answers=tuple(answers),
-        holders=_holders(plan, layers, right) if right is not None else (),
+        holders=_holders(plan, layers, wanted) if wanted is not None else (),
         remedies=tuple(dict.fromkeys(remedies)),
     )
 
@@ -194,23 +214,32 @@ def _route_answers(
     """What the policy service says to ROUTE from `a` to `b`; nothing where there is none."""
     if plan.policyd is None:
         return []
-    answers = [_policy_answer("route", plan, system, layers, a, ROUTE_RIGHT, remedies)]
     further = plan.policy.routes.get(b)
-    if further is not None:
-        answers.append(_policy_answer("route", plan, system, layers, a, further, remedies))
-    return answers
+    names = [ROUTE_RIGHT] if further is None else [ROUTE_RIGHT, further]
+    return [
+        _policy_answer("route", plan, system, layers, a, Wanted(name, b, name), remedies)
+        for name in names
+    ]
 
 
-def _right_answer(
-    plan: Plan, system: System, layers: Sequence[Layer], a: str, right: str, remedies: list[str]
-) -> Answer:
-    return _policy_answer("policy", plan, system, layers, a, right, remedies)
+def _is_written_right(word: str) -> bool:
+    """Whether a policy file may have it."""
+    return len(word) <= BOUND_RIGHT.size_max and re.fullmatch(BOUND_RIGHT.pattern, word) is not None
+
+
+def _wanted(word: str) -> Wanted:
+    """The right that is asked about."""
+    name, bound, target = word.partition(BOUND)
+    return Wanted(name, target if bound else None, word)
 
 
 def _is_right(plan: Plan, layers: Sequence[Layer], word: str) -> bool:
     """Whether a word can only be a right: no request has a dot, and the policy has the others."""
-    held = any(layer.right(name, word) for layer in layers for name in layer.allow)
-    return "." in word or held or word in plan.policy.routes.values()
+    name = word.partition(BOUND)[0]
+    held = {
+        right.name for layer in layers for service in layer.allow for right in layer.rights(service)
+    }
+    return "." in name or BOUND in word or name in held or name in plan.policy.routes.values()
 
 
 def _requests(plan: Plan, server: str) -> tuple[str, ...]:
@@ -232,7 +261,7 @@ def _request_answer(plan: Plan, layers: Sequence[Layer], a: str, b: str, request
     """The link carries every request; what one needs is decided where it is served."""
     files = {layer.shown: layer.file for layer in layers}
     rights = plan.policy.allow.get(a, ())
-    held = ", ".join(f"{right.name} [{files[right.file]}:{right.line}]" for right in rights)
+    held = ", ".join(f"{right.text} [{files[right.file]}:{right.line}]" for right in rights)
     return Answer(
         label="request",
         allowed=True,
@@ -246,29 +275,32 @@ def _policy_answer(
     system: System,
     layers: Sequence[Layer],
     a: str,
-    name: str,
+    wanted: Wanted,
     remedies: list[str],
 ) -> Answer:
     """Whether `a` holds the right, by which layer, and which later layer took it away."""
     last = next((layer for layer in reversed(layers) if a in layer.allow), None)
-    if plan.policy.right(a, name) is not None and last is not None:
-        right = last.right(a, name)
-        assert right is not None, "the policy was merged from these layers"
-        return Answer(
-            label=label, allowed=True, reason=f"{a} holds {name}", where=f"{last.file}:{right.line}"
-        )
-    remedies.append(_right_remedy(system, layers, last, a, name))
-    lost = next((layer for layer in reversed(layers) if layer.right(a, name)), None)
-    if lost is not None and last is not None:
-        right = lost.right(a, name)
-        assert right is not None
+    held = wanted.of(plan.policy.allow.get(a, ()))
+    if held is not None and last is not None:
+        alone = held.target and held.target != wanted.target
         return Answer(
             label=label,
-            allowed=False,
-            reason=f"{a} has {name} from {lost.file}:{right.line}, but a later list replaces it",
-            where=f"{last.file}:{last.line(a)}",
+            allowed=True,
+            reason=f"{a} holds {held.name}" + (f" for {held.target} alone" if alone else ""),
+            where=f"{last.file}:{held.line}",
         )
-    reason = f"{a} does not hold {name}, and what is not listed is denied"
+    remedies.append(_right_remedy(system, layers, last, a, wanted.text))
+    for lost in reversed(layers):
+        right = wanted.of(lost.rights(a))
+        if right is not None and last is not None:
+            return Answer(
+                label=label,
+                allowed=False,
+                reason=f"{a} has {right.text} from {lost.file}:{right.line}, but a later list"
+                " replaces it",
+                where=f"{last.file}:{last.line(a)}",
+            )
+    reason = f"{a} does not hold {wanted.text}, and what is not listed is denied"
     where = f"{last.file}:{last.line(a)}" if last is not None else ""
     return Answer(label=label, allowed=False, reason=reason, where=where)
 
@@ -290,6 +322,8 @@ def _sandbox_answer(plan: Plan, a: str) -> Answer:
     """The sandbox never denies a link; it sees to it that there is no other way."""
     grants = plan.by_name[a].grants
     ways = [f"port {name}" for name in grants.ports]
+    ways += [f"{each.kind.name.lower()} device {each.name}" for each in grants.hardware]
+    ways += [f"a secret in a {grants.secret.name.lower()}"] if grants.secret else []
     ways += [f"device {device.name} ({device.path})" for device in grants.devices]
     ways += [f"listens on {each.address} port {each.port}" for each in grants.listen]
     ways += [f"connects to TCP port {port}" for port in grants.connect]
@@ -297,13 +331,13 @@ def _sandbox_answer(plan: Plan, a: str) -> Answer:
     return Answer(label="sandbox", allowed=True, reason=f"{a} has no way out but its links{beside}")
 
 
-def _holders(plan: Plan, layers: Sequence[Layer], name: str) -> tuple[tuple[str, str], ...]:
+def _holders(plan: Plan, layers: Sequence[Layer], wanted: Wanted) -> tuple[tuple[str, str], ...]:
     """Every service that holds the right, and where it is given."""
     files = {layer.shown: layer.file for layer in layers}
     return tuple(
         (service.name, f"{files[right.file]}:{right.line}")
         for service in plan.services
-        if (right := plan.policy.right(service.name, name)) is not None
+        if (right := wanted.of(plan.policy.allow.get(service.name, ()))) is not None
     )
 
 

@@ -247,7 +247,7 @@ def canonical(plan: Plan) -> bytes:
     """
     data = plan_data(plan)
     del data["path"]
-    allow = {name: [right.name for right in rights] for name, rights in plan.policy.allow.items()}
+    allow = {name: [right.text for right in rights] for name, rights in plan.policy.allow.items()}
     data["policy"]["allow"] = allow
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 

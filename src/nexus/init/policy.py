@@ -1,14 +1,15 @@
 """Policy files: which service holds which right, as TOML. ::
 
     [allow]
-    "demo.testsvc" = ["storage.read"]
+    "demo.testsvc" = ["storage.read", "statefs.write:/state/testsvc/"]
 
     [route]
     timed = "time.use"
 
 The `capabilities` of the system file are the first layer, then each file of `system.policy` in
-order: a later one replaces the whole list of a service. What no layer allows is denied. A
-service that is not in the system, a right twice or an unknown key is a SystemFileError with the
+order: a later one replaces the whole list of a service. What no layer allows is denied. A right
+may be bound to what it is for, behind a colon: to that alone, or if it ends in a slash to all that
+begins with it. A service that is not in the system, a right twice or an unknown key is a SystemFileError with the
 line of the policy file.
 """
 
@@ -21,7 +22,7 @@ from nexus.init.declare import Key, ListOf, MapOf, Table, WrongValue, cut
 from nexus.init.errors import SystemFileError
 from nexus.init.files import WrongFile, read_whole
 from nexus.init.lines import KeyLines, KeyPath
-from nexus.init.system import NAME, RIGHT, System, published, read_toml
+from nexus.init.system import BOUND_RIGHT, NAME, RIGHT, System, published, read_toml
 from nexus.protocols.policy import (
     FILE_SIZE_MAX,
     POLICY_SIZE_MAX,
@@ -29,6 +30,7 @@ from nexus.protocols.policy import (
     SUBJECTS_MAX,
     Policy,
     Right,
+    parse_right,
 )
 
 POLICY_FILE_SIZE_MAX: Final = 64 * 1024  # bytes of TOML; what it may become as it travels
@@ -39,7 +41,7 @@ POLICY_FILE: Final = Table(
         "allow": Key(
             kind=MapOf(
                 key=NAME,
-                item=ListOf(item=RIGHT, count_max=RIGHTS_MAX, unique="right"),
+                item=ListOf(item=BOUND_RIGHT, count_max=RIGHTS_MAX, unique="right"),
                 count_max=SUBJECTS_MAX,
             ),
             doc="the rights of a service; replaces what an earlier layer says of it",
@@ -71,12 +73,12 @@ class Layer:
         path = self.roots[service]
         return self.lines.line(path if index is None else (*path, index))
 
-    def right(self, service: str, name: str) -> Right | None:
-        """The right as this layer gives it, or None if it does not."""
-        rights = self.allow.get(service, ())
-        if name not in rights:
-            return None
-        return Right(name, self.shown, self.line(service, rights.index(name)))
+    def rights(self, service: str) -> list[Right]:
+        """The rights that this layer gives a service."""
+        return [
+            parse_right(text, self.shown, self.line(service, index))
+            for index, text in enumerate(self.allow.get(service, ()))
+        ]
 
 
 def layers_of(system: System) -> tuple[Layer, ...]:
@@ -94,12 +96,9 @@ def merge(layers: Sequence[Layer], names: Sequence[str]) -> Policy:
     allow: dict[str, list[Right]] = {}
     routes: dict[str, str] = {}
     for layer in layers:
-        for service, rights in layer.allow.items():
+        for service in layer.allow:
             _check_name(layer, layer.roots[service], service, names)
-            allow[service] = [
-                Right(right, layer.shown, layer.line(service, index))
-                for index, right in enumerate(rights)
-            ]
+            allow[service] = layer.rights(service)
         for target, right in layer.routes.items():
             _check_name(layer, ("route", target), target, names)
             routes[target] = right

@@ -66,7 +66,7 @@ from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
 from nexus.kernel.core.hardware import Hardware
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
 from nexus.protocols.init import DELEGATIONS_MAX, SERVICES_MAX
-from nexus.protocols.policy import RIGHT_PATTERN, RIGHT_SIZE_MAX
+from nexus.protocols.policy import BOUND, RIGHT_PATTERN, RIGHT_SIZE_MAX, TARGET_SIZE_MAX
 
 FILE_SIZE_MAX: Final = 256 * 1024  # bytes; a device of 44 services needs a tenth
 ENDPOINTS_DEFAULT: Final = 8  # its own, its reply inbox, and a few it makes at run time
@@ -121,6 +121,14 @@ RIGHT: Final = Word(
     pattern=RIGHT_PATTERN.removeprefix("^").removesuffix(r"\Z"),
     what="a right such as proof.control",
     size_max=RIGHT_SIZE_MAX,
+)
+BOUND_RIGHT: Final = Word(
+    pattern=rf"(?![^{BOUND}]{{{RIGHT_SIZE_MAX + 1}}})"
+    + RIGHT.pattern
+    + rf"({BOUND}(?=.{{1,{TARGET_SIZE_MAX}}}$)[!-~]([ -~]*[!-~])?)?",
+    what=f"a right such as proof.control, alone or bound to at most {TARGET_SIZE_MAX} characters"
+    " as in statefs.read:/state/plant/",
+    size_max=RIGHT_SIZE_MAX + len(BOUND) + TARGET_SIZE_MAX,
 )
 _SETTING: Final = Word(
     pattern=r"[a-z][a-z0-9_]*", what="a setting in small letters, digits and _", size_max=48
@@ -295,7 +303,7 @@ SERVICE: Final = Table(
             doc="endpoints it may have at a time: its own, its reply inbox, and what it makes",
         ),
         "capabilities": Key(
-            kind=ListOf(item=RIGHT, count_max=CAPABILITIES_MAX, unique="capability"),
+            kind=ListOf(item=BOUND_RIGHT, count_max=CAPABILITIES_MAX, unique="capability"),
             doc="its rights by name, the first layer of the policy",
         ),
         "uses": Key(

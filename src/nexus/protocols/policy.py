@@ -1,7 +1,8 @@
 """The policy as init keeps it and policyd reads it: who holds which right, and where it says so.
 
 Made from the policy files by `nexus.init.policy`, carried as a sealed VMO (GetPolicy, SetPolicy)
-in MessagePack. A right is a name such as `proof.control`; what is not listed is denied.
+in MessagePack. A right is a name such as `proof.control`, which may be bound to what it is for:
+`statefs.write:/state/keys/`. What is not listed is denied.
 """
 
 from hashlib import sha256
@@ -15,6 +16,10 @@ RIGHTS_MAX: Final = 64  # rights of one service
 SUBJECTS_MAX: Final = 64  # services of a system, and a few names that policy files may prepare
 FILE_SIZE_MAX: Final = 256  # characters of a file's name
 RIGHT_PATTERN: Final = r"^[a-z][a-z0-9]*([.-][a-z0-9]+)*\Z"
+TARGET_SIZE_MAX: Final = 64  # characters of what the action is done to (core.md 6.4)
+TARGET_PATTERN: Final = r"^([!-~]([ -~]*[!-~])?)?\Z"
+BOUND: Final = ":"  # stands between a right and what it is bound to
+FOLDER: Final = "/"  # ends a bound target of which everything below is meant
 
 DELEGATE: Final = "policy.delegate"  # may ask on behalf of somebody else
 AUTHORITY: Final = "policy.authority"  # may take the policy from init, and give it a new one
@@ -26,13 +31,35 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=RIGHT_SIZE_MAX)]
 
 
 class Right(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A right as a policy file gives it: its name, the file, the line."""
+    """A right as a policy file gives it: its name, the file, the line, and what it is bound to.
+
+    `target` is empty for a right to everything. One that ends in FOLDER stands for every target
+    that begins with it, any other for itself alone.
+    """
 
     name: Annotated[
         str, msgspec.Meta(min_length=1, max_length=RIGHT_SIZE_MAX, pattern=RIGHT_PATTERN)
     ]
     file: Annotated[str, msgspec.Meta(max_length=FILE_SIZE_MAX)]
     line: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+    target: Annotated[str, msgspec.Meta(max_length=TARGET_SIZE_MAX, pattern=TARGET_PATTERN)] = ""
+
+    @property
+    def text(self) -> str:
+        """The right as it is written."""
+        return f"{self.name}{BOUND}{self.target}" if self.target else self.name
+
+    def covers(self, target: str) -> bool:
+        """Whether it is a right to do that to `target`."""
+        if not self.target or target == self.target:
+            return True
+        return self.target.endswith(FOLDER) and target.startswith(self.target)
+
+
+def parse_right(text: str, file: str, line: int) -> Right:
+    """The right that is written so."""
+    name, _, target = text.partition(BOUND)
+    return Right(name, file, line, target)
 
 
 Rights = Annotated[list[Right], msgspec.Meta(max_length=RIGHTS_MAX)]
@@ -49,9 +76,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow: Annotated[dict[Name, Rights], msgspec.Meta(max_length=SUBJECTS_MAX)]
     routes: Annotated[dict[Name, Name], msgspec.Meta(max_length=SUBJECTS_MAX)] = {}
 
-    def right(self, subject: str, name: str) -> Right | None:
-        """The entry that gives `subject` the right, or None: denied."""
-        return next((right for right in self.allow.get(subject, ()) if right.name == name), None)
+    def right(self, subject: str, name: str, target: str = "") -> Right | None:
+        """The entry that gives `subject` the right to do that to `target`, or None: denied.
+
+        Without a target only a right that is not bound is one.
+        """
+        rights = self.allow.get(subject, ())
+        return next((each for each in rights if each.name == name and each.covers(target)), None)
 
     def encoded(self) -> bytes:
         """The bytes that travel; the same policy gives the same bytes."""

@@ -1,7 +1,8 @@
 """policyd protocol: may this subject do that? Deny by default.
 
 A decision is an answer, not a refusal of the request: DENY comes as `Decision`, so that a caller
-can tell "denied" from "could not be asked". The subject is what the kernel stamped on the request;
+can tell "denied" from "could not be asked". A right that is bound to a target allows that target
+alone. The subject is what the kernel stamped on the request;
 only a holder of `policy.delegate`, or init, may ask for somebody else. Silence, lateness and
 nonsense are DENY with reason UNAVAILABLE on the caller's side (nexus.runtime.Authority).
 """
@@ -11,10 +12,10 @@ from typing import Annotated, Final, TypeAlias
 
 from nexus.abi import SERVICE_NAME_SIZE_MAX
 from nexus.protocols.policy import POLICY_SIZE_MAX, RIGHT_SIZE_MAX
+from nexus.protocols.policy import TARGET_SIZE_MAX as TARGET_SIZE_MAX
 from nexus.wire import U8, U16, U32, U64, Blob, Message, Protocol, Request, Text
 
 ACTION_SIZE_MAX: Final = 48  # characters; an action is the name of a right, or an operation
-TARGET_SIZE_MAX: Final = 64  # characters of what the action is done to (core.md 6.4)
 INLINE_POLICY_SIZE_MAX: Final = 7 * 1024  # bytes; a larger policy travels as a VMO
 PROGRAM_SIZE_MAX: Final = 48  # characters
 

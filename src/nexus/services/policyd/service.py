@@ -124,7 +124,7 @@ class Policyd:
 
     async def _check(self, call: Call, request: Check) -> Decision:
         judge = await self._judge(call)
-        ruling = judge.check(call.sender.service, request.right)
+        ruling = judge.check(call.sender.service, request.right, request.target)
         return await self._decide(call, OPS[Check], ruling, request.target)
 
     async def _route(self, call: Call, request: Route) -> Decision:
@@ -134,13 +134,13 @@ class Policyd:
 
     async def _exec(self, call: Call, request: Exec) -> Decision:
         judge = await self._judge(call)
-        ruling = judge.exec(call.sender.service, request.requester)
+        ruling = judge.exec(call.sender.service, request.requester, request.program)
         return await self._decide(call, OPS[Exec], ruling, request.program)
 
     async def _check_for(self, call: Call, request: CheckFor) -> Decision:
         judge = await self._judge(call)
         subject = ServiceId(request.subject)
-        ruling = judge.check_for(call.sender.service, subject, request.right)
+        ruling = judge.check_for(call.sender.service, subject, request.right, request.target)
         return await self._decide(call, OPS[CheckFor], ruling, request.target)
 
     async def _reload(self, call: Call, request: Reload) -> Reloaded:
