@@ -237,6 +237,7 @@ def test_a_device_fault_makes_the_source_unfit(fault: Fault) -> None:
 
 def test_a_source_that_stays_broken_is_tested_a_bounded_number_of_times() -> None:
     system = System(lie=lambda data: bytes(len(data)))
+    assert system.draw(16) is RngdStatus.UNAVAILABLE
 
     system.pause(START_PAUSE << STARTS_MAX)
 
