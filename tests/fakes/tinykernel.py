@@ -42,6 +42,10 @@ from nexus.abi import (
     Recv,
     ReplyRecv,
     Rights,
+    SecretBackend,
+    SecretQuery,
+    SecretRead,
+    SecretReplace,
     Send,
     Sender,
     SleepUntil,
@@ -143,6 +147,8 @@ class TinyKernel:
         self.console: list[tuple[str, str, bytes]] = []
         self.traps: Counter[str] = Counter()
         self.page = PolicyWord(0, available=False)
+        self.secrets: dict[str, bytes] = {}  # of the tasks that have the grant, by name
+        self.secret_faults: set[str] = set()  # names of traps that the backend fails now
         self._pids = itertools.count(10)
         self._links = itertools.count(1)
         self.generations: Counter[str] = Counter()
@@ -336,10 +342,24 @@ class TinyKernel:
             case PolicyRaise():
                 self.page = PolicyWord(self.page.generation + 1, trap.available)
                 return self.page
+            case SecretQuery():
+                return SecretBackend.FILE if task.name in self.secrets else SecretBackend.NONE
+            case SecretRead() | SecretReplace():
+                return self._secret(task, trap)
             case TaskStats():
                 return TaskCounters(*([len(task.table)] + [0] * 20))
             case _:
                 raise AssertionError(f"{trap!r} is beyond this kernel")
+
+    def _secret(self, task: Task, trap: SecretRead | SecretReplace) -> bytes | None:
+        if task.name not in self.secrets:
+            raise AbiError(Status.PERMISSION_DENIED)
+        if type(trap).__name__ in self.secret_faults:
+            raise AbiError(Status.DEVICE_FAILED)
+        if isinstance(trap, SecretRead):
+            return self.secrets[task.name]
+        self.secrets[task.name] = trap.data
+        return None
 
     def _call(self, task: Task, trap: Call) -> Message:
         if not task.half_done:

@@ -1,14 +1,17 @@
 """The digest of a program follows its source and nothing else."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nexus.abi import BootImage, Nanos, Pid, Slot, service_id
 from nexus.init.errors import SystemFileError
 from nexus.init.plan import load_plan, sources_of
 from nexus.init.programs import PROGRAMS, load_program, program_digest, protocols_of
+from nexus.kernel.linux.stage2 import load_entry
 
 
 @pytest.fixture
@@ -321,3 +324,44 @@ def test_programs_of_nexus_say_where_an_interpreter_of_its_own_finds_them() -> N
     program = load_program(PROGRAMS["timed"])
 
     assert (program.entry, program.path) == ("nexus.services.timed:main", ())
+
+
+# ------------------------------------------------------------------ a program that keeps a secret
+
+
+def test_where_programs_are_executed_one_that_keeps_a_secret_is_not_imported() -> None:
+    code = """
+import sys
+from nexus.init.programs import PROGRAMS, load_program
+program = load_program(PROGRAMS["keystored"], executes=True)
+print(program.entry, "cryptography" in sys.modules, "nexus.services.keystored" in sys.modules)
+load_program(PROGRAMS["keystored"])
+print("cryptography" in sys.modules)
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.split() == ["nexus.services.keystored:main", "False", "False", "True"]
+
+
+def test_its_main_and_its_digest_are_the_same_where_it_is_imported() -> None:
+    imported = load_program(PROGRAMS["keystored"])
+    executed = load_program(PROGRAMS["keystored"], executes=True)
+
+    assert load_entry(executed.entry) is imported.main
+    assert (executed.name, executed.digest) == (imported.name, imported.digest)
+    with pytest.raises(AssertionError, match="interpreter of its own"):
+        _ = executed.main(
+            BootImage(
+                name="keystored",
+                service=service_id("keystored"),
+                pid=Pid(2),
+                generation=1,
+                control=None,
+                endpoint=Slot(0),
+                now=Nanos(0),
+                argument=b"",
+            )
+        ).send(None)

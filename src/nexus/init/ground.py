@@ -1,10 +1,10 @@
 """Where a plan runs: the only place that chooses a kernel."""
 
 import os
-from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nexus.abi import (
     INIT_NAME,
@@ -15,6 +15,7 @@ from nexus.abi import (
     Program,
     Programs,
     Recorder,
+    SecretBackend,
     Trap,
 )
 from nexus.init.authority import PolicySource
@@ -23,6 +24,10 @@ from nexus.init.programs import load_program, program_digest
 from nexus.init.supervisor import Supervisor
 from nexus.kernel.core.limits import SystemLimits
 from nexus.protocols.ladder import Ground
+
+if TYPE_CHECKING:
+    from nexus.kernel.sim.disk import Disk
+    from nexus.kernel.sim.kernel import SimKernel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,8 @@ class Places:
 
     `notify` is the address of a service manager's socket, as NOTIFY_SOCKET gives it; services get
     user ids from `uid_first` on, when started by root. The simulated kernel has no file system:
-    it begins with `boot_memory`, None for a system that keeps nothing.
+    it begins with `boot_memory`, None for a system that keeps nothing, and with what is on its
+    `disks` and in its `secrets`.
     """
 
     state: Path | None = None
@@ -49,14 +55,20 @@ class Places:
     notify: str | None = None
     uid_first: int | None = None
     boot_memory: bytes | None = None
+    disks: "Mapping[str, Disk]" = field(default_factory=dict)
+    secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
 
 
 NOWHERE: Final = Places()
 
 
-def programs_of(plan: Plan) -> Programs:
-    """Every program the plan names, imported. On linux the services are forked from here."""
-    return {name: load_program(source) for name, source in sources_of(plan).items()}
+def programs_of(plan: Plan, *, executes: bool = False) -> Programs:
+    """Every program the plan names, imported; see load_program for `executes`.
+
+    On linux the services are forked from here. On sim everything is imported before time begins.
+    """
+    sources = sources_of(plan)
+    return {name: load_program(source, executes=executes) for name, source in sources.items()}
 
 
 def init_program(
@@ -83,6 +95,10 @@ def limits_of(plan: Plan) -> SystemLimits:
     )
 
 
+def _leave(_kernel: "SimKernel") -> None:
+    """Leave the machine as it is."""
+
+
 def boot(
     plan: Plan,
     ground: Ground,
@@ -96,18 +112,29 @@ def boot(
     places: Places = NOWHERE,
     policy_source: PolicySource | None = None,
     watchdog: Nanos | None = None,
+    on_machine: "Callable[[SimKernel], None]" = _leave,
 ) -> Booted:
     """Run a plan to its end, `limit` ns of the kernel's clock at most (NEVER: no bound).
 
     `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses, and
     `places` say where the run keeps things. `policy_source` reads the policy files again on
-    SIGHUP; `watchdog` is the service manager's interval.
+    SIGHUP; `watchdog` is the service manager's interval. `on_machine` is shown the simulated kernel
+    before it runs: its power can be planned to fail, and what is left of it be read afterwards.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
     root = init_program(plan, smp, policy_source=policy_source, watchdog=watchdog)
     if ground is Ground.SIM:
         return _boot_sim(
-            plan, root, seed, smp, recorder, limit, places, trace=trace, selftest=selftest
+            plan,
+            root,
+            seed,
+            smp,
+            recorder,
+            limit,
+            places,
+            on_machine,
+            trace=trace,
+            selftest=selftest,
         )
     return _boot_linux(plan, root, smp, recorder, limit, places, trace=trace, selftest=selftest)
 
@@ -125,6 +152,7 @@ def _boot_sim(
     recorder: Recorder,
     limit: Nanos,
     places: Places,
+    on_machine: "Callable[[SimKernel], None]",
     *,
     trace: bool,
     selftest: bool,
@@ -140,7 +168,11 @@ def _boot_sim(
         trace=trace,
         selftest=selftest,
         boot_memory=places.boot_memory,
+        hardware=plan.hardware,
+        disks=places.disks,
+        secrets=places.secrets,
     )
+    on_machine(kernel)
     ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))
     return Booted(exit=ended, log_lines=kernel.log_lines(), boot_memory=kernel.boot_memory)
 
@@ -160,7 +192,7 @@ def _boot_linux(
     from nexus.kernel.linux.harden import UID_FIRST
 
     kernel = LinuxKernel(
-        programs_of(plan),
+        programs_of(plan, executes=True),
         recorder=recorder,
         limits=limits_of(plan),
         cpus=tuple(sorted(os.sched_getaffinity(0)))[:smp],

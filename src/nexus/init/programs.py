@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from nexus.abi import HardwareKind, Program
+from nexus.abi import BootImage, HardwareKind, Program
 from nexus.init.declare import cut
 from nexus.wire import Protocol
 
@@ -50,9 +50,9 @@ class ProgramSource:
     """Where a program is: `module` holds its code, `protocols` are the modules of what it serves.
 
     `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
-    it `keeps_secret` where only it can read. A program of a system's own has an `entry`; an
-    `ordinary` one uses libraries that need asyncio, and `double` is the class that runs in the
-    simulator instead. `path` are folders to import it from, besides Python's own.
+    it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes with
+    is imported there and not in init. A program of a system's own has an `entry`; an `ordinary` one
+    uses libraries that need asyncio, and `double` is the class that runs in the simulator instead. `path` are folders to import it from, besides Python's own.
     """
 
     name: str
@@ -211,13 +211,21 @@ def _files(spec: ModuleSpec) -> list[tuple[str, Path]]:
     )
 
 
-def load_program(source: ProgramSource) -> Program:
-    """Import the program. Its `main` is looked up here, once, before anything is started."""
+def load_program(source: ProgramSource, *, executes: bool = False) -> Program:
+    """Import the program. Its `main` is looked up here, once, before anything is started.
+
+    Where the kernel `executes` programs, one that keeps a secret is not imported: the interpreter
+    of its own finds its `main` by `entry`. What cryptography holds is in no fork of init then.
+    """
     if not source.entry:
-        module = importlib.import_module(source.module)
-        digest = program_digest(source.module)
+        module = None
+        if not (executes and source.keeps_secret):
+            module = importlib.import_module(source.module)
         return Program(
-            name=source.name, main=module.main, digest=digest, entry=f"{source.module}:main"
+            name=source.name,
+            main=_never_forked if module is None else module.main,
+            digest=program_digest(source.module),
+            entry=f"{source.module}:main",
         )
     from nexus.runtime.program import program_of  # a plan is checked without it
 
@@ -233,6 +241,11 @@ def load_program(source: ProgramSource) -> Program:
         path=source.path,
         ordinary=source.ordinary,
     )
+
+
+async def _never_forked(boot: BootImage) -> int:
+    """Stands for a `main` that this process does not import; a plan has it started by exec."""
+    raise AssertionError(f"{boot.name} needs an interpreter of its own")
 
 
 # ---------------------------------------------------------------- programs of a system's own

@@ -9,7 +9,7 @@ and no value, and nobody gets the private key, whatever the policy says. Decisio
 
 import json
 from contextlib import suppress
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 from nexus.abi import AbiError, ConsoleWrite, Nanos, Now, SecretBackend
 from nexus.ipc import deadline_after, nested_deadline
@@ -49,7 +49,7 @@ from nexus.runtime.authority import AUDIT_SCOPE
 from nexus.runtime.program import Context
 from nexus.services.keystored.ed25519 import device_id_of, public_of, sign, verify
 from nexus.services.keystored.faults import Unusable
-from nexus.services.keystored.places import KernelKept, RngdRandom, StateRecords
+from nexus.services.keystored.places import STATEFSD_NAME, KernelKept, RngdRandom, StateRecords
 from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.vault import ROOT, Vault
 
@@ -128,6 +128,15 @@ class Keystored:
     def ready(self) -> bool:
         """Whether statefsd has been read, and it is known how it stands with the wrapping key."""
         return self._vault.opened
+
+    def evidence(self) -> dict[str, Any]:
+        """What it stands on, with the line that says it is ready."""
+        return {
+            "store": STATEFSD_NAME,
+            "statefsd_generation": self._records.generation,
+            "backend": self._backend.name.lower(),
+            "wrapping": self._vault.number,
+        }
 
     def facts(self) -> dict[str, int]:
         """What it has done, in this instance's life."""

@@ -1,0 +1,386 @@
+"""The vault between cuts: whatever is cut off, the next instance opens everything there was."""
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+import pytest
+
+from nexus.abi import NEVER
+from nexus.protocols.keystored import KeystoredStatus
+from nexus.services.keystored.ed25519 import public_of
+from nexus.services.keystored.faults import Unusable, unavailable
+from nexus.services.keystored.sealing import number_of, unpack
+from nexus.services.keystored.vault import DEVICE_PATH, RECORDS_MAX, ROOT, Vault
+from tests.fakes.keys import Cut, CutHere, Medium
+
+ResultT = TypeVar("ResultT")
+Step = Callable[[Vault], Awaitable[Any]]
+ENTRIES: Final = {ROOT + b"%016x/%02x" % (each % 3, each): b"v%d" % each for each in range(70)}
+LARGE: Final = 256 * b"x"
+
+
+def run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as stop:
+        result: ResultT = stop.value
+        return result
+    raise AssertionError("it waits")
+
+
+def refusal(work: Coroutine[Any, Any, Any]) -> KeystoredStatus:
+    with pytest.raises(Unusable) as caught:
+        run(work)
+    return caught.value.status
+
+
+def value_of(vault: Vault, path: bytes) -> bytes | None:
+    found = run(vault.get(path, NEVER))
+    return None if found is None else bytes(found.data)
+
+
+def public_in(vault: Vault) -> bytes:
+    seed = run(vault.device(NEVER))
+    assert seed is not None
+    return public_of(seed)
+
+
+def filled() -> tuple[Medium, bytes]:
+    """A medium with a device key and entries, and the public key."""
+    medium = Medium()
+    vault = medium.vault()
+    public = run(vault.generate(NEVER))
+    for path, value in ENTRIES.items():
+        run(vault.put(path, value, NEVER))
+    medium.cut = Cut()
+    return medium, public
+
+
+def settled(medium: Medium) -> Vault:
+    """The next instance, after what it does at its start."""
+    medium.cut = Cut()
+    vault = medium.vault()
+    run(vault.settle(NEVER))
+    run(vault.prepare(NEVER))
+    return vault
+
+
+# ------------------------------------------------------------------ the first start
+
+
+def test_the_first_wrapping_key_is_entropy_and_is_kept_before_anything_is_sealed() -> None:
+    medium = Medium()
+    vault = medium.vault()
+
+    assert run(vault.open(NEVER)) is None
+    assert medium.secret == b"", "looking makes none"
+    run(vault.put(ROOT + b"1/61", b"value", NEVER))
+
+    wrapping = unpack(medium.secret)
+    assert [bytes(key.secret.data) for key in wrapping.keys] == [medium.numbers.given[0]]
+    assert vault.number == 1
+    assert value_of(medium.vault(), ROOT + b"1/61") == b"value"
+
+
+def test_nothing_in_clear_is_stored() -> None:
+    medium, _ = filled()
+    run(medium.vault().put(ROOT + b"1/61", LARGE, NEVER))
+
+    stored = b"".join(medium.records.values())
+
+    for value in (LARGE[:16], *[seed for seed in medium.numbers.given if len(seed) > 8]):
+        assert value not in stored
+
+
+@pytest.mark.parametrize("record", [DEVICE_PATH, ROOT + b"0000000000000001/61"])
+def test_records_without_a_wrapping_key_are_corrupted_and_never_get_a_new_one(
+    record: bytes,
+) -> None:
+    medium = Medium(records={record: b"sealed once"})
+    vault = medium.vault()
+
+    for act in (
+        vault.open(NEVER),
+        vault.prepare(NEVER),
+        vault.put(ROOT + b"1/62", b"", NEVER),
+        vault.get(record, NEVER),
+        vault.generate(NEVER),
+        vault.rotate(NEVER),
+    ):
+        assert refusal(act) is KeystoredStatus.CORRUPTED
+
+    assert medium.secret == b""
+    assert medium.records == {record: b"sealed once"}
+    assert medium.numbers.given == [], "nothing was even drawn"
+    assert vault.opened, "it is known how it stands"
+
+
+def test_a_damaged_blob_is_corrupted_and_never_replaced() -> None:
+    medium, _ = filled()
+    medium.secret = damaged = medium.secret[:-1]
+    vault = medium.vault()
+
+    for act in (vault.put(ROOT + b"1/62", b"", NEVER), vault.generate(NEVER), vault.rotate(NEVER)):
+        assert refusal(act) is KeystoredStatus.CORRUPTED
+
+    assert medium.secret == damaged
+
+
+def test_a_vault_whose_secret_comes_back_opens_without_a_restart() -> None:
+    medium, public = filled()
+    kept, medium.secret = medium.secret, b""
+    vault = medium.vault()
+    assert refusal(vault.device(NEVER)) is KeystoredStatus.CORRUPTED
+
+    medium.secret = kept
+
+    assert public_in(vault) == public
+
+
+# ------------------------------------------------------------------ the device key
+
+
+def test_a_device_key_is_made_once_in_the_life_of_the_device() -> None:
+    medium, public = filled()
+
+    for vault in (medium.vault(), settled(medium)):
+        assert refusal(vault.generate(NEVER)) is KeystoredStatus.KEY_EXISTS
+        assert vault.keygens == 0
+        assert public_in(vault) == public
+
+
+@pytest.mark.parametrize("left", [None, b"", b"short", bytes(77)])
+def test_a_lost_or_damaged_device_key_is_never_made_anew(left: bytes | None) -> None:
+    medium, _ = filled()
+    if left is None:
+        del medium.records[DEVICE_PATH]
+    else:
+        medium.records[DEVICE_PATH] = left
+    drawn = len(medium.numbers.given)
+    vault = medium.vault()
+
+    for act in (vault.generate(NEVER), vault.device(NEVER), vault.rotate(NEVER)):
+        assert refusal(act) is KeystoredStatus.CORRUPTED
+
+    assert len(medium.numbers.given) == drawn
+    assert vault.has_device_key, "there was one, and it is not forgotten"
+    assert medium.records.get(DEVICE_PATH) == left
+    assert value_of(vault, next(iter(ENTRIES))) == b"v0", "the entries are there all the same"
+
+
+def test_a_device_key_record_of_another_key_is_damage() -> None:
+    medium, _ = filled()
+    vault = medium.vault()
+    run(vault.put(DEVICE_PATH, bytes(32), NEVER))  # sealed well, and not the key that was made
+
+    assert refusal(vault.device(NEVER)) is KeystoredStatus.CORRUPTED
+
+
+def test_an_entry_put_in_the_place_of_the_device_key_does_not_open() -> None:
+    medium, _ = filled()
+    medium.records[DEVICE_PATH] = medium.records[next(iter(ENTRIES))]
+
+    assert refusal(medium.vault().device(NEVER)) is KeystoredStatus.CORRUPTED
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_cut_at_any_change_of_the_generation_leaves_a_key_or_none(at: int, done: bool) -> None:
+    # The changes: the wrapping key, the record, the mark.
+    medium = Medium(cut=Cut(at, done))
+    with pytest.raises(CutHere):
+        run(medium.vault().generate(NEVER))
+    has_record = DEVICE_PATH in medium.records
+
+    vault = settled(medium)
+
+    assert has_record is ((at, done) >= (2, True))
+    assert vault.has_device_key is has_record, "the mark is set again"
+    if has_record:
+        assert refusal(vault.generate(NEVER)) is KeystoredStatus.KEY_EXISTS
+    else:
+        public = run(vault.generate(NEVER))
+        assert public_in(medium.vault()) == public
+
+
+# ------------------------------------------------------------------ rotation
+
+
+def test_a_rotation_seals_everything_anew_and_keeps_every_value() -> None:
+    medium, public = filled()
+    before = dict(medium.records)
+    vault = medium.vault()
+
+    assert run(vault.rotate(NEVER)) == 2
+
+    assert {number_of(record) for record in medium.records.values()} == {2}
+    assert [key.number for key in unpack(medium.secret).keys] == [2]
+    assert all(medium.records[path] != record for path, record in before.items())
+    assert public_in(medium.vault()) == public
+    assert {path: value_of(vault, path) for path in ENTRIES} == ENTRIES
+
+
+def test_a_cut_at_any_change_of_a_rotation_loses_nothing_and_is_finished_by_the_next_start() -> (
+    None
+):
+    medium, _ = filled()
+    run(medium.vault().rotate(NEVER))
+    changes = medium.cut.count
+    assert changes >= 4, "old and new, two batches or more, new alone"
+
+    for at in range(1, changes + 1):
+        for done in (False, True):
+            medium, public = filled()
+            medium.cut = Cut(at, done)
+            with pytest.raises(CutHere):
+                run(medium.vault().rotate(NEVER))
+            begun = (at, done) > (1, False)
+
+            vault = settled(medium)
+
+            assert vault.number == (2 if begun else 1), (at, done)
+            assert not vault.rotating
+            assert {number_of(each) for each in medium.records.values()} == {vault.number}
+            assert len(unpack(medium.secret).keys) == 1, "the old key is gone"
+            assert public_in(vault) == public
+            assert {path: value_of(vault, path) for path in ENTRIES} == ENTRIES
+
+
+def test_a_second_cut_during_the_recovery_loses_nothing_either() -> None:
+    for second in range(1, 6):
+        medium, public = filled()
+        medium.cut = Cut(2, done=True)
+        with pytest.raises(CutHere):
+            run(medium.vault().rotate(NEVER))
+        medium.cut = Cut(second, done=bool(second % 2))
+        vault = medium.vault()
+        try:
+            run(vault.settle(NEVER))
+        except CutHere:
+            vault = settled(medium)
+
+        assert vault.number == 2
+        assert public_in(vault) == public
+        assert {path: value_of(vault, path) for path in ENTRIES} == ENTRIES
+
+
+def test_while_a_rotation_is_not_finished_both_keys_open_and_the_new_one_seals() -> None:
+    medium, public = filled()
+    medium.cut = Cut(2, done=True)
+    with pytest.raises(CutHere):
+        run(medium.vault().rotate(NEVER))
+    medium.cut = Cut()
+    vault = medium.vault()
+
+    run(vault.put(ROOT + b"1/new", b"new", NEVER))
+
+    assert vault.rotating
+    assert number_of(medium.records[ROOT + b"1/new"]) == 2
+    assert public_in(vault) == public
+    assert {path: value_of(vault, path) for path in ENTRIES} == ENTRIES
+
+
+def test_a_rotation_asked_for_again_is_finished_and_not_begun_anew() -> None:
+    medium, _ = filled()
+    medium.cut = Cut(2, done=True)
+    with pytest.raises(CutHere):
+        run(medium.vault().rotate(NEVER))
+    medium.cut = Cut()
+
+    assert run(medium.vault().rotate(NEVER)) == 2
+    assert run(medium.vault().rotate(NEVER)) == 3
+
+
+def test_a_failed_replacement_is_followed_by_a_look_at_what_is_kept() -> None:
+    class Failing(Medium):
+        fails = False
+
+        async def replace(self, data: bytes) -> None:
+            if self.fails:
+                raise unavailable("secret: DEVICE_FAILED")
+            await super().replace(data)
+
+    medium = Failing()
+    vault = medium.vault()
+    public = run(vault.generate(NEVER))
+    medium.fails = True
+
+    assert refusal(vault.rotate(NEVER)) is KeystoredStatus.UNAVAILABLE
+
+    assert vault.number == 0, "what is not known is not claimed"
+    assert public_in(vault) == public
+    assert vault.number == 1
+
+
+def test_a_damaged_entry_does_not_stop_a_rotation_and_is_counted() -> None:
+    medium, public = filled()
+    damaged = next(iter(ENTRIES))
+    medium.records[damaged] = record = medium.records[damaged][:-1] + b"\0"
+    vault = medium.vault()
+
+    assert run(vault.rotate(NEVER)) == 2
+
+    assert vault.damaged == 1
+    assert medium.records[damaged] == record, "it is left as it is"
+    assert refusal(vault.get(damaged, NEVER)) is KeystoredStatus.CORRUPTED
+    assert public_in(vault) == public
+
+
+def test_a_device_key_that_is_damaged_during_a_rotation_keeps_both_wrapping_keys() -> None:
+    medium, _ = filled()
+    medium.cut = Cut(1, done=True)
+    with pytest.raises(CutHere):
+        run(medium.vault().rotate(NEVER))
+    medium.cut = Cut()
+    medium.records[DEVICE_PATH] = medium.records[DEVICE_PATH][:-1] + b"\0"
+
+    assert refusal(medium.vault().settle(NEVER)) is KeystoredStatus.CORRUPTED
+    assert len(unpack(medium.secret).keys) == 2
+
+
+def test_more_records_than_there_can_be_do_not_keep_it_busy_for_ever() -> None:
+    medium, _ = filled()
+    medium.page_size = 1000
+    medium.records |= {ROOT + b"z/%08d" % each: b"" for each in range(RECORDS_MAX)}
+
+    assert refusal(medium.vault().rotate(NEVER)) is KeystoredStatus.UNAVAILABLE
+
+
+def test_forgotten_keys_are_wiped_and_read_again() -> None:
+    medium, public = filled()
+    vault = medium.vault()
+    wrapping = run(vault.open(NEVER))
+    assert wrapping is not None
+
+    vault.forget()
+
+    assert bytes(wrapping.current.secret.data) == bytes(32)
+    assert public_in(vault) == public
+
+
+def test_the_old_wrapping_key_is_wiped_when_nothing_needs_it_any_more() -> None:
+    medium, _ = filled()
+    vault = medium.vault()
+    old = run(vault.open(NEVER))
+    assert old is not None
+
+    run(vault.rotate(NEVER))
+
+    assert bytes(old.current.secret.data) == bytes(32)
+
+
+# ------------------------------------------------------------------ room
+
+
+def test_a_known_name_always_has_room_and_a_new_one_up_to_the_limit() -> None:
+    medium = Medium()
+    vault = medium.vault()
+    prefix = ROOT + b"1/"
+    for each in range(8):
+        run(vault.put(prefix + b"%d" % each, b"", NEVER))
+
+    assert run(vault.has_room(prefix, prefix + b"7", 8, NEVER))
+    assert not run(vault.has_room(prefix, prefix + b"new", 8, NEVER))
+    assert run(vault.has_room(prefix, prefix + b"new", 9, NEVER))
+    assert run(vault.has_room(ROOT + b"2/", ROOT + b"2/0", 8, NEVER)), "of another caller"
