@@ -28,7 +28,7 @@ from nexus.testing.conformance import (
 )
 from nexus.testing.conformance.steps import ended, start
 from nexus.testing.outside import Place, SimOutside
-from nexus.testing.rig import EXIT_FAILED, SIM_LATENESS_MAX, Kernel, Rig, TaskFailed
+from nexus.testing.rig import EXIT_FAILED, SIM_LATENESS_MAX, Kernel, Rig, TaskFailed, kept_in
 
 
 @pytest.mark.covers(
@@ -40,6 +40,7 @@ from nexus.testing.rig import EXIT_FAILED, SIM_LATENESS_MAX, Kernel, Rig, TaskFa
     "abi.TIMED_OUT",
     "abi.INVALID_ARGUMENT",
     "abi.UNSUPPORTED",
+    "abi.DEVICE_FAILED",
 )
 @pytest.mark.parametrize("function", case_functions(), ids=case_name)
 def test_kernel_keeps(function: CaseFunction, kernel: Rig) -> None:
@@ -47,7 +48,7 @@ def test_kernel_keeps(function: CaseFunction, kernel: Rig) -> None:
 
 
 def test_every_promise_has_cases() -> None:
-    assert sorted(PROMISES) == list(range(1, 11))
+    assert sorted(PROMISES) == list(range(1, 12))
     covered = {module for modules in PROMISES.values() for module in modules}
     assert covered == set(MODULES)
     for module in MODULES:
@@ -79,6 +80,10 @@ ELSEWHERE = {
     ("SetTaskQos", "QUEUE_FULL"): "needs a full run queue: tests/sim and the kernel's self test",
     ("SetTaskQos", "TIMED_OUT"): "only where init decides, and has stopped",
     ("ConsoleWrite", "QUEUE_FULL"): "the simulated console is never full",
+    ("BlockWrite", "DEVICE_FAILED"): "needs a fault of the disk: tests/sim, tests/linux",
+    ("BlockWrite", "NO_SPACE"): "needs a thin disk: tests/sim, tests/linux",
+    ("EntropyDraw", "DEVICE_FAILED"): "the simulated source delivers, however badly",
+    ("SecretReplace", "NO_SPACE"): "needs a full disk: tests/sim, tests/linux",
 }
 """Documented refusals that no case meets on the simulated kernel, and why."""
 
@@ -121,7 +126,7 @@ def test_every_documented_refusal_is_met_by_a_case() -> None:
             recorder=noting(recorder),
             limits=limits,
             trace=True,
-            boot_memory=place.memory,
+            **kept_in(place),
         )
         place.current = SimOutside(kernel)
         return kernel

@@ -12,14 +12,16 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from nexus.abi import MESSAGE_SIZE_MAX, NOTIFY_SIZE_MAX, Nanos, Signal
+from nexus.abi import BLOCK_SIZE, MESSAGE_SIZE_MAX, NOTIFY_SIZE_MAX, Nanos, SecretBackend, Signal
+from nexus.kernel.core import Hardware
 from nexus.kernel.sim import SimKernel, SimPeer
+from nexus.kernel.sim.disk import Disk
 
 STRANGER: Final = 54_321  # a user id that runs no system and is not root
 SIM_PEER_PID: Final = 4_711
@@ -80,16 +82,28 @@ class Outside(Protocol):
         """While it is open the disk has no space."""
         ...
 
+    def break_disk(self, name: str) -> None:
+        """From now on the last block of this block device cannot be read."""
+        ...
+
+    def damage_secret(self, service: str) -> None:
+        """From now on the secret of a live service, in a file, can neither be read nor replaced."""
+        ...
+
 
 @dataclass
 class Place:
     """Where a system lives between its boots; `outside` is set while one runs.
 
-    `directory` is for kernels that use the file system; `memory` is the boot memory of others.
+    `directory` is for kernels that use the file system; `memory`, `disks` and `secrets` are what
+    others keep. `hardware` is its bus map; on every kernel the kernel drives those devices.
     """
 
     directory: Path
     memory: bytes | None = b""
+    hardware: tuple[Hardware, ...] = ()
+    disks: Mapping[str, Disk] = field(default_factory=dict)
+    secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
     current: Outside | None = None
 
     @property
@@ -164,6 +178,15 @@ class SimOutside:
             yield
         finally:
             self._kernel.disk_full = False
+
+    def break_disk(self, name: str) -> None:
+        """The block is gone for good."""
+        disk = self._kernel.bus.disks[name]
+        disk.faults = replace(disk.faults, unreadable=frozenset({disk.block_count - 1}))
+
+    def damage_secret(self, service: str) -> None:
+        """Its backend gives errors."""
+        self._kernel.secrets.failing.add(service)
 
 
 class SocketPeer:
@@ -295,3 +318,14 @@ class LinuxOutside:
             yield
         finally:
             os.fsync = original  # type: ignore[assignment]
+
+    def break_disk(self, name: str) -> None:
+        """The image becomes shorter than the device it stands for."""
+        image = self._place.state_dir / f"{name}.img"
+        os.truncate(image, image.stat().st_size - BLOCK_SIZE)
+
+    def damage_secret(self, service: str) -> None:
+        """Something that is no file takes the place of the file."""
+        secret = self._place.state_dir / "secrets" / service / "secret"
+        secret.unlink()
+        secret.mkdir()

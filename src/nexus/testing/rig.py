@@ -31,6 +31,7 @@ from nexus.abi import (
     Event,
     EventKind,
     ExitInfo,
+    HardwareKind,
     Nanos,
     Program,
     Programs,
@@ -126,6 +127,7 @@ class Rig:
 
     `lateness_max` bounds how late the median of several waits may end on an idle CPU.
     Runs in a place, with a world outside, need `make_placed`.
+    A program that a kernel is to execute apart is handed over as a `Program`, with its entry.
     `forked` kernels turn the calling process into init and get a process of their own;
     `user` is the uid and gid that process takes first, None to keep the test's own.
     `time_max` bounds a run, in the kernel's own time. Events of `kinds` are kept; a test that
@@ -149,7 +151,7 @@ class Rig:
         self,
         root: Main,
         *,
-        programs: Mapping[str, Main] | None = None,
+        programs: Mapping[str, Main | Program] | None = None,
         limits: SystemLimits | None = None,
         argument: bytes = b"",
         place: Place | None = None,
@@ -162,7 +164,7 @@ class Rig:
         self,
         root: Main,
         *,
-        programs: Mapping[str, Main] | None = None,
+        programs: Mapping[str, Main | Program] | None = None,
         limits: SystemLimits | None = None,
         argument: bytes = b"",
         place: Place | None = None,
@@ -181,7 +183,7 @@ class Rig:
     def run_here(
         self,
         root: Main,
-        programs: Mapping[str, Main],
+        programs: Mapping[str, Main | Program],
         limits: SystemLimits,
         argument: bytes,
         place: Place | None = None,
@@ -202,7 +204,10 @@ class Rig:
             if event.kind in self.kinds:
                 outcome.events.append(event._replace(fields=dict(event.fields)))
 
-        table = {name: program(name, reporting(main)) for name, main in programs.items()}
+        table = {
+            name: main if isinstance(main, Program) else program(name, reporting(main))
+            for name, main in programs.items()
+        }
         if place is None:
             kernel = self.make_kernel(table, recorder=record, limits=limits)
         else:
@@ -214,7 +219,7 @@ class Rig:
         except Exception:  # noqa: BLE001 (whatever a kernel raises is the test's failure)
             outcome.failures.append(f"the kernel raised:\n{traceback.format_exc()}")
         if place is not None and isinstance(kernel, SimKernel):
-            place.memory = kernel.boot_memory
+            keep_in(place, kernel)
         reports = _task_reports(outcome.events)
         if reports:
             # The first cause comes first: root usually fails because a child did.
@@ -229,7 +234,7 @@ def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
     """
 
     def make_with(
-        programs: Programs, recorder: Recorder, limits: SystemLimits, boot_memory: bytes | None
+        programs: Programs, recorder: Recorder, limits: SystemLimits, **placed: Any
     ) -> SimKernel:
         return SimKernel(
             programs,
@@ -238,16 +243,16 @@ def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
             cpu_count=cpu_count,
             limits=limits,
             heap_size=heap_size,
-            boot_memory=boot_memory,
+            **placed,
         )
 
     def make(programs: Programs, *, recorder: Recorder, limits: SystemLimits) -> Kernel:
-        return make_with(programs, recorder, limits, None)
+        return make_with(programs, recorder, limits, boot_memory=None)
 
     def make_placed(
         programs: Programs, *, recorder: Recorder, limits: SystemLimits, place: Place
     ) -> Kernel:
-        kernel = make_with(programs, recorder, limits, place.memory)
+        kernel = make_with(programs, recorder, limits, **kept_in(place))
         place.current = SimOutside(kernel)
         return kernel
 
@@ -257,6 +262,26 @@ def sim_rig(*, seed: int, cpu_count: int, heap_size: int = HEAP_SIZE) -> Rig:
         make_placed=make_placed,
         lateness_max=SIM_LATENESS_MAX,
     )
+
+
+def kept_in(place: Place) -> dict[str, Any]:
+    """What a simulated kernel finds in a place; it drives the devices there itself."""
+    return {
+        "boot_memory": place.memory,
+        "hardware": place.hardware,
+        "kernel_driven": [
+            each.name for each in place.hardware if each.kind is not HardwareKind.EMPTY
+        ],
+        "disks": place.disks,
+        "secrets": place.secrets,
+    }
+
+
+def keep_in(place: Place, kernel: SimKernel) -> None:
+    """Leave in a place what a simulated kernel has kept."""
+    place.memory = kernel.boot_memory
+    place.disks = kernel.bus.disks
+    place.secrets = kernel.secrets.kept
 
 
 def linux_rig(*, harden: bool = True, user: int | None = None) -> Rig:
@@ -278,6 +303,7 @@ def linux_rig(*, harden: bool = True, user: int | None = None) -> Rig:
             state_dir=place.state_dir,
             runtime_dir=place.runtime_dir,
             notify_socket=outside.manager,
+            hardware=place.hardware,
         )
 
     words = ["linux", *([] if harden else ["soft"]), *([] if user is None else ["user"])]

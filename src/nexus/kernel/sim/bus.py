@@ -356,10 +356,10 @@ def _checked(
         count = index(trap.count)
         _check_range(drive, block, count * BLOCK_SIZE)
         return lambda: drive.read(block, count, waiting.answer)
-    if not drive.writable:
-        raise AbiError(Status.PERMISSION_DENIED, "the device is read only")
     data = bytes(memoryview(trap.data))  # the kernel's own copy; a number is no data
     _check_range(drive, block, len(data))
+    if not drive.writable:
+        raise AbiError(Status.PERMISSION_DENIED, "the device is read only")
     durable = bool(trap.durable)
     return lambda: drive.write(block, lambda: data, waiting.answer, durable=durable)
 

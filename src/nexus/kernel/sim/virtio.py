@@ -526,12 +526,15 @@ class Window:
         return WINDOW_SIZE - self._base
 
     def read(self, offset: int) -> int:
-        """A register's value."""
+        """A register's value. Raises ValueError."""
         return self._mapped(offset).read(self._base + offset)
 
     def write(self, offset: int, value: int) -> None:
-        """Set a register."""
-        self._mapped(offset).write(self._base + offset, value & WORD)
+        """Set a register. Raises ValueError, also for a value that is no 32-bit word."""
+        transport = self._mapped(offset)
+        if not 0 <= value <= WORD:
+            raise ValueError(f"{value:#x} is no 32-bit word")
+        transport.write(self._base + offset, value)
 
     def end(self) -> None:
         """Take the mapping away."""

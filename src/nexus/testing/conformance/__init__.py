@@ -6,7 +6,7 @@ cases of one promise of design.md section 3, or of one family of traps:
 identity (1), moves (2), queues (3), deadlines (4), endings (5), receiving (6), and the closed set
 of statuses (7) as it falls to memory, capabilities, tasks, qos and console. Three modules hold
 what is said about the world outside: policy (the policy page, 8), root (signals, boot memory and
-notices, 9) and ports (10).
+notices, 9), ports (10) and devices (devices of the bus map and secrets, 11).
 
 Use it from pytest:
 
@@ -24,6 +24,7 @@ from nexus.testing.conformance import (
     capabilities,
     console,
     deadlines,
+    devices,
     endings,
     identity,
     memory,
@@ -53,6 +54,7 @@ MODULES: Final = (
     policy,
     root,
     ports,
+    devices,
 )
 PROMISES: Final = {
     1: (identity,),
@@ -65,6 +67,7 @@ PROMISES: Final = {
     8: (policy,),
     9: (root,),
     10: (ports,),
+    11: (devices,),
 }
 
 CaseFunction = Callable[[Rig], None]
@@ -115,7 +118,7 @@ def conformance(
 ) -> tuple[Case, ...]:
     """The suite for a kernel; `forked` when running it takes over the calling process.
 
-    The cases of promises 9 and 10 need a kernel in a place: `make_placed`.
+    The cases of promises 9 to 11 need a kernel in a place: `make_placed`.
     """
     rig = Rig(
         name=name,

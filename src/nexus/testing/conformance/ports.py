@@ -722,6 +722,8 @@ def test_grants_are_recorded_with_the_start(rig: Rig) -> None:
             "listen": [],
             "connect": [],
             "streams": False,
+            "hardware": [],
+            "secret": "none",
         }
         (granted,) = [f for f in run.fields(EventKind.SPAWN) if f["name"] == "granted"]
         assert granted["grants"] == {**nothing, "ports": [DOOR]}
