@@ -13,6 +13,7 @@ import os
 import pickle
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
+from unittest import SkipTest
 
 from nexus.abi import (
     HEAP_SIZE,
@@ -142,6 +144,12 @@ class Rig:
     user: int | None = None
     time_max: Nanos = RUN_TIME_MAX
     kinds: frozenset[EventKind] = frozenset(EventKind)
+    apart: bool = True  # whether its kernel can start an interpreter of a program's own
+
+    def require_apart(self) -> None:
+        """Skip a case that needs an interpreter of its own where none can be started."""
+        if not self.apart:
+            raise SkipTest(f"user {self.user} cannot execute {sys.executable}")
 
     def place(self) -> AbstractContextManager[Place]:
         """A place for runs that keep something, or talk to the world outside."""
@@ -314,6 +322,17 @@ def linux_rig(*, harden: bool = True, user: int | None = None) -> Rig:
         lateness_max=LINUX_LATENESS_MAX,
         forked=True,
         user=user,
+        apart=user is None or _executable_by(user, Path(sys.executable)),
+    )
+
+
+def _executable_by(user: int, path: Path) -> bool:
+    """Whether an ordinary user may execute a file, and reach it: its links, too."""
+    places = {path.absolute(), path.resolve()}
+    above = {parent for place in places for parent in place.parents}
+    return all(
+        each.stat().st_mode & 0o001 or (each.stat().st_uid == user and each.stat().st_mode & 0o100)
+        for each in (*places, *above)
     )
 
 

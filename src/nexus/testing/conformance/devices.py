@@ -501,6 +501,8 @@ def test_a_secret_in_the_keyring_is_kept_for_its_service_alone(rig: Rig) -> None
 
 
 def _keep_secrets(rig: Rig, backend: SecretBackend) -> None:
+    rig.require_apart()
+
     async def session(boot: BootImage, name: bytes, found: bytes, stores: bytes) -> None:
         argument = b"%d %s %s" % (backend, found, stores)
         spawned = await _start_keeping(boot, name.decode(), KEEPS.name, backend, argument)
@@ -521,6 +523,7 @@ def _keep_secrets(rig: Rig, backend: SecretBackend) -> None:
 
 
 def test_a_damaged_secret_is_a_failure_and_not_an_empty_one(rig: Rig) -> None:
+    rig.require_apart()
     with rig.place() as place:
 
         async def root(boot: BootImage) -> None:
