@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nexus.abi import ExitInfo, Nanos
-from nexus.init.ground import Booted, Places, boot
-from nexus.init.plan import load_plan
-from nexus.kernel.core import Hang, RunOver
+from nexus.abi import BLOCK_SIZE, ExitInfo, Nanos, SecretBackend
+from nexus.init.ground import Places, boot
+from nexus.init.plan import Plan, load_plan
+from nexus.kernel.core import Hang, Hardware, PowerCut, RunOver
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim import SimKernel
+from nexus.kernel.sim.disk import NOTHING, Choice, Disk, Piece
+from nexus.kernel.sim.power import Cut, Moment
 from nexus.proof import scenario
-from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job
+from nexus.proof.remains import IMAGE_SUFFIX, image_of
+from nexus.proof.runner import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
 
@@ -36,7 +39,15 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
     """Boot a system file, the first time with the kernel's self-test in front."""
     plan = load_plan(Path(job.system))
     ground = Ground(job.ground)
-    places = _places(job, ground)
+    assert job.state is not None, "a system is booted with a state directory"
+    kept = Kept(Path(job.state))
+    machines: list[SimKernel] = []
+
+    def on_machine(kernel: SimKernel) -> None:
+        machines.append(kernel)
+        if job.cut_at:
+            kernel.power.plan(cut_of(job))
+
     try:
         booted = boot(
             plan,
@@ -47,31 +58,77 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
             limit=Nanos(job.limit),
             trace=job.trace,
             selftest=job.boot == 0,
-            places=places,
+            places=Places(state=kept.state) if ground is Ground.LINUX else kept.places(plan),
+            on_machine=on_machine,
         )
     except (RunOver, Hang) as over:
         return _over(over)
-    _keep(job, booted)
+    except PowerCut:
+        (machine,) = machines
+        kept.keep(machine, power_lasts=False)
+        return BootEnd(exit_code=EXIT_POWER_CUT, log_lines=machine.log_lines())
+    for machine in machines:
+        kept.keep(machine, power_lasts=True)
     return BootEnd(exit_code=_code(booted.exit), log_lines=booted.log_lines)
 
 
-def _places(job: Job, ground: Ground) -> Places:
-    """What earlier boots left. On linux the kernel looks for it itself."""
-    assert job.state is not None, "a system is booted with a state directory"
-    state = Path(job.state)
-    if ground is Ground.LINUX:
-        return Places(state=state)
-    memory = state / BOOT_MEMORY
-    return Places(boot_memory=memory.read_bytes() if memory.exists() else b"")
+def cut_of(job: Job) -> Cut:
+    """Where the power goes in this boot."""
+    task, _, _ = job.cut_at.partition(":")
+    return Cut(write=job.cut_write, moment=Moment.INSIDE, size=CUT_SIZE, task=task, line=job.cut_at)
 
 
-def _keep(job: Job, booted: Booted) -> None:
-    """Leave to the next boot what a simulated machine keeps. On linux it is where it was."""
-    if booted.boot_memory is not None and job.state is not None:
-        _ = (Path(job.state) / BOOT_MEMORY).write_bytes(booted.boot_memory)
+CUT_SIZE: Final = 3 * BLOCK_SIZE  # bytes of the write that reach the disk; it is a longer one
+
+
+class Kept:
+    """What a simulated machine keeps from boot to boot, as files in a directory. On linux the
+    kernel finds what is kept by itself."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    def places(self, plan: Plan) -> Places:
+        """What earlier boots left."""
+        memory = self.state / BOOT_MEMORY
+        return Places(
+            boot_memory=memory.read_bytes() if memory.exists() else b"",
+            disks={each.name: self._disk(each) for each in plan.hardware if each.size},
+            secrets={
+                (name, SecretBackend[backend]): path.read_bytes()
+                for path in sorted(self.state.glob(f"*{SECRET_SUFFIX}"))
+                for name, _, backend in [path.stem.rpartition("-")]
+            },
+        )
+
+    def _disk(self, device: Hardware) -> Disk:
+        image = image_of(self.state, device)
+        content = image.read_bytes() if image.exists() else b""
+        return Disk(device.size // BLOCK_SIZE, content)
+
+    def keep(self, machine: SimKernel, *, power_lasts: bool) -> None:
+        """Leave it to the next boot: of a disk that lost its power what was on the medium, and
+        the beginning of the write that was under way."""
+        if not power_lasts:
+            machine.secrets.lose_power()
+        for name, disk in machine.bus.disks.items():
+            image = disk.image() if power_lasts else disk.survivors(_torn(disk)).image()
+            _ = (self.state / f"{name}{IMAGE_SUFFIX}").write_bytes(image)
+        for (name, backend), data in machine.secrets.kept.items():
+            _ = (self.state / f"{name}-{backend.name}{SECRET_SUFFIX}").write_bytes(data)
+        if machine.boot_memory is not None:
+            _ = (self.state / BOOT_MEMORY).write_bytes(machine.boot_memory)
+
+
+def _torn(disk: Disk) -> Choice:
+    """Nothing of the cache but the first bytes of the last write."""
+    if not disk.pending:
+        return NOTHING
+    return (Piece(len(disk.pending) - 1, 0, min(CUT_SIZE, len(disk.pending[-1].data))),)
 
 
 BOOT_MEMORY: Final = "boot-memory"
+SECRET_SUFFIX: Final = ".secret"
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

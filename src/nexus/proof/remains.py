@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from nexus.init.plan import Plan
+from nexus.kernel.core import Hardware
 
 
 class Kept(NamedTuple):
@@ -30,6 +31,14 @@ class Remains:
     epoch: int = 0
     sequence: int = 0
     records: Mapping[bytes, Kept] = field(default_factory=dict)
+
+
+IMAGE_SUFFIX: Final = ".img"
+
+
+def image_of(state: Path, device: Hardware) -> Path:
+    """Where the content of a block device is while the system is down."""
+    return Path(device.path) if device.path else state / f"{device.name}{IMAGE_SUFFIX}"
 
 
 NOTHING_LEFT: Final = Remains(problem="the system has no disk")

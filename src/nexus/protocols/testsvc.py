@@ -26,7 +26,7 @@ class TestsvcStatus(IntEnum):
     TOO_MANY_HELD = 16  # every place is taken, or the token is held already
     NOT_HELD = 17  # a token that no held request has
     NO_CAPABILITY = 18  # the request came without its link
-    SESSION_BROKEN = 19  # a step was refused by the kernel, or timed or init cannot be reached
+    SESSION_BROKEN = 19  # a step was refused by the kernel, or a service cannot be reached
     NO_SUCH_ATTACK = 20  # unknown, or this ground has no system calls
 
 
@@ -224,6 +224,25 @@ class AskInit(Request[AskedInit], op=14, idempotent=False, refuses=TestsvcStatus
     name: Annotated[str, Text(size_max=48, size_min=1)]
 
 
+class Answered(Message):
+    """The status that demo.testsvc was answered with; 0 is that it was done."""
+
+    status: Annotated[int, U16()]
+
+
+class UseState(Request[Answered], op=15, idempotent=False, refuses=TestsvcStatus):
+    """Put `value` under `key` at statefsd, over a link of demo.testsvc's own; not durably."""
+
+    key: Annotated[bytes, Blob(size_max=255)]
+    value: Annotated[bytes, Blob(size_max=256)]
+
+
+class UseKeys(Request[Answered], op=16, idempotent=False, refuses=TestsvcStatus):
+    """Get the entry `name` from keystored, over a link of demo.testsvc's own."""
+
+    name: Annotated[bytes, Blob(size_max=64, size_min=1)]
+
+
 TestsvcRequest: TypeAlias = (
     Echo
     | Hold
@@ -239,11 +258,13 @@ TestsvcRequest: TypeAlias = (
     | ReadLog
     | Hang
     | AskInit
+    | UseState
+    | UseKeys
 )
 PROTOCOL: Final = Protocol(
     "testsvc",
     number=3,
-    version=3,
+    version=4,
     requests=(
         Echo,
         Hold,
@@ -259,5 +280,7 @@ PROTOCOL: Final = Protocol(
         ReadLog,
         Hang,
         AskInit,
+        UseState,
+        UseKeys,
     ),
 )

@@ -5,7 +5,7 @@ its own links, which is the point: whatever it manages to do, any service could 
 does is decide whether an attack worked: it reports, and the client compares with other evidence.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Final, TypeAlias, TypeVar, assert_never
 
 from nexus.abi import (
@@ -38,11 +38,17 @@ from nexus.ipc import (
     call_until,
 )
 from nexus.protocols.init import GetPolicy, GetTasks, LeaveSafeMode, Restart, Shutdown
+from nexus.protocols.keystored import PROTOCOL as KEYSTORED
+from nexus.protocols.keystored import Get as KeyGet
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Level, Query
+from nexus.protocols.statefsd import PROTOCOL as STATEFSD
+from nexus.protocols.statefsd import Durability
+from nexus.protocols.statefsd import Put as StatePut
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
     PROTOCOL,
+    Answered,
     AskedInit,
     AskInit,
     Attack,
@@ -71,7 +77,9 @@ from nexus.protocols.testsvc import (
     Step,
     TestsvcRequest,
     TestsvcStatus,
+    UseKeys,
     UseLink,
+    UseState,
 )
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
@@ -87,6 +95,12 @@ FLOOD_CLOCK_EVERY: Final = 32  # tries between two looks at the clock
 FLOOD_ANSWERS_MAX: Final = 64  # more than both queues of the link hold
 FLOOD_QUIET: Final = Nanos(10_000_000)  # ns without an answer: the flood is answered
 FILL_SENDS_MAX: Final = 300  # more than the deepest link holds
+USE_ATTEMPTS_MAX: Final = 3
+PROTOCOLS: Final[Mapping[str, WireProtocol]] = {
+    "timed": TIMED,
+    "statefsd": STATEFSD,
+    "keystored": KEYSTORED,
+}
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
 MILLISECOND: Final = 1_000_000  # ns
 
@@ -97,17 +111,27 @@ ATTACKS: Mapping[str, RawAttack] = {}
 
 
 class Testsvc:
-    """Serves nexus.protocols.testsvc."""
+    """Serves nexus.protocols.testsvc. `uses` are the services its plan lets it ask for."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, uses: Collection[str] = ("timed",)) -> None:
         self._peers = peers
+        self._uses = uses
         self._held: dict[int, Deferred] = {}
         self.server: Server
-        self.timed: Client | None = None
+        self.clients: dict[str, Client] = {}
+
+    @property
+    def timed(self) -> Client | None:
+        """The client of timed, once it was found."""
+        return self.clients.get("timed")
+
+    @timed.setter
+    def timed(self, client: Client) -> None:
+        self.clients["timed"] = client
 
     def ready(self) -> bool:
-        """Whether timed was found."""
-        return self.timed is not None
+        """Whether every service that it uses was found."""
+        return self.clients.keys() >= set(self._uses)
 
     def facts(self) -> dict[str, int]:
         """How many answers are held back."""
@@ -145,6 +169,11 @@ class Testsvc:
                 return Hung()
             case AskInit():
                 return await self._ask_init(call, request)
+            case UseState():
+                put = StatePut(request.key, request.value, Durability.ACCEPTED, 0)
+                return await self._use(call, "statefsd", put)
+            case UseKeys():
+                return await self._use(call, "keystored", KeyGet(request.name))
             case _:
                 assert_never(request)
 
@@ -307,6 +336,20 @@ class Testsvc:
                 break
         return AskedInit(statuses)
 
+    async def _use(self, call: Call, name: str, request: Request[Any]) -> Answered:
+        """What a service answers demo.testsvc itself. A link to an instance that has ended is
+        exchanged by the first attempt, which then says so."""
+        client = self.clients.get(name)
+        if client is None:
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        for _ in range(USE_ATTEMPTS_MAX):
+            answer = await client.call(request, call.deadline, call.context)
+            if isinstance(answer, Refused):
+                return Answered(int(answer.status))
+            if not isinstance(answer, CallFailure):
+                return Answered(int(ReplyStatus.OK))
+        raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+
     async def _timed(self, call: Call) -> Client:
         """The client of timed, bound to its present instance."""
         if self.timed is None:
@@ -391,17 +434,16 @@ async def main(boot: BootImage) -> int:
     """The program: answer init's Bind, find timed, serve."""
     config = ServiceConfig.of(boot)
     peers = Peers(boot, config.trace_seed)
-    service = Testsvc(peers)
+    uses = [name for name in PROTOCOLS if name in config.uses]
+    service = Testsvc(peers, uses)
     server = Server(service, PROTOCOL, boot, peers.caller)
     service.server = server
     until = Nanos(boot.now + CONNECT_BUDGET)
     _ = await server.step(until)
-    timed = await peers.connect(
-        "timed",
-        TIMED,
-        RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until),
-    )
-    if not isinstance(timed, Client):
-        return 1
-    service.timed = timed
+    budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
+    for name in uses:
+        client = await peers.connect(name, PROTOCOLS[name], budget)
+        if not isinstance(client, Client):
+            return 1
+        service.clients[name] = client
     return await server.run()

@@ -182,6 +182,22 @@ async def _audit_by_number(climb: Climb, decision: Decision) -> Record:
     return await _only_record(climb, "number", str(decision.number))
 
 
+async def audits_of(climb: Climb, key: str, value: str, *, subject: str) -> list[Record]:
+    """The audit records with that field about `subject`, at least one; they come after the
+    answer."""
+    budget = RetryBudget(
+        attempts_max=AUDIT_POLLS_MAX, backoff=AUDIT_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+    )
+
+    async def look() -> list[Record]:
+        found = await find(climb, key, value)
+        return [record for record in found if fields_of(record).get("subject") == subject]
+
+    found = await retry_until(look, lambda seen: not seen, budget, RetryTokens())
+    require(bool(found), f"no audit record with {key}={value} about {subject}")
+    return found
+
+
 async def _only_record(climb: Climb, key: str, value: str) -> Record:
     budget = RetryBudget(
         attempts_max=AUDIT_POLLS_MAX, backoff=AUDIT_PAUSE, deadline=await climb.ahead(CALL_WAIT)
