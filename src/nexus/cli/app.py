@@ -25,10 +25,16 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(help="The policy of a running system.", rich_markup_mode=None)
 safe_app = typer.Typer(help="The safe mode of a running system.", rich_markup_mode=None)
+state_app = typer.Typer(help="What a running system keeps.", rich_markup_mode=None)
+sim_app = typer.Typer(help="What a simulated machine can show.", rich_markup_mode=None)
 new_app = typer.Typer(help="Files to begin with.", rich_markup_mode=None)
+keys_app = typer.Typer(help="The device key of a running system.", rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
 app.add_typer(new_app, name="new")
 app.add_typer(policy_app, name="policy")
 app.add_typer(safe_app, name="safe")
+app.add_typer(sim_app, name="sim")
+app.add_typer(state_app, name="state")
 
 File = Annotated[Path, typer.Argument(help="The system file (TOML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -358,6 +364,167 @@ def safe_leave(name: Name = None, json: Json = False) -> None:
     from nexus.cli.control import leave_safe_mode
 
     leave_safe_mode(asked(name), as_json=json)
+
+
+Key = Annotated[str, typer.Argument(help="The key, as in /state/plant/limit.", show_default=False)]
+RequestId = Annotated[
+    int,
+    typer.Option(
+        "--request-id",
+        min=0,
+        max=(1 << 64) - 1,
+        help="A number of your own: the same request is applied once, however often it is sent.",
+    ),
+]
+
+
+@state_app.command(
+    "get", epilog=_examples("nexus state get /state/plant/limit", "nexus state get KEY -o file")
+)
+def state_get(
+    key: Key,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the value to this file.")
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Print the value of a key, byte by byte."""
+    from nexus.cli.ask import asked
+    from nexus.cli.state import get as act
+
+    act(asked(name), key, output, as_json=json)
+
+
+@state_app.command(
+    "put",
+    epilog=_examples(
+        "nexus state put /state/plant/limit 70",
+        "nexus state put /state/plant/map --file map.bin",
+        "nexus state put /state/plant/limit 70 --request-id 1729   # once, however often sent",
+    ),
+)
+def state_put(
+    key: Key,
+    value: Annotated[
+        str | None, typer.Argument(help="The value, as text.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="Take the value from this file, - for stdin.")
+    ] = None,
+    accepted: Annotated[
+        bool,
+        typer.Option("--accepted", help="Do not wait for the disk: a power cut may undo it."),
+    ] = False,
+    request_id: RequestId = 0,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Set a key. When this returns, the value survives a power cut."""
+    from nexus.cli.ask import asked
+    from nexus.cli.state import put as act
+
+    act(
+        asked(name),
+        key,
+        value,
+        file,
+        durable=not accepted,
+        request_id=request_id,
+        as_json=json,
+    )
+
+
+@state_app.command("ls", epilog=_examples("nexus state ls", "nexus state ls /state/plant/"))
+def state_ls(
+    prefix: Annotated[
+        str, typer.Argument(help="Whole segments, and a slash at the end.")
+    ] = "/state/",
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """List the keys that operator may see."""
+    from nexus.cli.ask import asked
+    from nexus.cli.state import ls as act
+
+    act(asked(name), prefix, as_json=json)
+
+
+@state_app.command("rm", epilog=_examples("nexus state rm /state/plant/limit"))
+def state_rm(key: Key, request_id: RequestId = 0, name: Name = None, json: Json = False) -> None:
+    """Drop a key, for good."""
+    from nexus.cli.ask import asked
+    from nexus.cli.state import remove as act
+
+    act(asked(name), key, request_id=request_id, as_json=json)
+
+
+@state_app.command(
+    "check", epilog=_examples("nexus state check", "nexus state check disk.img --json")
+)
+def state_check(
+    image: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The image of a disk, which is only read; the running system's store if not given."
+        ),
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Say how a store is. Exit code 1: damaged, or no store."""
+    if image is not None:
+        from nexus.cli.image import check as look
+
+        raise typer.Exit(look(image, as_json=json))
+    from nexus.cli.ask import asked
+    from nexus.cli.state import check as act
+
+    raise typer.Exit(act(asked(name), as_json=json))
+
+
+@keys_app.command("show", epilog=_examples("nexus keys show", "nexus keys show --json"))
+def keys_show(name: Name = None, json: Json = False) -> None:
+    """Print the device id, the public key, and what keeps the wrapping key."""
+    from nexus.cli.ask import asked
+    from nexus.cli.keys import show
+
+    show(asked(name), as_json=json)
+
+
+@keys_app.command(
+    "sign",
+    epilog=_examples(
+        "nexus keys sign order.txt",
+        "nexus keys sign order.txt -o order.sig",
+        "sha256sum < image.bin | nexus keys sign - --json",
+    ),
+)
+def keys_sign(
+    file: Annotated[
+        Path,
+        typer.Argument(help="What to sign, up to 4096 bytes; - for stdin.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the 64 bytes to this file.")
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Sign the bytes of a file with the device key (Ed25519)."""
+    from nexus.cli.ask import asked
+    from nexus.cli.keys import sign
+
+    sign(asked(name), file, output, as_json=json)
+
+
+@keys_app.command("rotate", epilog=_examples("nexus keys rotate"))
+def keys_rotate(name: Name = None, json: Json = False) -> None:
+    """Seal everything with a new wrapping key; the device key stays what it is."""
+    from nexus.cli.ask import asked
+    from nexus.cli.keys import rotate
+
+    rotate(asked(name), as_json=json)
 
 
 @new_app.command(

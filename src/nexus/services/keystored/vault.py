@@ -10,7 +10,9 @@
 
 A cut between any two steps leaves what the next `open` understands: a rotation is finished by it,
 or by `settle`. A secret whose replacement failed is read again, so that what is believed here is
-what the kernel keeps. Everything raises Unusable; nothing waits longer than `until`.
+what the kernel keeps. What was read may be what a replacement that was cut off left, and not yet
+safe from a power cut: an instance stores it once more before it seals anything with it. Everything
+raises Unusable; nothing waits longer than `until`.
 """
 
 from contextlib import suppress
@@ -55,6 +57,7 @@ class Vault:
         self._random = random
         self._kept = kept
         self._wrapping: Wrapping | None = None
+        self._firm = False  # the kernel has told this instance that it keeps `_wrapping`
         self._nonces: Nonces | None = None
         self.opened = False  # statefsd has answered, and it is known how it stands with the keys
         self.keygens = 0
@@ -121,6 +124,7 @@ class Vault:
             if len(seed) == SEED_SIZE:
                 marked = Wrapping(keys=wrapping.keys, device=public_of(seed))
                 await self._kept.replace(pack(marked))
+                self._firm = True
                 return marked
         return wrapping
 
@@ -133,11 +137,12 @@ class Vault:
         """Finish a rotation that a cut or a failure left."""
         wrapping = await self.open(until)
         if wrapping is not None and wrapping.rotating:
-            await self._finish(wrapping, until)
+            _ = await self._finish(await self._ensured(until), until)
 
     def forget(self) -> None:
         """Overwrite the wrapping keys; the next request reads them again."""
         wrapping, self._wrapping = self._wrapping, None
+        self._firm = False
         if wrapping is not None:
             wrapping.wipe()
 
@@ -288,11 +293,12 @@ class Vault:
         return None
 
     async def _ensured(self, until: Nanos) -> Wrapping:
-        """The wrapping keys; the first one is made here, when nothing is sealed yet."""
+        """The wrapping keys, safe to seal with; the first is made here, when nothing is sealed."""
         wrapping = await self.open(until)
         if wrapping is None:
             fresh = await self._fresh(1, until)
             wrapping = Wrapping(keys=(fresh,), device=None)
+        if not self._firm:
             await self._replace(wrapping)
         return wrapping
 
@@ -308,6 +314,7 @@ class Vault:
             self.forget()
             raise
         self._wrapping = wrapping
+        self._firm = True
 
     async def _refill(self, until: Nanos) -> Nonces:
         """Nonces that are left, at least for one batch of a record each."""
