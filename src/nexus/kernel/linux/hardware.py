@@ -59,6 +59,11 @@ class Bus:
             for each in self.present
         )
 
+    def source(self) -> Granted:
+        """What an entropy device without a path is on this machine."""
+        with ExitStack() as undo:
+            return _open_source(Hardware("entropy", HardwareKind.ENTROPY), undo)[0]
+
     def open(self, device: Hardware, undo: ExitStack) -> tuple[Granted, int]:
         """Open a device for its one holder: what it is, and a descriptor that `undo` closes, -1
         for getrandom. Refuses: SpawnRefused (map-failed)."""

@@ -10,13 +10,15 @@ import json
 import os
 import select
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from nexus.abi import (
+    BLOCK_SIZE,
     HEAP_SIZE,
     INIT_NAME,
     VMO_SIZE_MAX,
@@ -28,11 +30,13 @@ from nexus.abi import (
     Isolation,
     Nanos,
     Program,
+    SecretBackend,
     Send,
     Spawn,
     SpawnSpec,
 )
-from nexus.kernel.linux import escapes, landlock, seccomp
+from nexus.kernel.linux import escapes, landlock, seccomp, trespass
+from nexus.kernel.linux.devices import HWRNG
 from nexus.kernel.linux.escapes import DONE, MANY_OBJECTS, OBJECTS_MANY, Wall
 from nexus.kernel.linux.harden import (
     PRIVATE_NAMESPACES,
@@ -43,8 +47,10 @@ from nexus.kernel.linux.harden import (
     preload,
     readable,
 )
+from nexus.kernel.linux.hardware import HWRNG_PATH, Bus
 from nexus.kernel.linux.kernel import LinuxKernel, enough_descriptors, may_renice
 from nexus.kernel.linux.native import MACHINE, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
+from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, forget_key, key_name
 from nexus.kernel.linux.sight import bounds, seen
 
 PID_MAX_LARGE: Final = 1 << 22  # the largest Linux has: a number comes again late
@@ -130,7 +136,13 @@ class Service(NamedTuple):
 def hardening_report() -> tuple[Guarantee, ...]:
     """The state of each guarantee on this machine, for this user."""
     preload()
-    return (*step_rows(), *tried_rows(_try_in_a_run()), *_looked_up_rows())
+    return (
+        *step_rows(),
+        *tried_rows(_try_in_a_run()),
+        *secret_rows(_try_secrets()),
+        *device_rows(),
+        *_looked_up_rows(),
+    )
 
 
 def step_rows() -> list[Guarantee]:
@@ -249,6 +261,79 @@ def tried_rows(services: dict[str, Service]) -> list[Guarantee]:
         attempts(services["network"], TCP_connection="EACCES", UDP_socket="EPERM"),
     )
     return rows
+
+
+def secret_rows(services: dict[str, Service]) -> list[Guarantee]:
+    """What the holders of secrets found, and somebody else who tried to get at them."""
+    stranger = services["stranger"]
+    rows = []
+    shared = "" if os.geteuid() == 0 else "whatever else the user runs has the same id"
+
+    def row(name: str, gives: str, holder: Service, others: tuple[str, ...]) -> None:
+        why = holder.failed or stranger.failed
+        if not why and holder.report["kept"] != DONE:
+            why = holder.report["kept"]
+        if not why:
+            backend = SECRETS[name]
+            meant = {one.name: one.refusal for one in trespass.BY[backend]}
+            wrong = _unlike(meant, holder.report["outcomes"])
+            foreign = {one.name: one.refusal for one in trespass.STRANGER if one.name in others}
+            why = ", ".join([*wrong, *_unlike(foreign, stranger.report["outcomes"])])
+        state = State.ABSENT if why else State.DEGRADED if shared else State.HELD
+        rows.append(Guarantee(name, state, gives, why or shared))
+
+    row(
+        "secret_directory",
+        "a secret in a file: its service alone opens that, and nothing beside it",
+        services["secret_directory"],
+        ("open another's secret", "list another's secrets"),
+    )
+    row(
+        "keyring",
+        "a secret in the kernel's keyring, for its service alone, until the power goes",
+        services["keyring"],
+        ("read another's key", "possess another's key"),
+    )
+    return rows
+
+
+def _unlike(expected: dict[str, str], outcomes: dict[str, str]) -> list[str]:
+    return [
+        f"{name}: {outcomes.get(name, 'not tried')}"
+        for name, outcome in expected.items()
+        if outcomes.get(name) != outcome
+    ]
+
+
+def device_rows() -> list[Guarantee]:
+    """What this machine has for devices of the kinds that a system needs."""
+    source = Bus((), None).source()
+    hardware = source.backing == HWRNG
+    return [
+        Guarantee(
+            "entropy",
+            State.HELD if hardware else State.DEGRADED,
+            "fresh entropy comes from a hardware generator",
+            "" if hardware else f"no {HWRNG_PATH} that delivers: the source is {source.backing}",
+        ),
+        _durable_writes(),
+    ]
+
+
+def _durable_writes() -> Guarantee:
+    """Tried on a file system of this machine; the image's own may be another."""
+    why = ""
+    with tempfile.TemporaryFile() as file:
+        try:
+            _ = os.pwritev(file.fileno(), (bytes(BLOCK_SIZE),), 0, os.RWF_DSYNC)
+        except OSError as error:
+            why = f"{error.strerror}: each one is a write and a sync of everything"
+    return Guarantee(
+        "durable_writes",
+        State.DEGRADED if why else State.HELD,
+        "a durable write to a block device is one call and syncs its own bytes",
+        why,
+    )
 
 
 def _differ(one: Service, other: Service) -> bool:
@@ -492,6 +577,76 @@ def _run_services() -> dict[str, Service]:
     until = Nanos(kernel.now + RUN_TIME * 1_000_000)
     _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
     return found
+
+
+SECRETS: Final = {
+    "secret_directory": SecretBackend.FILE,
+    "keyring": SecretBackend.KEYRING,
+    "stranger": SecretBackend.NONE,
+}
+
+
+def _try_secrets() -> dict[str, Service]:
+    """Run a kernel with services that keep secrets, and one that is after them."""
+
+    def work(writer: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="nexus-doctor-") as place:
+            _ = os.write(writer, json.dumps(_run_secrets(Path(place))).encode())
+
+    found = _in_a_child(work, RUN_TIME)
+    if found is None:
+        found = {name: ("the kernel did not run", (), {}) for name in SECRETS}
+    return {name: Service(*fields) for name, fields in found.items()}
+
+
+def _run_secrets(place: Path) -> dict[str, Service]:
+    digest = "0" * 64  # nobody asks for it
+    keeper = Program(
+        name="keeper",
+        main=trespass.main,
+        digest=digest,
+        entry=f"{trespass.__name__}:{trespass.main.__name__}",
+    )
+    events: list[Event] = []
+    found: dict[str, Service] = {}
+    neighbour = place / "neighbour"
+    neighbour.touch(mode=0o600)
+    key = key_name(place, "keyring")
+
+    async def root(boot: BootImage) -> None:
+        for name, backend in SECRETS.items():
+            prey = trespass.Prey(
+                image=str(neighbour),
+                secret=str(place / DIRECTORY / "secret_directory" / NAME),
+                neighbour=f"../../{neighbour.name}",
+                key=_key_there(key),
+            )
+            grants = EXECUTED._replace(secret=backend) if backend else Grants()
+            argument = json.dumps(prey).encode()
+            spec = SpawnSpec(name, "keeper", boot.endpoint, argument, endpoints=1, grants=grants)
+            try:
+                spawned = await Spawn(spec)
+                report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
+            except AbiError as refusal:
+                found[name] = Service(_failure(events, name) or str(refusal), (), {})
+                continue
+            found[name] = Service("", _degraded(events, name), report)
+
+    kernel = LinuxKernel({"keeper": keeper}, recorder=events.append, state_dir=place)
+    until = Nanos(kernel.now + RUN_TIME * 1_000_000)
+    try:
+        _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
+    finally:
+        with suppress(OSError):  # this kernel has no keyrings
+            _ = forget_key(key)
+    return found
+
+
+def _key_there(name: str) -> int:
+    """The serial number of a key; one that nobody has where this kernel has no keyrings."""
+    with suppress(OSError):
+        return find_key(name)
+    return 0
 
 
 def _failure(events: list[Event], name: str) -> str:

@@ -147,11 +147,8 @@ def take_key(name: str) -> int:
     description = name.encode()
     session, user = ctypes.c_int(SESSION_KEYRING), ctypes.c_int(USER_KEYRING)
     _ = _keyctl(KEYCTL_JOIN_SESSION_KEYRING, None)
-    try:
-        key = _keyctl(KEYCTL_SEARCH, user, KEY_TYPE, description, 0)
-    except OSError as error:
-        if error.errno != errno.ENOKEY:
-            raise
+    key = find_key(name)
+    if not key:
         # First where it is possessed: without that nobody may set its permissions.
         size = ctypes.c_size_t(len(NOTHING))
         key = syscall(NR_ADD_KEY, KEY_TYPE, description, NOTHING, size, session)
@@ -162,14 +159,22 @@ def take_key(name: str) -> int:
     return key
 
 
-def forget_key(name: str) -> bool:
-    """Unlink the key of that name from the caller's user keyring; False if there is none.
+def find_key(name: str) -> int:
+    """The serial number of the key of that name in the caller's user keyring; 0 if there is none.
     Raises OSError."""
     try:
-        key = _keyctl(KEYCTL_SEARCH, ctypes.c_int(USER_KEYRING), KEY_TYPE, name.encode(), 0)
+        return _keyctl(KEYCTL_SEARCH, ctypes.c_int(USER_KEYRING), KEY_TYPE, name.encode(), 0)
     except OSError as error:
         if error.errno != errno.ENOKEY:
             raise
+        return 0
+
+
+def forget_key(name: str) -> bool:
+    """Unlink the key of that name from the caller's user keyring; False if there is none.
+    Raises OSError."""
+    key = find_key(name)
+    if not key:
         return False
     _ = _keyctl(KEYCTL_UNLINK, ctypes.c_int(key), ctypes.c_int(USER_KEYRING))
     return True
