@@ -269,6 +269,7 @@ def test_its_statements_agree_with_the_device_and_with_policyd(boot: Boot, seed:
         if each.get("action") == "rng.entropy" and each.get("subject") == "driver"
     ]
     assert (audit["decision"], audit["asked_by"]) == ("allow", "rngd")
+    assert audit["trace"] == allow["trace"], "the draw's own trace, all the way"
 
 
 def test_a_source_that_the_kernel_drives_is_named_and_has_no_window(boot: Boot) -> None:

@@ -395,7 +395,11 @@ def test_each_decision_is_audited_with_all_its_words() -> None:
     ask(system, CheckFor(0x1234, "crypto.sign", "key"), name="keystored")
     wait(system, SECOND)
 
-    assert system.logd.audits() == [
+    audits = system.logd.audits()
+    traces = [bytes.fromhex(audit.pop("trace")) for audit in audits]
+    assert len(set(traces)) == 2, "each question has its own"
+    assert {len(trace) for trace in traces} == {16}
+    assert audits == [
         {
             "op": "check",
             "decision": "allow",

@@ -210,6 +210,7 @@ class Policyd:
             "asked_by": self._name_of(call.sender.service),
             "generation": str(generation),
             "number": str(self._numbers),
+            "trace": call.parent.trace.hex(),
         }
         denied = ruling.verdict is Verdict.DENY
         self._audit.put(
