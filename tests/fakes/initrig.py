@@ -299,6 +299,7 @@ def boot_it(
         limits=limits_of(plan),
         boot_memory=memory,
         faults=faults,
+        hardware=plan.hardware,
     )
     for after, signal in signals:
         kernel.at(Nanos(kernel.now + after), partial(kernel.signal, signal))

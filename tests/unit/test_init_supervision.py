@@ -1085,7 +1085,22 @@ GRANTS: Final = {
     "device.serial": 'devices.serial = { path = "/dev/ttyS0" }',
     "net.listen.web": "listen.web = { port = 8080 }",
     "net.connect": "connect = [1883]",
+    "device.mmio.blk": 'hardware = ["disk", "rng", "spare"]',
+    "device.mmio.rng": "",  # these two are in the line before
+    "device.mmio.empty": "",
+    "secret.file": 'secret = "file"',
 }
+DEVICES: Final = """
+[device.disk]
+kind = "block"
+size = "64KiB"
+
+[device.rng]
+kind = "entropy"
+
+[device.spare]
+kind = "empty"
+"""
 
 
 def test_in_safe_mode_a_right_starts_none_that_is_left_out(boot: Boot) -> None:
@@ -1129,7 +1144,8 @@ def test_a_service_that_holds_a_grant_ends_with_its_right(boot: Boot, lost: str)
         return at, denied, [await driver.record(name) for name in ("a", "timed")]
 
     rights = f"capabilities = {json.dumps(list(GRANTS))}"
-    text = SYSTEM + KEEPER + service("a", 'isolation = "exec"', *GRANTS.values(), rights)
+    entry = service("a", 'isolation = "exec"', *GRANTS.values(), rights)
+    text = SYSTEM + DEVICES + KEEPER + entry
     run = boot(driver, text=text, mains={"a": idle}, memory=b"")
 
     at, denied, after = run.result

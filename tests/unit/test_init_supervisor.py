@@ -51,6 +51,7 @@ from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.init import PROTOCOL as PROTOCOLS_INIT
 from nexus.protocols.init import (
+    BOOT_ID_SIZE,
     AuditRows,
     AwaitReady,
     GetAudit,
@@ -140,7 +141,9 @@ def test_the_lines_carry_evidence_that_others_can_check(boot: Boot) -> None:
     assert (up["generation"], up["echo_nonce"]) == (1, 1)
     (link,) = run.plan.links
     terms = ["driver", "timed", link.depth, link.size, link.delegations]
-    assert run.evidence("init: ready") == {"links": [[*terms, 1, 1]], "grants": []}
+    ready = run.evidence("init: ready")
+    assert (ready["links"], ready["grants"], ready["boot"]) == ([[*terms, 1, 1]], [], 0)
+    assert len(bytes.fromhex(ready["boot_id"])) == BOOT_ID_SIZE
     health = run.evidence("init: health timed ok")
     assert (health["generation"], health["facts"]["timers"]) == (1, 0)
     assert run.evidence("init: stopped")["exits"] == {"timed": [0, 0], "driver": [0, 0]}

@@ -1,10 +1,11 @@
-"""Grants are decided before a service starts: each device, port and socket of its plan entry.
+"""Grants are decided before a service starts: each device, port, socket and secret of its entry.
 
 With a policy service in the system it is asked, by init as proxy, one grant at a time; without
 one init decides from the policy itself, and so it does for the policy service. Before the first
 of all, init asks for something that must be denied: a policyd that allows it, errs or is silent
 is said, not trusted.
 
+    allowed --every device is what the bus map says (`bus`)--> granted
     granted --a new policy without its right--> killed in the same step of init --> decided anew:
                                                  denied, FAILED until a policy allows it again
 """
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from nexus.abi import Nanos, service_id
+from nexus.abi import HardwareKind, Nanos, SecretBackend, service_id
 from nexus.init.plan import PlannedService
 from nexus.init.reasons import Reason
 from nexus.init.record import Record
@@ -32,8 +33,14 @@ if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
 DECISION_MAX: Final = Nanos(1_000_000_000)  # ns; no answer by then is none (ladder 48)
+MMIO_RIGHTS: Final = {
+    HardwareKind.BLOCK: "device.mmio.blk",
+    HardwareKind.ENTROPY: "device.mmio.rng",
+    HardwareKind.EMPTY: "device.mmio.empty",
+}
+SECRET_RIGHTS: Final = {SecretBackend.FILE: "secret.file", SecretBackend.KEYRING: "secret.keyring"}
 DENIED_SUBJECT: Final = "timed"  # has no device, in no system
-DENIED_RIGHT: Final = "device.mmio.blk"
+DENIED_RIGHT: Final = MMIO_RIGHTS[HardwareKind.BLOCK]
 DENIED_TARGET: Final = "window blk"
 
 
@@ -77,6 +84,9 @@ def wanted_by(planned: PlannedService) -> list[Wanted]:
         Wanted(f"net.listen.{each.name}", f"{each.address} {each.port}") for each in grants.listen
     ]
     wanted += [Wanted("net.connect", f"tcp {port}") for port in grants.connect]
+    wanted += [Wanted(MMIO_RIGHTS[each.kind], f"window {each.name}") for each in grants.hardware]
+    if grants.secret:
+        wanted.append(Wanted(SECRET_RIGHTS[grants.secret], f"secret of {planned.name}"))
     return [Wanted(right, target[:TARGET_SIZE_MAX]) for right, target in wanted]
 
 
@@ -122,7 +132,7 @@ class Grants:
         while deciding.left:
             wanted = deciding.left.pop(0)
             if policyd is None or record is policyd:
-                allowed = self._init.authority.may(record, wanted.right)
+                allowed = self._init.authority.may(record, wanted.right, target=wanted.target)
                 deciding.decided.append(Decided(record.name, *wanted, allowed))
             elif await self._ask(policyd, deciding, wanted):
                 return
@@ -159,7 +169,18 @@ class Grants:
             await self._say_not_started(record, open_rows, reason=Reason.UNDECIDED)
             await self._init.groups.on_no_start(record, Reason.UNDECIDED)
         else:
-            await self._init.instances.start(record)
+            await self._start(record)
+
+    async def _start(self, record: Record) -> None:
+        """Start the service if its devices are what the plan says, else try again later."""
+        found = await self._init.bus.find(record.planned)
+        if not found.wrong:
+            await self._init.instances.start(record, found)
+            return
+        await self._init.say(
+            f"init: no start of {record.name}", reason=Reason.DEVICE, devices=found.wrong
+        )
+        await self._init.groups.on_no_start(record, Reason.DEVICE)
 
     def cancel(self, record: Record) -> None:
         """The service is to be stopped: it does not start, whatever is answered."""
@@ -192,7 +213,11 @@ class Grants:
     async def _revoke(self, record: Record) -> None:
         """End the instance if the policy no longer allows all it was granted; and say it."""
         may = self._init.authority.may
-        lost = [wanted for wanted in wanted_by(record.planned) if not may(record, wanted.right)]
+        lost = [
+            wanted
+            for wanted in wanted_by(record.planned)
+            if not may(record, wanted.right, target=wanted.target)
+        ]
         if lost:
             await self._init.say(f"init: grants of {record.name} revoked", grants=lost)
             await self._init.kill(record, Reason.REVOKED)

@@ -202,6 +202,7 @@ def _boot_linux(
         runtime_dir=places.runtime,
         notify_socket=places.notify,
         uid_first=UID_FIRST if places.uid_first is None else places.uid_first,
+        hardware=plan.hardware,
     )
     ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))
     return Booted(exit=ended)

@@ -29,6 +29,7 @@ from nexus.abi import (
     Status,
     Wait,
 )
+from nexus.init.bus import Found
 from nexus.init.reasons import Reason
 from nexus.init.record import NO_PID, Exit, Record, config_of
 from nexus.protocols.init import TaskState
@@ -65,9 +66,10 @@ class Instances:
 
     # ------------------------------------------------------------------ starting
 
-    async def start(self, record: Record) -> None:
+    async def start(self, record: Record, found: Found) -> None:
         """Spawn the next instance and send it the echo request that makes it UP."""
         planned = record.planned
+        absent = {"absent": list(found.absent)} if found.absent else {}
         record.due = None
         record.first_started = record.first_started or self._init.now
         again = record.generation > 0
@@ -75,6 +77,7 @@ class Instances:
             f"init: {'restart' if again else 'start'} {planned.name}",
             program=planned.program,
             digest=planned.program_digest,
+            **absent,
         )
         memory = self._init.memory
         seed = await Entropy(TRACE_SEED_SIZE)
@@ -92,7 +95,7 @@ class Instances:
                     endpoints=planned.endpoints,
                     budget=planned.budget,
                     delegations=planned.delegations,
-                    grants=planned.grants,
+                    grants=found.grants,
                 )
             )
         except AbiError as error:
@@ -107,6 +110,7 @@ class Instances:
             return
         self._init.now = await Now()
         record.begin_instance(spawned, self._init.now)
+        record.hardware = tuple(each.name for each in found.grants.hardware)
         self._by_control[spawned.link] = record
         await self._bind(record)
 

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     DENIED = "denied"  # a grant of the plan is not allowed by the policy
     REVOKED = "grant revoked"  # a new policy takes away a right that a grant of it needs
     UNDECIDED = "undecided"  # policyd did not say whether its grants are allowed
+    DEVICE = "device"  # one of its devices is not there, or not what the bus map says
     SPAWN = "spawn refused"
 
 

@@ -52,6 +52,7 @@ class Record:
     control: LinkId | None = None
     answers: LinkId | None = None
     argument: bytes = b""
+    hardware: tuple[str, ...] = ()  # the devices that the present or last instance was granted
     started: Nanos = NEVER_YET  # when the present instance was spawned
     leaving: Nanos | None = None  # its control link closed at this time; it is not yet reaped
     died: Nanos = NEVER_YET  # when its control link closed, kept from then on

@@ -9,10 +9,10 @@ earliest of init's own times. Nothing here waits for a service; what a service h
 yet is a row in `Asking`, and what has to happen later is a time in a `Record`.
 
 This module has the loop and what concerns the system as a whole. Each rule has its own: whose
-turn it is `stages`, whether it may have what the plan grants `grants`, how an instance begins and
-ends `instances`, whether it is well `watch`, what follows its end `groups`, how it is stopped
-`stops`, what outlives the boot `memory`, which policy is in force `authority`, what the system
-holds once it is ready `baseline`.
+turn it is `stages`, whether it may have what the plan grants `grants`, and whether the machine has
+that `bus`, how an instance begins and ends `instances`, whether it is well `watch`, what follows
+its end `groups`, how it is stopped `stops`, what outlives the boot `memory`, which policy is in
+force `authority`, what the system holds once it is ready `baseline`.
 """
 
 from collections import deque
@@ -45,6 +45,7 @@ from nexus.abi import (
 from nexus.init.asking import Asking, Done
 from nexus.init.authority import Authority, PolicySource
 from nexus.init.baseline import Baseline
+from nexus.init.bus import Bus
 from nexus.init.console import Console
 from nexus.init.desk import Desk
 from nexus.init.grants import Grants
@@ -110,6 +111,7 @@ class Supervisor:
         self.desk = Desk(self)
         self.authority = Authority(self, plan.policy)
         self.grants = Grants(self)
+        self.bus = Bus(self)
         self.stages = Stages(self)
         self.watch = Watch(self)
         self.groups = Groups(self)
@@ -216,6 +218,7 @@ class Supervisor:
             boot=self.memory.boot,
             boot_id=self.memory.boot_id.hex(),
         )
+        await self.bus.say_refused()
 
     # ------------------------------------------------------------------ ends
 

@@ -11,20 +11,25 @@ every other service and look at and act on the system. The test is a coroutine t
         assert not (await device.call("pump", GetState())).running
 
     simulate(Path("system.toml"), scenario, seed=7)
+
+What a device keeps outlives its runs: `simulate(..., after=run)` boots it again with the disks,
+the secrets and the boot memory that an earlier run has left, also one that ended by a power cut.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from nexus.abi import (
+    NEVER,
     BootImage,
     Event,
     EventKind,
     Nanos,
     Now,
     Program,
+    SecretBackend,
     Signal,
     SleepUntil,
     Trap,
@@ -35,7 +40,9 @@ from nexus.init.plan import Plan, make_plan, sources_of
 from nexus.init.programs import protocols_of
 from nexus.init.system import System, load, parse
 from nexus.ipc import CallFailure, Client, Exchange, Peers, Refused, RetryBudget
+from nexus.kernel.core import PowerCut
 from nexus.kernel.sim import SimKernel
+from nexus.kernel.sim.disk import NOTHING, Disk
 from nexus.protocols.init import (
     AwaitReady,
     GetService,
@@ -96,12 +103,20 @@ class SystemDied(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a simulated run left behind: `log` is the kernel's event log, equal for equal seeds."""
+    """What a simulated run left behind: `log` is the kernel's event log, equal for equal seeds.
+
+    `cut` says where the power was cut; it is empty, and `exit_code` init's, if it was not.
+    `disks`, `secrets` and `boot_memory` are for the next boot.
+    """
 
     seed: int
     exit_code: int
     console: tuple[str, ...]
     log: tuple[str, ...]
+    cut: str = ""
+    disks: Mapping[str, Disk] = field(default_factory=dict)
+    secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
+    boot_memory: bytes = b""
 
 
 class Device:
@@ -182,6 +197,12 @@ class Device:
         until = Nanos(self.kernel.now + _span(span))
         assert self.kernel.freeze(service, until), f"{service} is not running"
 
+    async def cut_power(self) -> NoReturn:
+        """End the run at this instant, as a power cut does: what is not durable is lost."""
+        self.kernel.at(self.kernel.now, lambda: self.kernel.power.cut("the test cut it"))
+        _ = await SleepUntil(NEVER)
+        raise AssertionError("the power was cut")
+
     def signal(self, signal: Signal) -> None:
         """Send init a signal from outside."""
         self.kernel.signal(signal)
@@ -206,10 +227,13 @@ def simulate(
     within: str = RUN_MAX,
     rights: tuple[str, ...] = (),
     boot_memory: bytes = b"",
+    after: Run | None = None,
 ) -> Run:
     """Boot a system file in the simulator and run `scenario` inside it.
 
-    `rights` are the tester's beside those it needs to look at the system.
+    `rights` are the tester's beside those it needs to look at the system. `after` is an earlier
+    run of the device, which began with `boot_memory`; give each run a seed of its own, for with
+    the same one chance repeats itself.
 
     What the scenario raises is raised here. Raises SystemFileError for a wrong file, SystemDied
     with the last console lines when the system ends before the scenario does.
@@ -222,12 +246,18 @@ def simulate(
         recorder=test.record,
         cpu_count=plan.smp,
         limits=limits_of(plan),
-        boot_memory=boot_memory,
+        boot_memory=boot_memory if after is None else after.boot_memory,
+        hardware=plan.hardware,
+        disks={} if after is None else {name: copied(disk) for name, disk in after.disks.items()},
+        secrets={} if after is None else after.secrets,
     )
     test.kernel = kernel
     until = Nanos(kernel.now + _span(within))
     try:
         ended = kernel.run(init_program(plan, plan.smp), plan.digest.encode(), until=until)
+    except PowerCut as cut:
+        left = {name: disk.survivors(NOTHING) for name, disk in kernel.bus.disks.items()}
+        return test.left(1, left, cut.why)
     except Exception as error:
         if test.raised is None:
             raise SystemDied(test.told(f"{type(error).__name__}: {error}")) from error
@@ -236,12 +266,12 @@ def simulate(
         raise test.raised
     if not test.finished:
         raise SystemDied(test.told(f"the system ended with code {ended.code}"))
-    return Run(
-        seed=seed,
-        exit_code=ended.code,
-        console=tuple(test.console),
-        log=tuple(kernel.log_lines()),
-    )
+    return test.left(ended.code, kernel.bus.disks)
+
+
+def copied(disk: Disk) -> Disk:
+    """A disk with the same content, so that a run may be followed by several others."""
+    return Disk(disk.block_count, disk.image())
 
 
 def plan_with_tester(system: System, rights: tuple[str, ...] = ()) -> Plan:
@@ -292,6 +322,19 @@ class _Test:
         """Keep the console."""
         if event.kind is EventKind.CONSOLE:
             self.console.append(str(event.fields["line"]))
+
+    def left(self, exit_code: int, disks: Mapping[str, Disk], cut: str = "") -> Run:
+        """What the run left behind."""
+        return Run(
+            seed=self.kernel.seed,
+            exit_code=exit_code,
+            console=tuple(self.console),
+            log=tuple(self.kernel.log_lines()),
+            cut=cut,
+            disks=dict(disks),
+            secrets=dict(self.kernel.secrets.kept),
+            boot_memory=self.kernel.boot_memory or b"",
+        )
 
     def told(self, what: str) -> str:
         """Why the run failed, for a person."""
