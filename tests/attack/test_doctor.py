@@ -5,16 +5,37 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from nexus.abi import HEAP_SIZE, AbiError, BootImage, EventKind, QosClass, Send, SetTaskQos
-from nexus.kernel.linux import State, escapes, harden, hardening_report, identity, landlock, report
+from nexus.kernel.linux import (
+    State,
+    escapes,
+    harden,
+    hardening_report,
+    hardware,
+    identity,
+    landlock,
+    report,
+    trespass,
+)
 from nexus.kernel.linux.escapes import ATTEMPTS, DONE, MANY_OBJECTS, OBJECTS_MANY, Attempt
 from nexus.kernel.linux.harden import MEMORY_MARGIN, Hardening
 from nexus.kernel.linux.kernel import NICE
-from nexus.kernel.linux.report import SERVICES, STEPS, Guarantee, Service, step_rows, tried_rows
+from nexus.kernel.linux.report import (
+    SECRETS,
+    SERVICES,
+    STEPS,
+    Guarantee,
+    Service,
+    device_rows,
+    secret_rows,
+    step_rows,
+    tried_rows,
+)
 from nexus.testing import rig as rigs
 from nexus.testing.conformance.steps import ended_well, start
 from nexus.testing.rig import Outcome, Rig, linux_rig
@@ -71,6 +92,20 @@ def kept(report: dict[str, Any], **granted: str) -> bool:
     return bool(report["outcomes"] == expected)
 
 
+def delivers() -> bool:
+    """Whether this machine has a hardware generator that answers, looked at by its own node."""
+    try:
+        with open("/dev/hwrng", "rb", buffering=0) as node:  # noqa: PTH123 (unbuffered)
+            return bool(node.read(1))
+    except OSError:
+        return False
+
+
+def has_keyrings() -> bool:
+    """What Linux itself says of CONFIG_KEYS."""
+    return Path("/proc/key-users").exists()
+
+
 def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
     """Every row: the report of this user next to services that this user has started."""
     rows = rows_of(linux, hardening_report)
@@ -91,6 +126,10 @@ def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
         "qos": event["classes"],
         "descriptors": "descriptors" not in event["degraded"],
         "cgroup": False,
+        "secret_directory": as_root(linux),
+        "keyring": as_root(linux) and has_keyrings(),
+        "entropy": as_root(linux) and delivers(),
+        "durable_writes": True,  # since Linux 4.7
     }
     differ = all(forked[what] != executed[what] for what in ("hash", "layout"))
     reading = rows["exec_isolation"].state is State.DEGRADED
@@ -332,6 +371,83 @@ def test_an_interpreter_that_does_not_start_is_told_with_its_reason(
         assert rows[name].state is State.ABSENT
         assert "cannot import nexus: LookupError: no such pump" in rows[name].why
     assert rows["environment"].state is State.HELD
+
+
+# ---- secrets and devices
+
+
+@pytest.fixture(scope="module")
+def kept_secrets() -> dict[str, Service]:
+    """What the holders of secrets found, and somebody who is after them."""
+    services: dict[str, Service] = told(linux_rig(), report._try_secrets)
+    return services
+
+
+@pytest.mark.parametrize("row", ["secret_directory", "keyring"])
+def test_a_secret_that_anything_opens_is_not_held(
+    row: str, kept_secrets: dict[str, Service]
+) -> None:
+    assert {each.name: each for each in secret_rows(kept_secrets)}[row].state is not State.ABSENT
+    backend = SECRETS[row]
+    words = {"secret_directory": "secret", "keyring": "key"}[row]
+    names = [(row, one.name) for one in trespass.BY[backend]]
+    names += [
+        ("stranger", one.name) for one in trespass.STRANGER if f"another's {words}" in one.name
+    ]
+    assert len(names) > len(trespass.BY[backend])
+
+    for service, name in names:
+        found = kept_secrets[service]
+        changed = {**found.report, "outcomes": {**found.report["outcomes"], name: DONE}}
+        services = {**kept_secrets, service: found._replace(report=changed)}
+        rows = {each.name: each for each in secret_rows(services)}
+        assert (rows[row].state, rows[row].why) == (State.ABSENT, f"{name}: {DONE}")
+
+
+@pytest.mark.parametrize("row", ["secret_directory", "keyring"])
+def test_a_secret_that_cannot_be_kept_is_not_held(
+    row: str, kept_secrets: dict[str, Service]
+) -> None:
+    found = kept_secrets[row]
+    lost = found._replace(report={**found.report, "kept": "DEVICE_FAILED: no keys"})
+
+    rows = {each.name: each for each in secret_rows({**kept_secrets, row: lost})}
+    unstarted = Service("there is no room", (), {})
+    stopped = {each.name: each for each in secret_rows({**kept_secrets, row: unstarted})}
+
+    assert (rows[row].state, rows[row].why) == (State.ABSENT, "DEVICE_FAILED: no keys")
+    assert (stopped[row].state, stopped[row].why) == (State.ABSENT, "there is no room")
+
+
+def test_a_kernel_without_keyrings_shows_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_keyrings(_name: str) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(harden, "take_key", no_keyrings)
+    monkeypatch.setattr(report, "find_key", no_keyrings)
+
+    rows = rows_of(linux_rig(), lambda: secret_rows(report._try_secrets()))
+
+    assert rows["keyring"].state is State.ABSENT
+    assert "DEVICE_FAILED" in rows["keyring"].why
+    assert rows["secret_directory"].state is not State.ABSENT
+
+
+def test_entropy_without_hardware_and_writes_without_the_flag_are_degraded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    monkeypatch.setattr(hardware, "HWRNG_PATH", "/dev/nexus-has-none")
+
+    rows = {row.name: row for row in device_rows()}
+
+    assert rows["entropy"].state is State.DEGRADED
+    assert rows["entropy"].why.endswith("the source is getrandom")
+    assert rows["durable_writes"].state is State.DEGRADED
+    assert "not supported" in rows["durable_writes"].why
 
 
 # ---- what is not bounded

@@ -7,9 +7,18 @@ from typing import Final
 
 import pytest
 
-from nexus.abi import DeviceGrant, Grants, ListenGrant
-from nexus.kernel.linux import seccomp
+from nexus.abi import (
+    DeviceGrant,
+    Grants,
+    HardwareGrant,
+    HardwareKind,
+    Isolation,
+    ListenGrant,
+    SecretBackend,
+)
+from nexus.kernel.linux import durable, seccomp
 from nexus.kernel.linux.seccomp import Stage
+from nexus.kernel.linux.secrets import NO_SECRET, Secret
 
 pytestmark = pytest.mark.linux
 
@@ -50,6 +59,19 @@ FORBIDDEN: Final = {
     "setpriority": (141, 140),
     "sched_setaffinity": (203, 122),
     "dup": (32, 23),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "sync": (162, 81),
+    "pwritev2": (328, 287),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "unlinkat": (263, 35),
+    "linkat": (265, 37),
+    "symlinkat": (266, 36),
+    "mkdirat": (258, 34),
+    "fchmod": (91, 52),
+    "fchown": (93, 55),
+    "request_key": (249, 218),
     "x32 open": (0x4000_0002, None),
 }
 
@@ -61,12 +83,13 @@ def answer(
     audit: int | None = None,
     grants: Grants = seccomp.NO_GRANTS,
     stage: Stage = Stage.FINAL,
+    secret: Secret = NO_SECRET,
 ) -> int:
     """Run the filter over one call, as the kernel's interpreter does."""
     padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
     arch = seccomp.MACHINES[machine].audit if audit is None else audit
     data = SECCOMP_DATA.pack(number, arch, 0, *padded)
-    code, at, accumulator = seccomp.program(machine, grants, stage), 0, 0
+    code, at, accumulator = seccomp.program(machine, grants, stage, secret), 0, 0
     while True:
         operation, true, false, value = code[at]
         at += 1
@@ -161,9 +184,14 @@ PORTS: Final = Grants(ports=("operator",))
 CONNECT: Final = Grants(connect=(502,))
 LISTEN: Final = Grants(listen=(ListenGrant("web", "127.0.0.1", 80),))
 DEVICES: Final = Grants(devices=(DeviceGrant("line", "/dev/ttyS0", writable=True),))
+BLOCK: Final = Grants(hardware=(HardwareGrant("disk", HardwareKind.BLOCK),))
+ENTROPY: Final = Grants(hardware=(HardwareGrant("rng", HardwareKind.ENTROPY),))
+FILE: Final = Grants(isolation=Isolation.EXEC, secret=SecretBackend.FILE)
+KEYRING: Final = Grants(isolation=Isolation.EXEC, secret=SecretBackend.KEYRING)
 ALL: Final = Grants(
     threads=1, streams=True, ports=("operator",), connect=(502,), listen=LISTEN.listen,
-    devices=DEVICES.devices,
+    devices=DEVICES.devices, hardware=(*BLOCK.hardware, *ENTROPY.hardware),
+    secret=SecretBackend.FILE,
 )  # fmt: skip
 FLAGS: Final = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 MPTCP: Final = 262
@@ -253,7 +281,8 @@ def test_a_device_may_be_asked_anything_but_to_act_on_others(machine: str) -> No
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_no_grant_opens_what_is_not_its_own(machine: str, name: str) -> None:
     number = FORBIDDEN[name][seccomp.MACHINES[machine].column]
-    if number is None or name in ("socket", "clone", "connect"):
+    granted = ("socket", "clone", "connect", "fsync", "fdatasync", "pwritev2")
+    if number is None or name in granted:
         pytest.skip("no such call here, or one of a grant, above")
 
     assert answer(machine, number, grants=ALL) == EPERM
@@ -265,7 +294,8 @@ def test_each_grant_adds_its_own_calls(machine: str) -> None:
         name: set(seccomp.allowed_calls(machine, grants)) - base
         for name, grants in {
             "threads": THREADS, "streams": STREAMS, "ports": PORTS, "connect": CONNECT,
-            "listen": LISTEN, "devices": DEVICES,
+            "listen": LISTEN, "devices": DEVICES, "block": BLOCK, "entropy": ENTROPY,
+            "file": FILE, "keyring": KEYRING,
         }.items()
     }  # fmt: skip
 
@@ -276,7 +306,93 @@ def test_each_grant_adds_its_own_calls(machine: str) -> None:
         "connect": {"connect", "getpeername", "shutdown"},
         "listen": {"accept4", "listen", "getpeername", "shutdown"},
         "devices": set(),
+        "block": {"pwritev2", "fdatasync"},
+        "entropy": set(),
+        "file": {"fsync"},
+        "keyring": set(),
     }
+
+
+OWN: Final = 7  # descriptor of a secret's directory
+SECRET: Final = Secret(OWN)
+AT_FDCWD: Final = 0xFFFF_FF9C
+DIRECTORY_FLAG: Final = {"x86_64": 0o200_000, "riscv64": 0o200_000, "aarch64": 0o40_000}
+PATH_FLAG: Final = 0o10_000_000
+TRUNCATE_FLAG: Final = 0o1_000
+READ_WRITE: Final = 2
+
+
+def test_files_are_opened_in_the_directory_of_the_secret_only(machine: str) -> None:
+    number = number_of(machine, seccomp.OPENAT)
+    flags = 0o2_504_000  # what an open for reading takes, on any of them
+
+    def opened(directory: int, flags: int, secret: Secret = SECRET) -> int:
+        return answer(machine, number, directory, 0, flags, grants=FILE, secret=secret)
+
+    assert opened(OWN, flags) == ALLOW
+    assert opened(OWN, flags | 0o301) == ALLOW, "O_WRONLY, O_CREAT and O_EXCL"
+    for other in (AT_FDCWD, 0, OWN - 1, OWN + 1):
+        assert opened(other, flags) == EPERM
+    for flag in (DIRECTORY_FLAG[machine], PATH_FLAG, TRUNCATE_FLAG, READ_WRITE):
+        assert opened(OWN, flags | flag) == EPERM, oct(flag)
+    assert opened(OWN, flags, NO_SECRET) == EPERM, "a filter that knows no directory"
+
+
+def test_the_flags_of_the_filter_are_those_that_the_kernel_uses_here() -> None:
+    for flags in (durable.READ_FLAGS, durable.WRITE_FLAGS):
+        assert flags & ~seccomp.SECRET_OPEN_FLAGS == 0
+
+
+def test_files_are_renamed_and_removed_within_that_directory_only(machine: str) -> None:
+    secret = Secret(OWN)
+    rename, rename2, unlink = (
+        number_of(machine, one) for one in (seccomp.RENAMEAT, seccomp.RENAMEAT2, seccomp.UNLINKAT)
+    )
+
+    def done(number: int, *words: int) -> int:
+        return answer(machine, number, *words, grants=FILE, secret=secret)
+
+    for number in (rename, rename2):
+        assert done(number, OWN, 0, OWN, 0) == ALLOW
+        for one, other in ((OWN, AT_FDCWD), (AT_FDCWD, OWN), (OWN, OWN + 1), (0, 0)):
+            assert done(number, one, 0, other, 0) == EPERM
+    assert done(rename2, OWN, 0, OWN, 0, 2) == EPERM, "RENAME_EXCHANGE"
+    assert done(unlink, OWN, 0, 0) == ALLOW
+    assert done(unlink, OWN, 0, 0x200) == EPERM, "AT_REMOVEDIR"
+    assert done(unlink, AT_FDCWD, 0, 0) == EPERM
+
+
+def test_one_key_is_read_and_updated_and_nothing_else_is_asked_of_keyrings(machine: str) -> None:
+    keyctl, key = number_of(machine, seccomp.KEYCTL), 123_456_789
+    read, update = 11, 2
+
+    def asked(*words: int) -> int:
+        return answer(machine, keyctl, *words, grants=KEYRING, secret=Secret(key=key))
+
+    assert asked(read, key) == asked(update, key) == ALLOW
+    for operation in range(40):
+        if operation not in (read, update):
+            assert asked(operation, key) == EPERM, operation
+    for other in (key + 1, 0, 0xFFFF_FFFD, 0xFFFF_FFFC):  # the session's and the user's keyring
+        assert asked(read, other) == EPERM
+    assert answer(machine, keyctl, read, 0, grants=KEYRING) == EPERM, "there is no key"
+    assert answer(machine, keyctl, read, key, grants=FILE, secret=Secret(OWN)) == EPERM
+
+
+def test_the_stages_before_open_the_same_directory_for_a_secret(machine: str) -> None:
+    """Filters are stacked: what the last one allows the first one must have allowed."""
+    for grants, secret in ((FILE, Secret(OWN)), (KEYRING, Secret(key=5))):
+        for stage in Stage:
+            allowed = set(seccomp.allowed_calls(machine, grants, stage))
+            assert set(seccomp.allowed_calls(machine, grants)) <= allowed
+            calls = [(seccomp.RENAMEAT, OWN, 0, OWN), (seccomp.UNLINKAT, OWN, 0, 0)]
+            if secret.key:
+                calls = [(seccomp.KEYCTL, 11, 5, 0)]
+            for pair, *words in calls:
+                number = number_of(machine, pair)
+                assert answer(
+                    machine, number, *words, grants=grants, stage=stage, secret=secret
+                ) == ALLOW  # fmt: skip
 
 
 def test_each_stage_of_an_interpreter_is_stricter_than_the_one_before(machine: str) -> None:
