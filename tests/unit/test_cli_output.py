@@ -242,6 +242,19 @@ def test_init_s_reason_goes_with_its_line_and_nobody_else_s() -> None:
     assert told.why == "denied"
 
 
+def test_a_start_without_its_device_is_tried_again_and_says_why() -> None:
+    readiness = Readiness(["a"])
+    evidence = {"reason": "device", "why": "device disk: not on the bus", "devices": []}
+    fields = {"name": INIT_NAME, "line": "init: no start of a", "evidence": evidence}
+    told = told_of(Event(Nanos(1), EventKind.CONSOLE, Pid(1), fields))
+    assert told is not None
+
+    readiness.on_told(told)
+
+    assert not readiness.hopeless
+    assert readiness.lacking() == ["a: not started: device disk: not on the bus"]
+
+
 def test_safe_mode_ends_the_wait_and_is_not_ready() -> None:
     readiness = Readiness(["a"])
     readiness.on_told(console("init-lite", "init: safe mode"))

@@ -189,6 +189,8 @@ def test_a_device_that_is_not_as_declared_is_granted_once_it_is(boot: Boot) -> N
     assert (after.state, after.generation, after.restarts) == (TaskState.UP, 2, 1)
     told = [event for event in run.events if event.fields.get("line") == "init: no start of a"]
     assert len(told) >= 2
+    evidence: Any = told[0].fields["evidence"]
+    assert (evidence["reason"], evidence["why"]) == ("device", "device disk: register version 1")
     assert run.ended.code == 0
 
 

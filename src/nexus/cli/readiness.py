@@ -25,6 +25,7 @@ class Readiness:
         self.safe_mode = ""
         self.ends = 0
         self.ended: dict[str, str] = {}  # how the last instance of each ended
+        self._refused: set[str] = set()  # of whom the kernel has said why there is no start
         self.hopeless: dict[str, str] = {}
         """Services that init has given up, so that waiting for them makes no sense, and why."""
 
@@ -44,11 +45,15 @@ class Readiness:
             elif told.text.startswith(NO_START) and told.why == DENIED:
                 why = "not started, the policy does not allow what the system file grants it"
                 self._give_up(told.text.removeprefix(NO_START), why)
+            elif told.text.startswith(NO_START):
+                self._not_started(told.text.removeprefix(NO_START), told.why)
         elif told.kind == EventKind.CONSOLE:
             if told.text in (f"{told.name}: ready", f"{told.name}: ready again"):
                 _ = self.waiting.pop(told.name, None)
         elif told.kind in (EventKind.EXIT, EventKind.SPAWN_FAILED, EventKind.HANG):
             self.ends += 1
+            if told.kind == EventKind.SPAWN_FAILED:
+                self._refused.add(told.name)
             self.ended[told.name] = _in_short(told.text)
             if told.name in self.waiting:
                 self.waiting[told.name] = self.ended[told.name]
@@ -57,6 +62,12 @@ class Readiness:
         """It will not be ready, even if it was before."""
         ended = self.ended.get(name)
         self.hopeless[name] = f"{why}; it ended with {ended}" if ended else why
+
+    def _not_started(self, name: str, why: str) -> None:
+        """init tries again; what the kernel says of a refused spawn says more than init does."""
+        if name in self.waiting and name not in self._refused:
+            self.waiting[name] = f"not started: {why}"
+        self._refused.discard(name)
 
     def lacking(self) -> list[str]:
         """A line for each service that is not ready: which, and what is known of it.

@@ -178,7 +178,10 @@ class Grants:
             await self._init.instances.start(record, found)
             return
         await self._init.say(
-            f"init: no start of {record.name}", reason=Reason.DEVICE, devices=found.wrong
+            f"init: no start of {record.name}",
+            reason=Reason.DEVICE,
+            why=", ".join(f"device {name}: {problem}" for name, problem in found.wrong),
+            devices=found.wrong,
         )
         await self._init.groups.on_no_start(record, Reason.DEVICE)
 
