@@ -1,0 +1,40 @@
+"""What a store may take, chosen by who opens it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+KEY_SIZE_MAX: Final = 255  # bytes; its length stands in one byte of a record
+VALUE_SIZE_MAX: Final = 64 * 1024  # bytes; a record has to fit a checkpoint's segment many times
+ROOT: Final = b"/state/"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """What an area may take: bytes as its live records take them, and keys."""
+
+    size: int
+    keys: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreLimits:
+    """The limits of a store. Lower ones than before lose nothing: only growth is refused."""
+
+    quota: Quota  # of an area that is not in `quotas`
+    quotas: Mapping[bytes, Quota]  # by area, as b"/state/boot/"
+    reserves: Mapping[bytes, int]  # bytes nobody else may take, by area
+    areas_max: int  # areas with a key in them
+    clients_kept: int  # whose request ids are remembered; the one longest silent is forgotten
+    requests_kept: int  # request ids of a client, the latest
+    lost_kept: int  # damaged records that are listed, the latest; all are counted
+
+    def __post_init__(self) -> None:
+        assert min(self.areas_max, self.clients_kept, self.requests_kept, self.lost_kept) >= 1
+        assert all(size >= 0 for size in self.reserves.values())
+
+
+def area_of(key: bytes) -> bytes:
+    """The area of a key: b"/state/AREA/", or b"/state/" for a key without one."""
+    end = key.find(b"/", len(ROOT))
+    return key[: end + 1] if end >= 0 else ROOT

@@ -1,0 +1,953 @@
+"""The store: what statefsd keeps, over a block device. Pure but for the device's operations.
+
+A change is staged (checked, and visible at once), then committed with everything else that is
+staged in one write to the journal, and by and by taken into a checkpoint, which frees the journal
+it stood in. The superblock names the checkpoint and where the journal behind it begins: writing it
+is what makes a new checkpoint the one in force.
+
+    closed --open--> idle --stage--> staged --commit--> idle
+                      |                 `--device fault--> taken back, read only until reopened
+                      `--maintain--> building --step--> building --last step--> switched --> idle
+
+Memory: the checkpoint's bytes, the changes behind it (at most the journal's ring holds), and while
+the next checkpoint is built, that one too.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from heapq import merge
+from typing import Final, NamedTuple
+
+import msgspec
+
+from nexus.abi import BLOCK_SIZE, BLOCK_TRANSFER_MAX
+from nexus.drivers import BlockDevice, DeviceFault, Fault
+from nexus.services.statefsd.engine import layout
+from nexus.services.statefsd.engine.checkpoint import (
+    EMPTY,
+    Builder,
+    Checkpoint,
+    Entry,
+    Gone,
+    Held,
+    Loaded,
+    Meta,
+    Overfull,
+    load,
+    lost_of,
+    read_region,
+)
+from nexus.services.statefsd.engine.crc import crc32c
+from nexus.services.statefsd.engine.errors import (
+    Damaged,
+    Lost,
+    OverQuota,
+    ReadOnly,
+    StoreFull,
+    Unopenable,
+)
+from nexus.services.statefsd.engine.journal import (
+    ENTRY_SIZE,
+    FRAME_SIZE,
+    NO_BLOCK,
+    ROOM,
+    Place,
+    Read,
+    Reader,
+    Replay,
+    encode_commit,
+    encode_entry,
+)
+from nexus.services.statefsd.engine.layout import (
+    COPIES,
+    FORMAT_VERSION,
+    HEAD_BLOCKS,
+    NO_AREA,
+    RECORD_COST,
+    Superblock,
+)
+from nexus.services.statefsd.engine.limits import (
+    KEY_SIZE_MAX,
+    ROOT,
+    VALUE_SIZE_MAX,
+    StoreLimits,
+    area_of,
+)
+from nexus.services.statefsd.engine.record import OFFSET, REQUEST_KEY, Kind, encode_record
+from nexus.services.statefsd.engine.requests import Requests
+
+COMMIT_SHARE: Final = 4  # a commit takes at most that part of the ring: it always finds room
+BUILD_AT: Final = 2  # the next checkpoint is begun when one part in so many of the ring is used
+HURRY_AT: Final = (3, 4)  # from that part of the ring on every commit does a step of it
+BLANK_SIZE: Final = 1024 * 1024  # bytes at either end that must be zeros before we format
+HASHES_MAX: Final = 1024  # damaged records without a key that are told by their key's hash
+REQUEST_SIZE: Final = layout.RECORD_HEAD_SIZE + REQUEST_KEY.size
+
+assert COMMIT_SHARE > 2, "an empty ring has a free stretch of half its blocks"
+
+
+class Change(NamedTuple):
+    """A new value of a key, or with None its end."""
+
+    key: bytes
+    value: bytes | None
+
+
+class Applied(NamedTuple):
+    """A staged change's number, the last of a batch's. Repeated: it had been applied before."""
+
+    sequence: int
+    repeated: bool
+
+
+class Usage(NamedTuple):
+    """What an area takes: bytes of live records, keys."""
+
+    size: int
+    keys: int
+
+
+class Undo(NamedTuple):
+    """What one staged change replaced."""
+
+    key: bytes
+    held: Held | None  # what `_overlay` had of it
+    area: bytes
+    size: int  # by how much the area grew
+    keys: int
+    hashed: Lost | None  # what `_hashes` had of it
+    key_hash: int
+
+
+class Unit:
+    """Staged records that go into one commit."""
+
+    __slots__ = ("entries", "first", "records", "requests", "size", "undo_count")
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.size = FRAME_SIZE
+        self.records: list[bytes] = []
+        self.entries: list[bytes] = []
+        self.requests: list[tuple[int, int, int]] = []  # client, request id, sequence
+        self.undo_count = 0
+
+
+class Mark(NamedTuple):
+    """Where a checkpoint that is being built takes over from the journal."""
+
+    sequence: int
+    head: int  # block of the ring
+    used: int  # blocks of the ring behind it
+    chain: int
+
+
+class Store:
+    """An open store. One task uses it; no method is called while another one waits."""
+
+    def __init__(self, device: BlockDevice, found: Superblock, limits: StoreLimits) -> None:
+        self._device = device
+        self._found = found
+        self.limits = limits
+        self.capacity = layout.capacity_of(found.area_blocks, limits)
+        self.used = 0
+        self.sequence = found.sequence  # of the last change, staged ones included
+        self.durable = found.sequence  # of the last change that survives a power cut
+        self.key_count = 0
+        self.lost_count = 0
+        self.unfinished = 0  # commits that a power cut cut short, dropped when this was opened
+        self.lost: tuple[Lost, ...] = ()  # the latest
+        self._is_writable = device.writable
+        self._has_failed = False
+        self._is_busy = False
+        self._checkpoint: Checkpoint = EMPTY
+        self._frozen: dict[bytes, Held] = {}  # changes that the next checkpoint takes in
+        self._overlay: dict[bytes, Held] = {}  # changes since
+        self._areas: dict[bytes, Usage] = {}
+        self._claimed = sum(limits.reserves.values())  # used, and what is reserved and not used
+        self._requests = Requests(limits.clients_kept, limits.requests_kept)
+        self._hashes: dict[int, Lost] = {}
+        self._units: list[Unit] = []  # staged
+        self._undo: list[Undo] = []
+        self._staged_requests: dict[tuple[int, int], int] = {}
+        self._committed = found.sequence  # of the last change in the journal
+        self._ring_blocks = found.ring_blocks
+        self._commit_max = min(
+            found.ring_blocks // COMMIT_SHARE * ROOM, BLOCK_TRANSFER_MAX // BLOCK_SIZE * ROOM
+        )
+        self._head = found.journal_block
+        self._ring_used = 0
+        self._place = Place(NO_BLOCK, 0, found.journal_chain)
+        self._has_unflushed = False
+        self._sealed = -1  # the sequence of the last seal
+        self._builder: Builder | None = None
+        self._mark = Mark(0, 0, 0, 0)
+        self._mark_areas: dict[bytes, tuple[int, int]] = {}
+        self._order: list[bytes] = []  # keys of `_overlay`, but for those in `_unsorted`
+        self._unsorted: list[bytes] = []
+        self._frozen_order: list[bytes] = []
+
+    # ------------------------------------------------------------ opening
+
+    @classmethod
+    async def open(cls, device: BlockDevice, limits: StoreLimits) -> "Store":
+        """The store on a device; a device that holds nothing but zeros is formatted.
+
+        Raises Unopenable for anything else that is no store of ours, and DeviceFault. Damage is
+        no reason not to open: it is listed in `lost`, and the next checkpoint is without it.
+        """
+        found = await _find_superblock(device)
+        if layout.capacity_of(found.area_blocks, limits) <= 0:
+            raise Unopenable(f"{device.block_count} blocks are too few for the store's limits")
+        store = cls(device, found, limits)
+        await store._load()
+        return store
+
+    async def _load(self) -> None:
+        found = self._found
+        lost: list[Lost] = []
+        damaged = False
+        count = True
+        if found.active != NO_AREA:
+            loaded = await load(self._device, found)
+            self._checkpoint = loaded.checkpoint
+            lost += loaded.lost
+            damaged = loaded.damaged
+            count = self._take_meta(loaded)
+        self.key_count = len(self._checkpoint)
+        if count:
+            self._count_areas()
+        ring = await read_region(self._device, HEAD_BLOCKS, self._ring_blocks)
+        replay = Reader(
+            ring,
+            HEAD_BLOCKS * BLOCK_SIZE,
+            block=found.journal_block,
+            chain=found.journal_chain,
+            sequence=found.sequence,
+            epoch=found.epoch,
+            epoch_first=found.epoch_first,
+        ).read()
+        for record in replay.records:
+            self._replay_one(record)
+            if record.lost is not None:
+                lost.append(record.lost)
+        self._take_position(replay)
+        self._take_lost(lost, replay.lost_unlisted)
+        await self._begin_epoch(max(replay.epoch_max, found.epoch) + 1)
+        if (damaged or replay.damaged) and self.writable:
+            await self._heal()
+
+    def _take_meta(self, loaded: Loaded) -> bool:
+        """Take the meta of a checkpoint; whether its areas have to be counted."""
+        self._hashes = loaded.hashes
+        meta = loaded.meta
+        if meta is None:
+            return True
+        self._requests.load(meta.clients)
+        self.lost = tuple(Lost(*each) for each in meta.lost)[-self.limits.lost_kept :]
+        self.lost_count = meta.lost_count
+        for key_hash, offset, sequence in meta.hashes:
+            self._hashes[key_hash] = Lost(b"", offset, sequence)
+        if meta.areas is None or loaded.damaged:
+            return True
+        for area, (size, keys) in meta.areas.items():
+            self._grow(area, size, keys)
+        return False
+
+    def _count_areas(self) -> None:
+        checkpoint = self._checkpoint
+        for index in range(len(checkpoint)):
+            size = RECORD_COST + checkpoint.size_at(checkpoint.offset_at(index))
+            self._grow(area_of(checkpoint.key_at(index)), size, 1)
+
+    def _replay_one(self, record: Read) -> None:
+        if record.lost is not None and not record.key:
+            if record.key_hash and len(self._hashes) < HASHES_MAX:
+                self._hashes[record.key_hash] = record.lost
+            return
+        if record.kind is Kind.REQUEST:
+            if len(record.key) == REQUEST_KEY.size:
+                client, request_id = REQUEST_KEY.unpack(record.key)
+                self._requests.add(client, request_id, record.sequence)
+            return
+        held: Held
+        if record.lost is not None:
+            held = record.lost
+        elif record.kind is Kind.PUT:
+            held = Entry(record.value, record.sequence)
+        elif record.kind is Kind.DAMAGED:
+            held = lost_of(record.key, record.value, record.sequence)
+        else:
+            held = Gone(record.sequence)
+        key_hash = crc32c(record.key)
+        before = self._cost(record.key, key_hash)
+        after = _cost_of(record.key, held)
+        keys = bool(after) - bool(before)
+        self._grow(area_of(record.key), after - before, keys)
+        self.key_count += keys
+        if record.key not in self._overlay:
+            self._unsorted.append(record.key)
+        self._overlay[record.key] = held
+        if self._hashes:
+            _ = self._hashes.pop(key_hash, None)
+
+    def _take_position(self, replay: Replay) -> None:
+        self.sequence = self._committed = replay.sequence
+        self.unfinished = replay.unfinished
+        self._head = replay.head
+        self._place = replay.place
+        start = self._found.journal_block
+        self._ring_used = (self._head - start) % self._ring_blocks
+        if not self._ring_used and replay.sequence > self._found.sequence:
+            self._ring_used = self._ring_blocks
+
+    def _take_lost(self, lost: list[Lost], unlisted: int) -> None:
+        self.lost_count += len(lost) + unlisted
+        self.lost = (*self.lost, *lost)[-self.limits.lost_kept :]
+
+    async def _begin_epoch(self, epoch: int) -> None:
+        """Make what was found durable, then raise the epoch: nothing dropped can come back.
+
+        The superblock so says that everything before this epoch was durable.
+        """
+        if not self._device.writable:
+            self.durable = self.sequence  # nobody can change it
+            return
+        try:
+            await self._device.flush()
+            await self._write_superblocks(self._found.raised(epoch, self.sequence + 1))
+        except DeviceFault:
+            self._has_failed = True  # what can be read is served; `writable` says the rest
+            return
+        self.durable = self.sequence
+
+    async def _heal(self) -> None:
+        """Write what is undamaged anew before anything else: commits must not go over damage."""
+        try:
+            self._begin_build()
+            while self._builder is not None:
+                await self._step()
+        except DeviceFault:
+            return  # read only now, and as it was: it is healed at the next opening
+
+    async def _write_superblocks(self, found: Superblock) -> None:
+        """Both copies, one after the other: one of them is whole at every instant."""
+        data = found.encoded()
+        for block in COPIES:
+            await self._device.write(block, data, durable=True)
+        self._found = found
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def writable(self) -> bool:
+        """Whether changes can be made."""
+        return self._is_writable and not self._has_failed
+
+    @property
+    def epoch(self) -> int:
+        """The number of this opening."""
+        return self._found.epoch
+
+    @property
+    def compactions(self) -> int:
+        """Checkpoints ever made."""
+        return self._found.compactions
+
+    @property
+    def format_version(self) -> int:
+        """Of the format on the device."""
+        return FORMAT_VERSION
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the checkpoint in memory; changes behind it and Python itself come on top."""
+        return self._checkpoint.memory
+
+    def usage(self, area: bytes) -> Usage:
+        """What an area takes."""
+        return self._areas.get(area, _NOTHING)
+
+    def areas(self) -> set[bytes]:
+        """The areas with a key in them."""
+        return {area for area, usage in self._areas.items() if usage.keys}
+
+    # ------------------------------------------------------------ reading
+
+    async def get(self, key: bytes) -> Entry | None:
+        """The value of a key, staged changes included. Raises Damaged."""
+        held = self._overlay.get(key)
+        if held is None:
+            if self._frozen:
+                held = self._frozen.get(key)
+            if held is None:
+                return self._get_old(key)
+        if isinstance(held, Entry):
+            return held
+        if isinstance(held, Lost):
+            raise Damaged(held)
+        return None
+
+    def _get_old(self, key: bytes) -> Entry | None:
+        key_hash = crc32c(key)
+        offset = self._checkpoint.find(key, key_hash)
+        if offset >= 0:
+            found = self._checkpoint.get(offset)
+            if isinstance(found, Lost):
+                raise Damaged(found)
+            return found
+        if self._hashes and key_hash in self._hashes:
+            raise Damaged(self._hashes[key_hash])
+        return None
+
+    def has(self, key: bytes) -> bool:
+        """Whether there is a record of a key, damaged or not."""
+        return bool(self._cost(key, key_hash := crc32c(key))) or key_hash in self._hashes
+
+    def applied(self, client: int, request_id: int) -> Applied | None:
+        """What came of a request that was applied before, if that is remembered."""
+        if not request_id:
+            return None
+        sequence = self._staged_requests.get((client, request_id))
+        if sequence is None:
+            sequence = self._requests.find(client, request_id)
+        return None if sequence is None else Applied(sequence, repeated=True)
+
+    def keys(
+        self, prefix: bytes, after: bytes, count: int, visible: Callable[[bytes], bool]
+    ) -> tuple[list[bytes], bool]:
+        """Up to `count` keys that begin with `prefix`, behind `after`, in order, of visible areas.
+
+        Also whether there are more. Keys whose record is damaged are listed too.
+        """
+        assert count >= 1
+        found: list[bytes] = []
+        start = prefix if not after or after < prefix else after + b"\0"
+        seen: dict[bytes, bool] = {}
+        while True:
+            for key in self._ordered(start):
+                if not key.startswith(prefix):
+                    return found, False
+                area = area_of(key)
+                if area not in seen:
+                    seen[area] = visible(area)
+                if not seen[area]:
+                    if area == ROOT:
+                        continue
+                    start = area[:-1] + b"0"  # the byte after "/": behind the whole area
+                    break
+                if len(found) == count:
+                    return found, True
+                found.append(key)
+            else:
+                return found, False
+
+    def _ordered(self, start: bytes) -> Iterator[bytes]:
+        """Every live key from `start` on, in order."""
+        if self._unsorted:
+            self._order += self._unsorted
+            self._order.sort()  # nearly sorted: one pass
+            self._unsorted = []
+        last = b""
+        for key in merge(
+            self._old_keys(start), _behind(self._order, start), _behind(self._frozen_order, start)
+        ):
+            if key == last:
+                continue
+            last = key
+            held = self._overlay.get(key)
+            if held is None:
+                held = self._frozen.get(key)
+            if not isinstance(held, Gone):
+                yield key
+
+    def _old_keys(self, start: bytes) -> Iterator[bytes]:
+        checkpoint = self._checkpoint
+        for index in range(checkpoint.index_of(start), len(checkpoint)):
+            yield checkpoint.key_at(index)
+
+    # ------------------------------------------------------------ changing
+
+    def stage(self, changes: Iterable[Change], *, client: int = 0, request_id: int = 0) -> Applied:
+        """Make changes, all or none, visible at once; `commit` makes them last.
+
+        With a request id the same request of a client is applied once. A deletion of what is not
+        there changes nothing. Raises OverQuota, StoreFull, ReadOnly; then nothing is changed.
+        """
+        if not self.writable:
+            raise ReadOnly
+        if request_id:
+            before = self.applied(client, request_id)
+            if before is not None:
+                return before
+        first = len(self._undo)
+        records: list[bytes] = []
+        entries: list[bytes] = []
+        sequence, claimed, areas = self.sequence, self._claimed, len(self._areas)
+        size = 0
+        epoch = self._found.epoch
+        for key, value in changes:
+            assert 1 <= len(key) <= KEY_SIZE_MAX, "a key is 1 to KEY_SIZE_MAX bytes"
+            key_hash = crc32c(key)
+            cost = self._cost(key, key_hash)
+            held: Held
+            if value is None:
+                if not cost and key_hash not in self._hashes:
+                    continue
+                sequence += 1
+                held, after = Gone(sequence), 0
+                record = encode_record(sequence, epoch, Kind.DELETE, key, b"")
+            else:
+                assert len(value) <= VALUE_SIZE_MAX, "a value is at most VALUE_SIZE_MAX bytes"
+                sequence += 1
+                held = Entry(value, sequence)
+                after = RECORD_COST + len(key) + len(value)
+                record = encode_record(sequence, epoch, Kind.PUT, key, value)
+            records.append(record)
+            entries.append(encode_entry(len(record), key_hash))
+            size += len(record) + ENTRY_SIZE
+            keys = (after > 0) - (cost > 0)
+            area = area_of(key)
+            self._undo.append(
+                Undo(
+                    key,
+                    self._overlay.get(key),
+                    area,
+                    after - cost,
+                    keys,
+                    self._hashes.pop(key_hash, None) if self._hashes else None,
+                    key_hash,
+                )
+            )
+            if self._undo[-1].held is None:
+                self._unsorted.append(key)
+            self._overlay[key] = held
+            self.key_count += keys
+            self._grow(area, after - cost, keys)
+        if request_id:
+            sequence += 1
+            key = REQUEST_KEY.pack(client, request_id)
+            records.append(encode_record(sequence, epoch, Kind.REQUEST, key, b""))
+            entries.append(encode_entry(REQUEST_SIZE, 0))
+            size += REQUEST_SIZE + ENTRY_SIZE
+        try:
+            self._check(first, claimed, areas, size)
+        except (OverQuota, StoreFull):
+            self._take_back(first)
+            raise
+        if records:
+            unit = self._units[-1] if self._units else None
+            if unit is None or unit.size + size > self._commit_max:
+                unit = Unit(self.sequence + 1)
+                self._units.append(unit)
+            unit.records += records
+            unit.entries += entries
+            unit.size += size
+            unit.undo_count += len(self._undo) - first
+            self.sequence = sequence
+            if request_id:
+                unit.requests.append((client, request_id, sequence))
+                self._staged_requests[client, request_id] = sequence
+        return Applied(sequence, repeated=False)
+
+    def _check(self, first: int, claimed: int, areas: int, size: int) -> None:
+        """Whether what was staged from `first` on is within every limit."""
+        if size + FRAME_SIZE > self._commit_max:
+            raise StoreFull(f"{size} bytes are more than one commit of this device takes")
+        if self._claimed > self.capacity and self._claimed > claimed:
+            raise StoreFull(f"{self.capacity} bytes are taken or reserved")
+        undo = self._undo
+        if len(undo) - first == 1:
+            grown = undo[first]
+            if grown.size > 0:
+                self._check_area(grown.area, grown.size, grown.keys)
+        elif len(undo) > first:
+            sums: dict[bytes, tuple[int, int]] = {}
+            for each in undo[first:]:
+                size_sum, keys_sum = sums.get(each.area, (0, 0))
+                sums[each.area] = size_sum + each.size, keys_sum + each.keys
+            for area, (size_sum, keys_sum) in sums.items():
+                self._check_area(area, size_sum, keys_sum)
+        if len(self._areas) > max(areas, self.limits.areas_max):
+            raise StoreFull(f"{self.limits.areas_max} areas have keys in them")
+
+    def _check_area(self, area: bytes, size: int, keys: int) -> None:
+        quota = self.limits.quotas.get(area, self.limits.quota)
+        usage = self._areas.get(area, _NOTHING)
+        if (size > 0 and usage.size > quota.size) or (keys > 0 and usage.keys > quota.keys):
+            raise OverQuota(
+                f"{usage.size} bytes and {usage.keys} keys, of {quota.size} and {quota.keys}"
+            )
+
+    def _cost(self, key: bytes, key_hash: int) -> int:
+        """Bytes the live record of a key counts for; 0 if there is none."""
+        held = self._overlay.get(key)
+        if held is None and self._frozen:
+            held = self._frozen.get(key)
+        if held is not None:
+            return _cost_of(key, held)
+        offset = self._checkpoint.find(key, key_hash)
+        return RECORD_COST + self._checkpoint.size_at(offset) if offset >= 0 else 0
+
+    def _grow(self, area: bytes, size: int, keys: int) -> None:
+        """An area grows, or shrinks."""
+        before = self._areas.get(area, _NOTHING)
+        after = Usage(before.size + size, before.keys + keys)
+        if after == _NOTHING:
+            _ = self._areas.pop(area, None)
+        else:
+            self._areas[area] = after
+        self.used += size
+        reserve = self.limits.reserves.get(area)
+        if reserve is None:
+            self._claimed += size
+        else:
+            self._claimed += max(after.size, reserve) - max(before.size, reserve)
+
+    def _take_back(self, first: int) -> None:
+        """Undo staged changes, from the `first` on."""
+        while len(self._undo) > first:
+            key, held, area, size, keys, hashed, key_hash = self._undo.pop()
+            if held is None:
+                del self._overlay[key]
+            else:
+                self._overlay[key] = held
+            if hashed is not None:
+                self._hashes[key_hash] = hashed
+            self.key_count -= keys
+            self._grow(area, -size, -keys)
+        self._order, self._unsorted = [], list(self._overlay)
+
+    # ------------------------------------------------------------ committing
+
+    async def commit(self, durable: bool) -> None:
+        """Write everything staged; with `durable` all changes survive a power cut on return.
+
+        Raises DeviceFault: then everything staged is taken back, and the store is read only until
+        it is opened anew. What of it the device has then is not known.
+        """
+        assert not self._is_busy, "one method at a time"
+        self._is_busy = True
+        try:
+            await self._commit(durable=durable)
+        except DeviceFault:
+            self._fail()
+            raise
+        finally:
+            self._is_busy = False
+
+    async def _commit(self, *, durable: bool) -> None:
+        if self._has_failed and durable and self.durable < self.sequence:
+            raise DeviceFault(Fault.IO, "failed before: open the store again")
+        while self._units:
+            unit = self._units[0]
+            is_last = len(self._units) == 1
+            alone = durable and is_last and not self._has_unflushed
+            await self._write_unit(unit, durable=alone)
+            self._on_written(unit)
+            if alone:
+                self.durable = self._committed
+            else:
+                self._has_unflushed = True
+        if durable and self.durable < self.sequence:
+            await self._flush()
+        limit, parts = HURRY_AT
+        if self._ring_used * parts > self._ring_blocks * limit:
+            if self._builder is None:
+                self._begin_build()
+            await self._step()
+
+    async def _write_unit(self, unit: Unit, *, durable: bool) -> None:
+        count = -(-unit.size // ROOM)
+        block = self._find_room(count)
+        if block is None:
+            block = await self._make_room(count)
+        found = self._found
+        data, size, crc = encode_commit(
+            self._place,
+            found.epoch,
+            found.epoch_first,
+            unit.first,
+            self.durable,
+            unit.records,
+            unit.entries,
+        )
+        await self._device.write(HEAD_BLOCKS + block, data, durable=durable)
+        self._ring_used += (block - self._head) % self._ring_blocks + count
+        self._head = block + count
+        self._place = Place(block, size, crc)
+
+    def _on_written(self, unit: Unit) -> None:
+        """A unit is in the journal: it is not taken back any more."""
+        del self._units[0]
+        del self._undo[: unit.undo_count]
+        self._committed = unit.first + len(unit.records) - 1
+        for client, request_id, sequence in unit.requests:
+            del self._staged_requests[client, request_id]
+            self._requests.add(client, request_id, sequence)
+
+    def _find_room(self, count: int) -> int | None:
+        """The block of the ring where a commit of so many goes: behind the last, or at 0."""
+        free = self._ring_blocks - self._ring_used
+        rest = self._ring_blocks - self._head
+        if count <= rest:
+            return self._head if count <= free else None
+        return 0 if rest + count <= free else None
+
+    async def _make_room(self, count: int) -> int:
+        """Finish the checkpoint that is being built, and if that is not enough, one more."""
+        for _ in range(2):
+            if self._builder is None:
+                self._begin_build()
+            while self._builder is not None:
+                await self._step()
+            block = self._find_room(count)
+            if block is not None:
+                return block
+        raise AssertionError("a commit fits an empty ring")
+
+    async def _flush(self) -> None:
+        await self._device.flush()
+        self._has_unflushed = False
+        self.durable = self._committed
+
+    def _fail(self) -> None:
+        self._has_failed = True
+        self._units.clear()
+        self._take_back(0)
+        self._staged_requests.clear()
+        self.sequence = self._committed
+        self._builder = None
+
+    async def close(self) -> None:
+        """Make everything durable, and say so on the device, where nothing else follows.
+
+        A last commit that is damaged later can then be told from one that was never finished.
+        """
+        if not self.writable:
+            return
+        await self.commit(durable=True)
+        if self._sealed == self.sequence:
+            return
+        block = self._find_room(1)
+        if block is None:
+            return
+        found = self._found
+        data, _, _ = encode_commit(
+            self._place, found.epoch, found.epoch_first, self.sequence + 1, self.durable, [], []
+        )
+        try:
+            await self._device.write(HEAD_BLOCKS + block, data, durable=True)
+        except DeviceFault:
+            self._fail()
+            raise
+        self._sealed = self.sequence
+
+    # ------------------------------------------------------------ checkpoints
+
+    async def maintain(self) -> bool:
+        """A bounded step of what there is to tidy up; whether there is more. Raises DeviceFault."""
+        assert not self._is_busy, "one method at a time"
+        if not self.writable:
+            return False
+        if self._builder is None:
+            if self._ring_used * BUILD_AT < self._ring_blocks:
+                return False
+            self._begin_build()
+        self._is_busy = True
+        try:
+            await self._step()
+        except DeviceFault:
+            self._fail()
+            raise
+        finally:
+            self._is_busy = False
+        return self._builder is not None
+
+    def _begin_build(self) -> None:
+        """Freeze what is committed: the next checkpoint takes it in. What is staged stays out."""
+        assert self._builder is None
+        assert not self._frozen
+        frozen = self._overlay
+        overlay: dict[bytes, Held] = {}
+        keys = 0
+        areas = {area: (usage.size, usage.keys) for area, usage in self._areas.items()}
+        first: dict[bytes, Held | None] = {}
+        for each in self._undo:
+            keys += each.keys
+            size_now, keys_now = areas.get(each.area, _NOTHING)
+            areas[each.area] = size_now - each.size, keys_now - each.keys
+            if each.key not in first:
+                first[each.key] = each.held
+        if first:
+            undo = []
+            for each in self._undo:
+                undo.append(each._replace(held=None) if each.key not in overlay else each)
+                overlay[each.key] = frozen[each.key]
+            self._undo = undo
+            for key, held in first.items():
+                if held is None:
+                    del frozen[key]
+                else:
+                    frozen[key] = held
+        self._frozen, self._overlay = frozen, overlay
+        self._frozen_order = sorted(frozen)
+        self._order, self._unsorted = [], list(overlay)
+        self._mark_areas = {area: usage for area, usage in areas.items() if usage != _NOTHING}
+        found = self._found
+        area = 0 if found.active != 0 else 1
+        self._mark = Mark(self._committed, self._head, self._ring_used, self._place.chain)
+        self._builder = Builder(
+            self._checkpoint,
+            frozen,
+            self._frozen_order,
+            first=found.area_first(area),
+            blocks=found.area_blocks,
+            epoch=found.epoch,
+            count=self.key_count - keys,
+        )
+
+    async def _step(self) -> None:
+        builder = self._builder
+        assert builder is not None
+        try:
+            if await builder.step(self._device):
+                return
+            await self._switch(builder)
+        except (Overfull, DeviceFault) as fault:
+            self._fail()
+            if isinstance(fault, DeviceFault):
+                raise
+            raise DeviceFault(Fault.NO_SPACE, "the records contradict their count") from fault
+
+    async def _switch(self, builder: Builder) -> None:
+        """Write the meta, make it all durable, and put the new checkpoint in force."""
+        meta = self._encoded_meta(builder)
+        await builder.write_meta(self._device, meta)
+        await self._flush()
+        checkpoint, count, slots = builder.built()
+        found = self._found
+        mark = self._mark
+        await self._write_superblocks(
+            replace(
+                found,
+                generation=found.generation + 1,
+                compactions=found.compactions + 1,
+                active=0 if found.active != 0 else 1,
+                sequence=mark.sequence,
+                journal_block=mark.head % self._ring_blocks,
+                journal_chain=mark.chain,
+                count=count,
+                slots=slots,
+                records_size=builder.records_size,
+                meta_size=len(meta),
+                order_crc=builder.order_crc,
+                table_crc=builder.table_crc,
+                meta_crc=crc32c(meta),
+            )
+        )
+        self._checkpoint = checkpoint
+        self._frozen = {}
+        self._frozen_order = []
+        self._ring_used -= mark.used
+        self._builder = None
+
+    def _encoded_meta(self, builder: Builder) -> bytes:
+        """The meta as of the mark; on a device without room for all of it, with fewer requests."""
+        areas: dict[bytes, tuple[int, int]] | None = self._mark_areas
+        hashes = {**self._hashes, **{u.key_hash: u.hashed for u in self._undo if u.hashed}}
+        requests, lost = self.limits.requests_kept, self.lost
+        while True:
+            meta = msgspec.msgpack.encode(
+                Meta(
+                    builder.segments,
+                    areas,
+                    self._requests.packed(requests),
+                    [(each.key, each.offset, each.sequence) for each in lost],
+                    self.lost_count,
+                    [(key_hash, each.offset, each.sequence) for key_hash, each in hashes.items()],
+                )
+            )
+            if len(meta) <= builder.meta_room:
+                return meta
+            if lost:
+                lost = ()
+            elif requests:
+                requests //= 2
+            elif areas is not None:
+                areas = None  # they are counted when it is read
+            elif hashes:
+                hashes = {}
+            else:
+                raise Overfull
+
+
+_NOTHING: Final = Usage(0, 0)
+
+
+def _cost_of(key: bytes, held: Held) -> int:
+    if isinstance(held, Entry):
+        return RECORD_COST + len(key) + len(held.value)
+    if isinstance(held, Lost):
+        return RECORD_COST + len(key) + OFFSET.size
+    return 0
+
+
+def _behind(keys: list[bytes], start: bytes) -> Iterator[bytes]:
+    """The keys of a sorted list from `start` on."""
+    for index in range(bisect_left(keys, start), len(keys)):
+        yield keys[index]
+
+
+# ---------------------------------------------------------------- what is on the device
+
+
+async def _find_superblock(device: BlockDevice) -> Superblock:
+    """The superblock in force. Formats a blank device; raises Unopenable for foreign content."""
+    count = device.block_count
+    fresh = layout.initial(count)
+    if fresh is None:
+        raise Unopenable(f"{count} blocks are too few: {layout.STORE_BLOCKS_MIN} are needed")
+    head = await read_region(device, 0, HEAD_BLOCKS)
+    blocks = [head[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE] for at in COPIES]
+    found = [each for block in blocks if (each := layout.decode_superblock(block)) is not None]
+    if found:
+        newest = max(found, key=lambda each: each.generation)
+        if newest.block_count > count:
+            raise Unopenable(
+                f"it is cut off: {newest.block_count} blocks, and the device has {count}"
+            )
+        return newest
+    versions = [version for block in blocks if (version := layout.version_of(block)) is not None]
+    if versions and max(versions) != FORMAT_VERSION:
+        raise Unopenable(
+            f"it has format version {max(versions)}, this program knows {FORMAT_VERSION}"
+        )
+    if versions:
+        raise Unopenable("both superblocks contradict themselves")
+    if not await _is_blank(device, head, fresh):
+        if any(block.startswith(layout.MAGIC) for block in blocks):
+            raise Unopenable("both superblocks are damaged")
+        raise Unopenable("it holds something else than a store")
+    if not device.writable:
+        raise Unopenable("it is blank, and cannot be written")
+    data = fresh.encoded()
+    for block_at in COPIES:
+        await device.write(block_at, data, durable=True)
+    return fresh
+
+
+async def _is_blank(device: BlockDevice, head: bytes, fresh: Superblock) -> bool:
+    """Whether both ends hold zeros alone, but for the torn beginning of our own format."""
+    expected = bytearray(HEAD_BLOCKS * BLOCK_SIZE)
+    data = fresh.encoded()
+    for at in COPIES:
+        expected[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE] = data
+    if any(byte not in (0, ours) for byte, ours in zip(head, expected, strict=True)):
+        return False
+    count = device.block_count
+    size = BLANK_SIZE // BLOCK_SIZE
+    first = await device.read(HEAD_BLOCKS, min(size, count - HEAD_BLOCKS))
+    last = await device.read(max(HEAD_BLOCKS, count - size), min(size, count - HEAD_BLOCKS))
+    return not first.strip(b"\0") and not last.strip(b"\0")
