@@ -44,7 +44,13 @@ from nexus.kernel.linux.native import (
     setns,
     unshare,
 )
-from nexus.kernel.linux.secrets import NO_SECRET, Secret, give_directory, take_key
+from nexus.kernel.linux.secrets import (
+    NO_SECRET,
+    Secret,
+    give_directory,
+    leave_keys,
+    take_key,
+)
 
 UID_FIRST: Final = 61_000  # one uid per row of the identity table; unused on common systems
 GC_THRESHOLD: Final = 50_000  # allocations: what init made is frozen, a service makes few cycles
@@ -209,6 +215,7 @@ class Hardening:
             self._try("memory", self._memory)
             self._try("namespaces", self._namespaces)
             self._try("ids", self._ids)
+            self._try("keyrings", self._keyrings)
             self._try("capabilities", drop_capabilities)
         self._die_with_parent()
         return kept
@@ -246,6 +253,7 @@ class Hardening:
             self._try("memory", self._import_memory)
             self._try("namespaces", self._namespaces)
             self._try("ids", self._ids)
+            self._try("keyrings", self._keyrings)
             self._try("capabilities", self._import_capabilities)
             self._try("landlock", lambda: self._import_landlock(readable))
             _ = prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -394,6 +402,11 @@ class Hardening:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+
+    def _keyrings(self) -> None:
+        """A session keyring is inherited, and who has init's possesses the keys of its user."""
+        if self.confinement.grants.secret is not SecretBackend.KEYRING:  # it has one by now
+            leave_keys()
 
     def _import_capabilities(self) -> None:
         """None, unless only root may read the interpreter or the import path: then reading goes

@@ -268,6 +268,8 @@ def secret_rows(services: dict[str, Service]) -> list[Guarantee]:
     stranger = services["stranger"]
     rows = []
     shared = "" if os.geteuid() == 0 else "whatever else the user runs has the same id"
+    if not shared and "keyrings" in stranger.degraded:
+        shared = "services are in init's session, and possess the keys that it does"
 
     def row(name: str, gives: str, holder: Service, others: tuple[str, ...]) -> None:
         why = holder.failed or stranger.failed

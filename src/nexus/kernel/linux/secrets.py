@@ -159,6 +159,17 @@ def take_key(name: str) -> int:
     return key
 
 
+def leave_keys() -> None:
+    """Reach no key of whoever started the system: a session keyring of its own, which is empty.
+    Raises OSError."""
+    try:
+        _ = _keyctl(KEYCTL_JOIN_SESSION_KEYRING, None)
+    except OSError as error:
+        # No keyrings here, or none for us and so none for our children.
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+
+
 def find_key(name: str) -> int:
     """The serial number of the key of that name in the caller's user keyring; 0 if there is none.
     Raises OSError."""

@@ -41,7 +41,8 @@ from nexus.kernel.linux.secrets import (
 )
 
 OWN: Final = "escape"  # a file that the holder makes beside its secret
-OWN_SECOND: Final = "escape.second"
+SECOND: Final = ".second"
+OWN_SECOND: Final = OWN + SECOND
 KEY_SIZE: Final = 64  # bytes of the attacker's buffer
 ALL_PERMISSIONS: Final = 0x3F3F_3F3F
 SECRET_TRIED: Final = b"kept"
@@ -129,22 +130,27 @@ def _path_only(_prey: Prey, own: int) -> None:
 
 def _symbolic_link(_prey: Prey, own: int) -> None:
     os.symlink(READABLE, OWN_SECOND, dir_fd=own)
+    os.unlink(OWN_SECOND, dir_fd=own)
 
 
 def _hard_link(_prey: Prey, own: int) -> None:
     os.link(OWN, OWN_SECOND, src_dir_fd=own, dst_dir_fd=own)
+    os.unlink(OWN_SECOND, dir_fd=own)
 
 
 def _link_out(prey: Prey, own: int) -> None:
-    os.link(OWN, prey.neighbour + ".second", src_dir_fd=own, dst_dir_fd=own)
+    os.link(OWN, prey.neighbour + SECOND, src_dir_fd=own, dst_dir_fd=own)
+    os.unlink(prey.neighbour + SECOND, dir_fd=own)
 
 
 def _rename_out(prey: Prey, own: int) -> None:
-    os.rename(OWN, prey.neighbour, src_dir_fd=own, dst_dir_fd=own)
+    os.rename(OWN, prey.neighbour + SECOND, src_dir_fd=own, dst_dir_fd=own)
+    os.rename(prey.neighbour + SECOND, OWN, src_dir_fd=own, dst_dir_fd=own)
 
 
 def _rename_in(prey: Prey, own: int) -> None:
-    os.rename(prey.neighbour, OWN, src_dir_fd=own, dst_dir_fd=own)
+    os.rename(prey.neighbour, OWN_SECOND, src_dir_fd=own, dst_dir_fd=own)
+    os.rename(OWN_SECOND, prey.neighbour, src_dir_fd=own, dst_dir_fd=own)
 
 
 def _rename_away(_prey: Prey, own: int) -> None:
@@ -153,6 +159,7 @@ def _rename_away(_prey: Prey, own: int) -> None:
 
 def _unlink_out(prey: Prey, own: int) -> None:
     os.unlink(prey.neighbour, dir_fd=own)
+    os.close(os.open(prey.neighbour, WRITE_FLAGS, 0o600, dir_fd=own))
 
 
 def _make_directory(_prey: Prey, own: int) -> None:
@@ -242,9 +249,7 @@ def outcomes(backend: SecretBackend, prey: Prey) -> dict[str, str]:
             os.close(os.open(OWN, WRITE_FLAGS, 0o600, dir_fd=own))
     found = {attempt.name: _outcome(attempt, prey, own) for attempt in BY[backend]}
     if backend is SecretBackend.FILE:
-        for name in (OWN, OWN_SECOND):
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=own)
+        os.unlink(OWN, dir_fd=own)
     return found
 
 
