@@ -231,8 +231,8 @@ def service_up(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(evidence["pid"], event.pid, "pid")
     demand_equal(evidence["generation"], event.fields["generation"], "generation")
     identity = f"{service_id(service.name):016x}"
-    demand_equal(_hex(evidence["service"]), identity, "service id in the identity table")
-    demand_equal(_hex(event.fields["service"]), identity, "service id in the spawn record")
+    demand_equal(hex_of(evidence["service"]), identity, "service id in the identity table")
+    demand_equal(hex_of(event.fields["service"]), identity, "service id in the spawn record")
     demand(evidence["echo_nonce"], "no nonce came back over the control link")
     for stated in _ready_lines(trace, service.name, event.pid):
         demand_equal(evidence["echo_nonce"], stated.evidence["echoed"], "nonce the service echoed")
@@ -244,7 +244,8 @@ def _ready_lines(trace: Trace, name: str, pid: int) -> list[Line]:
     return [line for line in trace.lines if line.pid == pid and line.text == f"{name}: ready"]
 
 
-def _hex(value: object) -> str:
+def hex_of(value: object) -> str:
+    """An identity as sixteen digits, from a number or from any way to write one."""
     return f"{value:016x}" if isinstance(value, int) else str(value).removeprefix("0x").zfill(16)
 
 
@@ -292,14 +293,14 @@ def _without(wanted: Sequence[tuple[Any, ...]], found: Iterable[tuple[Any, ...]]
 # ---------------------------------------------------------------- services
 
 
-def _healthy(case: Case, trace: Trace, line: Line) -> Mapping[str, int]:
+def healthy(case: Case, trace: Trace, line: Line) -> Mapping[str, int]:
     """That init's probe was answered by this instance in time, with its nonce; its facts."""
     name = line.printer
     _, event = _first_spawn(trace, name)
     demand_equal(line.pid, event.pid, "pid of the printer")
     deadline = event.time + case.plan.by_name[name].health_deadline
     demand(line.time <= deadline, "printed after the readiness deadline")
-    probe = _of_init(trace, f"init: health {name} ok")
+    probe = of_init(trace, f"init: health {name} ok")
     if probe is None:
         raise Mismatch(f"init got no answer to its health probe of {name}")
     demand_equal(probe.evidence["generation"], line.generation, "generation in init's record")
@@ -311,14 +312,14 @@ def _healthy(case: Case, trace: Trace, line: Line) -> Mapping[str, int]:
 
 def policyd_ready(case: Case, trace: Trace, line: Line) -> None:
     """#8: its policy is the one that the policy files make here."""
-    facts = _healthy(case, trace, line)
+    facts = healthy(case, trace, line)
     wanted = int(case.plan.policy.digest[:DIGEST_DIGITS], 16)
     demand_equal(facts["policy_digest"], wanted, "first digits of the policy's digest")
 
 
 def logd_ready(case: Case, trace: Trace, line: Line) -> None:
     """#30: its journal is as large as the system file says."""
-    facts = _healthy(case, trace, line)
+    facts = healthy(case, trace, line)
     settings = dict(case.plan.by_name[line.printer].settings)
     for name, fact in (("records", "capacity_records"), ("size", "capacity_size")):
         demand_equal(facts[fact], settings[name], fact)
@@ -326,13 +327,13 @@ def logd_ready(case: Case, trace: Trace, line: Line) -> None:
 
 def timed_ready(case: Case, trace: Trace, line: Line) -> None:
     """#32: it holds no timer."""
-    demand_equal(_healthy(case, trace, line)["timers"], 0, "live timers")
+    demand_equal(healthy(case, trace, line)["timers"], 0, "live timers")
 
 
 DIGEST_DIGITS: Final = 15  # hexadecimal digits that a fact has room for
 
 
-def _of_init(trace: Trace, text: str) -> Line | None:
+def of_init(trace: Trace, text: str) -> Line | None:
     """The first line of init with this text."""
     lines = (each for each in trace.lines if each.printer == INIT_NAME and each.text == text)
     return next(lines, None)
@@ -367,7 +368,7 @@ def mmio_policy_deny(_case: Case, trace: Trace, line: Line) -> None:
     demand(0 < evidence["took_ns"] <= MMIO_ANSWER_MAX, f"it took {evidence['took_ns']} ns")
     growth = evidence["denied_after"] - evidence["denied_before"]
     demand_equal(growth, 1, "growth of policyd's deny counter")
-    ready = _of_init(trace, "init: ready")
+    ready = of_init(trace, "init: ready")
     demand(ready is None or line.place < ready.place, "asked after the grants were made")
 
 
@@ -461,7 +462,7 @@ KILLED: Final = 9
 # ---------------------------------------------------------------- the journal
 
 
-def _measured(trace: Trace, number: int) -> Evidence:
+def measured(trace: Trace, number: int) -> Evidence:
     """What selftest-client measured for a rung that logd prints."""
     text = f"{SELFTEST}: measured #{number}"
     lines = [line for line in trace.lines if line.printer == SELFTEST and line.text == text]
@@ -472,36 +473,36 @@ def _measured(trace: Trace, number: int) -> Evidence:
 def _rejection(line: Line, reason: str) -> None:
     demand_equal(line.evidence["reason"], reason, "reason")
     sender = f"{service_id(SELFTEST):016x}"
-    demand_equal(_hex(line.evidence["sender"]), sender, "sender whose message was refused")
+    demand_equal(hex_of(line.evidence["sender"]), sender, "sender whose message was refused")
 
 
 def reject_invalid_args(_case: Case, trace: Trace, line: Line) -> None:
     """#111: the client holds the status, its row of STATS grew by one, no id was used."""
     _rejection(line, "invalid_args")
-    measured = _measured(trace, 111)
-    demand_equal([measured["status"], measured["again"]], ["INVALID_ARGS"] * 2, "statuses")
-    demand_equal(measured["growth"], _growth_of(invalid_args=1), "growth of its row in STATS")
-    demand_equal(measured["ids"], 0, "record ids that the refused message used")
+    found = measured(trace, 111)
+    demand_equal([found["status"], found["again"]], ["INVALID_ARGS"] * 2, "statuses")
+    demand_equal(found["growth"], _growth_of(invalid_args=1), "growth of its row in STATS")
+    demand_equal(found["ids"], 0, "record ids that the refused message used")
 
 
 def reject_over_limit(_case: Case, trace: Trace, line: Line) -> None:
     """#112: 512 bytes of fields are taken, 513 refused, and both counted."""
     _rejection(line, "over_limit")
-    measured = _measured(trace, 112)
-    demand_equal(measured["sizes"], [512, 513], "bytes of fields")
-    demand_equal(measured["statuses"], ["OK", "OVER_LIMIT"], "statuses")
-    demand_equal(measured["growth"], _growth_of(accepted=1, over_limit=1), "growth of its row")
+    found = measured(trace, 112)
+    demand_equal(found["sizes"], [512, 513], "bytes of fields")
+    demand_equal(found["statuses"], ["OK", "OVER_LIMIT"], "statuses")
+    demand_equal(found["growth"], _growth_of(accepted=1, over_limit=1), "growth of its row")
 
 
 def reject_rate_limited(_case: Case, trace: Trace, line: Line) -> None:
     """#113: the 25th of one sender is refused, another sender's in the same second is not."""
     _rejection(line, "rate_limited")
-    measured = _measured(trace, 113)
-    demand_equal(measured["statuses"], ["OK"] * 24 + ["RATE_LIMITED"], "statuses")
-    demand(measured["took_ns"] < 1_000_000_000, "the burst took longer than its window")
-    demand_equal(measured["growth"], _growth_of(accepted=24, rate_limited=1), "growth of its row")
-    demand(measured["policyd"]["accepted"] >= 1, "nothing of the other sender was accepted")
-    demand_equal(measured["policyd"]["rate_limited"], 0, "refusals of the other sender")
+    found = measured(trace, 113)
+    demand_equal(found["statuses"], ["OK"] * 24 + ["RATE_LIMITED"], "statuses")
+    demand(found["took_ns"] < 1_000_000_000, "the burst took longer than its window")
+    demand_equal(found["growth"], _growth_of(accepted=24, rate_limited=1), "growth of its row")
+    demand(found["policyd"]["accepted"] >= 1, "nothing of the other sender was accepted")
+    demand_equal(found["policyd"]["rate_limited"], 0, "refusals of the other sender")
 
 
 def _growth_of(**grown: int) -> dict[str, int]:

@@ -96,7 +96,7 @@ class Kept:
             disks={each.name: self._disk(each) for each in plan.hardware if each.size},
             secrets={
                 (name, SecretBackend[backend]): path.read_bytes()
-                for path in sorted(self.state.glob(f"*{SECRET_SUFFIX}"))
+                for path in sorted(self.state.glob(f"*{KEPT_SUFFIX}"))
                 for name, _, backend in [path.stem.rpartition("-")]
             },
         )
@@ -115,7 +115,7 @@ class Kept:
             image = disk.image() if power_lasts else disk.survivors(_torn(disk)).image()
             _ = (self.state / f"{name}{IMAGE_SUFFIX}").write_bytes(image)
         for (name, backend), data in machine.secrets.kept.items():
-            _ = (self.state / f"{name}-{backend.name}{SECRET_SUFFIX}").write_bytes(data)
+            _ = (self.state / f"{name}-{backend.name}{KEPT_SUFFIX}").write_bytes(data)
         if machine.boot_memory is not None:
             _ = (self.state / BOOT_MEMORY).write_bytes(machine.boot_memory)
 
@@ -128,7 +128,7 @@ def _torn(disk: Disk) -> Choice:
 
 
 BOOT_MEMORY: Final = "boot-memory"
-SECRET_SUFFIX: Final = ".secret"
+KEPT_SUFFIX: Final = ".secret"
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

@@ -15,7 +15,7 @@ import nexus
 from nexus.abi import Event, EventKind
 from nexus.init.errors import SystemFileError
 from nexus.init.plan import Plan, load_plan
-from nexus.proof.checks import CHECKS
+from nexus.proof.every_check import EVERY_CHECK
 from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, scope_of
 from nexus.proof.record import RecordWriter, default_path
 from nexus.proof.remains import damage, remains_of
@@ -113,7 +113,7 @@ def prove(request: Request, directory: Path) -> Outcome:
         except NoSuchSaboteur as error:
             raise UsageError(str(error)) from error
     scope = scope_of(plan, request.ground, smp, request.phase)
-    case = Case(scope=scope, plan=plan, checks=CHECKS, until=request.until)
+    case = Case(scope=scope, plan=plan, checks=EVERY_CHECK, until=request.until)
     path = request.record or default_path(directory, request.ground.value)
     with RecordWriter(path) as record:
         record.entry("run", _header(request, plan, smp))

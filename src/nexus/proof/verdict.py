@@ -1,10 +1,11 @@
 """From what a run left behind to its verdict. Pure: the same traces give the same verdict.
 
 A rung passes when its line was printed once, in its boot, by its printer, behind the rungs it
-comes after, with evidence that holds. It is red when one of these is not so, or when the line is missing;
-blocked when the line is missing, failed or not, and a rung it comes after is red or blocked;
-not_run outside its scope. What makes a run red without naming a rung (a stray FAIL line, a
-traceback, a dirty exit) is a finding: it denies #144, whose claim is the whole stream.
+comes after, with evidence that holds. It is red when one of these is not so, or when the line is
+missing; blocked when a rung it comes after is red or blocked, and its line is missing, failed or
+not, or its evidence does not hold; not_run outside its scope. What makes a run red without naming a
+rung (a stray FAIL line, a traceback, a dirty exit) is a finding: it denies #144, whose claim is the
+whole stream.
 """
 
 from collections import defaultdict
@@ -290,12 +291,17 @@ class _Judge:
         lines = self._printed[row.number]
         if not lines and (not faults or self._first_in_the_way(row) is not None):
             return self._decide_missing(row)
+        state = State.RED
         if lines and not faults:
             faults = list(self._mismatches(row, lines))
+            behind = self._first_in_the_way(row)
+            if faults and behind is not None:  # what it stands on does not hold
+                faults.insert(0, f"behind #{behind}")
+                state = State.BLOCKED
         line = lines[0] if lines else None
         return RungResult(
             number=row.number,
-            state=State.RED if faults else State.PASSED,
+            state=state if faults else State.PASSED,
             reason="; ".join(faults),
             time=line.time if line else None,
             evidence=line.evidence if line else {},

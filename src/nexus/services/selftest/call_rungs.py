@@ -31,11 +31,17 @@ from nexus.ipc import (
 )
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import HoldAt, RegisterFor
+from nexus.protocols.keystored import PROTOCOL as KEYSTORED
+from nexus.protocols.keystored import Get as GetKey
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Level, Query
 from nexus.protocols.meta import Bind, GetStatus, Health, Healthy, ServiceStatus
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import CheckFor
+from nexus.protocols.rngd import PROTOCOL as RNGD
+from nexus.protocols.rngd import GetEntropy
+from nexus.protocols.statefsd import PROTOCOL as STATEFSD
+from nexus.protocols.statefsd import GetCalls
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import (
     Echo,
@@ -380,19 +386,33 @@ SAMPLES: Final[dict[str, Request[Any]]] = {
     "demo.interactive": RegisterFor(1),
     "policyd": CheckFor(1, "proof.probe", ""),
     "logd": Query(since=1, count=1, level=Level.TRACE, service=0, key="", value=""),
+    "rngd": GetEntropy(1),
+    "statefsd": GetCalls(1, 1),
+    "keystored": GetKey(b"x"),
 }
-"""A request of each service whose first field is an unsigned integer, here 1: one byte."""
+"""A request of each service whose first field is an unsigned integer, here 1: one byte; or of
+keystored, whose requests have none, one byte as bytes."""
 
 
 def _bad_bodies(good: bytes) -> dict[str, bytes]:
-    """Four wrong bodies made from the right one. The first field's oversize value is -1."""
-    array, rest = good[0], good[2:]
+    """Four wrong bodies made from the right one. The first field's oversize value is -1, or 300
+    bytes; of bytes it is the length that is not minimal."""
+    array = good[:1]
+    if good[1] == BIN8:
+        longer = array + b"\xc5\x00" + good[2:]
+        oversize = array + b"\xc5\x01\x2c" + bytes(300)
+    else:
+        longer = array + b"\xcc\x01" + good[2:]
+        oversize = array + b"\xd3" + b"\xff" * 8 + good[2:]
     return {
         "trailing byte": good + b"\x00",
-        "extra element": bytes((array + 1,)) + good[1:] + b"\x01",
-        "non-minimal integer": bytes((array,)) + b"\xcc\x01" + rest,
-        "oversize field": bytes((array,)) + b"\xd3" + b"\xff" * 8 + rest,
+        "extra element": bytes((good[0] + 1,)) + good[1:] + b"\x01",
+        "non-minimal integer": longer,
+        "oversize field": oversize,
     }
+
+
+BIN8: Final = 0xC4  # MessagePack: up to 255 bytes follow a length of one byte
 
 
 async def strict_decode(climb: Climb) -> Evidence:
@@ -403,6 +423,9 @@ async def strict_decode(climb: Climb) -> Evidence:
         "demo.interactive": INTERACTIVE,
         "policyd": POLICYD,
         "logd": LOGD,
+        "rngd": RNGD,
+        "statefsd": STATEFSD,
+        "keystored": KEYSTORED,
     }
     answers: dict[str, list[str]] = {}
     for name, client in climb.clients.items():

@@ -12,6 +12,12 @@ from nexus.services.selftest.rung import Evidence, expect, require
 LOOKS_MAX: Final = 4  # at a task's account
 LOOK_PAUSE: Final = Nanos(7_000_000)  # ns, doubling; no whole part of a probe's interval
 COUNTER_SUFFIX: Final = "_total"
+KEPT_FACTS: Final = frozenset(
+    {
+        *("clients", "statefsd_generation", "wrapping"),  # who asks, and whom it asks
+        *("epoch", "sequence", "durable", "keys", "used"),  # what is on the disk
+    }
+)
 HELD: Final = (  # counters that say what a task holds now; the others only grow
     "slots",
     "endpoints",
@@ -35,8 +41,13 @@ def _held_by(account: Account) -> dict[str, int]:
 
 
 def state_of(facts: list[Fact]) -> list[Fact]:
-    """The facts that say what a service holds. Those named `_total` only ever grow."""
-    return [fact for fact in facts if not fact.name.endswith(COUNTER_SUFFIX)]
+    """The facts that say what a service holds. Those named `_total` only ever grow, and what is
+    kept is kept."""
+    return [
+        fact
+        for fact in facts
+        if not fact.name.endswith(COUNTER_SUFFIX) and fact.name not in KEPT_FACTS
+    ]
 
 
 async def no_resource_left_behind(climb: Climb) -> Evidence:

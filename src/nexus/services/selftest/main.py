@@ -15,11 +15,14 @@ from nexus.abi import (
 from nexus.ipc import Client, Exchange, Peers, RetryBudget
 from nexus.protocols.init import AwaitReady, Ready
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
+from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.ladder import SELFTEST, boot_of, last_boot
 from nexus.protocols.ladder import Rung as Row
 from nexus.protocols.ladder import rung as row_of
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.policyd import PROTOCOL as POLICYD
+from nexus.protocols.rngd import PROTOCOL as RNGD
+from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.runtime import Call, Server, ServiceConfig
@@ -41,6 +44,9 @@ PROTOCOLS: Final[dict[str, Protocol]] = {
     "demo.interactive": INTERACTIVE,
     "policyd": POLICYD,
     "logd": LOGD,
+    "rngd": RNGD,
+    "statefsd": STATEFSD,
+    "keystored": KEYSTORED,
 }
 
 

@@ -121,7 +121,6 @@ async def policy_malformed(climb: Climb) -> Evidence:
 async def mmio_policy_deny(climb: Climb) -> Evidence:
     """#139: init's own question before the first grant stands in the journal, as it was asked."""
     records = await find(climb, "action", MMIO_RIGHT)
-    grants = (await climb.links_page()).grants
 
     expect(len(records), 1, f"audit records about {MMIO_RIGHT}")
     (record,) = records
@@ -136,7 +135,6 @@ async def mmio_policy_deny(climb: Climb) -> Evidence:
     }
     expect(record.service, service_id("policyd"), "sender of the audit record")
     expect({name: fields[name] for name in wanted}, wanted, "the audit record")
-    expect(grants, 0, "device grants in init's table")
     return {"record": record.record, "fields": fields}
 
 

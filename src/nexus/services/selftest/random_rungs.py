@@ -1,5 +1,6 @@
 """Rungs about entropy: fresh, counted by its source, and never more than asked for."""
 
+import hashlib
 from typing import Final
 
 from nexus.ipc import Refused
@@ -41,7 +42,13 @@ async def entropy(climb: Climb) -> Evidence:
     expect(given, 2 * DRAW_SIZE, "growth of what this client was given")
     delivered = after.delivered - before.delivered
     require(delivered >= 2 * DRAW_SIZE, f"the source delivered {delivered} bytes")
-    return {"backing": after.backing, "given": given, "delivered": delivered, "fit": after.fit}
+    return {
+        "backing": after.backing,
+        "given": given,
+        "delivered": delivered,
+        "delivered_total": after.delivered,
+        "digests": [hashlib.sha256(drawn).hexdigest() for drawn in (first, second)],
+    }
 
 
 async def oversized(climb: Climb) -> Evidence:

@@ -9,6 +9,7 @@ from nexus.services.selftest.call_rungs import (
     peer_death_wakes,
     strict_decode,
 )
+from nexus.services.selftest.device_rungs import cap_query_mmio, mmio_map
 from nexus.services.selftest.end_rungs import end, no_resource_left_behind
 from nexus.services.selftest.identity_rungs import (
     cap_move_reply,
@@ -41,6 +42,8 @@ from nexus.services.selftest.policy_rungs import (
     requester_spoof_denied,
     routing_policyd,
 )
+from nexus.services.selftest.random_rungs import entropy, oversized
+from nexus.services.selftest.random_rungs import policy_allow as rng_policy_allow
 from nexus.services.selftest.routing_rungs import rebind_generation, route_outcomes, routing
 from nexus.services.selftest.rung import Rung
 from nexus.services.selftest.timed_rungs import timed_coalesce
@@ -74,12 +77,17 @@ RUNGS: Final = (
     Rung(80, policy_malformed),
     Rung(95, sandbox_escape),
     Rung(96, watchdog_restart),
+    Rung(97, rng_policy_allow, stated=True),
+    Rung(98, entropy),
+    Rung(99, oversized),
     Rung(111, invalid_args, stated=True),
     Rung(112, over_limit, stated=True),
     Rung(113, rate_limited, stated=True),
     Rung(116, log_query),
     Rung(117, sink_logd),
     Rung(139, mmio_policy_deny),
+    Rung(140, mmio_map),
+    Rung(141, cap_query_mmio),
     Rung(142, cap_query_vmo),
     Rung(143, no_resource_left_behind, always=True),
     Rung(144, end),

@@ -1,0 +1,253 @@
+"""The evidence behind the rungs about devices and entropy: what the devices themselves recorded."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from nexus.abi import BLOCK_SIZE, PAGE_SIZE, Event, EventKind, HardwareKind, service_id
+from nexus.init.grants import MMIO_RIGHTS
+from nexus.kernel.core import VIRTIO_MAGIC, VIRTIO_VERSION, WINDOW_SIZE, Hardware
+from nexus.kernel.sim.bus import BUS_BASE
+from nexus.kernel.sim.virtio import FEATURE_VERSION_1
+from nexus.proof.checks import healthy, hex_of, measured, of_init
+from nexus.proof.trace import Line, Trace
+from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
+from nexus.protocols.ladder import SELFTEST, Ground
+from nexus.protocols.rngd import DRAW_RIGHT, DRAW_SIZE_MAX
+
+BACKING: Final = "virtio-mmio"
+HEX_RUN: Final = re.compile(r"[0-9a-f]{64,}")
+DRAW_SIZE: Final = 32  # bytes; ladder #98
+
+
+def _device_of(case: Case, service: str, kind: HardwareKind) -> Hardware:
+    """The line of the bus map that the plan gives to a service."""
+    names = {grant.name for grant in case.plan.by_name[service].grants.hardware}
+    found = [each for each in case.plan.hardware if each.name in names and each.kind is kind]
+    demand_equal(len(found), 1, f"devices of kind {kind.name.lower()} that {service} is to have")
+    return found[0]
+
+
+def _granted_to(trace: Trace, device: str) -> list[str]:
+    """Who has a device, by init's grant table."""
+    ready = of_init(trace, "init: ready")
+    if ready is None:
+        raise Mismatch("init has not said which grants there are")
+    return [row[0] for row in ready.evidence["grants"] if row[2] == f"window {device}"]
+
+
+def _told_by(trace: Trace, device: str, what: str = "") -> list[tuple[int, Event]]:
+    """What a simulated device recorded about itself; `what` is the kind of its entry."""
+    return [
+        (at, event)
+        for at, event in trace.of_kind(EventKind.DEVICE)
+        if event.fields.get("name") == device and what in {"", event.fields.get("what")}
+    ]
+
+
+def _touched_by_its_holder_alone(trace: Trace, device: str, service: str) -> None:
+    demand_equal(_granted_to(trace, device), [service], f"holders of {device}")
+    pids = {event.pid for _, event in trace.spawns(service)}
+    others = {event.pid for _, event in _told_by(trace, device) if event.pid not in pids}
+    demand(not others, f"{device} was used by {sorted(others)}, {service} is {sorted(pids)}")
+
+
+def _live(trace: Trace, line: Line, device: Hardware) -> Mapping[str, Any]:
+    """How the device's own side says that its driver has set it up, before this line."""
+    entries = [event for at, event in _told_by(trace, device.name, "live") if at < line.place]
+    demand(entries, f"{device.name} was never set up by a driver")
+    fields = entries[0].fields
+    demand_equal(fields["version"], VIRTIO_VERSION, f"register version of {device.name}")
+    demand_equal(fields["device"], int(device.kind), f"device id of {device.name}")
+    features = fields["features"]
+    demand(isinstance(features, int) and features & FEATURE_VERSION_1, "VERSION_1 negotiated")
+    return fields
+
+
+def rngd_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#33: the source it names is the one behind its device, and has passed its test."""
+    facts = healthy(case, trace, line)
+    demand_equal(facts["fit"], 1, "fit")
+    demand(facts["start_tests_passed_total"] >= 1, "no start-up test has passed")
+    device = _device_of(case, "rngd", HardwareKind.ENTROPY)
+    demand_equal(line.evidence["source"], _backing(case, device), "source")
+    demand_equal(_granted_to(trace, device.name), ["rngd"], f"holders of {device.name}")
+    wanted = ["rngd", MMIO_RIGHTS[device.kind], f"window {device.name}", "allow"]
+    ready = of_init(trace, "init: ready")
+    demand(ready and wanted in ready.evidence["grants"], f"init's table has no {wanted}")
+
+
+def _backing(case: Case, device: Hardware) -> str:
+    """What is behind a device, as the runner finds it out itself."""
+    if case.scope.ground is Ground.SIM:
+        return BACKING
+    from nexus.kernel.linux.hardware import Bus
+
+    (entry,) = Bus([device], None).scan()
+    return entry.backing
+
+
+def legacy_refused(case: Case, trace: Trace, line: Line) -> None:
+    """#49: listed with its version, granted to nobody, and its status register untouched."""
+    old = [each for each in case.plan.hardware if each.legacy]
+    demand_equal(line.evidence["transports"], [[each.name, 1] for each in old], "refused ones")
+    demand_equal(line.evidence["granted"], [], "holders by init's record")
+    for each in old:
+        demand_equal(_granted_to(trace, each.name), [], f"holders of {each.name}")
+        entries = [event.fields for _, event in _told_by(trace, each.name)]
+        touched = [entry for entry in entries if entry.get("value") != 0]
+        demand(not touched, f"{each.name} has recorded {touched}")
+
+
+def block_up(case: Case, trace: Trace, line: Line) -> None:
+    """#50: set up as a modern device, as large as the image, and its first sector is the image's."""
+    device = _device_of(case, "statefsd", HardwareKind.BLOCK)
+    fields = _live(trace, line, device)
+    evidence = line.evidence
+    demand_equal(evidence["version"], VIRTIO_VERSION, "register version, by statefsd")
+    demand_equal(evidence["device_id"], int(HardwareKind.BLOCK), "device id, by statefsd")
+    demand_equal(evidence["features"], fields["features"], "features, on both sides")
+    count = int.from_bytes(bytes.fromhex(fields["config"])[:8], "little")
+    demand_equal(count * BLOCK_SIZE, device.size, "capacity on the device's side")
+    demand_equal(evidence["block_count"], count, "capacity, by statefsd")
+    demand_equal(trace.left.size, device.size, "bytes of the image")
+    first = hashlib.sha256(trace.left.first_block).hexdigest()
+    demand_equal(evidence["first_block"], first, "digest of the first sector")
+    _touched_by_its_holder_alone(trace, device.name, "statefsd")
+
+
+def window_mapped(case: Case, trace: Trace, line: Line) -> None:
+    """#51: a modern entropy device, driven by rngd alone, has delivered a full draw."""
+    device = _device_of(case, "rngd", HardwareKind.ENTROPY)
+    _ = _live(trace, line, device)
+    evidence = line.evidence
+    identity = [evidence[name] for name in ("magic", "version", "device_id")]
+    demand_equal(identity, [VIRTIO_MAGIC, VIRTIO_VERSION, int(device.kind)], "identity")
+    sizes = [
+        event.fields["size"]
+        for at, event in _told_by(trace, device.name, "draw")
+        if at < line.place
+    ]
+    demand(DRAW_SIZE_MAX in sizes, f"the device delivered {sizes}, and no full draw")
+    demand_equal(evidence["asked"], DRAW_SIZE_MAX, "bytes of a full draw")
+    demand(1 <= evidence["full_draws"] <= sizes.count(DRAW_SIZE_MAX), "full draws, by rngd")
+    _touched_by_its_holder_alone(trace, device.name, "rngd")
+
+
+def rngd_policy_allow(_case: Case, trace: Trace, line: Line) -> None:
+    """#97: what rngd says was decided stands in the journal as policyd's decision."""
+    subject = f"{service_id(SELFTEST):016x}"
+    demand_equal(hex_of(line.evidence["subject"]), subject, "subject, by rngd")
+    demand_equal(line.evidence["right"], DRAW_RIGHT, "right, by rngd")
+    record = measured(trace, 97)
+    demand_equal(record["service"], service_id("policyd"), "sender of the audit record")
+    wanted = {
+        "decision": "allow",
+        "reason": "policy",
+        "subject": SELFTEST,
+        "action": DRAW_RIGHT,
+        "asked_by": "rngd",
+        "trace": line.evidence["trace"],
+    }
+    fields = record["fields"]
+    demand_equal({name: fields.get(name) for name in wanted}, wanted, "the audit record")
+
+
+def entropy_drawn(case: Case, trace: Trace, line: Line) -> None:
+    """#98: the source's own count covers what was given, and the bytes are in no record."""
+    evidence = line.evidence
+    demand_equal(evidence["given"], 2 * DRAW_SIZE, "bytes given")
+    if case.scope.ground is Ground.SIM:
+        device = _device_of(case, "rngd", HardwareKind.ENTROPY)
+        sizes = [
+            int(event.fields["size"])  # type: ignore[call-overload]
+            for at, event in _told_by(trace, device.name, "draw")
+            if at < line.place
+        ]
+        counted = evidence["delivered_total"]
+        demand(sum(sizes) >= counted, f"rngd counts {counted}, the device {sum(sizes)}")
+        demand(counted >= 2 * DRAW_SIZE, "rngd has counted too few")
+    digests = set(evidence["digests"])
+    demand_equal(len(digests), 2, "different draws")
+    shown = digests & {hashlib.sha256(each).hexdigest() for each in _shown(trace)}
+    demand(not shown, "a draw stands in the clear in the events or the output")
+
+
+def _shown(trace: Trace) -> Iterator[bytes]:
+    """Whatever 32 bytes stand as hexadecimal digits in what a boot has left behind."""
+    seen: set[str] = set()
+    texts = (str(event.fields) for event in trace.events)
+    for text in (*texts, trace.output):
+        for run in HEX_RUN.findall(text):
+            if run in seen:
+                continue
+            seen.add(run)
+            for start in range(len(run) - 2 * DRAW_SIZE + 1):
+                yield bytes.fromhex(run[start : start + 2 * DRAW_SIZE])
+
+
+def oversized(_case: Case, _trace: Trace, line: Line) -> None:
+    """#99: what was refused has cost the source nothing."""
+    before, between, after = line.evidence["delivered"]
+    demand_equal(between, before, "bytes delivered for refused draws")
+    demand_equal(after - between, DRAW_SIZE_MAX, "bytes delivered for the largest draw")
+
+
+def mmio_policy_audit(_case: Case, trace: Trace, line: Line) -> None:
+    """#139: the subject of the denied question has no grant at all."""
+    subject = line.evidence["fields"]["subject"]
+    ready = of_init(trace, "init: ready")
+    demand(ready is not None, "init has not said which grants there are")
+    held = [row for row in (ready.evidence["grants"] if ready else ()) if row[0] == subject]
+    demand_equal(held, [], f"grants of {subject}")
+
+
+def mmio_map(case: Case, trace: Trace, line: Line) -> None:
+    """#140: it is the empty transport of the bus map, and its holder had no other window."""
+    device = _device_of(case, SELFTEST, HardwareKind.EMPTY)
+    evidence = line.evidence
+    demand_equal(evidence["device"], device.name, "device")
+    demand_equal(evidence["registers"], [VIRTIO_MAGIC, VIRTIO_VERSION, 0], "registers")
+    demand_equal(evidence["length"], PAGE_SIZE, "bytes of the window")
+    demand_equal(_granted_to(trace, device.name), [SELFTEST], f"holders of {device.name}")
+    used = {
+        event.fields.get("name")
+        for _, event in trace.of_kind(EventKind.DEVICE)
+        if event.pid == line.pid
+    }
+    demand(used <= {device.name}, f"devices that {SELFTEST} has used: {used}")
+
+
+def cap_query_mmio(case: Case, _trace: Trace, line: Line) -> None:
+    """#141: nothing in the answers is where the window is on the bus."""
+    device = _device_of(case, SELFTEST, HardwareKind.EMPTY)
+    base = BUS_BASE + case.plan.hardware.index(device) * WINDOW_SIZE
+    evidence = line.evidence
+    demand_equal((evidence["answer"][0], evidence["answer"][2]), (2, PAGE_SIZE), "kind and length")
+    answers = (*evidence["answer"], *evidence["device"])
+    told = [value for value in answers if _tells(value, base)]
+    demand(not told, f"the base {base:#x} is in the answer: {told}")
+
+
+def _tells(value: object, base: int) -> bool:
+    if isinstance(value, int):
+        return value in {base, base // PAGE_SIZE}
+    return f"{base:x}" in str(value) or str(base) in str(value)
+
+
+CHECKS: Final[Mapping[int, Check]] = MappingProxyType(
+    {
+        33: rngd_ready,
+        49: legacy_refused,
+        50: block_up,
+        51: window_mapped,
+        97: rngd_policy_allow,
+        98: entropy_drawn,
+        99: oversized,
+        139: mmio_policy_audit,
+        140: mmio_map,
+        141: cap_query_mmio,
+    }
+)

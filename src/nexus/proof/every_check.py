@@ -1,0 +1,12 @@
+"""Every check of a rung's evidence, by number."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from nexus.proof import checks, checks_devices
+from nexus.proof.verdict import Check
+
+EVERY_CHECK: Final[Mapping[int, Check]] = MappingProxyType(
+    {**checks.CHECKS, **checks_devices.CHECKS}
+)
