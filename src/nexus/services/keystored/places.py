@@ -80,16 +80,20 @@ class Asked:
         self._protocol = protocol
         self.generation = 0  # of the instance that answered last
 
+    async def connect(self, until: Nanos) -> Client:
+        """The way to it, found once. Raises Unusable."""
+        try:
+            return await self._context.client(self._name, self._protocol, until)
+        except Unreachable as fault:
+            raise unavailable(f"no way to {self._name}") from fault
+
     async def ask(self, request: Request[object], until: Nanos) -> object:
         """The reply, or Refused. Raises Unusable when there is none.
 
         Asking again is right for every request keystored makes: it writes whole values, one at a
         time, and an instance that has ended does nothing any more.
         """
-        try:
-            client = await self._context.client(self._name, self._protocol, until)
-        except Unreachable as fault:
-            raise unavailable(f"no way to {self._name}") from fault
+        client = await self.connect(until)
         budget = RetryBudget(attempts_max=ATTEMPTS_MAX, backoff=BACKOFF, deadline=until)
 
         async def attempt() -> object:
@@ -110,6 +114,7 @@ class StateRecords:
 
     def __init__(self, context: Context) -> None:
         self._statefsd = Asked(context, STATEFSD_NAME, STATEFSD)
+        self.connect = self._statefsd.connect
 
     @property
     def generation(self) -> int:
@@ -159,6 +164,7 @@ class RngdRandom:
 
     def __init__(self, context: Context) -> None:
         self._rngd = Asked(context, RNGD_NAME, RNGD)
+        self.connect = self._rngd.connect
 
     async def draw(self, size: int, until: Nanos) -> bytes:
         """As Random.draw."""

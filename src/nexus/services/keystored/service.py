@@ -72,7 +72,8 @@ class Keystored:
         self._context = context
         self._records = StateRecords(context)
         self._kept = KernelKept()
-        self._vault = Vault(self._records, RngdRandom(context), self._kept)
+        self._random = RngdRandom(context)
+        self._vault = Vault(self._records, self._random, self._kept)
         self._backend = SecretBackend.NONE
         self._due: Nanos | None = None  # when to try again what is not settled
         self._pause = SETTLE_PAUSE
@@ -82,6 +83,10 @@ class Keystored:
     async def start(self) -> None:
         """Open what there is, and finish what a cut left; what fails is tried again later."""
         self._backend = await self._kept.backend()
+        until = await self._context.after(START_MAX)
+        for connect in (self._records.connect, self._random.connect):
+            with suppress(Unusable):  # the planned links are there also if nothing can be opened
+                _ = await connect(until)
         await self._settle(START_MAX)
 
     async def handle(self, call: Call, request: KeystoredRequest) -> Reply:
