@@ -54,9 +54,10 @@ class RightsGate:
         subject: ServiceId,
         right: str,
         target: str,
-        _deadline: Nanos,
-        _context: Context | None = None,
+        deadline: Nanos,
+        context: Context | None = None,
     ) -> Outcome:
+        del deadline, context
         if self.unavailable:
             return Outcome(allowed=False, reason=Reason.UNAVAILABLE)
         question = (subject, right, target)

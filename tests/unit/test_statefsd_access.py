@@ -19,13 +19,13 @@ from nexus.protocols.statefsd import (
 )
 from nexus.services.statefsd.access import (
     area_fault,
-    area_of,
     key_fault,
     prefix_fault,
     right_for,
 )
 from nexus.services.statefsd.clients import CALLS_KEPT, CLIENTS_MAX, Clients
-from nexus.services.statefsd.config import Quota, Settings
+from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.engine.limits import Quota, area_of
 from nexus.testing.golden import frame
 
 WELL = [
@@ -134,14 +134,14 @@ def test_the_right_depends_on_the_area(key: bytes, area: bytes, writes: str, loo
 def test_quotas_are_said_by_area_and_the_others_share_one() -> None:
     settings = Settings(quota="1MiB 100", quotas="logs 8MiB 4096, / 64KiB 8", reserves="boot 4KiB")
 
-    assert settings.default_quota == Quota(1 << 20, 100)
+    assert settings.default_quota == Quota(size=1 << 20, keys=100)
     assert settings.area_quotas == {
-        b"/state/logs/": Quota(8 << 20, 4096),
-        b"/state/": Quota(64 << 10, 8),
+        b"/state/logs/": Quota(size=8 << 20, keys=4096),
+        b"/state/": Quota(size=64 << 10, keys=8),
     }
     assert settings.area_reserves == {b"/state/boot/": 4096}
-    assert settings.quota_of(b"/state/logs/") == Quota(8 << 20, 4096)
-    assert settings.quota_of(b"/state/x/") == Quota(1 << 20, 100)
+    assert settings.quota_of(b"/state/logs/") == Quota(size=8 << 20, keys=4096)
+    assert settings.quota_of(b"/state/x/") == Quota(size=1 << 20, keys=100)
     assert Settings(quotas="", reserves=" ").area_quotas == {}
 
 

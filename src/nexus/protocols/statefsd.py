@@ -34,6 +34,7 @@ BULK_VALUE_MAX: Final = 64 * 1024  # bytes of a value in a VMO
 LIST_MAX: Final = 24  # keys of a page: 24 of the longest fit one frame
 BATCH_MAX: Final = 64  # changes of a batch
 BATCH_SIZE_MAX: Final = INLINE_SIZE_MAX - 32  # bytes of a batch's packed changes
+REQUESTS_KEPT: Final = 64  # request ids of a service, the latest; more than it has in flight
 QUARANTINE_PAGE: Final = 16  # records of a page of what was lost
 WIRE_KEY_MAX: Final = 300  # bytes a frame may carry, so that one too long has its own status
 WIRE_VALUE_MAX: Final = 7 * 1024 + 256
@@ -75,9 +76,11 @@ Key = Annotated[bytes, Blob(size_max=WIRE_KEY_MAX)]
 
 
 class Stored(Message):
-    """A change that is made. `sequence` is its number in the journal, the last of a batch's."""
+    """A change that is made. `sequence` is its number in the journal, the last one of what was
+    done: a request id is recorded under a number too. It is that of the latest change if there
+    was nothing to do."""
 
-    sequence: Annotated[int, U64(minimum=1)]
+    sequence: Annotated[int, U64()]
     durable: Annotated[bool, Bool()]
     repeated: Annotated[bool, Bool()]  # the request id had been applied before; nothing was done
 

@@ -14,6 +14,7 @@ from nexus.protocols.statefsd import (
     WRITE_RIGHT,
     StatefsdStatus,
 )
+from nexus.services.statefsd.engine.limits import area_of
 
 ROOT_AREA: Final = ROOT.encode()
 SEPARATOR: Final = b"/"
@@ -47,12 +48,6 @@ def area_fault(area: bytes) -> Refusal:
     if fault is None and area_of(area) != area:
         return StatefsdStatus.INVALID_KEY
     return fault
-
-
-def area_of(key: bytes) -> bytes:
-    """The area of a key or a prefix: "/state/AREA/", or ROOT for a key right below it."""
-    end = key.find(SEPARATOR, len(ROOT_AREA))
-    return ROOT_AREA if end < 0 else key[: end + 1]
 
 
 def right_for(area: bytes, *, writes: bool) -> str:

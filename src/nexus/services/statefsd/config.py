@@ -11,28 +11,24 @@ below /state/. Areas are separated by commas::
 
 import re
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
-from nexus.protocols.statefsd import ROOT
+from nexus.protocols.statefsd import REQUESTS_KEPT, ROOT
 from nexus.services.statefsd.access import area_fault
+from nexus.services.statefsd.engine.limits import Quota, StoreLimits
 
 QUOTA_DEFAULT: Final = "4MiB 16384"
 QUOTAS_DEFAULT: Final = "keystore 1MiB 4096, boot 64KiB 256"
 RESERVES_DEFAULT: Final = "keystore 256KiB, boot 64KiB"
-AREAS_MAX: Final = 32  # areas one setting names
+AREAS_MAX: Final = 32  # areas with a key in them; a LIST asks policyd about each at worst
+CLIENTS_KEPT: Final = 64  # whose request ids are remembered; as many as have accounts
+LOST_KEPT: Final = 64  # damaged records that are listed by name
 SIZE_MAX: Final = 1 << 40  # bytes
 KEYS_MAX: Final = 1 << 24
 UNITS: Final[Mapping[str, int]] = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 AMOUNT: Final = re.compile(r"([0-9]{1,9})([A-Za-z]*)")
-
-
-class Quota(NamedTuple):
-    """Bytes of live records, and keys."""
-
-    size: int
-    keys: int
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,6 +75,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             found[_area("reserves", words[0], found)] = _size(words[1])
         return found
 
+    @property
+    def limits(self) -> StoreLimits:
+        """As the store takes them."""
+        return StoreLimits(
+            quota=self.default_quota,
+            quotas=self.area_quotas,
+            reserves=self.area_reserves,
+            areas_max=AREAS_MAX,
+            clients_kept=CLIENTS_KEPT,
+            requests_kept=REQUESTS_KEPT,
+            lost_kept=LOST_KEPT,
+        )
+
     def quota_of(self, area: bytes) -> Quota:
         """What this area may take."""
         return self.area_quotas.get(area, self.default_quota)
@@ -103,7 +112,7 @@ def _area(what: str, name: str, found: Mapping[bytes, object]) -> bytes:
 def _quota(size: str, keys: str) -> Quota:
     if not re.fullmatch(r"[0-9]{1,8}", keys) or not 1 <= int(keys) <= KEYS_MAX:
         raise ValueError(f'"{keys}" is no number of keys: from 1 to {KEYS_MAX} is possible')
-    return Quota(_size(size), int(keys))
+    return Quota(size=_size(size), keys=int(keys))
 
 
 def _size(text: str) -> int:

@@ -7,15 +7,17 @@ empty --staged--> gathering --nobody else asks, or full--> written: everybody is
 from typing import Final, NamedTuple
 
 from nexus.runtime import Deferred
+from nexus.services.statefsd.clients import Client
 
 GROUP_MAX: Final = 64  # requests answered together; more would make the first wait for the last
 GROUP_SIZE_MAX: Final = 256 * 1024  # bytes of keys and values; a device write of a few ms
 
 
 class Waiting(NamedTuple):
-    """A request whose change is staged: the number of the change, and what it was promised."""
+    """A request whose change is staged, and the number of the change."""
 
     deferred: Deferred
+    client: Client
     sequence: int
     repeated: bool
 

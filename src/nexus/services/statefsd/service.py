@@ -1,0 +1,603 @@
+"""statefsd: values under keys, which survive what they were promised to survive.
+
+Owns its block device and the store on it. Trusts the kernel's word about who asks, policyd's about
+what it may, and the device in nothing: what comes back is checked, what fails is said. Never falls
+back to memory, never overwrites a device that holds something else, never calls a change durable
+before the device has said so. Values appear in no log.
+
+A change is staged, and answered when it is written: changes that arrive while others wait are
+written with them, and nobody's change waits for anything but the device.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple, Protocol, assert_never
+
+from nexus.abi import DeviceQuery, Nanos, ServiceId
+from nexus.drivers import BlockDevice, DeviceFault, Fault, open_block
+from nexus.ipc import Bulk, accept_bulk, offer_bulk
+from nexus.ipc import Context as Trace
+from nexus.log.line import FieldValue
+from nexus.protocols.init import PROOF_CONTROL
+from nexus.protocols.policyd import Reason
+from nexus.protocols.statefsd import (
+    BULK_VALUE_MAX,
+    INLINE_VALUE_MAX,
+    PROTOCOL,
+    QUARANTINE_PAGE,
+    SPECIAL_AREAS,
+    AreaUse,
+    Batch,
+    BulkValue,
+    Calls,
+    Delete,
+    Durability,
+    Get,
+    GetArea,
+    GetBulk,
+    GetCalls,
+    GetStore,
+    Keys,
+    ListKeys,
+    Lost,
+    Put,
+    PutBulk,
+    StatefsdRequest,
+    StatefsdStatus,
+    Stored,
+    Sync,
+    Synced,
+    Value,
+    decode_changes,
+)
+from nexus.protocols.statefsd import Store as StoreReport
+from nexus.runtime import Call, Deferred, Outcome, Refusal
+from nexus.runtime.program import Context, Unusable, program_of
+from nexus.services.statefsd.access import (
+    ROOT_AREA,
+    area_fault,
+    key_fault,
+    prefix_fault,
+    right_for,
+)
+from nexus.services.statefsd.clients import Client, Clients
+from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.engine import (
+    Change,
+    Damaged,
+    Entry,
+    OverQuota,
+    ReadOnly,
+    Store,
+    StoreFull,
+    Unopenable,
+)
+from nexus.services.statefsd.engine.limits import area_of
+from nexus.services.statefsd.group import Group, Waiting
+from nexus.wire import RemoteProtocolError, ReplyStatus
+
+MAINTAIN_EVERY: Final = 16  # groups; the store is tidied up though somebody always waits
+ROOM_STEPS_MAX: Final = 64  # steps of tidying up for one change that finds no room
+
+
+class Disk(NamedTuple):
+    """The granted device, opened: its name in the bus map, and what is behind it."""
+
+    name: str
+    backing: str
+    device: BlockDevice
+
+
+class Gate(Protocol):
+    """What statefsd needs of runtime.Authority."""
+
+    before_asking: Callable[[], Awaitable[object]] | None
+
+    async def require(self, call: Call, right: str, target: str = "") -> None:
+        """Raises the refusal of a caller that may not."""
+
+    async def check(
+        self,
+        subject: ServiceId,
+        right: str,
+        target: str,
+        deadline: Nanos,
+        context: Trace | None = None,
+    ) -> Outcome:
+        """The decision."""
+
+
+class Log(Protocol):
+    """What statefsd needs of nexus.log.Logger."""
+
+    def error(self, text: str, **fields: FieldValue) -> None:
+        """Something is broken."""
+
+    def warning(self, text: str, **fields: FieldValue) -> None:
+        """Something is not as it should be."""
+
+
+class Statefsd:
+    """Serves nexus.protocols.statefsd.
+
+    `open_disk` opens the granted device; `send_given` sends the answers given so far.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        authority: Gate,
+        log: Log,
+        open_disk: Callable[[], Awaitable[Disk]],
+        send_given: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._authority = authority
+        self._log = log
+        self._open_disk = open_disk
+        self._send_given = send_given
+        self._disk: Disk
+        self._opened: Store | None = None
+        self._group = Group()
+        self._clients = Clients()
+        self._is_untidy = False  # the store may have something to tidy up
+        self._groups = 0
+        self._tidied = 0  # the value of _groups at the last step of tidying up
+        self._faults = 0  # of the device
+        self._denied = 0
+        self._told = 0  # damaged records that the log knows of
+        self._reads = 0
+        self._writes = 0
+        authority.before_asking = self._before_asking
+
+    # ------------------------------------------------------------------ hooks
+
+    async def start(self) -> None:
+        """Open the store. Raises Unusable; then nothing was written to the device."""
+        try:
+            self._disk = await self._open_disk()
+        except DeviceFault as fault:
+            raise Unusable(f"cannot use its device: {fault}; see the machine's log") from fault
+        name = self._disk.name
+        try:
+            store = await Store.open(self._disk.device, self._settings.limits)
+        except Unopenable as error:
+            raise Unusable(
+                f"{name} was not opened and not written to: {error}; look at it with "
+                "`nexus state check IMAGE`, then give another device, or empty this one"
+            ) from error
+        except DeviceFault as fault:
+            raise Unusable(f"cannot open the store on {name}: {fault}") from fault
+        self._opened = store
+        self._is_untidy = True
+        if store.unfinished:
+            self._log.warning("unfinished changes dropped", device=name, count=store.unfinished)
+        self._tell_lost()
+
+    def ready(self) -> bool:
+        """Whether the store is open on the granted device."""
+        return self._opened is not None
+
+    def busy(self) -> bool:
+        """Whether changes wait to be written, or the store to be tidied up."""
+        return bool(self._group) or self._is_untidy
+
+    async def on_idle(self) -> None:
+        """Nobody asks just now: write what was gathered, or tidy up one step."""
+        if self._group:
+            _ = await self._commit()
+        else:
+            await self._tidy()
+
+    async def on_stop(self) -> None:
+        """An orderly end loses nothing, whatever was promised, and says so on the device."""
+        store = self._opened
+        if store is None or not store.writable:
+            return
+        if await self._commit(durable=True) is None:
+            try:
+                await store.close()
+            except DeviceFault as fault:
+                self._on_fault("close", fault)
+
+    def facts(self) -> dict[str, int]:
+        """The store as it is, and what was done in this instance's life."""
+        store = self._opened
+        if store is None:
+            return {"store_open": 0}
+        return {
+            "store_open": 1,
+            "store_writable": int(store.writable),
+            "epoch": store.epoch,
+            "sequence": store.sequence,
+            "durable": store.durable,
+            "keys": store.key_count,
+            "used": store.used,
+            "capacity": store.capacity,
+            "compactions_total": store.compactions,
+            "quarantined_total": store.lost_count,
+            "unfinished": store.unfinished,
+            "device_faults_total": self._faults,
+            "groups_total": self._groups,
+            "reads_total": self._reads,
+            "writes_total": self._writes,
+            "denied_total": self._denied,
+            "clients": len(self._clients),
+        }
+
+    # ------------------------------------------------------------------ requests
+
+    async def handle(
+        self, call: Call, request: StatefsdRequest
+    ) -> Stored | Value | BulkValue | Keys | Synced | StoreReport | AreaUse | Calls | Deferred:
+        """The reply, now or when the change is written."""
+        client = self._clients.heard(call.sender.service, call.message.data)
+        match request:
+            case Put():
+                return await self._put(call, client, request)
+            case PutBulk():
+                return await self._put_bulk(call, client, request)
+            case Get():
+                return await self._get(call, client, request)
+            case GetBulk():
+                return await self._get_bulk(call, client, request)
+            case Delete():
+                return await self._delete(call, client, request)
+            case ListKeys():
+                return await self._list(call, client, request)
+            case Sync():
+                return await self._sync(call, request)
+            case Batch():
+                return await self._batch(call, client, request)
+            case GetStore():
+                return await self._report(call)
+            case GetArea():
+                return await self._area(call, client, request)
+            case GetCalls():
+                return await self._calls(call, request)
+            case _:
+                assert_never(request)
+
+    async def _put(self, call: Call, client: Client, request: Put) -> Stored | Deferred:
+        _check(call, key_fault(request.key))
+        if len(request.value) > INLINE_VALUE_MAX:
+            raise call.refuse(StatefsdStatus.VALUE_TOO_LARGE)
+        await self._require(call, request.key, writes=True)
+        changes = [Change(request.key, request.value)]
+        return await self._change(call, client, changes, request.durability, request.request_id)
+
+    async def _put_bulk(self, call: Call, client: Client, request: PutBulk) -> Stored | Deferred:
+        _check(call, key_fault(request.key))
+        if request.length > BULK_VALUE_MAX:
+            raise call.refuse(StatefsdStatus.VALUE_TOO_LARGE)
+        await self._require(call, request.key, writes=True)
+        bulk = await accept_bulk(call.take_cap(), request.offset, request.length)
+        if not isinstance(bulk, Bulk):
+            call.note("bulk", bulk.name.lower())
+            raise call.refuse(StatefsdStatus.BAD_BULK)
+        value = bytes(bulk.view)
+        await bulk.release()
+        changes = [Change(request.key, value)]
+        return await self._change(call, client, changes, request.durability, request.request_id)
+
+    async def _get(self, call: Call, client: Client, request: Get) -> Value:
+        entry = await self._read(call, client, request.key)
+        if len(entry.value) > INLINE_VALUE_MAX:
+            raise call.refuse(StatefsdStatus.LARGE)
+        return Value(entry.value, entry.sequence)
+
+    async def _get_bulk(self, call: Call, client: Client, request: GetBulk) -> BulkValue:
+        entry = await self._read(call, client, request.key)
+        if entry.value:
+            slot = await offer_bulk(entry.value)
+            if slot is None:
+                raise call.refuse(StatefsdStatus.NO_SPACE)
+            call.give_cap(slot)
+        return BulkValue(len(entry.value), entry.sequence)
+
+    async def _delete(self, call: Call, client: Client, request: Delete) -> Stored | Deferred:
+        _check(call, key_fault(request.key))
+        await self._require(call, request.key, writes=True)
+        store = self._store
+        if not store.has(request.key) and (
+            store.applied(call.sender.service, request.request_id) is None
+        ):
+            raise call.refuse(StatefsdStatus.NOT_FOUND)
+        changes = [Change(request.key, None)]
+        return await self._change(call, client, changes, request.durability, request.request_id)
+
+    async def _batch(self, call: Call, client: Client, request: Batch) -> Stored | Deferred:
+        try:
+            changes = decode_changes(request.changes).changes
+        except RemoteProtocolError:
+            raise call.refuse(ReplyStatus.MALFORMED) from None
+        for change in changes:
+            _check(call, key_fault(change.key))
+        if len({change.key for change in changes}) < len(changes):
+            raise call.refuse(StatefsdStatus.INVALID_KEY)
+        for key in {area_of(change.key): change.key for change in changes}.values():
+            await self._require(call, key, writes=True)
+        staged = [Change(change.key, change.value) for change in changes]
+        return await self._change(call, client, staged, request.durability, request.request_id)
+
+    async def _list(self, call: Call, client: Client, request: ListKeys) -> Keys:
+        _check(call, prefix_fault(request.prefix))
+        if request.after:
+            _check(call, key_fault(request.after))
+        area = area_of(request.prefix)
+        if area == ROOT_AREA:
+            visible = await self._visible(call, self._store.areas())
+        else:
+            await self._require(call, request.prefix, writes=False)
+            visible = {area}
+        if self._group:
+            _ = await self._commit()
+        keys, more = self._store.keys(
+            request.prefix, request.after, request.count, visible.__contains__
+        )
+        self._on_read(client)
+        return Keys(keys, more)
+
+    async def _sync(self, call: Call, request: Sync) -> Synced:
+        _check(call, area_fault(request.area))
+        await self._require(call, request.area, writes=True)
+        if not self._store.writable:
+            raise call.refuse(StatefsdStatus.READ_ONLY)
+        _check(call, await self._commit(durable=True))
+        return Synced(self._store.durable)
+
+    async def _report(self, call: Call) -> StoreReport:
+        store = self._store
+        latest = list(store.lost)[-QUARANTINE_PAGE:]
+        visible = await self._visible(call, {area_of(lost.key) for lost in latest if lost.key})
+        return StoreReport(
+            device=self._disk.name,
+            backing=self._disk.backing,
+            epoch=store.epoch,
+            sequence=store.sequence,
+            durable=store.durable,
+            keys=store.key_count,
+            used=store.used,
+            capacity=store.capacity,
+            compactions=store.compactions,
+            quarantined=store.lost_count,
+            lost=[
+                Lost(
+                    lost.key if lost.key and area_of(lost.key) in visible else b"",
+                    lost.offset,
+                    lost.sequence,
+                )
+                for lost in latest
+            ],
+            writable=store.writable,
+        )
+
+    async def _area(self, call: Call, client: Client, request: GetArea) -> AreaUse:
+        _check(call, area_fault(request.area))
+        await self._require(call, request.area, writes=False)
+        use = self._store.usage(request.area)
+        quota = self._settings.quota_of(request.area)
+        return AreaUse(use.size, use.keys, quota.size, quota.keys, client.reads, client.writes)
+
+    async def _calls(self, call: Call, request: GetCalls) -> Calls:
+        await self._authority.require(call, PROOF_CONTROL)
+        sender = ServiceId(request.sender)
+        seen = self._clients.latest(sender, request.count)
+        return Calls(seen, self._clients.find(sender).total)
+
+    # ------------------------------------------------------------------ reading
+
+    async def _read(self, call: Call, client: Client, key: bytes) -> Entry:
+        """What is written under a key: nobody sees a change that may still be taken back."""
+        _check(call, key_fault(key))
+        await self._require(call, key, writes=False)
+        if self._group.touches(key):
+            _ = await self._commit()
+        try:
+            entry = await self._store.get(key)
+        except Damaged:
+            self._tell_lost()
+            raise call.refuse(StatefsdStatus.CORRUPTED) from None
+        except DeviceFault as fault:
+            self._on_fault("read", fault)
+            raise call.refuse(StatefsdStatus.IO_ERROR) from None
+        if entry is None:
+            raise call.refuse(StatefsdStatus.NOT_FOUND)
+        self._on_read(client)
+        return entry
+
+    def _on_read(self, client: Client) -> None:
+        client.reads += 1
+        self._reads += 1
+
+    # ------------------------------------------------------------------ changing
+
+    async def _change(
+        self,
+        call: Call,
+        client: Client,
+        changes: list[Change],
+        durability: Durability,
+        request_id: int,
+    ) -> Stored | Deferred:
+        """Stage changes; they are answered when they are written."""
+        if self._groups - self._tidied >= MAINTAIN_EVERY:
+            await self._tidy()
+        sender = call.sender.service
+        try:
+            try:
+                applied = self._store.stage(changes, client=sender, request_id=request_id)
+            except StoreFull:
+                await self._make_room()
+                applied = self._store.stage(changes, client=sender, request_id=request_id)
+        except OverQuota:
+            raise call.refuse(StatefsdStatus.OVER_QUOTA) from None
+        except StoreFull:
+            raise call.refuse(StatefsdStatus.NO_SPACE) from None
+        except ReadOnly:
+            raise call.refuse(StatefsdStatus.READ_ONLY) from None
+        durable = durability is Durability.DURABLE
+        keys = [] if applied.repeated else [change.key for change in changes]
+        size = sum(len(change.key) + len(change.value or b"") for change in changes)
+        self._group.on_staged(keys, size, durable=durable)
+        if not call.deferrable:
+            _check(call, await self._commit())
+            self._on_written(client)
+            return self._stored(applied.sequence, repeated=applied.repeated)
+        deferred = call.defer()
+        self._group.waiting.append(
+            Waiting(deferred, client, applied.sequence, repeated=applied.repeated)
+        )
+        if self._group.is_full:
+            _ = await self._commit()
+        return deferred
+
+    async def _commit(self, *, durable: bool = False) -> StatefsdStatus | None:
+        """Write everything staged, and answer who waits for it; the status they were refused with.
+
+        After a fault it is not known what the device has of it; the store has taken it back.
+        """
+        durable = durable or self._group.durable
+        waiting = self._group.take()
+        self._groups += 1
+        self._is_untidy = True
+        try:
+            await self._store.commit(durable)
+        except DeviceFault as fault:
+            self._on_fault("write", fault)
+            status = (
+                StatefsdStatus.READ_ONLY
+                if fault.fault is Fault.READ_ONLY  # so nothing was written
+                else StatefsdStatus.IO_ERROR
+            )
+            for each in waiting:
+                each.deferred.refuse(status)
+            return status
+        for each in waiting:
+            self._on_written(each.client)
+            each.deferred.reply(self._stored(each.sequence, repeated=each.repeated))
+        return None
+
+    def _stored(self, sequence: int, *, repeated: bool) -> Stored:
+        return Stored(sequence, self._is_durable(sequence), repeated)
+
+    def _is_durable(self, sequence: int) -> bool:
+        """Whether this change survives a power cut, by the device's word."""
+        return sequence <= self._store.durable
+
+    def _on_written(self, client: Client) -> None:
+        client.writes += 1
+        self._writes += 1
+
+    async def _make_room(self) -> None:
+        """There is no room for a change: write what waits, and tidy up for as long as it helps."""
+        if self._group:
+            _ = await self._commit()
+        for _ in range(ROOM_STEPS_MAX):
+            if not await self._tidy():
+                return
+
+    async def _tidy(self) -> bool:
+        """One bounded step of what the store has to tidy up; whether there is more."""
+        self._tidied = self._groups
+        try:
+            self._is_untidy = await self._store.maintain()
+        except DeviceFault as fault:
+            self._is_untidy = False
+            self._on_fault("maintain", fault)
+        return self._is_untidy
+
+    async def _before_asking(self) -> None:
+        """policyd is about to be asked: nobody's change waits for that."""
+        if self._group:
+            _ = await self._commit()
+            await self._send_given()
+
+    # ------------------------------------------------------------------ authority
+
+    async def _require(self, call: Call, path: bytes, *, writes: bool) -> None:
+        """Go on only if the caller may use the area of `path`; a denial is written down."""
+        area = area_of(path)
+        right = right_for(area, writes=writes)
+        try:
+            await self._authority.require(call, right, area.decode())
+        except Refusal:
+            self._denied += 1
+            self._log.warning(
+                "access denied",
+                path=path.decode(),
+                sender=f"0x{call.sender.service:016x}",
+                right=right,
+            )
+            raise
+
+    async def _visible(self, call: Call, areas: set[bytes]) -> set[bytes]:
+        """Which of these areas the caller may look into.
+
+        A right that reaches ROOT reaches every area without a right of its own, so that one
+        question decides as a rule. Raises the refusal of a caller nobody can decide about.
+        """
+        special = {each.encode() for each in SPECIAL_AREAS}
+        visible = {each for each in areas & special if await self._may_look(call, each)}
+        ordinary = areas - special
+        if ordinary and await self._may_look(call, ROOT_AREA):
+            return visible | ordinary
+        narrow = sorted(ordinary - {ROOT_AREA})
+        return visible | {each for each in narrow if await self._may_look(call, each)}
+
+    async def _may_look(self, call: Call, area: bytes) -> bool:
+        right = right_for(area, writes=False)
+        outcome = await self._authority.check(
+            call.sender.service, right, area.decode(), call.deadline, call.context
+        )
+        if outcome.reason is Reason.UNAVAILABLE:
+            raise call.refuse(ReplyStatus.DENIED)
+        return outcome.allowed
+
+    # ------------------------------------------------------------------ for people
+
+    def _on_fault(self, what: str, fault: DeviceFault) -> None:
+        """The device failed: said in the log, and counted."""
+        self._faults += 1
+        self._log.error(
+            "device failed", device=self._disk.name, op=what, fault=fault.fault.name.lower()
+        )
+
+    def _tell_lost(self) -> None:
+        """A record for every damaged record that the log does not know of yet."""
+        store = self._store
+        new, self._told = store.lost_count - self._told, store.lost_count
+        for lost in list(store.lost)[-new:] if new else ():
+            self._log.error(
+                "record quarantined",
+                key=lost.key.decode(errors="backslashreplace"),
+                offset=lost.offset,
+                sequence=lost.sequence,
+            )
+
+    @property
+    def _store(self) -> Store:
+        assert self._opened is not None, "requests are served when start is done"
+        return self._opened
+
+
+def _check(call: Call, fault: StatefsdStatus | None) -> None:
+    """Go on only without a fault."""
+    if fault is not None:
+        raise call.refuse(fault)
+
+
+def made(context: Context) -> Statefsd:
+    """statefsd on the device the system file gives it."""
+
+    async def open_disk() -> Disk:
+        if not context.boot.hardware:
+            raise Unusable('has no device: give it one in the system file, hardware = ["disk"]')
+        (slot, *_) = context.boot.hardware
+        info = await DeviceQuery(slot)
+        return Disk(info.name, info.backing, await open_block(slot))
+
+    settings = context.settings_as(Settings)
+    return Statefsd(settings, context.authority, context.log, open_disk, context.send_given)
+
+
+main: Final = program_of(made, PROTOCOL)
