@@ -129,3 +129,27 @@ def test_the_schema_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--schema"]) == 0
 
     assert json.loads(capsys.readouterr().out)["title"] == "Nexus system file"
+
+
+def test_devices_are_listed_with_place_and_holder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "system.toml"
+    _ = file.write_text(
+        '[system]\nname = "x"\n'
+        '[device.disk]\nkind = "block"\nsize = "16MiB"\n'
+        '[device.raw]\nkind = "block"\nsize = "1GiB"\npath = "/dev/sdb"\n'
+        '[device.old]\nkind = "empty"\nlegacy = true\n'
+        '[service.timed]\nprogram = "timed"\nhardware = ["raw"]\n'
+        'isolation = "exec"\nsecret = "keyring"\ncapabilities = ["a.b:/x/"]\n'
+    )
+
+    assert main(["check", str(file)]) == 0
+
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "DEVICE KIND SIZE PLACE HOLDER" in lines
+    assert "disk block 16MiB disk.img in the state directory -" in lines
+    assert "raw block 1GiB /dev/sdb timed" in lines
+    assert "old empty - old registers, refused -" in lines
+    assert "timed exec 0 block device raw; secret in a keyring" in lines
+    assert "timed a.b:/x/ system.toml:17" in lines

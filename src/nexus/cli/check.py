@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from nexus.abi import Grants
+from nexus.abi import Grants, HardwareKind
 from nexus.cli.trial import tried_plan
 from nexus.init.declare import DURATION_UNITS, SIZE_UNITS, amount_text
 from nexus.init.plan import Plan, own_group, plan_data
+from nexus.kernel.core.hardware import Hardware
 
 STAGES: Final = ("policy", "core", "rest")  # by their number
 
@@ -130,13 +131,22 @@ def _devices(plan: Plan) -> list[str]:
             device.name,
             device.kind.name.lower(),
             _size(device.size) if device.size else "-",
-            "old registers, refused" if device.legacy else device.path or "-",
+            _place(device),
             holders.get(device.name, "-"),
         )
         for device in plan.hardware
     ]
     heads = ("DEVICE", "KIND", "SIZE", "PLACE", "HOLDER")
     return _table(heads, rows) if rows else []
+
+
+def _place(device: Hardware) -> str:
+    """Where a device is on linux."""
+    if device.legacy:
+        return "old registers, refused"
+    if device.kind is HardwareKind.BLOCK and not device.path:
+        return f"{device.name}.img in the state directory"
+    return device.path or "-"
 
 
 def _grants(plan: Plan) -> list[str]:
