@@ -40,6 +40,7 @@ from nexus.protocols.logd import Level, Query, Records
 from nexus.protocols.policy import Policy
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import Counts, GetCounts, Reason
+from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.runtime.program import program_of
 from nexus.testing.rig import REPORT_LINE, program, reporting
 from tests.fakes import initrig
@@ -213,7 +214,12 @@ SOURCES: Final = {
 def plan_of(monkeypatch: pytest.MonkeyPatch, text: str) -> Plan:
     """The plan of a system whose guard and driver are this module's."""
     monkeypatch.setattr(plan_module, "PROGRAMS", {**PROGRAMS, **SOURCES})
-    for name, protocol in (("guard", GUARD), ("logd", LOGD), ("policyd", POLICYD)):
+    for name, protocol in (
+        ("guard", GUARD),
+        ("logd", LOGD),
+        ("policyd", POLICYD),
+        ("rngd", RNGD),
+    ):
         monkeypatch.setitem(initrig.PROTOCOLS, name, protocol)
     return make_plan(parse(text.encode(), Path("policy-test.toml")))
 
@@ -221,7 +227,7 @@ def plan_of(monkeypatch: pytest.MonkeyPatch, text: str) -> Plan:
 def programs_of(script: Script, mains: Mapping[str, Main]) -> Programs:
     given = {"guard": program_of(Guard), "driver": reporting(driver_of(script)), **mains}
     return {
-        **{name: load_program(PROGRAMS[name]) for name in ("policyd", "logd")},
+        **{name: load_program(PROGRAMS[name]) for name in ("policyd", "logd", "rngd")},
         **{name: program(name, main) for name, main in given.items()},
     }
 
@@ -288,7 +294,10 @@ def boot_linux(
 
     recorder: Recorder = record
     kernel = LinuxKernel(
-        programs_of(script, mains or {}), recorder=recorder, limits=limits_of(plan)
+        programs_of(script, mains or {}),
+        recorder=recorder,
+        limits=limits_of(plan),
+        hardware=plan.hardware,
     )
     until = Nanos(kernel.now + seconds * SECOND)
     ended = kernel.run(init_program(plan, 1), b"", until=until)

@@ -10,75 +10,21 @@ import pytest
 from nexus.abi import BootImage, ConsoleWrite, Event, EventKind, Nanos, service_id
 from nexus.init.ground import init_program, limits_of
 from nexus.init.programs import PROGRAMS, load_program
-from nexus.ipc import Refused
 from nexus.kernel.sim.faults import FaultPoint, Faults, NthRequest, Plan
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.meta import GetStatus
 from nexus.protocols.rngd import (
     DRAW_SIZE_MAX,
-    Entropy,
-    GetEntropy,
-    GetSource,
-    RngdStatus,
-    Source,
 )
-from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.services.rngd.service import QUOTA_SIZE_MAX
-from nexus.services.rngd.source import DRAW_MAX, START_PAUSE
+from nexus.services.rngd.source import LATE_MAX, START_MAX, START_PAUSE
 from nexus.testing.rig import program, reporting
-from nexus.wire import ReplyStatus
-from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
 from tests.fakes.policyrig import Hands, Outcome, Script, driver_of, order_in, plan_of
+from tests.fakes.rngdrig import SYSTEM, draw, source
 
 pytestmark = pytest.mark.sim
 
-SYSTEM: Final = """
-[system]
-name = "entropy"
-total_size = "8MiB"
-owner_size = "512KiB"
-ends_with = "driver"
-
-[device.noise]
-kind = "entropy"
-
-[service.policyd]
-program = "policyd"
-capabilities = ["policy.authority"]
-uses = { logd = { depth = 64, sync = false } }
-
-[service.logd]
-program = "logd"
-stage = "core"
-capabilities = ["policy.delegate"]
-uses = { policyd = {} }
-
-[service.logd.settings]
-core = "policyd"
-
-[service.rngd]
-program = "rngd"
-capabilities = ["policy.delegate", "device.mmio.rng"]
-hardware = ["noise"]
-uses = { policyd = {}, logd = { sync = false } }
-restart = { backoff = "50ms" }
-
-[service.rngd.settings]
-told = "driver"
-
-[service.second]
-program = "guard"
-capabilities = ["rng.entropy"]
-uses = { rngd = {} }
-health = { deadline = "20s", every = "0s" }
-
-[service.driver]
-program = "driver"
-capabilities = ["proof.control", "system.observe", "system.control", "log.read", "rng.entropy"]
-uses = { policyd = {}, logd = {}, rngd = {} }
-health = { deadline = "20s", every = "0s" }
-"""
 DENIED: Final = SYSTEM.replace(', "log.read", "rng.entropy"]', ', "log.read"]')
 STARTED: Final = 4  # requests that the device has served when the system is up
 assert DENIED != SYSTEM
@@ -96,7 +42,6 @@ async def idle(boot: BootImage) -> int:
 @pytest.fixture
 def boot(monkeypatch: pytest.MonkeyPatch) -> Boot:
     """Boots the system with a script, and with a fault of the device."""
-    monkeypatch.setitem(initrig.PROTOCOLS, "rngd", RNGD)
 
     def run(
         script: Script,
@@ -138,23 +83,6 @@ def boot(monkeypatch: pytest.MonkeyPatch) -> Boot:
         return Outcome(plan, ended, events)
 
     return run
-
-
-async def draw(hands: Hands, size: int) -> str:
-    """The bytes as hexadecimal digits, or the name of the refusal."""
-    outcome = await hands.client("rngd").call(GetEntropy(size), await hands.ahead(2 * SECOND))
-    if isinstance(outcome, Entropy):
-        assert len(outcome.data) == size
-        return outcome.data.hex()
-    assert isinstance(outcome, Refused), outcome
-    assert isinstance(outcome.status, RngdStatus | ReplyStatus)
-    return outcome.status.name
-
-
-async def source(hands: Hands) -> Source:
-    told = await hands.call("rngd", GetSource())
-    assert isinstance(told, Source)
-    return told
 
 
 async def facts(hands: Hands) -> dict[str, int]:
@@ -310,7 +238,7 @@ FAILURES: Final = {
     FaultPoint.ENTROPY_SHORT: "device_faults_total",
     FaultPoint.ENTROPY_CONSTANT: "alarms_repetition_total",
     FaultPoint.ENTROPY_REPEAT: "alarms_repeated_total",
-    FaultPoint.LOST_COMPLETION: "device_faults_total",
+    FaultPoint.LOST_COMPLETION: "device_late_total",
 }
 
 
@@ -318,8 +246,8 @@ FAILURES: Final = {
 def test_a_broken_device_is_unavailable_and_rngd_goes_on(boot: Boot, point: FaultPoint) -> None:
     async def script(hands: Hands) -> list[Any]:
         first = await draw(hands, 256)
-        rest = [await draw(hands, 256) for _ in range(3)]
-        await hands.pause(START_PAUSE + 10 * DRAW_MAX)
+        rest = [await draw(hands, 256) for _ in range(LATE_MAX)]
+        await hands.pause(START_PAUSE + 2 * START_MAX)
         told = await source(hands)
         return [len(first), rest, told.fit, await facts(hands)]
 
@@ -328,24 +256,21 @@ def test_a_broken_device_is_unavailable_and_rngd_goes_on(boot: Boot, point: Faul
     first, rest, fit, counted = outcome.result
 
     assert first == 512
-    assert rest == ["UNAVAILABLE"] * 3
+    assert rest == ["UNAVAILABLE"] * LATE_MAX
     assert not fit
     assert counted[FAILURES[point]] >= 2, "the draw, and a start-up test"
     assert counted["start_tests_failed_total"] >= 1
     assert "rngd: ready again" not in outcome.lines(), "it was not restarted for it"
 
 
-@pytest.mark.parametrize(
-    "point",
-    [FaultPoint.ENTROPY_CONSTANT, FaultPoint.ENTROPY_REPEAT, FaultPoint.LOST_COMPLETION],
-)
+@pytest.mark.parametrize("point", [FaultPoint.ENTROPY_CONSTANT, FaultPoint.ENTROPY_REPEAT])
 def test_a_device_that_works_again_is_used_after_a_start_up_test(
     boot: Boot, point: FaultPoint
 ) -> None:
     async def script(hands: Hands) -> list[Any]:
         _ = await draw(hands, 256)
         broken = await draw(hands, 256)
-        await hands.pause(START_PAUSE + DRAW_MAX)
+        await hands.pause(START_PAUSE + START_MAX)
         return [broken, len(await draw(hands, 256)), await facts(hands)]
 
     broken, again, counted = boot(
@@ -367,3 +292,17 @@ def test_one_short_delivery_is_made_up_for(boot: Boot, point: FaultPoint) -> Non
     assert [len(each) for each in outcome.result] == [512] * 3
     assert len(set(outcome.result)) == 3
     assert sum(delivered(outcome)[STARTED:]) == 3 * 256
+
+
+def test_a_draw_that_the_device_loses_is_unavailable_and_the_next_is_another(boot: Boot) -> None:
+    async def script(hands: Hands) -> list[Any]:
+        got = [await draw(hands, 256) for _ in range(3)]
+        return [got, await facts(hands)]
+
+    fault = NthRequest(device="noise", point=FaultPoint.LOST_COMPLETION, nth=STARTED + 2)
+    (first, lost, last), counted = boot(script, fault).result
+
+    assert lost == "UNAVAILABLE"
+    assert len(first) == len(last) == 512
+    assert first != last
+    assert (counted["start_tests_passed_total"], counted["device_late_total"]) == (1, 1)

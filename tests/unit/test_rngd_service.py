@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from nexus.abi import INIT_NAME, Nanos, Now, SleepUntil, service_id
+from nexus.drivers import DRAW_MAX, EntropyDevice, Fault, VirtioEntropy
 from nexus.drivers import DRAW_SIZE_MAX as DEVICE_DRAW_SIZE_MAX
-from nexus.drivers import EntropyDevice, Fault, VirtioEntropy
 from nexus.drivers.entropy import SHORT_MAX
 from nexus.ipc import Exchange, Refused
 from nexus.protocols.meta import GetStatus
@@ -24,7 +24,7 @@ from nexus.protocols.rngd import (
 from nexus.protocols.rngd import Source as Told
 from nexus.services.rngd.health import MATCH_SIZE, START_SIZE
 from nexus.services.rngd.service import QUOTA_SIZE_MAX, QUOTA_WINDOW, Rngd, Settings
-from nexus.services.rngd.source import DRAW_MAX, START_PAUSE, STARTS_MAX, Source, State
+from nexus.services.rngd.source import LATE_MAX, START_PAUSE, STARTS_MAX, Source, State
 from nexus.wire import ReplyStatus, Request
 from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
@@ -225,7 +225,7 @@ def test_a_source_that_fails_at_the_start_is_not_ready(lie: Lie) -> None:
     assert len(system.given(16)) == 16
 
 
-@pytest.mark.parametrize("fault", [Fault.IO, Fault.TIMED_OUT, Fault.GONE])
+@pytest.mark.parametrize("fault", [Fault.IO, Fault.REFUSED, Fault.GONE])
 def test_a_device_fault_makes_the_source_unfit(fault: Fault) -> None:
     system = System()
     system.device.fault = fault
@@ -253,6 +253,24 @@ def test_a_slow_device_is_waited_for_and_a_slower_one_is_not() -> None:
 
     system.device.delay = DRAW_MAX + 1
     assert system.draw(16) is RngdStatus.UNAVAILABLE
+    assert system.source.state is State.FIT
+    system.device.delay = 0
+    assert len(system.given(16)) == 16, "late is not broken"
+
+
+def test_a_device_that_is_always_late_becomes_unfit() -> None:
+    system = System()
+    system.device.delay = DRAW_MAX + 1
+
+    outcomes = system.ask(*[GetEntropy(16)] * (LATE_MAX + 2))
+    system.device.delay = 0
+
+    assert {each.status for each in outcomes} == {RngdStatus.UNAVAILABLE}
+    assert system.source.state is State.UNTESTED
+    assert system.facts()["device_late_total"] == LATE_MAX
+    assert system.draw(16) is RngdStatus.UNAVAILABLE
+    system.pause(2 * START_PAUSE)
+    assert len(system.given(16)) == 16
 
 
 def test_a_caller_s_short_deadline_does_not_make_the_source_unfit() -> None:

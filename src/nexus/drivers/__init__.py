@@ -7,7 +7,7 @@ raises is a DeviceFault; it repeats nothing by itself.
 
 from nexus.drivers.block import REQUEST_MAX, BlockDevice, DeviceFault, Fault
 from nexus.drivers.choose import open_block, open_entropy
-from nexus.drivers.entropy import DRAW_SIZE_MAX, EntropyDevice, fill
+from nexus.drivers.entropy import DRAW_MAX, DRAW_SIZE_MAX, EntropyDevice, fill
 from nexus.drivers.kernel_block import KernelBlock
 from nexus.drivers.kernel_entropy import KernelEntropy
 from nexus.drivers.virtio import Identity
@@ -15,6 +15,7 @@ from nexus.drivers.virtio_block import VirtioBlock
 from nexus.drivers.virtio_entropy import VirtioEntropy
 
 __all__ = [
+    "DRAW_MAX",
     "DRAW_SIZE_MAX",
     "REQUEST_MAX",
     "BlockDevice",

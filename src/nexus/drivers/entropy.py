@@ -6,7 +6,9 @@ from nexus.abi import ENTROPY_SIZE_MAX, PAGE_SIZE, Nanos
 from nexus.drivers.block import DeviceFault, Fault
 
 DRAW_SIZE_MAX: Final = 256  # bytes of one draw; every source delivers as much at once
-DRAW_MAX: Final = Nanos(80_000_000)  # ns a device may take for one draw (services.md 7.5)
+DRAW_MAX: Final = Nanos(250_000_000)
+"""ns a device may take for one draw. The reference has 80 ms (services.md 7.5); but a virtio-rng
+with a rate limit gives nothing for the rest of its period: 100 ms where this was measured."""
 SHORT_MAX: Final = 8  # deliveries that may come short while one buffer is filled
 
 assert DRAW_SIZE_MAX <= ENTROPY_SIZE_MAX, "one trap draws it"

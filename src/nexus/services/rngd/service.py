@@ -120,6 +120,7 @@ class Rngd:
             "start_tests_passed_total": device.passed,
             "start_tests_failed_total": device.failed,
             "device_faults_total": device.faults,
+            "device_late_total": device.late,
             "alarms_repetition_total": device.alarms[Failure.REPETITION],
             "alarms_proportion_total": device.alarms[Failure.PROPORTION],
             "alarms_repeated_total": device.alarms[Failure.REPEATED],

@@ -1,6 +1,7 @@
 """The entropy device and whether it is fit to be drawn from.
 
-    UNTESTED --start-up test passed--> FIT --health test failed | device fault--> UNTESTED
+    UNTESTED --start-up test passed--> FIT
+    FIT --health test failed | device fault | LATE_MAX draws in a row too late--> UNTESTED
     UNTESTED --STARTS_MAX start-up tests failed in a row--> GIVEN_UP
 
 A start-up test is made when the service starts; after a failure when `next_start` has come, with
@@ -16,15 +17,15 @@ from enum import Enum
 from typing import Final
 
 from nexus.abi import Nanos, Now
-from nexus.drivers import DRAW_SIZE_MAX, DeviceFault, EntropyDevice, fill
+from nexus.drivers import DRAW_MAX, DRAW_SIZE_MAX, DeviceFault, EntropyDevice, Fault, fill
 from nexus.services.rngd.health import MATCH_SIZE, START_SIZE, Failure, Health
 
-DRAW_MAX: Final = Nanos(100_000_000)  # ns for one draw, short deliveries included
-START_MAX: Final = Nanos(400_000_000)  # ns for a start-up test: START_SIZE / DRAW_SIZE_MAX draws
+START_MAX: Final = Nanos(500_000_000)  # ns for a start-up test; nobody is served meanwhile
+LATE_MAX: Final = 4  # draws in a row; a source with a rate limit is late now and then, and fit
 START_PAUSE: Final = Nanos(250_000_000)  # ns to the first new start-up test after a failure
 STARTS_MAX: Final = 10  # failed in a row, with doubling pauses: four minutes, then for good
 
-assert START_MAX >= DRAW_MAX * (START_SIZE // DRAW_SIZE_MAX)
+assert START_MAX >= DRAW_MAX
 assert START_SIZE % DRAW_SIZE_MAX == 0, "a start-up test is made of full draws"
 assert MATCH_SIZE <= DRAW_SIZE_MAX
 
@@ -43,7 +44,8 @@ class Source:
     def __init__(self, opened: Callable[[], Awaitable[EntropyDevice]]) -> None:
         self._opened = opened
         self._health = Health()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = 0  # start-up tests
+        self._late_in_a_row = 0  # draws
         self._next_start: Nanos | None = None
         self.device: EntropyDevice | None = None  # once it was opened
         self.state = State.UNTESTED
@@ -52,6 +54,7 @@ class Source:
         self.passed = 0  # start-up tests
         self.failed = 0
         self.faults = 0  # of the device
+        self.late = 0  # draws and start-up tests that the device did not serve in time
         self.alarms = dict.fromkeys(Failure, 0)
 
     @property
@@ -83,7 +86,7 @@ class Source:
         await self._wait_for_start()
 
     async def draw(self, size: int) -> bytearray | None:
-        """`size` fresh bytes, which the caller wipes; None if there is no fit source.
+        """`size` fresh bytes, which the caller wipes; None if the source is not fit, or late.
 
         How long the device may take does not depend on the caller's deadline: a short one would
         reset the device under everybody else.
@@ -93,8 +96,9 @@ class Source:
         drawn = bytearray(max(size, MATCH_SIZE))
         if not await self._filled(drawn, DRAW_MAX):
             wipe(drawn)
-            self.state = State.UNTESTED
-            await self._wait_for_start()
+            if not 0 < self._late_in_a_row < LATE_MAX:
+                self.state = State.UNTESTED
+                await self._wait_for_start()
             return None
         for index in range(size, len(drawn)):
             drawn[index] = 0
@@ -117,9 +121,13 @@ class Source:
         assert self.device is not None, "a start-up test comes first"
         try:
             deliveries = await fill(self.device, drawn, Nanos(await Now() + span))
-        except DeviceFault:
-            self.faults += 1
+        except DeviceFault as error:
+            late = error.fault is Fault.TIMED_OUT
+            self._late_in_a_row = self._late_in_a_row + 1 if late else 0
+            self.late += late
+            self.faults += not late
             return False
+        self._late_in_a_row = 0
         self.delivered += len(drawn)
         if len(drawn) == deliveries * DRAW_SIZE_MAX:
             self.full_draws += deliveries
