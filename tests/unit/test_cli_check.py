@@ -152,4 +152,4 @@ def test_devices_are_listed_with_place_and_holder(
     assert "raw block 1GiB /dev/sdb timed" in lines
     assert "old empty - old registers, refused -" in lines
     assert "timed exec 0 block device raw; secret in a keyring" in lines
-    assert "timed a.b:/x/ system.toml:17" in lines
+    assert "timed a.b:/x/ system.toml:18" in lines
