@@ -18,7 +18,7 @@ from nexus.init.plan import Plan, load_plan
 from nexus.proof.every_check import EVERY_CHECK
 from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, scope_of
 from nexus.proof.record import RecordWriter, default_path
-from nexus.proof.remains import damage, remains_of
+from nexus.proof.remains import Remains, damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
 from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, run_boot
 from nexus.proof.sabotage import NoSuchSaboteur
@@ -26,7 +26,7 @@ from nexus.proof.saboteurs import find
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
 from nexus.protocols.ladder import SELFTEST, Ground, Phase, Rung, rung
-from nexus.services.selftest.state_rungs import CUT_LINE
+from nexus.services.selftest.state_rungs import CUT_LINE, VICTIM_KEY
 
 CUT_AT: Final = f"{SELFTEST}: {CUT_LINE}"
 CUT_WRITE: Final = 1  # of a disk after that line: inside the batch that is written then
@@ -139,12 +139,28 @@ def _boots(
                 keep=partial(record.event, number),
             )
             left = remains_of(case.plan, state)
+            goes_on = number < last and _goes_on(trace)
+            if goes_on and number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
+                left = damage(case.plan, state, left, VICTIM_KEY)
+            record.entry("remains", _remains_entry(number, left))
             traces.append(replace(trace, left=left, earlier=tuple(traces)))
-            if number == last or not _goes_on(trace):
+            if not goes_on:
                 break
-            if number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
-                record.entry("damage", damage(case.plan, state, left))
     return tuple(traces)
+
+
+def _remains_entry(boot: int, left: Remains) -> Mapping[str, Any]:
+    """What the runner read on the disk, without the values."""
+    return {
+        "boot": boot,
+        "problem": left.problem,
+        "epoch": left.epoch,
+        "sequence": left.sequence,
+        "records": {
+            key.decode(errors="replace"): kept.sequence for key, kept in left.records.items()
+        },
+        "damaged": left.damaged,
+    }
 
 
 CORRUPTION_RUNG: Final = 106

@@ -1,28 +1,44 @@
-"""What a boot left on its disks, as the runner itself reads it while the system is down."""
+"""What a boot left on the disk of statefsd, as the runner itself reads it while the system is down.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+It is read with the engine's own reader over a device that cannot be written, in the runner's
+process: whatever is planted in a booted system is not in here.
+"""
+
+import os
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
+from nexus.abi import BLOCK_SIZE, HardwareKind
+from nexus.drivers import DeviceFault, Fault
 from nexus.init.plan import Plan
 from nexus.kernel.core import Hardware
+from nexus.protocols.statefsd import ROOT
+from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.engine import Damaged, Store, Unopenable
+
+IMAGE_SUFFIX: Final = ".img"
+PAGE: Final = 256  # keys of one look
+TRACK_SIZE: Final = 16  # bytes of a value by which its record is found; it may span two frames
+COPIES_MAX: Final = 8  # records of one value: in the journal, and in checkpoints that are no more
+
+ResultT = TypeVar("ResultT")
 
 
 class Kept(NamedTuple):
-    """A value in a store, the number of the change that set it, and where its record lies."""
+    """A value in a store, and the number of the change that set it."""
 
     value: bytes
     sequence: int
-    offset: int  # bytes from the device's beginning
-    size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remains:
-    """The store on the disk of statefsd. `problem` says why there is none to be read, or is empty.
+    """The store on the disk. `problem` says why there is none to be read, or is empty.
 
-    `size` is that of the device; `first_block` are its first bytes.
+    `size` is that of the device, `first_block` its first bytes. `damaged` is the offset of the byte
+    that the runner has changed since, -1 if it has not.
     """
 
     problem: str = ""
@@ -31,9 +47,10 @@ class Remains:
     epoch: int = 0
     sequence: int = 0
     records: Mapping[bytes, Kept] = field(default_factory=dict)
+    damaged: int = -1
 
 
-IMAGE_SUFFIX: Final = ".img"
+NOTHING_LEFT: Final = Remains(problem="the system has no disk")
 
 
 def image_of(state: Path, device: Hardware) -> Path:
@@ -41,14 +58,115 @@ def image_of(state: Path, device: Hardware) -> Path:
     return Path(device.path) if device.path else state / f"{device.name}{IMAGE_SUFFIX}"
 
 
-NOTHING_LEFT: Final = Remains(problem="the system has no disk")
-
-
 def remains_of(plan: Plan, state: Path) -> Remains:
     """What lies on the disk of statefsd in the state directory of a run."""
-    return NOTHING_LEFT
+    device = _disk_of(plan)
+    if device is None:
+        return NOTHING_LEFT
+    try:
+        data = image_of(state, device).read_bytes()
+    except OSError as error:
+        return Remains(problem=f"{device.name} cannot be read: {error.strerror}")
+    return read_image(data)
 
 
-def damage(plan: Plan, state: Path, left: Remains) -> Mapping[str, Any]:
-    """Flip one byte of the record of rung 106; what was done, for the record of the run."""
-    return {}
+def read_image(data: bytes) -> Remains:
+    """The store in an image. A record that is damaged is not among `records`."""
+    bare = Remains(size=len(data), first_block=data[:BLOCK_SIZE])
+    if not any(data):
+        return replace(bare, problem="nothing was ever written to the disk")
+    try:
+        store = _driven(Store.open(_Image(data), Settings().limits))
+    except (Unopenable, DeviceFault) as error:
+        return replace(bare, problem=f"the disk holds no store: {error}")
+    return replace(bare, epoch=store.epoch, sequence=store.sequence, records=dict(_records(store)))
+
+
+def damage(plan: Plan, state: Path, left: Remains, key: bytes) -> Remains:
+    """Flip a bit of one byte in the record of `key`, in the image in the state directory."""
+    device, kept = _disk_of(plan), left.records.get(key)
+    if device is None or kept is None:
+        return left
+    image = image_of(state, device)
+    data = bytearray(image.read_bytes())
+    at = -1
+    for _ in range(COPIES_MAX):
+        at = data.find(kept.value[:TRACK_SIZE], at + 1)
+        if at < 0:
+            return left
+        data[at] ^= 1
+        if key not in read_image(bytes(data)).records:
+            _write(image, at, bytes(data[at : at + 1]))
+            return replace(left, damaged=at)
+        data[at] ^= 1  # an older copy, which nobody reads any more
+    return left
+
+
+def _disk_of(plan: Plan) -> Hardware | None:
+    service = plan.by_name.get("statefsd")
+    if service is None:
+        return None
+    names = {grant.name for grant in service.grants.hardware if grant.kind is HardwareKind.BLOCK}
+    return next((each for each in plan.hardware if each.name in names), None)
+
+
+def _write(image: Path, offset: int, data: bytes) -> None:
+    """Change some bytes of an image and leave all others."""
+    descriptor = os.open(image, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        _ = os.pwrite(descriptor, data, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _records(store: Store) -> list[tuple[bytes, Kept]]:
+    found: list[tuple[bytes, Kept]] = []
+    after, more = b"", True
+    while more:
+        keys, more = store.keys(ROOT.encode(), after, PAGE, lambda _area: True)
+        for key in keys:
+            try:
+                entry = _driven(store.get(key))
+            except Damaged:
+                continue
+            assert entry is not None, "a key that is listed has a value"
+            found.append((key, Kept(entry.value, entry.sequence)))
+        after = keys[-1] if keys else after
+    return found
+
+
+class _Image:
+    """drivers.BlockDevice over bytes that are only read."""
+
+    writable: Final = False
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.block_count = len(data) // BLOCK_SIZE
+
+    async def read(self, block: int, count: int) -> bytes:
+        """`count` blocks from `block` on."""
+        if block < 0 or block + count > self.block_count:
+            raise DeviceFault(Fault.OUT_OF_RANGE)
+        return self._data[block * BLOCK_SIZE : (block + count) * BLOCK_SIZE]
+
+    async def write(
+        self, block: int, data: bytes | bytearray | memoryview, *, durable: bool = False
+    ) -> None:
+        """Nothing is written."""
+        del block, data, durable
+        raise DeviceFault(Fault.READ_ONLY)
+
+    async def flush(self) -> None:
+        """Nothing was written."""
+        raise DeviceFault(Fault.READ_ONLY)
+
+
+def _driven(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of a coroutine that waits for nothing: bytes answer at once."""
+    try:
+        trap = coroutine.send(None)
+    except StopIteration as ended:
+        result: ResultT = ended.value
+        return result
+    raise AssertionError(f"{trap!r} in a look at an image")

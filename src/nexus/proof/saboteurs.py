@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from nexus.proof.plants_devices import SABOTEURS as DEVICES
 from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
 from nexus.proof.plants_policy import SABOTEURS as POLICY
@@ -11,7 +12,7 @@ from nexus.protocols.ladder import RUNGS, Ground
 
 __all__ = ["SABOTEURS", "NoSuchSaboteur", "Saboteur", "find", "replace"]
 
-SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *SELFTEST)
+SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *DEVICES, *SELFTEST)
 
 
 def find(number: int, ground: Ground) -> Saboteur:
