@@ -525,7 +525,7 @@ class Statefsd:
             self._log.warning(
                 "access denied",
                 path=path.decode(),
-                sender=f"0x{call.sender.service:016x}",
+                client=f"0x{call.sender.service:016x}",
                 right=right,
             )
             raise

@@ -1,0 +1,241 @@
+"""`nexus state` from its words to what it prints, over a scripted operator."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexus.cli import ask
+from nexus.cli.client import ServiceRefused
+from nexus.cli.command import main
+from nexus.protocols.statefsd import (
+    INLINE_VALUE_MAX,
+    LIST_MAX,
+    Delete,
+    Durability,
+    Get,
+    GetStore,
+    Keys,
+    ListKeys,
+    Lost,
+    Put,
+    StatefsdStatus,
+    Store,
+    Stored,
+    Value,
+)
+from nexus.wire import ReplyStatus
+
+WELL = Store("disk", "node", 3, 41, 40, 7, 1000, 2_000_000, 1, 0, [], writable=True)
+Answer = Callable[[Any], Any]
+
+
+class Operator:
+    """A connection whose answers a test gives; a status is a refusal of statefsd's."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.asked: list[Any] = []
+
+    def __enter__(self) -> "Operator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def client(self) -> "Operator":
+        return self
+
+    def relay(self, service: str, _protocol: Any, request: Any, _seconds: float) -> Any:
+        assert service == "statefsd"
+        self.asked.append(request)
+        outcome = self.answer(request)
+        if isinstance(outcome, StatefsdStatus | ReplyStatus):
+            raise ServiceRefused(service, type(request).__name__, outcome)
+        return outcome
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], Operator]:
+    """The running system is one whose statefsd answers so."""
+
+    def made(answer: Answer) -> Operator:
+        operator = Operator(answer)
+        monkeypatch.setattr(ask, "asked", lambda _name: operator)
+        return operator
+
+    return made
+
+
+def test_get_prints_the_bytes_and_nothing_else(
+    system: Any, capfdbinary: Any, tmp_path: Path
+) -> None:
+    operator = system(lambda _: Value(b"\x00\xff\n", 4))
+
+    assert main(["state", "get", "/state/t/k"]) == 0
+    assert capfdbinary.readouterr().out == b"\x00\xff\n"
+    assert main(["state", "get", "/state/t/k", "-o", str(tmp_path / "value")]) == 0
+    assert (tmp_path / "value").read_bytes() == b"\x00\xff\n"
+    assert operator.asked == [Get(b"/state/t/k")] * 2
+
+
+def test_get_as_json_has_text_or_hexadecimal(system: Any, capsys: Any) -> None:
+    _ = system(lambda _: Value(b"70", 4))
+    assert main(["state", "get", "/state/t/k", "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)
+    _ = system(lambda _: Value(b"\xff", 5))
+    assert main(["state", "get", "/state/t/k", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+
+    assert text == {"key": "/state/t/k", "sequence": 4, "value": "70", "size": 2}
+    assert data == {"key": "/state/t/k", "sequence": 5, "value_hex": "ff", "size": 1}
+
+
+def test_put_is_durable_unless_it_is_told_otherwise(system: Any, capsys: Any) -> None:
+    operator = system(
+        lambda request: Stored(9, request.durability is Durability.DURABLE, repeated=False)
+    )
+
+    assert main(["state", "put", "/state/t/k", "70"]) == 0
+    assert main(["state", "put", "/state/t/k", "70", "--accepted", "--request-id", "5"]) == 0
+    assert main(["state", "put", "/state/t/k", "70", "--json"]) == 0
+
+    assert operator.asked == [
+        Put(b"/state/t/k", b"70", Durability.DURABLE, 0),
+        Put(b"/state/t/k", b"70", Durability.ACCEPTED, 5),
+        Put(b"/state/t/k", b"70", Durability.DURABLE, 0),
+    ]
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == "/state/t/k was set: sequence 9, durable"
+    assert second == "/state/t/k was set: sequence 9, accepted"
+    assert json.loads("\n".join(rest)) == {
+        "key": "/state/t/k",
+        "sequence": 9,
+        "durable": True,
+        "repeated": False,
+    }
+
+
+def test_put_takes_a_file_or_the_standard_input(
+    system: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = system(lambda _: Stored(1, durable=True, repeated=False))
+    file = tmp_path / "value"
+    _ = file.write_bytes(b"\x00from a file")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\x01piped")))
+
+    assert main(["state", "put", "/state/t/k", "--file", str(file)]) == 0
+    assert main(["state", "put", "/state/t/k", "--file", "-"]) == 0
+
+    assert [request.value for request in operator.asked] == [b"\x00from a file", b"\x01piped"]
+
+
+def test_a_repeated_request_is_said_to_be_one(system: Any, capsys: Any) -> None:
+    _ = system(lambda _: Stored(3, durable=True, repeated=True))
+
+    assert main(["state", "rm", "/state/t/k", "--request-id", "7"]) == 0
+
+    assert capsys.readouterr().out == ("/state/t/k had been applied before: sequence 3, durable\n")
+
+
+def test_rm_drops_a_key_durably(system: Any, capsys: Any) -> None:
+    operator = system(lambda _: Stored(3, durable=True, repeated=False))
+
+    assert main(["state", "rm", "/state/t/k"]) == 0
+
+    assert operator.asked == [Delete(b"/state/t/k", Durability.DURABLE, 0)]
+    assert capsys.readouterr().out == "/state/t/k was removed: sequence 3, durable\n"
+
+
+def test_ls_follows_the_pages(system: Any, capsys: Any) -> None:
+    pages = {b"": Keys([b"/state/a", b"/state/b"], more=True), b"/state/b": Keys([b"/state/c"],
+             more=False)}  # fmt: skip
+    operator = system(lambda request: pages[request.after])
+
+    assert main(["state", "ls"]) == 0
+    assert capsys.readouterr().out == "/state/a\n/state/b\n/state/c\n"
+    assert main(["state", "ls", "/state/t/", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["keys"] == ["/state/a", "/state/b", "/state/c"]
+    assert operator.asked[2] == ListKeys(b"/state/t/", b"", LIST_MAX)
+
+
+def test_check_says_how_the_store_is_by_its_exit_code(system: Any, capsys: Any) -> None:
+    operator = system(lambda _: WELL)
+    assert main(["state", "check"]) == 0
+    shown = capsys.readouterr().out
+    assert operator.asked == [GetStore()]
+    assert "device: disk (node)" in shown
+    assert "epoch 3, sequence 41, durable up to 40" in shown
+
+    lost = [Lost(b"/state/t/k", 4096, 12), Lost(b"", 8192, 0)]
+    damaged = Store("disk", "node", 3, 41, 40, 7, 1000, 2_000_000, 1, 2, lost, writable=True)
+    _ = system(lambda _: damaged)
+    assert main(["state", "check"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2].split() == ["/state/t/k", "4096", "12"]
+    assert shown[-1].split() == ["-", "8192", "-"]
+
+    assert main(["state", "check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["lost"][0]["key"] == "/state/t/k"
+
+
+def test_a_store_that_cannot_be_written_is_not_well(system: Any, capsys: Any) -> None:
+    _ = system(lambda _: Store("disk", "file", 3, 1, 1, 1, 1, 9, 0, 0, [], writable=False))
+
+    assert main(["state", "check"]) == 1
+    assert "cannot be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", list(StatefsdStatus), ids=lambda status: status.name)
+def test_every_refusal_is_one_sentence_with_its_name(
+    system: Any, capsys: Any, status: StatefsdStatus
+) -> None:
+    _ = system(lambda _: status)
+
+    code = main(["state", "put", "/state/t/k", "1"])
+
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert status.name in captured.err
+
+
+def test_a_denial_says_which_right_lacks(system: Any, capsys: Any) -> None:
+    _ = system(lambda _: ReplyStatus.DENIED)
+
+    assert main(["state", "get", "/state/t/k"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nexus: /state/t/k: DENIED, operator's entry in the system file")
+    assert "statefs.read" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["put", "/state/t/k"], "give the value, or --file FILE"),
+        (["put", "/state/t/k", "1", "--file", "x"], "give the value, or --file FILE"),
+        (["put", "/state/t/k", "--file", "/nonexistent/file"], "cannot read /nonexistent/file"),
+        (["put", "/state/t/k", "x" * (INLINE_VALUE_MAX + 1)], "the value has 7169 bytes"),
+        (["get", "/state/" + "k" * 300], "the key has 307 bytes"),
+        (["get"], "Missing argument 'key'"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_asked(
+    system: Any, capsys: Any, words: list[str], sentence: str
+) -> None:
+    operator = system(lambda _: None)
+
+    assert main(["state", *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert operator.asked == []
+
+
+def test_the_examples_are_in_the_help(capsys: Any) -> None:
+    for command in ("get", "put", "ls", "rm", "check"):
+        assert main(["state", command, "--help"]) == 0
+        assert f"nexus state {command}" in capsys.readouterr().out.partition("Examples:")[2]
