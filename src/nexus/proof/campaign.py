@@ -270,6 +270,7 @@ def run(
         cpu_count=smp,
         limits=limits_of(plan),
         faults=faults,
+        hardware=plan.hardware,
     )
     observer.kernel = kernel
     if witness is not None:
