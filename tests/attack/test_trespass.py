@@ -28,11 +28,10 @@ from nexus.kernel.core import Hardware, SystemLimits
 from nexus.kernel.linux import LinuxKernel, landlock, trespass
 from nexus.kernel.linux.escapes import DONE, collect
 from nexus.kernel.linux.harden import Hardening
-from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, forget_key, key_name
+from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, key_name
 from nexus.kernel.linux.trespass import BY, Prey, Trespass
 from nexus.testing.conformance.steps import ended_well, start, take
-from nexus.testing.outside import new_place
-from nexus.testing.rig import Kernel, Rig, drop_to, linux_rig, program
+from nexus.testing.rig import Kernel, Rig, linux_rig, program
 from tests.attack.grounds import in_new_interpreters
 
 pytestmark = pytest.mark.linux
@@ -113,18 +112,6 @@ class System:
         found: dict[int, dict[str, Any]] = self.rig.run(root, programs={"holds": holds})
         return {SecretBackend(number): report for number, report in found.items()}
 
-    def forget(self) -> None:
-        """Unlink the key, as the user who has it."""
-        child = os.fork()
-        if child == 0:
-            try:
-                if self.user is not None:
-                    drop_to(self.user)
-                forget_key(key_name(self.state_dir, NAMES[SecretBackend.KEYRING]))
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-
 
 @pytest.fixture
 def system(linux: Rig) -> Iterator[System]:
@@ -143,10 +130,8 @@ def _made(rig: Rig) -> Iterator[System]:
         pytest.skip("this Linux kernel has no keyrings")
     if landlock.version() == 0:
         pytest.skip("this Linux kernel has no Landlock")
-    with new_place(rig.user) as place:
-        made = System(rig, place.directory)
-        yield made
-        made.forget()
+    with rig.place() as place:
+        yield System(rig, place.directory)
 
 
 def named(field: str) -> dict[SecretBackend, dict[str, str]]:
@@ -186,6 +171,20 @@ def test_without_the_filter_the_next_wall_refuses(
     found = outcomes(system.attacked())
     for backend, attempts in expected.items():
         assert found[backend] == attempts
+
+
+def test_a_service_in_inits_session_would_possess_the_keys_of_its_user(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control experiment for the session keyring of its own, behind the filter."""
+    if as_root(system):
+        pytest.skip("root's services have ids of their own, and so other keyrings to begin with")
+    for step in ("_seccomp", "_keyrings"):
+        monkeypatch.setattr(Hardening, step, lambda *_: None)
+
+    found = outcomes(system.attacked())[SecretBackend.NONE]
+
+    assert found["read another's key"] == DONE
 
 
 WITHOUT_LANDLOCK: Final = {

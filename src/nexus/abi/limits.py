@@ -31,7 +31,7 @@ HARDWARE_MAX: Final = 8  # devices of one service; a driver has one
 DMA_PAGES: Final = 32  # pages a device may read and write; one transfer and its queue
 BLOCK_SIZE: Final = 512  # bytes; virtio-blk counts in them whatever the disk's own blocks are
 BLOCK_TRANSFER_MAX: Final = 1024 * 1024  # bytes of one block trap
-SECRET_SIZE_MAX: Final = 4096  # bytes; a few wrapping keys, a page
+SECRET_SIZE_MAX: Final = 4095  # bytes; a page, which is the most of a Linux key, less a mark
 SERVICE_NAME_SIZE_MAX: Final = 48  # bytes of ASCII; the reference system's routing limit
 
 assert MESSAGE_SIZE_MAX <= LINK_SIZE_MAX, "a link holds at least one largest message"

@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +43,7 @@ from nexus.abi import (
 from nexus.kernel.core.limits import SystemLimits
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.linux.harden import preload
+from nexus.kernel.linux.secrets import forget_keys
 from nexus.kernel.sim import SimKernel
 from nexus.testing.outside import LinuxOutside, Place, SimOutside, new_place
 
@@ -153,7 +154,19 @@ class Rig:
 
     def place(self) -> AbstractContextManager[Place]:
         """A place for runs that keep something, or talk to the world outside."""
-        return new_place(self.user)
+        return self._place_of_its_own() if self.forked else new_place(self.user)
+
+    @contextmanager
+    def _place_of_its_own(self) -> Iterator[Place]:
+        """On Linux, where keys outlive every process of the run: they are its user's."""
+        with new_place(self.user) as place:
+            try:
+                yield place
+            finally:
+                forgotten = _in_a_fork(
+                    lambda: Outcome(result=forget_keys(place.state_dir)), user=self.user
+                )
+                assert not forgotten.failures, forgotten.failures
 
     def run(
         self,

@@ -50,7 +50,7 @@ from nexus.kernel.linux.harden import (
 from nexus.kernel.linux.hardware import HWRNG_PATH, Bus
 from nexus.kernel.linux.kernel import LinuxKernel, enough_descriptors, may_renice
 from nexus.kernel.linux.native import MACHINE, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
-from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, forget_key, key_name
+from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, forget_keys, key_name
 from nexus.kernel.linux.sight import bounds, seen
 
 PID_MAX_LARGE: Final = 1 << 22  # the largest Linux has: a number comes again late
@@ -640,7 +640,7 @@ def _run_secrets(place: Path) -> dict[str, Service]:
         _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
     finally:
         with suppress(OSError):  # this kernel has no keyrings
-            _ = forget_key(key)
+            _ = forget_keys(place)
     return found
 
 

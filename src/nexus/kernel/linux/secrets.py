@@ -55,11 +55,15 @@ KEYCTL_READ: Final = 11
 SESSION_KEYRING: Final = -3
 USER_KEYRING: Final = -4
 KEY_TYPE: Final = b"user"
+KEYS_TYPE_AT: Final = " user "  # in front of the description of such a key in /proc/keys
 # View, read, write and search for who possesses it; view, search and link for its owner.
 KEY_PERMISSIONS: Final = 0x0F19_0000
 # A key has a payload of one byte at least. The first says whether anything was stored.
 NOTHING: Final = b"\0"
 STORED: Final = b"\1"
+UPDATE_MAX: Final = 4096  # bytes; keyctl(2) updates a key by no more than a page
+
+assert len(STORED) + SECRET_SIZE_MAX <= UPDATE_MAX
 
 _OPEN: Final = DIRECTORY_FLAGS | os.O_NOFOLLOW
 
@@ -181,14 +185,18 @@ def find_key(name: str) -> int:
         return 0
 
 
-def forget_key(name: str) -> bool:
-    """Unlink the key of that name from the caller's user keyring; False if there is none.
-    Raises OSError."""
-    key = find_key(name)
-    if not key:
-        return False
-    _ = _keyctl(KEYCTL_UNLINK, ctypes.c_int(key), ctypes.c_int(USER_KEYRING))
-    return True
+def forget_keys(state_dir: Path) -> int:
+    """Unlink every key of a system from the caller's user keyring; how many there were. Raises
+    OSError."""
+    prefix = key_name(state_dir, "")
+    listed = Path("/proc/keys")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = [line.split(KEYS_TYPE_AT)[1].rpartition(": ")[0] for line in lines if prefix in line]
+    for name in names:
+        key = find_key(name.strip())
+        if key:
+            _ = _keyctl(KEYCTL_UNLINK, ctypes.c_int(key), ctypes.c_int(USER_KEYRING))
+    return len(names)
 
 
 def _keyctl(operation: int, *words: object) -> int:
