@@ -146,6 +146,7 @@ class SimMachine:
     monkeypatch: pytest.MonkeyPatch
     seed: int = 1
     text: str = SYSTEM
+    trace: bool = False
     disks: dict[str, Disk] = field(default_factory=dict)
     secrets: dict[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
     kernels: list[SimKernel] = field(default_factory=list)
@@ -192,6 +193,7 @@ class SimMachine:
             hardware=plan.hardware,
             disks=self.disks,
             secrets=self.secrets,
+            trace=self.trace,
         )
         self.kernels.append(kernel)
         until = Nanos(kernel.now + seconds * SECOND)
