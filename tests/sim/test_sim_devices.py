@@ -34,7 +34,7 @@ from nexus.abi import (
     Wait,
 )
 from nexus.kernel.core import Hardware, PowerCut
-from nexus.kernel.sim import Cut, FaultPoint, Faults, Moment, NthFailure, NthRequest, Plan
+from nexus.kernel.sim import FAILURES, Cut, FaultPoint, Faults, Moment, NthFailure, NthRequest, Plan
 from nexus.kernel.sim.disk import (
     Disk,
     DiskErrorKind,
@@ -261,12 +261,12 @@ def test_chances_of_device_faults_are_drawn_and_fire() -> None:
 @pytest.mark.parametrize(
     ("trap", "status"),
     [
-        (BlockRead, Status.DEVICE_FAILED),
-        (BlockRead, Status.TIMED_OUT),
-        (BlockWrite, Status.NO_SPACE),
-        (BlockFlush, Status.TIMED_OUT),
-        (EntropyDraw, Status.DEVICE_FAILED),
+        (trap, status)
+        for trap, statuses in FAILURES.items()
+        for status in statuses
+        if trap in (BlockRead, BlockWrite, BlockFlush, EntropyDraw, SecretRead, SecretReplace)
     ],
+    ids=lambda value: value.name if isinstance(value, Status) else value.__name__,
 )
 def test_the_nth_device_trap_of_a_task_can_be_made_to_fail(
     trap: type[Trap[Any]], status: Status
@@ -275,20 +275,29 @@ def test_the_nth_device_trap_of_a_task_can_be_made_to_fail(
 
     async def holder(boot: BootImage) -> None:
         disk, rng = boot.hardware
-        later = await soon()
-        traps: dict[type[Trap[Any]], Callable[[], Trap[Any]]] = {
-            BlockRead: lambda: BlockRead(disk, 0, 1, later),
-            BlockWrite: lambda: BlockWrite(disk, 0, ONES, later),
-            BlockFlush: lambda: BlockFlush(disk, later),
-            EntropyDraw: lambda: EntropyDraw(rng, 8),
-        }
-        await traps[trap]()
-        await refused(traps[trap](), status)
-        later = await soon()
-        await traps[trap]()
+
+        async def made() -> Trap[Any]:
+            later = await soon()
+            traps: tuple[Trap[Any], ...] = (
+                BlockRead(disk, 0, 1, later),
+                BlockWrite(disk, 0, ONES, later),
+                BlockFlush(disk, later),
+                EntropyDraw(rng, 8),
+                SecretRead(),
+                SecretReplace(b"kept"),
+            )
+            return next(each for each in traps if type(each) is trap)
+
+        await (await made())
+        await refused(await made(), status)
+        await (await made())
 
     bench = driven(faults=faults)
-    bench.run(holder, grants=bench.grants("disk", "rng"))
+    grants = bench.grants("disk", "rng")._replace(
+        isolation=Isolation.EXEC, secret=SecretBackend.FILE
+    )
+    bench.run(holder, grants=grants)
+    assert faults.fired[FaultPoint.NTH] == 1
 
 
 # ---------------------------------------------------------------------- faults of entropy

@@ -9,6 +9,9 @@ from nexus.abi import (
     NEVER,
     NO_WAIT,
     AbiError,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootImage,
     BootMemoryReplace,
     Call,
@@ -16,6 +19,7 @@ from nexus.abi import (
     CapDerive,
     ConsoleWrite,
     EndpointCreate,
+    EntropyDraw,
     Event,
     EventKind,
     LinkCreate,
@@ -27,6 +31,8 @@ from nexus.abi import (
     Recv,
     ReplyRecv,
     Rights,
+    SecretRead,
+    SecretReplace,
     Send,
     SleepUntil,
     Spawn,
@@ -103,8 +109,10 @@ SERVICE_FAILURES = [
     (trap, status)
     for trap, statuses in FAILURES.items()
     for status in statuses
-    # traps of the root alone, and one that needs a port: see test_sim_root_traps, test_sim_ports
+    # Traps of the root alone, and those that need a port, a device or a secret: see
+    # test_sim_root_traps, test_sim_ports and test_sim_devices.
     if trap not in (Spawn, Wait, BootMemoryReplace, PortSend)
+    and trap not in (BlockRead, BlockWrite, BlockFlush, EntropyDraw, SecretRead, SecretReplace)
 ]
 
 
