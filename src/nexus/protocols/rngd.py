@@ -17,7 +17,7 @@ class RngdStatus(IntEnum):
     """Why rngd refuses. The numbers are wire format and are never reused."""
 
     OVERSIZED = 16  # 0 bytes, or more than DRAW_SIZE_MAX
-    UNAVAILABLE = 17  # no source, or one that failed its health tests
+    UNAVAILABLE = 17  # no source, one that failed its health tests, or none at hand in time
     RATE_LIMITED = 18  # the caller's bytes per second
 
 
@@ -35,7 +35,8 @@ class GetEntropy(
 ):
     """Draw `size` fresh bytes, 1 to DRAW_SIZE_MAX. The caller holds `rng.entropy`, else DENIED.
 
-    The bound is looked at first, then the right, then the rate.
+    The bound is looked at first, then the right, then the rate, and then the source; what a source
+    could not give is charged to the rate all the same.
     *Refuses*: OVERSIZED, UNAVAILABLE, RATE_LIMITED.
     """
 
