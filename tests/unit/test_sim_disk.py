@@ -117,6 +117,19 @@ def test_a_durable_write_makes_its_own_bytes_durable_and_no_others() -> None:
     assert disk.survivors(every).read(0, 3) == disk.read(0, 3), "an older write never covers it"
 
 
+def test_what_is_tried_on_a_copy_does_not_reach_the_disk() -> None:
+    disk = Disk(COUNT, content=block("a"))
+    disk.write(1, block("b"))
+
+    copy = disk.copy()
+    copy.write(0, block("c"), durable=True)
+    copy.flush()
+
+    assert disk.read(0, 2) == block("a") + block("b")
+    assert disk.survivors(NOTHING).read(0, 2) == block("a") + bytes(BLOCK_SIZE)
+    assert copy.survivors(NOTHING).read(0, 2) == block("c") + block("b")
+
+
 def test_a_choice_is_written_and_read_back() -> None:
     choice = (Piece(2, 0, 512), Piece(0, 17, 99))
 

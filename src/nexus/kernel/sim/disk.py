@@ -204,6 +204,15 @@ class Disk:
         """What is on the medium: what a power cut leaves for certain."""
         return b"".join(self._medium.get(block, ZEROS) for block in range(self.block_count))
 
+    def copy(self) -> "Disk":
+        """The same disk with the same cache, to try something on. Without its faults."""
+        other = Disk(self.block_count)
+        other.done = dict(self.done)
+        other._medium = dict(self._medium)
+        other._pending = list(self._pending)
+        other._cached = dict(self._cached)
+        return other
+
     def begin_write(self, block: int, data: bytes) -> int:
         """A write (durable or not) in whose midst the power is cut: its index for a Choice."""
         assert len(data) % BLOCK_SIZE == 0, "whole blocks"
