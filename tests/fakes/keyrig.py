@@ -20,7 +20,7 @@ from nexus.init.plan import Plan
 from nexus.init.programs import PROGRAMS, load_program
 from nexus.ipc import Refused
 from nexus.kernel.core import PowerCut
-from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.linux import LinuxKernel, secrets
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
@@ -217,6 +217,16 @@ class LinuxMachine:
     monkeypatch: pytest.MonkeyPatch
     state: Path
     text: str = SYSTEM
+
+    @property
+    def secret_path(self) -> Path:
+        """Where the kernel keeps keystored's secret."""
+        return self.state / secrets.DIRECTORY / "keystored" / secrets.NAME
+
+    @property
+    def secret(self) -> bytes:
+        """What it keeps; only root and keystored may look."""
+        return self.secret_path.read_bytes()
 
     def boot(
         self,
