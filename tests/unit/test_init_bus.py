@@ -1,4 +1,4 @@
-"""Devices of the bus map: granted as declared or not at all, one holder at a time, and back again."""
+"""Devices of the bus map: granted as declared or not at all, one holder at a time, and again."""
 
 from typing import Any, Final
 
