@@ -21,13 +21,14 @@ from nexus.drivers.entropy import DRAW_MAX
 from nexus.drivers.virtio import (
     ACKNOWLEDGE,
     DRIVER,
-    DRIVER_OK,
     FAILED,
     FEATURES_OK,
     INDEX_COUNT,
     MAGIC,
+    NEEDS_RESET,
     PAUSE_MAX,
     QUEUE_READY,
+    RUNNING,
     STATUS,
     VERSION_1,
     Identity,
@@ -36,7 +37,6 @@ from nexus.drivers.virtio_block import DATA_PAGES_MAX, FLUSH_FEATURE, READ_ONLY_
 from tests.fakes.virtio import SLOT, START, FakeDisk, FakeEntropy, FakeVirtio, Lies, drive
 
 UP = [0, ACKNOWLEDGE, ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER | FEATURES_OK]
-RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 LATER = Nanos(START + REQUEST_MAX)
 
 
@@ -288,10 +288,11 @@ def test_a_device_that_asks_for_a_reset_is_reset_and_its_request_lost() -> None:
     assert len(drive(driver.draw(32, LATER), device)) == 32
 
 
-def test_a_device_that_asks_for_a_reset_between_requests_gets_one() -> None:
+@pytest.mark.parametrize("status", [RUNNING | NEEDS_RESET, 0, RUNNING | FAILED, 0xFFFF_FFFF])
+def test_a_device_that_ceased_to_run_between_requests_is_reset(status: int) -> None:
     device = FakeEntropy()
     driver = entropy(device)
-    device.registers[STATUS] |= 64
+    device.registers[STATUS] = status
 
     assert fault_of(lambda: drive(driver.draw(32, LATER), device)) is Fault.GONE
     assert device.requests == []

@@ -58,8 +58,9 @@ ACKNOWLEDGE: Final = 1
 DRIVER: Final = 2
 DRIVER_OK: Final = 4
 FEATURES_OK: Final = 8
-NEEDS_RESET: Final = 64
+NEEDS_RESET: Final = 64  # the device has lost its way
 FAILED: Final = 128
+RUNNING: Final = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK  # and nothing else
 
 VERSION_1: Final = 1 << 32  # the feature (6)
 
@@ -150,9 +151,7 @@ class Virtio:
         assert not self._busy, "one request at a time"
         if not self.up:
             await self.bring_up(until)
-        if self._window.read(STATUS) & NEEDS_RESET:
-            self._drop()
-            raise DeviceFault(Fault.GONE, "it asks for a reset")
+        self._check_running()
         if self._used_index[0] != self._index:
             raise self._lie(f"it completed what nobody asked for, index {self._used_index[0]}")
 
@@ -173,9 +172,8 @@ class Virtio:
             raise self.refuse("it is not what it was before its reset")
         self.identity = identity
         self.entries = entries
-        status = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
-        self._window.write(STATUS, status)
-        if self._window.read(STATUS) != status:
+        self._window.write(STATUS, RUNNING)
+        if self._window.read(STATUS) != RUNNING:
             raise self.refuse("it does not start")
         self.up = True
 
@@ -252,6 +250,14 @@ class Virtio:
         self.up = False
         self.resets += 1
 
+    def _check_running(self) -> None:
+        """Raises GONE if the device asks for a reset, was reset, or is there no more."""
+        status = self._window.read(STATUS)
+        if status != RUNNING:
+            self._drop()
+            what = "it asks for a reset" if status & NEEDS_RESET else "it does not run any more"
+            raise DeviceFault(Fault.GONE, f"{what}, status {status:#x}")
+
     def _lie(self, what: str) -> DeviceFault:
         """The device said what cannot be: nothing else it said counts."""
         self._drop()
@@ -277,9 +283,7 @@ class Virtio:
     async def _perform(self, pieces: Sequence[Piece], until: Nanos) -> int:
         head = self._submit(pieces)
         done = await self._seen(self._has_answered, await Now(), until)
-        if self._window.read(STATUS) & NEEDS_RESET:  # read in any case: it orders what follows
-            self._drop()
-            raise DeviceFault(Fault.GONE, "it asks for a reset")
+        self._check_running()  # in any case: reading the status orders what follows
         if not done:
             self._drop()
             raise DeviceFault(Fault.TIMED_OUT)
@@ -312,7 +316,7 @@ class Virtio:
 
     def _has_answered(self) -> bool:
         """Whether there is something to look at: a completion, or a device that gave up."""
-        return self._used_index[0] != self._index or bool(self._window.read(STATUS) & NEEDS_RESET)
+        return self._used_index[0] != self._index or self._window.read(STATUS) != RUNNING
 
     def _take_used(self, head: int, size_max: int) -> int:
         """Check what the device says it did; the bytes it wrote."""
