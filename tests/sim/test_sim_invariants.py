@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 
 from nexus.abi import (
+    BLOCK_SIZE,
     NO_WAIT,
     AbiError,
+    BlockFlush,
+    BlockRead,
+    BlockWrite,
     BootImage,
     Call,
     CapClone,
@@ -18,8 +22,10 @@ from nexus.abi import (
     ConsoleWrite,
     EndpointClose,
     EndpointCreate,
+    EntropyDraw,
     Event,
     Grants,
+    HardwareGrant,
     Kill,
     LinkCreate,
     LinkId,
@@ -53,6 +59,8 @@ from nexus.abi import (
 from nexus.kernel.core import SystemLimits
 from nexus.kernel.sim import DEVICE_POINTS, FaultPoint, Faults, Freeze, Plan, SimKernel, SimPeer
 from nexus.kernel.sim.objects import DEAD
+from nexus.kernel.sim.virtio import DESCRIPTOR_WRITE
+from tests.fakes.registers import DATA, DISK, RNG, Driver
 
 MS = 1_000_000
 WORKERS = 6
@@ -67,11 +75,25 @@ ALL_FAULTS = {
     FaultPoint.LATE_TIMER: 50_000,
     FaultPoint.LATE_DELIVERY: 50_000,
     FaultPoint.LOST_SIGNAL: 50_000,
+    **dict.fromkeys(DEVICE_POINTS, 50_000),
 }
 
 FREEZES = tuple(
     Freeze(task=f"worker{index}", after=Nanos(MS * (1 + index)), span=Nanos(3 * MS))
     for index in range(WORKERS)
+)
+
+
+BUS = (
+    DISK,
+    RNG,
+    DISK._replace(name="image"),
+    RNG._replace(name="generator"),
+)
+GRANTS = (
+    *(Grants(ports=(f"port{index}",)) for index in range(3)),
+    Grants(hardware=(HardwareGrant("disk", DISK.kind), HardwareGrant("image", DISK.kind))),
+    Grants(hardware=(HardwareGrant("generator", RNG.kind), HardwareGrant("rng", RNG.kind))),
 )
 
 
@@ -121,6 +143,11 @@ def check(kernel: SimKernel) -> None:
         cost += sum(vmo.cost for key, (vmo, _) in task.maps.items() if key not in held_ids)
         assert cost == task.budget.used <= task.budget.total
     assert reserved == kernel.shares.size.used <= kernel.shares.size.total
+    for name, unit in kernel.bus.units.items():
+        held = [device.name for device in unit.holder.devices] if unit.holder else [name]
+        assert name in held
+        assert unit.holder is None or unit.holder.state != DEAD
+        assert unit.holder is not None or not unit.windows
     for cpu in kernel.scheduler.smp:
         for qos, queue in enumerate(cpu.queues):
             assert len(queue) <= 64
@@ -136,7 +163,8 @@ async def act(dice: Dice, boot: BootImage, views: list[memoryview]) -> None:
     soon = Nanos(now + dice.roll(400_000))
     deadline = (NO_WAIT, soon, Nanos(now - 5))[dice.roll(3)]
     data = bytes([dice.roll(0xF2)]) * dice.roll(600)
-    match dice.roll(26):
+    device = boot.hardware[dice.roll(2)] if boot.hardware and dice.roll(4) else slot
+    match dice.roll(32):
         case 0:
             await EndpointCreate()
         case 1:
@@ -187,8 +215,28 @@ async def act(dice: Dice, boot: BootImage, views: list[memoryview]) -> None:
             port = boot.ports[0] if boot.ports else slot
             link = LinkId(dice.roll(30))
             await (PortClose(port, link) if dice.roll(4) == 0 else PortSend(port, link, data))
+        case 25 | 26:
+            await BlockWrite(
+                device, dice.roll(10), bytes(BLOCK_SIZE), soon, durable=dice.roll(2) > 0
+            )
+        case 27:
+            await BlockRead(device, dice.roll(10), dice.roll(3), soon)
+        case 28:
+            await BlockFlush(device, soon)
+        case 29:
+            await EntropyDraw(device, dice.roll(40))
+        case 30:
+            await drive(device)
         case _:
             await CapQuery(slot)
+
+
+async def drive(slot: Slot) -> None:
+    """Bring a device up, ask it for something, and leave it alone."""
+    driver = await Driver.of(slot)
+    driver.begin()
+    driver.chain([(DATA, 16, 0), (2 * DATA, 65, DESCRIPTOR_WRITE)])
+    driver.offer(0)
 
 
 def make_worker(kernel: list[SimKernel]) -> Callable[[BootImage], Coroutine[Trap[Any], Any, int]]:
@@ -223,7 +271,7 @@ def make_root(
                 endpoints=4,
                 budget=100_000,
                 delegations=3,
-                grants=Grants(ports=(f"port{index}",)) if index < 3 else Grants(),
+                grants=GRANTS[index] if index < len(GRANTS) else Grants(),
             )
             try:
                 spawned = await Spawn(spec)
@@ -314,6 +362,8 @@ def play(seed: int, cpu_count: int, faults: Faults | None) -> tuple[SimKernel, l
         cpu_count=cpu_count,
         limits=limits,
         faults=faults,
+        hardware=BUS,
+        kernel_driven={"image", "generator"},
     )
     kernels.append(kernel)
     schedule_the_outside(kernel, Dice(seed + 1000))
@@ -344,8 +394,18 @@ def test_accounts_add_up_under_every_fault_and_each_fault_fires(seed: int) -> No
     assert all(
         reached
         for point, (reached, _) in faults.counts().items()
-        if point not in {"nth", "forge", *DEVICE_POINTS}
+        if point not in {"nth", "forge", *DEVICE_POINTS}  # who holds a device may die too early
     )
+
+
+@pytest.mark.parametrize("seed", range(200, 203))
+def test_accounts_add_up_under_every_fault_of_a_device(seed: int) -> None:
+    faults = Faults(Plan(chances=dict.fromkeys(DEVICE_POINTS, 600_000)))
+
+    kernel, _ = play(seed, 2, faults)
+
+    assert set(kernel.resources().values()) == {0}
+    assert all(faults.fired[point] for point in DEVICE_POINTS)
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another() -> None:
