@@ -2,7 +2,8 @@
 
 Owns the entropy device, its health, and the clients' quotas, which are lost with it. Who may draw
 is policyd's decision about the sender the kernel names. Never gives a byte twice, pads a short
-delivery, or logs what was drawn; gives nothing while the source is not fit.
+delivery, or logs what was drawn; gives nothing while the source is not fit. Decision:
+docs/adr/0016.
 
 A drawn byte is wiped from every buffer of ours once it is answered. What CPython cannot wipe are
 immutable copies: the reply's `data`, its encoding and its frame, which go with the next request.
