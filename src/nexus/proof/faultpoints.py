@@ -1,8 +1,9 @@
 """The runner's own fault points: what no task of the system can bring about by itself.
 
 Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages that are to arrive
-with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; and
-demo.testsvc gets its attacks by raw system calls on grounds that have them.
+with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; rung 81
+asks policyd for a right from which it does not come back; and demo.testsvc gets its attacks by raw
+system calls on grounds that have them.
 """
 
 import socket
@@ -10,12 +11,16 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from nexus.abi import Pid
+from nexus.abi import Nanos, Pid, SleepUntil
 from nexus.proof.escapes import escape
 from nexus.proof.hostile import foreign_credentials
 from nexus.proof.sabotage import replace
 from nexus.protocols.ladder import Ground
+from nexus.protocols.policyd import Check, Decision
+from nexus.runtime import Call
 from nexus.services.demo import testsvc
+from nexus.services.policyd.service import Policyd
+from nexus.services.selftest.decision_rungs import HOLD_RIGHT
 from nexus.services.selftest.identity_rungs import FOREIGN_CREDENTIALS, FORGED_SENDERS
 from nexus.services.selftest.watch_rungs import ESCAPE
 
@@ -25,13 +30,28 @@ FORGED_PIDS: Final = {FORGED_SENDERS[0]: Pid(0), FORGED_SENDERS[1]: Pid(PID_NOBO
 
 
 def plant_fault_points(ground: Ground) -> None:
-    """Give the messages of FORGED_SENDERS their forged pid, and demo.testsvc its attacks."""
+    """Give the messages of FORGED_SENDERS their forged pid, policyd a question that holds it, and
+    demo.testsvc its attacks."""
+    _plant_hold()
     if ground is Ground.SIM:
         _plant_sim()
     else:
         _plant_linux()
         attacks = {FOREIGN_CREDENTIALS: foreign_credentials, ESCAPE: escape}
         _ = replace(testsvc, "ATTACKS", attacks)
+
+
+def _plant_hold() -> None:
+    async def check(policyd: Policyd, call: Call, request: Check) -> Decision:
+        if request.right == HOLD_RIGHT:
+            _ = await SleepUntil(Nanos(call.now + HOLD_SPAN))
+        decision: Decision = await original(policyd, call, request)
+        return decision
+
+    original = replace(Policyd, "_check", check)
+
+
+HOLD_SPAN: Final = 60_000_000_000  # ns; init ends a task that hangs long before
 
 
 def _plant_sim() -> None:

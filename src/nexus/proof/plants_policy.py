@@ -39,10 +39,10 @@ def _policy_says(name: str, right: str, *, held: bool) -> None:
     """The loaded policy gives a right that it should not, or lacks one that it should give."""
     subject = service_id(name)
 
-    def has(judge: Judge, who: ServiceId, what: str) -> bool:
+    def has(judge: Judge, who: ServiceId, what: str, target: str) -> bool:
         if (who, what) == (subject, right):
             return held
-        found: bool = original(judge, who, what)
+        found: bool = original(judge, who, what, target)
         return found
 
     original = replace(Judge, "_has", has)

@@ -1791,6 +1791,7 @@ RUNGS: Final = (
         after=(116,),
         grounds=ALL,
         needs=("logd", "policyd", "statefsd", "timed"),
+        mechanisms=(Mechanism.LOG_STREAMS,),
         boot=Boot.BEFORE_OTA,
         claim=(
             "policyd, statefsd and timed each append their own probe: three records under three "

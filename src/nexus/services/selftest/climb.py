@@ -19,6 +19,7 @@ from nexus.abi import (
     PeerGone,
     Recv,
     Sender,
+    SleepUntil,
     Slot,
     Status,
 )
@@ -112,6 +113,10 @@ class Climb:
     async def ahead(self, span: Nanos) -> Nanos:
         """The absolute time `span` from now."""
         return Nanos(await Now() + span)
+
+    async def pause(self, span: Nanos) -> Nanos:
+        """Do nothing for so long."""
+        return await SleepUntil(await self.ahead(span))
 
     async def call(
         self, exchange: Exchange, request: Request[ReplyT], wait: Nanos = CALL_WAIT

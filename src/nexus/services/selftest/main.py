@@ -115,11 +115,11 @@ async def _climb(climb: Climb) -> int:
 def _of_boot(climb: Climb) -> list[Rung]:
     rungs = [rung for rung in RUNGS if _is_in_system(row_of(rung.number), climb)]
     last = last_boot(row_of(rung.number) for rung in rungs)
-    return [
-        rung
-        for rung in rungs
-        if rung.always or boot_of(row_of(rung.number), last) == climb.config.boot
-    ]
+    return [rung for rung in rungs if rung.always or _boot_of(rung, last) == climb.config.boot]
+
+
+def _boot_of(rung: Rung, last: int) -> int:
+    return boot_of(row_of(rung.number), last) if rung.boot is None else rung.boot
 
 
 def _is_in_system(row: Row, climb: Climb) -> bool:

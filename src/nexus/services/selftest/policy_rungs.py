@@ -120,9 +120,9 @@ async def policy_malformed(climb: Climb) -> Evidence:
 
 async def mmio_policy_deny(climb: Climb) -> Evidence:
     """#139: init's own question before the first grant stands in the journal, as it was asked."""
-    records = await find(climb, "action", MMIO_RIGHT)
+    records = await audits_of(climb, "action", MMIO_RIGHT, subject=MMIO_SUBJECT)
 
-    expect(len(records), 1, f"audit records about {MMIO_RIGHT}")
+    expect(len(records), 1, f"audit records about {MMIO_RIGHT} and {MMIO_SUBJECT}")
     (record,) = records
     fields = fields_of(record)
     wanted = {

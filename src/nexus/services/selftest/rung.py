@@ -67,13 +67,15 @@ class Rung:
     """One row of the ladder as the client climbs it.
 
     With `stated` another service prints the marker: the client says what it measured, on a line
-    of its own, and the runner compares the two. With `always` it is climbed in every boot.
+    of its own, and the runner compares the two. With `always` it is climbed in every boot, with
+    `boot` in that one: what is done there is needed when the rung is met in a later one.
     """
 
     number: int
     check: "Callable[[Climb], Awaitable[Evidence]]"
     stated: bool = False
     always: bool = False
+    boot: int | None = None
 
 
 RUNG_LINE_SIZE_MAX: Final = 400  # bytes of a FAIL line; the console takes 512

@@ -9,6 +9,11 @@ from nexus.services.selftest.call_rungs import (
     peer_death_wakes,
     strict_decode,
 )
+from nexus.services.selftest.decision_rungs import (
+    deny_reasons,
+    generation,
+    subject_normalization,
+)
 from nexus.services.selftest.device_rungs import cap_query_mmio, mmio_map
 from nexus.services.selftest.end_rungs import end, no_resource_left_behind
 from nexus.services.selftest.identity_rungs import (
@@ -26,6 +31,15 @@ from nexus.services.selftest.kernel_rungs import (
     full_table_keeps_message,
     payload_roundtrip,
     qos,
+)
+from nexus.services.selftest.key_rungs import (
+    device_key,
+    device_key_persists,
+    device_key_restarted,
+    entries,
+    export_rejected,
+    nested_deadline,
+    routing_keystored,
 )
 from nexus.services.selftest.log_rungs import (
     invalid_args,
@@ -46,10 +60,21 @@ from nexus.services.selftest.random_rungs import entropy, oversized
 from nexus.services.selftest.random_rungs import policy_allow as rng_policy_allow
 from nexus.services.selftest.routing_rungs import rebind_generation, route_outcomes, routing
 from nexus.services.selftest.rung import Rung
+from nexus.services.selftest.state_rungs import (
+    before_the_power_cut,
+    bulk_vmo,
+    corruption_quarantined,
+    persist,
+    persist_power_cut,
+    persist_reboot,
+    statefs_put,
+    unauthorized_access,
+)
 from nexus.services.selftest.timed_rungs import timed_coalesce
 from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
 RUNGS: Final = (
+    Rung(52, routing_keystored),
     Rung(53, routing_policyd),
     Rung(56, routing),
     Rung(57, payload_roundtrip),
@@ -69,17 +94,33 @@ RUNGS: Final = (
     Rung(71, rebind_generation),
     Rung(72, flood_isolation),
     Rung(73, strict_decode),
+    Rung(74, nested_deadline),
     Rung(75, qos),
     Rung(76, timed_coalesce),
     Rung(77, policy_allow),
     Rung(78, policy_deny),
     Rung(79, requester_spoof_denied),
     Rung(80, policy_malformed),
+    Rung(81, deny_reasons),
+    Rung(82, subject_normalization),
+    Rung(83, generation),
     Rung(95, sandbox_escape),
     Rung(96, watchdog_restart),
     Rung(97, rng_policy_allow, stated=True),
     Rung(98, entropy),
     Rung(99, oversized),
+    Rung(100, statefs_put),
+    Rung(101, unauthorized_access),
+    Rung(102, bulk_vmo),
+    Rung(103, persist),
+    Rung(104, persist_reboot),
+    Rung(105, persist_power_cut),
+    Rung(106, corruption_quarantined),
+    Rung(107, entries),
+    Rung(108, device_key),
+    Rung(109, export_rejected),
+    Rung(110, device_key_restarted, stated=True, boot=0),
+    Rung(110, device_key_persists),
     Rung(111, invalid_args, stated=True),
     Rung(112, over_limit, stated=True),
     Rung(113, rate_limited, stated=True),
@@ -91,4 +132,5 @@ RUNGS: Final = (
     Rung(142, cap_query_vmo),
     Rung(143, no_resource_left_behind, always=True),
     Rung(144, end),
+    Rung(105, before_the_power_cut, stated=True, boot=1),
 )
