@@ -5,7 +5,7 @@ the kernel resumes the coroutine with the result, or throws `AbiError`. Trap obj
 kept and awaited again with other field values: hot paths do.
 
 Common to all: slots outside 0..SLOTS_MAX-1 or empty are InvalidArgument; a slot without the
-right is PermissionDenied; a refused trap changes nothing.
+right is PermissionDenied; a refused trap changes nothing, unless a device failed or took too long.
 """
 
 from collections.abc import Generator

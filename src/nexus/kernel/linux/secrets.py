@@ -55,7 +55,6 @@ KEYCTL_READ: Final = 11
 SESSION_KEYRING: Final = -3
 USER_KEYRING: Final = -4
 KEY_TYPE: Final = b"user"
-KEYS_TYPE_AT: Final = " user "  # in front of the description of such a key in /proc/keys
 # View, read, write and search for who possesses it; view, search and link for its owner.
 KEY_PERMISSIONS: Final = 0x0F19_0000
 # A key has a payload of one byte at least. The first says whether anything was stored.
@@ -191,12 +190,10 @@ def forget_keys(state_dir: Path) -> int:
     prefix = key_name(state_dir, "")
     listed = Path("/proc/keys")
     lines = listed.read_text().splitlines() if listed.exists() else []
-    names = [line.split(KEYS_TYPE_AT)[1].rpartition(": ")[0] for line in lines if prefix in line]
-    for name in names:
-        key = find_key(name.strip())
-        if key:
-            _ = _keyctl(KEYCTL_UNLINK, ctypes.c_int(key), ctypes.c_int(USER_KEYRING))
-    return len(names)
+    keys = [int(line.split()[0], 16) for line in lines if prefix in line]
+    for key in keys:
+        _ = _keyctl(KEYCTL_UNLINK, ctypes.c_int(key), ctypes.c_int(USER_KEYRING))
+    return len(keys)
 
 
 def _keyctl(operation: int, *words: object) -> int:

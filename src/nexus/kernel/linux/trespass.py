@@ -247,7 +247,7 @@ def outcomes(backend: SecretBackend, prey: Prey) -> dict[str, str]:
     if backend is SecretBackend.FILE:
         with suppress(FileExistsError):
             os.close(os.open(OWN, WRITE_FLAGS, 0o600, dir_fd=own))
-    found = {attempt.name: _outcome(attempt, prey, own) for attempt in BY[backend]}
+    found = {attempt.name: outcome(attempt, prey, own) for attempt in BY[backend]}
     if backend is SecretBackend.FILE:
         os.unlink(OWN, dir_fd=own)
     return found
@@ -263,7 +263,8 @@ def _own(backend: SecretBackend) -> int:
     return -1
 
 
-def _outcome(attempt: Trespass, prey: Prey, own: int) -> str:
+def outcome(attempt: Trespass, prey: Prey, own: int) -> str:
+    """DONE, or the name of the errno that refused it."""
     try:
         attempt.run(prey, own)
     except OSError as error:
