@@ -7,6 +7,7 @@ frame that changed without a new version of its protocol is refused by both.
 
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -59,11 +60,14 @@ def _sample(info: inspect.Type, which: str) -> Any:
             return which != LEAST
         case inspect.NoneType():
             return None
-        case inspect.StrType(min_length=least, max_length=most):
+        case inspect.StrType(min_length=least, max_length=most, pattern=pattern):
             size = least or 0
             longest = max(size, _short(most))
             typical = "ab" * max(size, min(longest, 6))
-            return _pick(which, "a" * size, typical[: max(size, min(longest, 6))], "z" * longest)
+            last = "z" * longest
+            if pattern is not None and not re.match(pattern, last):
+                last = "f" * longest  # hexadecimal
+            return _pick(which, "a" * size, typical[: max(size, min(longest, 6))], last)
         case inspect.BytesType(min_length=least, max_length=most):
             size = least or 0
             longest = max(size, _short(most))
