@@ -430,6 +430,11 @@ DEVICE: Final = Table(
             doc="whether the simulated machine gives it the old register layout, which is"
             " granted to nobody; other machines leave it out; default false",
         ),
+        "read_only": Key(
+            kind=Flag(),
+            doc="whether a disk is opened for reading alone, also where it could be written;"
+            " default false",
+        ),
     },
 )
 SYSTEM: Final = Table(
@@ -708,7 +713,18 @@ def _device(name: str, entry: Mapping[str, Any]) -> Hardware:
         raise MisplacedKey(path, "path", 'kind = "block" or "entropy" beside "path"', '"empty"')
     if entry.get("legacy") and "path" in entry:
         raise MisplacedKey(path, "path", 'no "path" beside "legacy"', "both")
-    return Hardware(name, kind, amount, entry.get("path", ""), entry.get("legacy", False))
+    if kind is not HardwareKind.BLOCK and "read_only" in entry:
+        raise MisplacedKey(
+            path, "read_only", 'kind = "block" beside "read_only"', f'"{entry["kind"]}"'
+        )
+    return Hardware(
+        name,
+        kind,
+        amount,
+        entry.get("path", ""),
+        entry.get("legacy", False),
+        entry.get("read_only", False),
+    )
 
 
 def _service(
