@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nexus.abi import INIT_NAME, Nanos, Now, SleepUntil, service_id
+from nexus.abi import INIT_NAME, Nanos, Now, SleepUntil, Slot, service_id
 from nexus.drivers import DRAW_MAX, EntropyDevice, Fault, VirtioEntropy
 from nexus.drivers import DRAW_SIZE_MAX as DEVICE_DRAW_SIZE_MAX
 from nexus.drivers.entropy import SHORT_MAX
@@ -22,13 +23,16 @@ from nexus.protocols.rngd import (
     RngdStatus,
 )
 from nexus.protocols.rngd import Source as Told
+from nexus.runtime import ServiceConfig
+from nexus.runtime.program import Context, SettingsFault
 from nexus.services.rngd.health import MATCH_SIZE, START_SIZE
-from nexus.services.rngd.service import QUOTA_SIZE_MAX, QUOTA_WINDOW, Rngd, Settings
+from nexus.services.rngd.service import QUOTA_SIZE_MAX, QUOTA_WINDOW, Rngd, Settings, made
 from nexus.services.rngd.source import LATE_MAX, START_PAUSE, STARTS_MAX, Source, State
 from nexus.wire import ReplyStatus, Request
 from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
 from tests.fakes.source import Lie, ScriptedSource, good
+from tests.fakes.tinykernel import TinyKernel
 from tests.fakes.virtio import FakeEntropy, drive
 
 CALLER = service_id(INIT_NAME)
@@ -409,3 +413,13 @@ def test_the_buffers_of_a_draw_are_wiped() -> None:
 
     assert len(kept) == START_DRAWS + 1
     assert not any(any(each) for each in kept)
+
+
+@pytest.mark.parametrize("hardware", [(), (Slot(3), Slot(4))])
+def test_rngd_runs_with_one_device_and_no_other_number(hardware: tuple[Slot, ...]) -> None:
+    kernel = TinyKernel()
+    boot = replace(kernel.boot(kernel.task("rngd")), hardware=hardware)
+    config = ServiceConfig(uses=[], posts=[], settings={}, trace_seed=bytes(16))
+
+    with pytest.raises(SettingsFault, match="one device"):
+        _ = made(Context(boot, config))
