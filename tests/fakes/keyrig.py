@@ -7,7 +7,7 @@ The driver runs a script, as in policyrig; it is `driver` or `other`, which has 
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -95,7 +95,9 @@ group = "keys"
 owner_size = "4MiB"
 isolation = "exec"
 secret = "file"
-capabilities = ["policy.delegate", "statefs.keystore", "rng.entropy", "secret.file", "secret.keyring"]
+capabilities = [
+    "policy.delegate", "statefs.keystore", "rng.entropy", "secret.file", "secret.keyring",
+]
 uses = { policyd = {}, logd = { sync = false }, rngd = {}, statefsd = {} }
 restart = { backoff = "50ms", backoff_max = "100ms" }
 health = { deadline = "5s" }
@@ -116,6 +118,13 @@ capabilities = [
 uses = { policyd = {}, logd = {}, keystored = {}, statefsd = {} }
 health = { deadline = "60s", every = "0s" }
 """
+DRAWING: Final = SYSTEM.replace('"device.keygen",', '"device.keygen", "rng.entropy",').replace(
+    "keystored = {}, statefsd = {} }", "keystored = {}, statefsd = {}, rngd = {} }"
+)
+"""The driver may draw entropy too."""
+
+assert DRAWING.count("rngd = {}") == SYSTEM.count("rngd = {}") + 1
+
 REAL: Final = ("policyd", "logd", "rngd", "statefsd", "keystored")
 
 
@@ -217,6 +226,7 @@ class LinuxMachine:
     monkeypatch: pytest.MonkeyPatch
     state: Path
     text: str = SYSTEM
+    entry: str = ""  # of keystored, if it is another one
 
     @property
     def secret_path(self) -> Path:
@@ -258,8 +268,11 @@ class LinuxMachine:
                 assert obey is not None, what
                 obey(what, pids[name])
 
+        programs = dict(programs_of(script, mains or {}, executes=True))
+        if self.entry:
+            programs["keystored"] = replace(programs["keystored"], entry=self.entry)
         kernel = LinuxKernel(
-            programs_of(script, mains or {}, executes=True),
+            programs,
             recorder=record,
             limits=limits_of(plan),
             hardware=plan.hardware,

@@ -1,4 +1,4 @@
-"""Looks for secrets where none may be: raw, as hexadecimal digits, in base64, as Python prints them.
+"""Looks for secrets where none may be: raw, as hexadecimal digits, in base64, as Python prints.
 
 A piece of a secret is a leak too, so pieces are looked for. Who uses this shows, next to it, that
 a leak that was planted is found.

@@ -1,4 +1,4 @@
-"""keystored in an interpreter of its own, on what really keeps a secret: killed, and booted again."""
+"""keystored in an interpreter of its own, on what really keeps a secret: killed, booted again."""
 
 import os
 import subprocess
@@ -203,9 +203,10 @@ def look(what, pid):
     print("maps", "cryptography" in Path("/proc", str(pid), "maps").read_text())
     print("init", "cryptography" in Path("/proc/self/maps").read_text())
 
-outcome = LinuxMachine(pytest.MonkeyPatch(), Path({str(tmp_path / "state")!r})).boot(script, obey=look)
-print(outcome.result)
-print([name for name in sys.modules if name.startswith(("cryptography", "nexus.services.keystored"))])
+machine = LinuxMachine(pytest.MonkeyPatch(), Path({str(tmp_path / "state")!r}))
+print(machine.boot(script, obey=look).result)
+kept = ("cryptography", "nexus.services.keystored")
+print([name for name in sys.modules if name.startswith(kept)])
 """
 
     done = subprocess.run(

@@ -32,18 +32,13 @@ from nexus.services.keystored.sealing import NONCE_PREFIX_SIZE, WrappingKey, sea
 from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.service import Keystored
 from tests.fakes.initrig import MS
-from tests.fakes.keyrig import SYSTEM, SimMachine, asked, nap
+from tests.fakes.keyrig import DRAWING, SimMachine, asked, nap
 from tests.fakes.leaks import Leaks
 from tests.fakes.policyrig import Hands, Outcome
 
 pytestmark = pytest.mark.sim
 
-TEXT: Final = SYSTEM.replace('"device.keygen",', '"device.keygen", "rng.entropy",').replace(
-    'statefsd = {} }\nhealth = { deadline = "60s"',
-    'statefsd = {}, rngd = {} }\nhealth = { deadline = "60s"',
-)
 VALUE: Final = bytes(range(100, 160))
-assert TEXT.count("rngd = {}") == 2, "keystored's and the driver's"
 
 
 async def lived(hands: Hands) -> str:
@@ -85,7 +80,7 @@ class Run:
             return draws[-1]
 
         monkeypatch.setattr(RngdRandom, "draw", draw)
-        self.machine = SimMachine(monkeypatch, text=TEXT, trace=True)
+        self.machine = SimMachine(monkeypatch, text=DRAWING, trace=True)
         self.outcome = self.machine.boot(lived)
         drawn = bytes.fromhex(self.outcome.result[::-1])
         # A nonce is no secret, and stands in front of what is sealed with it.
@@ -98,7 +93,7 @@ class Run:
         )
 
     def places(self) -> list[tuple[str, bytes]]:
-        """Everything that is written: console and journal, the event log, the disk, memory of boots."""
+        """Everything that is written: console, journal, event log, disk, memory of boots."""
         kernel = self.machine.kernel
         events = repr([(event.kind, dict(event.fields)) for event in self.outcome.events])
         return [
