@@ -20,10 +20,12 @@ from nexus.abi import (
     EntropyDraw,
     EventKind,
     Grants,
+    HardwareGrant,
     HardwareKind,
     Isolation,
     Nanos,
     Now,
+    Program,
     SecretBackend,
     SecretRead,
     SecretReplace,
@@ -436,6 +438,38 @@ def test_values_of_the_wrong_type_are_the_tasks_crash_and_not_the_kernels(
 
     bench.add("clumsy", clumsy)
     bench.run_root(root)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "secret", "crashes"),
+    [
+        (5, 0, True),
+        ((5,), 0, True),
+        ((("disk", HardwareKind.BLOCK),), 0, True),
+        ((HardwareGrant(7, HardwareKind.BLOCK),), 0, True),  # type: ignore[arg-type]
+        ((HardwareGrant("disk", "block"),), 0, False),  # type: ignore[arg-type]
+        ((), "file", False),
+        ((), None, False),
+    ],
+)
+def test_grants_of_the_wrong_type_are_refused_or_the_spawners_crash(
+    hardware: Any, secret: Any, crashes: bool
+) -> None:
+    bench = driven()
+
+    async def root(boot: BootImage) -> None:
+        grants = Grants(isolation=Isolation.EXEC, hardware=hardware, secret=secret)
+        spec = SpawnSpec("child", "child", boot.endpoint, grants=grants)
+        await refused(Spawn(spec), Status.INVALID_ARGUMENT)
+
+    bench.add("child", root)
+    program = Program(name="root", main=root, digest="r")
+    until = Nanos(bench.kernel.now + SECOND)
+    end = bench.kernel.run(program, b"", until=until)
+
+    assert (end.code, end.signal) == (70 if crashes else 0, 0)
+    assert len(bench.kernel.crashes) == crashes
+    assert set(bench.kernel.resources().values()) == {0}
 
 
 # ---------------------------------------------------------------------- secrets

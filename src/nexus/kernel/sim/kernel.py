@@ -1425,8 +1425,7 @@ class SimKernel:
         return self.secrets.read(task)
 
     def _secret_replace(self, task: Task, trap: SecretReplace) -> None:
-        self.secrets.full = self.disk_full
-        self.secrets.replace(task, trap.data)
+        self.secrets.replace(task, trap.data, full=self.disk_full)
 
     def _note(self, task: Task, code: int, detail: int) -> None:
         self.event_log.records += (self.clock.now, task.tag | code, detail)

@@ -12,26 +12,24 @@ from nexus.kernel.sim.objects import Task
 class Secrets:
     """The secrets of all services, by service and backend. They never reach a log.
 
-    While a service is in `failing` its backend gives errors; while `full` is set nothing more is
-    stored.
+    While a service is in `failing` its backend gives errors.
     """
 
     def __init__(self, kept: Mapping[tuple[str, SecretBackend], bytes]) -> None:
         self.kept = dict(kept)
         self.failing: set[str] = set()
-        self.full = False
 
     def read(self, task: Task) -> bytes:
         """What was stored last. Refuses as SecretRead."""
         return self.kept.get(self._place(task), b"")
 
-    def replace(self, task: Task, data: bytes) -> None:
-        """Store. Refuses as SecretReplace."""
+    def replace(self, task: Task, data: bytes, *, full: bool) -> None:
+        """Store, unless there is no room. Refuses as SecretReplace."""
         backend = self._granted(task)
         if not 1 <= len(data) <= SECRET_SIZE_MAX:
             raise AbiError(Status.INVALID_ARGUMENT, f"a secret of {len(data)} bytes")
         place = self._place(task)
-        if self.full:
+        if full:
             raise AbiError(Status.NO_SPACE, f"the {backend.name.lower()} backend is full")
         self.kept[place] = bytes(data)
 
