@@ -1,17 +1,19 @@
 """`nexus state` from its words to what it prints, over a scripted operator."""
 
+import contextlib
 import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from nexus.cli import ask
 from nexus.cli.client import ServiceRefused
 from nexus.cli.command import main
+from nexus.kernel.sim.disk import Disk as SimDisk
 from nexus.protocols.statefsd import (
     INLINE_VALUE_MAX,
     LIST_MAX,
@@ -28,7 +30,11 @@ from nexus.protocols.statefsd import (
     Stored,
     Value,
 )
+from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.engine import Change as EngineChange
+from nexus.services.statefsd.engine import Store as EngineStore
 from nexus.wire import ReplyStatus
+from tests.fakes.diskdevice import DiskDevice
 
 WELL = Store("disk", "node", 3, 41, 40, 7, 1000, 2_000_000, 1, 0, [], writable=True)
 Answer = Callable[[Any], Any]
@@ -41,7 +47,7 @@ class Operator:
         self.answer = answer
         self.asked: list[Any] = []
 
-    def __enter__(self) -> "Operator":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,3 +245,103 @@ def test_the_examples_are_in_the_help(capsys: Any) -> None:
     for command in ("get", "put", "ls", "rm", "check"):
         assert main(["state", command, "--help"]) == 0
         assert f"nexus state {command}" in capsys.readouterr().out.partition("Examples:")[2]
+
+
+def test_the_power_is_cut_from_the_command_line(capsys: Any) -> None:
+    words = ["sim", "powercut", "state", "--workload", "puts", "--every", "50"]
+
+    assert main([*words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    text = capsys.readouterr().out
+
+    assert figures["cases"] > 0
+    assert (figures["losses"], figures["bricks"], figures["problems"]) == (0, 0, [])
+    assert "0 losses, 0 bricks" in text
+
+
+def test_wrong_words_about_a_power_cut_are_wrong_usage(capsys: Any) -> None:
+    assert main(["sim", "powercut"]) == 2
+    assert "nexus sim powercut state" in capsys.readouterr().err
+    assert main(["sim", "powercut", "state", "--workload", "none"]) == 2
+    assert "invalid choice" in capsys.readouterr().err
+    assert main(["sim", "powercut", "state", "--help"]) == 0
+    assert "--seed" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ images
+
+
+def an_image(path: Path, *, rot: bytes = b"") -> None:
+    """An image with three keys, one of them damaged."""
+    disk = SimDisk(8192)
+    device = DiskDevice(disk)
+
+    async def written() -> None:
+        opened = await EngineStore.open(device, Settings().limits)
+        for number in range(3):
+            change = EngineChange(b"/state/t/%d" % number, b"needle-%d" % number)
+            _ = opened.stage([change])
+            await opened.commit(True)
+        await opened.close()
+
+    with contextlib.suppress(StopIteration):
+        written().send(None)
+    image = bytearray(disk.durable_image())
+    if rot:
+        image[image.index(rot)] ^= 1
+    _ = path.write_bytes(image)
+
+
+def test_an_image_is_looked_at_and_not_written(tmp_path: Path, capsys: Any) -> None:
+    image = tmp_path / "disk.img"
+    an_image(image)
+    before = image.read_bytes()
+
+    assert main(["state", "check", str(image)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["state", "check", str(image), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+
+    assert lines[0].startswith(f"{image} opens: epoch ")
+    assert lines[1] == "keys: 3, quarantined: 0"
+    assert lines[3].split() == ["/state/t/0", "8", "1"]
+    assert [each["key"] for each in document["keys"]] == [f"/state/t/{n}" for n in range(3)]
+    assert image.read_bytes() == before
+
+
+def test_damage_in_an_image_is_named_by_the_exit_code_too(tmp_path: Path, capsys: Any) -> None:
+    image = tmp_path / "disk.img"
+    an_image(image, rot=b"needle-1")
+
+    assert main(["state", "check", str(image)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+
+    assert lines[1] == "keys: 3, quarantined: 1"
+    assert lines[4].split() == ["/state/t/1", "damaged", "2"]
+    assert lines[-1].startswith("lost: /state/t/1, at byte ")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "0 blocks are too few"),
+        (bytes(1 << 20), "it is blank"),
+        (b"\xeb\x3c\x90MSDOS5.0".ljust(1 << 20, b"x"), "it holds something else than a store"),
+    ],
+)
+def test_what_is_no_store_is_told_with_its_reason(
+    tmp_path: Path, capsys: Any, content: bytes, reason: str
+) -> None:
+    image = tmp_path / "disk.img"
+    _ = image.write_bytes(content)
+
+    assert main(["state", "check", str(image)]) == 1
+    assert reason in capsys.readouterr().out
+    assert main(["state", "check", str(image), "--json"]) == 1
+    assert reason in json.loads(capsys.readouterr().out)["reason"]
+
+
+def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path: Path, capsys: Any) -> None:
+    assert main(["state", "check", str(tmp_path / "none.img")]) == 2
+    assert "cannot read" in capsys.readouterr().err

@@ -366,6 +366,28 @@ def safe_leave(name: Name = None, json: Json = False) -> None:
     leave_safe_mode(asked(name), as_json=json)
 
 
+@sim_app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def powercut(context: typer.Context) -> None:
+    """Cut the power at every write of statefsd's engine (`nexus sim powercut state --help`)."""
+    from nexus.cli.errors import UsageError
+
+    subject, *arguments = context.args or [""]
+    if subject in ("-h", "--help"):
+        arguments = ["--help"]
+    elif subject != "state":
+        raise UsageError("say whose power is cut: `nexus sim powercut state`")
+    from nexus.proof.powercut import main as act
+
+    try:
+        code = act(arguments)
+    except SystemExit as ended:  # argparse's help, and its word on wrong usage
+        code = ended.code if isinstance(ended.code, int) else 1
+    raise typer.Exit(code)
+
+
 Key = Annotated[str, typer.Argument(help="The key, as in /state/plant/limit.", show_default=False)]
 RequestId = Annotated[
     int,

@@ -12,6 +12,7 @@ Every problem comes with the command that repeats it alone.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -742,6 +743,22 @@ class PowercutReport:
         """0 without a problem; 1 also if nothing was explored."""
         return GREEN if self.cases and not self.problems else RED
 
+    def document(self) -> str:
+        """The report in figures, as JSON, with the command that repeats each problem."""
+        figures = {
+            "cut_points": self.cut_points,
+            "cases": self.cases,
+            "second_cuts": sum(each.second_cuts for each in self.explored),
+            "losses": self.losses,
+            "bricks": self.bricks,
+            "seconds": round(self.seconds, 3),
+            "problems": [
+                {"kind": each.kind, "what": each.what, "command": each.command}
+                for each in self.problems[:PROBLEMS_MAX]
+            ],
+        }
+        return json.dumps(figures, indent=2) + "\n"
+
     def lines(self) -> Iterator[str]:
         """The report, as Markdown."""
         yield f"{self.cut_points} cut points, {self.cases} cases opened, "
@@ -813,6 +830,7 @@ def main(argv: Sequence[str]) -> int:
     _ = parser.add_argument("--second", type=int, help="repeat: the operation of the recovery")
     _ = parser.add_argument("--then", type=parse_choice, help="repeat: what survives of that")
     _ = parser.add_argument("--report", type=Path, help="write the report as Markdown here")
+    _ = parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(argv))
     target = None
     if options.cut is not None or options.choice is not None:
@@ -832,7 +850,7 @@ def main(argv: Sequence[str]) -> int:
     text = PAGE + "\n" + "\n".join(report.lines()) + "\n"
     if options.report is not None:
         _ = options.report.write_text(text, encoding="utf-8")
-    _ = sys.stdout.write(text)
+    _ = sys.stdout.write(report.document() if options.json else text)
     return report.exit_code
 
 
