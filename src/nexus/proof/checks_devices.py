@@ -113,9 +113,18 @@ def block_up(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(count * BLOCK_SIZE, device.size, "capacity on the device's side")
     demand_equal(evidence["block_count"], count, "capacity, by statefsd")
     demand_equal(trace.left.size, device.size, "bytes of the image")
-    first = hashlib.sha256(trace.left.first_block).hexdigest()
-    demand_equal(evidence["first_block"], first, "digest of the first sector")
     _touched_by_its_holder_alone(trace, device.name, "statefsd")
+    for boot in case.boots:
+        _first_sector(boot, line.text)
+
+
+def _first_sector(boot: Trace, text: str) -> None:
+    """What statefsd read first in a boot is what the boot before left: in the first one, nothing."""
+    lines = [each for each in boot.lines if (each.printer, each.text) == ("statefsd", text)]
+    demand(lines, f"no such line in boot {boot.number}")
+    before = boot.earlier[-1].left.first_block if boot.earlier else bytes(BLOCK_SIZE)
+    digest = hashlib.sha256(before).hexdigest()
+    demand_equal(lines[0].evidence["first_block"], digest, f"first sector, boot {boot.number}")
 
 
 def window_mapped(case: Case, trace: Trace, line: Line) -> None:

@@ -10,7 +10,7 @@ whole stream.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum, unique
 from typing import Any, Final
 
@@ -67,12 +67,13 @@ def demand_equal(found: object, expected: object, what: str) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """What a verdict is about: the scope, the plan as `nexus check` computes it from the system
-    file outside of the run, and what independent checks exist."""
+    file outside of the run, what independent checks exist, and, once it is judged, every boot."""
 
     scope: Scope
     plan: Plan
     checks: "Mapping[int, Check]"
     until: str | None = None
+    boots: tuple[Trace, ...] = ()
 
 
 Check = Callable[[Case, Trace, Line], None]
@@ -142,7 +143,7 @@ def judge(case: Case, *traces: Trace) -> Verdict:
 
 class _Judge:
     def __init__(self, case: Case, traces: Sequence[Trace]) -> None:
-        self._case = case
+        self._case = replace(case, boots=tuple(traces))
         self._traces = traces
         self._last = traces[-1]
         self._boots = boots_of(case.scope)

@@ -202,6 +202,7 @@ async def device_key_restarted(climb: Climb) -> Evidence:
     store = await climb.call(keystored, GetStore())
     note = StatePut(KEY_NOTE, after.public_key, Durability.DURABLE, 0)
     _ = await climb.call(climb.client("statefsd"), note)
+    _ = await climb.call(climb.testsvc, UseKeys(NAME))  # it too finds the new instance
 
     expect(after, before, "the device key after keystored's restart")
     expect(store.keygens, 0, "keys made by the new instance")

@@ -9,11 +9,14 @@ A change is staged, and answered when it is written: changes that arrive while o
 written with them, and nobody's change waits for anything but the device.
 """
 
+import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from hashlib import sha256
 from typing import Final, NamedTuple, Protocol, assert_never
 
-from nexus.abi import DeviceQuery, Nanos, ServiceId
-from nexus.drivers import BlockDevice, DeviceFault, Fault, open_block
+from nexus.abi import AbiError, ConsoleWrite, DeviceQuery, Nanos, ServiceId
+from nexus.drivers import BlockDevice, DeviceFault, Fault, VirtioBlock, open_block
 from nexus.ipc import Bulk, accept_bulk, offer_bulk
 from nexus.ipc import Context as Trace
 from nexus.log.line import FieldValue
@@ -145,6 +148,7 @@ class Statefsd:
         self._faults = 0  # of the device
         self._denied = 0
         self._told = 0  # damaged records that the log knows of
+        self._mapped = 0  # offered values, taken from the memory of others
         self._reads = 0
         self._writes = 0
         authority.before_asking = self._before_asking
@@ -199,6 +203,16 @@ class Statefsd:
             except DeviceFault as fault:
                 self._on_fault("close", fault)
 
+    def evidence(self) -> dict[str, str | int]:
+        """With the line that says it is ready."""
+        store = self._store
+        return {
+            "device": self._disk.name,
+            "backing": self._disk.backing,
+            "epoch": store.epoch,
+            "sequence": store.sequence,
+        }
+
     def facts(self) -> dict[str, int]:
         """The store as it is, and what was done in this instance's life."""
         store = self._opened
@@ -221,6 +235,7 @@ class Statefsd:
             "reads_total": self._reads,
             "writes_total": self._writes,
             "denied_total": self._denied,
+            "mappings_total": self._mapped,
             "clients": len(self._clients),
         }
 
@@ -274,6 +289,7 @@ class Statefsd:
         if not isinstance(bulk, Bulk):
             call.note("bulk", bulk.name.lower())
             raise call.refuse(StatefsdStatus.BAD_BULK)
+        self._mapped += 1
         value = bytes(bulk.view)
         await bulk.release()
         changes = [Change(request.key, value)]
@@ -586,6 +602,21 @@ def _check(call: Call, fault: StatefsdStatus | None) -> None:
         raise call.refuse(fault)
 
 
+async def _tell_up(device: VirtioBlock) -> None:
+    """Say what a device with registers was found to be; a console that is full hears nothing."""
+    identity = device.identity
+    evidence = {
+        "magic": identity.magic,
+        "version": identity.version,
+        "device_id": identity.device_id,
+        "features": identity.features,
+        "block_count": device.block_count,
+        "first_block": sha256(await device.read(0, 1)).hexdigest(),
+    }
+    with suppress(AbiError):
+        await ConsoleWrite("blk: virtio-blk up", json.dumps(evidence).encode())
+
+
 def made(context: Context) -> Statefsd:
     """statefsd on the device the system file gives it."""
 
@@ -594,7 +625,10 @@ def made(context: Context) -> Statefsd:
             raise Unusable('has no device: give it one in the system file, hardware = ["disk"]')
         (slot, *_) = context.boot.hardware
         info = await DeviceQuery(slot)
-        return Disk(info.name, info.backing, await open_block(slot))
+        device = await open_block(slot)
+        if isinstance(device, VirtioBlock):
+            await _tell_up(device)
+        return Disk(info.name, info.backing, device)
 
     settings = context.settings_as(Settings)
     return Statefsd(settings, context.authority, context.log, open_disk, context.send_given)
