@@ -717,6 +717,20 @@ def test_a_cut_from_outside_stops_everything_at_that_instant() -> None:
     assert set(kernel.resources().values()) == {0}
 
 
+def test_a_cut_that_is_asked_for_inside_a_task_comes_before_its_next_trap() -> None:
+    bench = driven()
+
+    async def holder(boot: BootImage) -> None:
+        await BlockWrite(boot.hardware[0], 0, ONES, await soon())
+        bench.kernel.cut_power()
+        await ConsoleWrite("never")
+
+    with pytest.raises(PowerCut):
+        bench.run(holder, on="disk")
+    assert bench.told(EventKind.CONSOLE) == []
+    assert bench.kernel.crashes == []
+
+
 def test_the_next_boot_finds_what_was_durable() -> None:
     bench = driven(DISK, secrets={("one", SecretBackend.FILE): b"kept"})
     disk = _cut(bench, Cut(flush=2, moment=Moment.BEFORE), _by_the_kernel)

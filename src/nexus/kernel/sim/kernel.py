@@ -398,13 +398,14 @@ class SimKernel:
         self.ipc.signal(signal)
 
     def cut_power(self, cut: Cut | None = None) -> None:
-        """Stop the whole device: now (from an action of `at`), or when that moment has come.
+        """Stop the whole device: before anybody's next step, or when that moment has come.
 
         The run then raises PowerCut.
         """
         if cut is None:
-            self.power.cut("from outside")
-        self.power.plan(cut)
+            self.at(self.clock.now, lambda: self.power.cut("from outside"))
+        else:
+            self.power.plan(cut)
 
     def port(self, name: str) -> SimPort:
         """The outer side of a port."""

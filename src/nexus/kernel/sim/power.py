@@ -73,7 +73,7 @@ class Power:
         self._counted.append(0)
 
     def cut(self, why: str) -> NoReturn:
-        """Cut the power now."""
+        """Cut the power now. For the kernel and the world outside: no task survives to catch it."""
         self._on_cut(why)
         self.off = True
         raise PowerCut(self._clock.now, why)
