@@ -36,6 +36,7 @@ from nexus.abi import (
     HardwareGrant,
     HardwareKind,
     Nanos,
+    Send,
     SpawnReason,
     Status,
 )
@@ -53,7 +54,7 @@ from nexus.kernel.linux.devices import (
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.hardware import Bus
 from nexus.kernel.linux.sight import bounds
-from nexus.testing.conformance.steps import ended_well, refused, soon, start
+from nexus.testing.conformance.steps import ended_well, refused, soon, start, take
 from tests.linux.ground import Ground, ground, mine
 
 __all__ = ["ground", "mine"]
@@ -181,6 +182,7 @@ def test_the_lock_is_the_holders_and_ends_with_it(ground: Ground) -> None:
     async def holds(boot: BootImage) -> None:
         (disk,) = boot.hardware
         await BlockWrite(disk, 0, ONES, await soon(), durable=True)
+        await take(boot.endpoint)
 
     async def root(boot: BootImage) -> bool:
         spawned = await start(boot, "holds", grants=WITH_DISK)
@@ -190,6 +192,7 @@ def test_the_lock_is_the_holders_and_ends_with_it(ground: Ground) -> None:
                 raise AssertionError("it is locked while it has a holder")
             except BlockingIOError:
                 pass
+            await Send(spawned.slot, b"end")
             await ended_well(spawned)
             fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return image.read(BLOCK_SIZE) == ONES
@@ -237,10 +240,12 @@ def test_a_holder_may_write_to_the_end_of_its_image_and_no_longer_file(mine: Gro
         last = (await DeviceQuery(disk)).block_count - 1
         await BlockWrite(disk, last, ONES, await soon(), durable=True)
         assert await BlockRead(disk, last, 1, await soon()) == ONES
+        await take(boot.endpoint)
 
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "holds", grants=WITH_DISK)
         limits = bounds(spawned.pid)
+        await Send(spawned.slot, b"end")
         await ended_well(spawned)
         return limits["Max file size"], limits["Max open files"]
 

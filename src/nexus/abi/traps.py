@@ -122,8 +122,9 @@ class Grants(NamedTuple):
 
     `threads` is how many further threads it may start. `ports` name doors to the outside
     (PortSend). `hardware` are devices of the bus map (DeviceQuery); `secret` is where its secret
-    is kept (SecretRead), and needs EXEC. Devices, `listen`, `connect` (TCP port numbers) and `streams` (AF_UNIX stream
-    pairs, which asyncio needs) are for programs with ordinary libraries and need EXEC.
+    is kept (SecretRead), and needs EXEC. `devices`, `listen`, `connect` (TCP port numbers) and
+    `streams` (AF_UNIX stream pairs, which asyncio needs) are for programs with ordinary libraries
+    and need EXEC.
     """
 
     isolation: Isolation = Isolation.FORK
