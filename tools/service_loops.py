@@ -31,6 +31,7 @@ EXCEPTIONS: Final = {
     ("demo/testsvc.py", "_flood_timed"): "a flood is its errand: it sends, and waits for nothing",
     ("demo/testsvc.py", "_fill_link"): "fills a link to its refusal, and reports that refusal",
     ("demo/testsvc.py", "_drop_answers"): "empties an inbox: each turn takes another message",
+    ("keystored/vault.py", "_listed"): "reads page after page: each call asks for other keys",
     ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
     ("selftest/climb.py", "links"): "reads page after page: each call asks for other rows",
     ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",

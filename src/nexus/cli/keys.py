@@ -1,4 +1,4 @@
-"""`nexus keys`: the device key of a running system, as operator may use it; never the private half."""
+"""`nexus keys`: the device key of a running system, as operator may use it; never its seed."""
 
 import sys
 from collections.abc import Mapping

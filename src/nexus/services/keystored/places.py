@@ -1,4 +1,4 @@
-"""Where keystored gets what it stands on: records of statefsd, entropy of rngd, the kernel's secret.
+"""What keystored stands on: records of statefsd, entropy of rngd, the kernel's secret.
 
 Nothing here keeps a copy, and nothing stands in for what is not there: every failure is Unusable.
 A write counts when statefsd says that it is durable.

@@ -62,7 +62,7 @@ class Vault:
         self.opened = False  # statefsd has answered, and it is known how it stands with the keys
         self.keygens = 0
         self.rotations = 0  # finished, in this instance's life
-        self.damaged = 0  # records that a rotation could not open
+        self.damaged = 0  # how often a rotation could not open a record
 
     @property
     def number(self) -> int:
@@ -175,13 +175,18 @@ class Vault:
 
     async def has_room(self, prefix: bytes, path: bytes, count_max: int, until: Nanos) -> bool:
         """Whether `path` is one of at most `count_max` keys below `prefix`, or can become one."""
+        found = await self._listed(prefix, count_max, until)
+        return path in found or len(found) < count_max
+
+    async def _listed(self, prefix: bytes, count_max: int, until: Nanos) -> list[bytes]:
+        """The keys below `prefix`; if there are more than `count_max`, more than `count_max`."""
         found: list[bytes] = []
         more = True
         while more and len(found) <= count_max:
             keys, more = await self._records.page(prefix, found[-1] if found else b"", until)
             found += keys
             more = more and bool(keys)
-        return path in found or len(found) < count_max
+        return found
 
     # ------------------------------------------------------------------ the device key
 
@@ -240,39 +245,30 @@ class Vault:
     async def _finish(self, wrapping: Wrapping, until: Nanos) -> int:
         """Seal with the new key what is not yet, and then forget the old one."""
         current = wrapping.current
+        paths = await self._listed(ROOT, RECORDS_MAX, until)
+        if len(paths) > RECORDS_MAX:
+            raise unavailable("too many records")
         batch: dict[bytes, bytes] = {}
-        size, seen, damaged, after, more = 0, 0, 0, b"", True
-        while more:
-            keys, more = await self._records.page(ROOT, after, until)
-            for path in keys:
-                record = await self._resealed(wrapping, path, until)
-                if record is None:
-                    damaged += 1
-                    continue
-                if not record:
-                    continue
-                weight = len(path) + len(record) + CHANGE_OVERHEAD
-                if size + weight > PACKED_MAX or len(batch) >= BATCH_MAX:
-                    await self._records.put(batch, until)
-                    batch, size = {}, 0
+        size = 0
+        for path in paths:
+            record = await self._resealed(wrapping, path, until)
+            weight = len(path) + len(record) + CHANGE_OVERHEAD
+            if size + weight > PACKED_MAX or len(batch) >= BATCH_MAX:
+                await self._records.put(batch, until)
+                batch, size = {}, 0
+            if record:
                 batch[path] = record
                 size += weight
-            after = keys[-1] if keys else after
-            more = more and bool(keys)
-            seen += len(keys)
-            if seen > RECORDS_MAX:
-                raise unavailable("too many records")
         if batch:
             await self._records.put(batch, until)
         await self._replace(Wrapping(keys=(current,), device=wrapping.device))
         for key in wrapping.keys[:-1]:
             key.secret.wipe()
         self.rotations += 1
-        self.damaged += damaged
         return current.number
 
-    async def _resealed(self, wrapping: Wrapping, path: bytes, until: Nanos) -> bytes | None:
-        """The record under the new key; b"" if it is already, or is gone; None if it is damaged.
+    async def _resealed(self, wrapping: Wrapping, path: bytes, until: Nanos) -> bytes:
+        """The record under the new key; b"" if there is nothing to write.
 
         An entry that no key opens is left as it is. The device key's stops the rotation: with both
         wrapping keys kept, whatever can still be done for it can be done.
@@ -290,7 +286,8 @@ class Vault:
             fault = raised
         if path == DEVICE_PATH or fault.status is not KeystoredStatus.CORRUPTED:
             raise fault
-        return None
+        self.damaged += 1
+        return b""
 
     async def _ensured(self, until: Nanos) -> Wrapping:
         """The wrapping keys, safe to seal with; the first is made here, when nothing is sealed."""
