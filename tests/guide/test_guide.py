@@ -12,8 +12,9 @@ PAGES = Path(__file__).parents[2] / "docs" / "guide"
 
 
 @pytest.mark.linux
-def test_the_first_system_is_what_the_page_shows() -> None:
-    page = PAGES / "first-system.md"
+@pytest.mark.parametrize("name", ["first-system", "state"])
+def test_a_page_shows_what_the_commands_print(name: str) -> None:
+    page = PAGES / f"{name}.md"
     python = python_of(os.getuid())
     assert python is not None
     with machine(os.getuid(), python) as host:
