@@ -2,6 +2,7 @@
 
 A device has one holder at a time, from its spawn to its end. When the holder dies its mappings
 end, the device is reset, and only then are the pages it could write zeroed and given away.
+Those pages are the bus's own, set aside with the device and charged to nobody.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
