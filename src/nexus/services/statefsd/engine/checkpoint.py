@@ -11,7 +11,9 @@ In memory a checkpoint is a few large byte strings and two arrays, whatever the 
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from struct import Struct
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -31,7 +33,6 @@ from nexus.services.statefsd.engine.layout import (
 from nexus.services.statefsd.engine.record import (
     KEY_AT,
     KEY_SIZE_AT,
-    KIND_AT,
     OFFSET,
     VALUE_SIZE_AT,
     Kind,
@@ -48,6 +49,10 @@ STEP_SIZE: Final = 64 * 1024  # bytes written in a step
 STEP_RECORDS: Final = 512  # records copied in a step; about a millisecond
 BAD_BLOCKS_MAX: Final = 64  # unreadable blocks that are taken for damage; more are a dead device
 
+_PROBES: Final = range(PROBES_MAX)
+_FIELDS: Final = Struct("<8xQ8xBB2xI").unpack_from  # sequence, kind, sizes of key and value
+_DAMAGED: Final = int(Kind.DAMAGED)
+
 assert 1 << SEGMENT_SHIFT == SEGMENT_SIZE
 assert array("I").itemsize == 4, "offsets stand as 32 bits"
 assert array("Q").itemsize == 8, "slots stand as 64 bits"
@@ -58,6 +63,9 @@ class Entry(NamedTuple):
 
     value: bytes
     sequence: int
+
+
+_entry: Final[Callable[[tuple[bytes, int]], Entry]] = partial(tuple.__new__, Entry)
 
 
 class Gone(NamedTuple):
@@ -110,25 +118,26 @@ class Checkpoint:
         """The offset of the record of a key, -1 if there is none."""
         slots, table = self._slots, self._table
         slot = key_hash % slots
-        for _ in range(PROBES_MAX):
+        for _ in _PROBES:
             entry = table[slot]
             if not entry:
                 return -1
             if entry >> 32 == key_hash:
                 offset = (entry & OFFSET_MASK) - 1
-                if 0 <= offset < self._size and self._is_at(offset, key):
-                    return offset
+                if self._size > offset >= 0:
+                    segment = self._segments[offset >> SEGMENT_SHIFT]
+                    at = offset & SEGMENT_MASK
+                    if self._bad and offset in self._bad:
+                        if self._bad[offset].key == key:
+                            return offset
+                    elif segment.startswith(key, at + KEY_AT) and segment[at + KEY_SIZE_AT] == len(
+                        key
+                    ):
+                        return offset
             slot += 1
             if slot == slots:
                 slot = 0
         return self._search(key)
-
-    def _is_at(self, offset: int, key: bytes) -> bool:
-        segment = self._segments[offset >> SEGMENT_SHIFT]
-        at = offset & SEGMENT_MASK
-        if self._bad and offset in self._bad:
-            return self._bad[offset].key == key
-        return segment.startswith(key, at + KEY_AT) and segment[at + KEY_SIZE_AT] == len(key)
 
     def _search(self, key: bytes) -> int:
         index = bisect_left(_Keys(self), key)
@@ -142,22 +151,22 @@ class Checkpoint:
             return self._bad[offset]
         segment = self._segments[offset >> SEGMENT_SHIFT]
         at = offset & SEGMENT_MASK
-        start = at + KEY_AT + segment[at + KEY_SIZE_AT]
-        size = int.from_bytes(segment[at + VALUE_SIZE_AT : at + KEY_AT], "little")
-        value = segment[start : start + size]
-        sequence = int.from_bytes(segment[at + 8 : at + 16], "little")
-        if segment[at + KIND_AT] == Kind.DAMAGED:
+        sequence, kind, key_size, value_size = _FIELDS(segment, at)
+        start = at + KEY_AT + key_size
+        value = segment[start : start + value_size]
+        if kind == _DAMAGED:
             return lost_of(segment[at + KEY_AT : start], value, sequence)
-        return Entry(value, sequence)
+        return _entry((value, sequence))
 
     def size_at(self, offset: int) -> int:
         """Bytes of key and value of the record at an offset that `find` gave."""
         if self._bad and offset in self._bad:
             return len(self._bad[offset].key) + OFFSET.size
-        segment = self._segments[offset >> SEGMENT_SHIFT]
-        at = offset & SEGMENT_MASK
-        size = int.from_bytes(segment[at + VALUE_SIZE_AT : at + KEY_AT], "little")
-        return segment[at + KEY_SIZE_AT] + size
+        _, _, key_size, value_size = _FIELDS(
+            self._segments[offset >> SEGMENT_SHIFT], offset & SEGMENT_MASK
+        )
+        size: int = key_size + value_size
+        return size
 
     def key_at(self, index: int) -> bytes:
         """The key of the record at an index of the order."""
@@ -233,7 +242,7 @@ def insert(table: "array[int]", key_hash: int, offset: int) -> None:
     """Put a record into the table, unless all of its places are taken: the order has it too."""
     slots = len(table)
     slot = key_hash % slots
-    for _ in range(PROBES_MAX):
+    for _ in _PROBES:
         if not table[slot]:
             table[slot] = (key_hash << 32) | (offset + 1)
             return

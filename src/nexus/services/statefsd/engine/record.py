@@ -14,8 +14,8 @@ from nexus.services.statefsd.engine.limits import VALUE_SIZE_MAX
 
 _TAIL: Final = Struct("<IQQBBHI")  # the head behind its checksum
 _HEAD: Final = Struct("<IIQQBBHI")
-KIND_AT: Final = 24  # offsets in a record, for who looks at one field
-KEY_SIZE_AT: Final = 25
+_pack: Final = _TAIL.pack
+KEY_SIZE_AT: Final = 25  # offsets in a record, for who looks at one field
 VALUE_SIZE_AT: Final = 28
 KEY_AT: Final = RECORD_HEAD_SIZE
 CRC_SIZE: Final = 4
@@ -50,8 +50,8 @@ class Head(NamedTuple):
 
 def encode_record(sequence: int, epoch: int, kind: int, key: bytes, value: bytes) -> bytes:
     """The bytes of a record."""
-    tail = _TAIL.pack(crc32c(value), sequence, epoch, kind, len(key), 0, len(value)) + key
-    return crc32c(tail).to_bytes(CRC_SIZE, "little") + tail + value
+    tail = _pack(crc32c(value), sequence, epoch, kind, len(key), 0, len(value)) + key
+    return crc32c(tail).to_bytes(4, "little") + tail + value
 
 
 def parse_head(data: bytes, at: int, end: int) -> Head | None:

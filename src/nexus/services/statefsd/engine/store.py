@@ -16,8 +16,9 @@ the next checkpoint is built, that one too.
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from heapq import merge
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -71,6 +72,7 @@ from nexus.services.statefsd.engine.limits import (
     KEY_SIZE_MAX,
     ROOT,
     VALUE_SIZE_MAX,
+    Quota,
     StoreLimits,
     area_of,
 )
@@ -108,16 +110,27 @@ class Usage(NamedTuple):
     keys: int
 
 
-class Undo(NamedTuple):
-    """What one staged change replaced."""
+class Area:
+    """What an area takes, and what it may take."""
 
-    key: bytes
-    held: Held | None  # what `_overlay` had of it
-    area: bytes
-    size: int  # by how much the area grew
-    keys: int
-    hashed: Lost | None  # what `_hashes` had of it
-    key_hash: int
+    __slots__ = ("keys", "keys_max", "reserve", "size", "size_max")
+
+    def __init__(self, quota: Quota, reserve: int) -> None:
+        self.size = 0
+        self.keys = 0
+        self.size_max = quota.size
+        self.keys_max = quota.keys
+        self.reserve = reserve
+
+    @property
+    def claimed(self) -> int:
+        """Bytes nobody else can have: used, or reserved."""
+        return max(self.size, self.reserve)
+
+
+Undo: TypeAlias = tuple[bytes, Held | None, Area, int, int, Lost | None, int]
+"""What one staged change replaced: key, what `_overlay` had of it, the area, by how many bytes and
+keys it grew, what `_hashes` had of it, the key's hash. Bare, since every change makes one."""
 
 
 class Unit:
@@ -164,8 +177,10 @@ class Store:
         self._checkpoint: Checkpoint = EMPTY
         self._frozen: dict[bytes, Held] = {}  # changes that the next checkpoint takes in
         self._overlay: dict[bytes, Held] = {}  # changes since
-        self._areas: dict[bytes, Usage] = {}
-        self._claimed = sum(limits.reserves.values())  # used, and what is reserved and not used
+        self._areas: dict[bytes, Area] = {}  # those with a reserve, and those that took something
+        self._claimed = 0  # bytes used, and reserved and not used
+        for area in limits.reserves:
+            self._claimed += self._area(area).claimed
         self._requests = Requests(limits.clients_kept, limits.requests_kept)
         self._hashes: dict[int, Lost] = {}
         self._units: list[Unit] = []  # staged
@@ -252,14 +267,14 @@ class Store:
         if meta.areas is None or loaded.damaged:
             return True
         for area, (size, keys) in meta.areas.items():
-            self._grow(area, size, keys)
+            self._grow(self._area(area), size, keys)
         return False
 
     def _count_areas(self) -> None:
         checkpoint = self._checkpoint
         for index in range(len(checkpoint)):
             size = RECORD_COST + checkpoint.size_at(checkpoint.offset_at(index))
-            self._grow(area_of(checkpoint.key_at(index)), size, 1)
+            self._grow(self._area(area_of(checkpoint.key_at(index))), size, 1)
 
     def _replay_one(self, record: Read) -> None:
         if record.lost is not None and not record.key:
@@ -284,7 +299,7 @@ class Store:
         before = self._cost(record.key, key_hash)
         after = _cost_of(record.key, held)
         keys = bool(after) - bool(before)
-        self._grow(area_of(record.key), after - before, keys)
+        self._grow(self._area(area_of(record.key)), after - before, keys)
         self.key_count += keys
         if record.key not in self._overlay:
             self._unsorted.append(record.key)
@@ -367,11 +382,12 @@ class Store:
 
     def usage(self, area: bytes) -> Usage:
         """What an area takes."""
-        return self._areas.get(area, _NOTHING)
+        row = self._areas.get(area)
+        return _NOTHING if row is None else Usage(row.size, row.keys)
 
     def areas(self) -> set[bytes]:
         """The areas with a key in them."""
-        return {area for area, usage in self._areas.items() if usage.keys}
+        return {area for area, row in self._areas.items() if row.keys}
 
     # ------------------------------------------------------------ reading
 
@@ -481,58 +497,53 @@ class Store:
             before = self.applied(client, request_id)
             if before is not None:
                 return before
-        first = len(self._undo)
+        undo, overlay = self._undo, self._overlay
+        first = len(undo)
         records: list[bytes] = []
         entries: list[bytes] = []
-        sequence, claimed, areas = self.sequence, self._claimed, len(self._areas)
-        size = 0
+        sequence, claimed = self.sequence, self._claimed
         epoch = self._found.epoch
         for key, value in changes:
             assert 1 <= len(key) <= KEY_SIZE_MAX, "a key is 1 to KEY_SIZE_MAX bytes"
             key_hash = crc32c(key)
-            cost = self._cost(key, key_hash)
+            old = overlay.get(key)
+            cost = self._cost(key, key_hash) if old is None else _cost_of(key, old)
             held: Held
             if value is None:
                 if not cost and key_hash not in self._hashes:
                     continue
                 sequence += 1
                 held, after = Gone(sequence), 0
-                record = encode_record(sequence, epoch, Kind.DELETE, key, b"")
+                record = encode_record(sequence, epoch, _DELETE, key, b"")
             else:
                 assert len(value) <= VALUE_SIZE_MAX, "a value is at most VALUE_SIZE_MAX bytes"
                 sequence += 1
-                held = Entry(value, sequence)
+                held = _entry((value, sequence))
                 after = RECORD_COST + len(key) + len(value)
-                record = encode_record(sequence, epoch, Kind.PUT, key, value)
+                record = encode_record(sequence, epoch, _PUT, key, value)
             records.append(record)
             entries.append(encode_entry(len(record), key_hash))
-            size += len(record) + ENTRY_SIZE
             keys = (after > 0) - (cost > 0)
             area = area_of(key)
-            self._undo.append(
-                Undo(
-                    key,
-                    self._overlay.get(key),
-                    area,
-                    after - cost,
-                    keys,
-                    self._hashes.pop(key_hash, None) if self._hashes else None,
-                    key_hash,
-                )
-            )
-            if self._undo[-1].held is None:
+            row = self._areas.get(area) or self._area(area)
+            hashed = self._hashes.pop(key_hash, None) if self._hashes else None
+            undo.append((key, old, row, after - cost, keys, hashed, key_hash))
+            if old is None:
                 self._unsorted.append(key)
-            self._overlay[key] = held
-            self.key_count += keys
-            self._grow(area, after - cost, keys)
+            overlay[key] = held
+            if keys:
+                self.key_count += keys
+            if after != cost:
+                self._grow(row, after - cost, keys)
         if request_id:
             sequence += 1
             key = REQUEST_KEY.pack(client, request_id)
             records.append(encode_record(sequence, epoch, Kind.REQUEST, key, b""))
             entries.append(encode_entry(REQUEST_SIZE, 0))
-            size += REQUEST_SIZE + ENTRY_SIZE
+        size = len(records[0]) if len(records) == 1 else sum(map(len, records))
+        size += ENTRY_SIZE * len(records)
         try:
-            self._check(first, claimed, areas, size)
+            self._check(first, claimed, size)
         except (OverQuota, StoreFull):
             self._take_back(first)
             raise
@@ -544,41 +555,37 @@ class Store:
             unit.records += records
             unit.entries += entries
             unit.size += size
-            unit.undo_count += len(self._undo) - first
+            unit.undo_count += len(undo) - first
             self.sequence = sequence
             if request_id:
                 unit.requests.append((client, request_id, sequence))
                 self._staged_requests[client, request_id] = sequence
-        return Applied(sequence, repeated=False)
+        return _applied((sequence, False))
 
-    def _check(self, first: int, claimed: int, areas: int, size: int) -> None:
+    def _check(self, first: int, claimed: int, size: int) -> None:
         """Whether what was staged from `first` on is within every limit."""
         if size + FRAME_SIZE > self._commit_max:
             raise StoreFull(f"{size} bytes are more than one commit of this device takes")
         if self._claimed > self.capacity and self._claimed > claimed:
             raise StoreFull(f"{self.capacity} bytes are taken or reserved")
         undo = self._undo
+        new_area = False
         if len(undo) - first == 1:
-            grown = undo[first]
-            if grown.size > 0:
-                self._check_area(grown.area, grown.size, grown.keys)
-        elif len(undo) > first:
-            sums: dict[bytes, tuple[int, int]] = {}
-            for each in undo[first:]:
-                size_sum, keys_sum = sums.get(each.area, (0, 0))
-                sums[each.area] = size_sum + each.size, keys_sum + each.keys
-            for area, (size_sum, keys_sum) in sums.items():
-                self._check_area(area, size_sum, keys_sum)
-        if len(self._areas) > max(areas, self.limits.areas_max):
+            _, _, row, grown, keys, _, _ = undo[first]
+            if grown <= 0:
+                return
+            _check_area(row, grown, keys)
+            new_area = keys > 0 and row.keys == 1
+        else:
+            sums: dict[Area, tuple[int, int]] = {}
+            for _, _, row, size_each, keys_each, _, _ in undo[first:]:
+                grown, keys = sums.get(row, (0, 0))
+                sums[row] = grown + size_each, keys + keys_each
+            for row, (grown, keys) in sums.items():
+                _check_area(row, grown, keys)
+                new_area = new_area or row.keys == keys > 0
+        if new_area and len(self.areas()) > self.limits.areas_max:
             raise StoreFull(f"{self.limits.areas_max} areas have keys in them")
-
-    def _check_area(self, area: bytes, size: int, keys: int) -> None:
-        quota = self.limits.quotas.get(area, self.limits.quota)
-        usage = self._areas.get(area, _NOTHING)
-        if (size > 0 and usage.size > quota.size) or (keys > 0 and usage.keys > quota.keys):
-            raise OverQuota(
-                f"{usage.size} bytes and {usage.keys} keys, of {quota.size} and {quota.keys}"
-            )
 
     def _cost(self, key: bytes, key_hash: int) -> int:
         """Bytes the live record of a key counts for; 0 if there is none."""
@@ -590,20 +597,20 @@ class Store:
         offset = self._checkpoint.find(key, key_hash)
         return RECORD_COST + self._checkpoint.size_at(offset) if offset >= 0 else 0
 
-    def _grow(self, area: bytes, size: int, keys: int) -> None:
+    def _area(self, area: bytes) -> Area:
+        row = self._areas.get(area)
+        if row is None:
+            quota = self.limits.quotas.get(area, self.limits.quota)
+            row = self._areas[area] = Area(quota, self.limits.reserves.get(area, 0))
+        return row
+
+    def _grow(self, row: Area, size: int, keys: int) -> None:
         """An area grows, or shrinks."""
-        before = self._areas.get(area, _NOTHING)
-        after = Usage(before.size + size, before.keys + keys)
-        if after == _NOTHING:
-            _ = self._areas.pop(area, None)
-        else:
-            self._areas[area] = after
         self.used += size
-        reserve = self.limits.reserves.get(area)
-        if reserve is None:
-            self._claimed += size
-        else:
-            self._claimed += max(after.size, reserve) - max(before.size, reserve)
+        self._claimed -= row.claimed if row.reserve else row.size
+        row.size += size
+        row.keys += keys
+        self._claimed += row.claimed if row.reserve else row.size
 
     def _take_back(self, first: int) -> None:
         """Undo staged changes, from the `first` on."""
@@ -617,6 +624,8 @@ class Store:
                 self._hashes[key_hash] = hashed
             self.key_count -= keys
             self._grow(area, -size, -keys)
+            if not (area.keys or area.reserve):
+                _ = self._areas.pop(area_of(key), None)
         self._order, self._unsorted = [], list(self._overlay)
 
     # ------------------------------------------------------------ committing
@@ -772,19 +781,20 @@ class Store:
         frozen = self._overlay
         overlay: dict[bytes, Held] = {}
         keys = 0
-        areas = {area: (usage.size, usage.keys) for area, usage in self._areas.items()}
+        areas = {row: (row.size, row.keys) for row in self._areas.values()}
         first: dict[bytes, Held | None] = {}
-        for each in self._undo:
-            keys += each.keys
-            size_now, keys_now = areas.get(each.area, _NOTHING)
-            areas[each.area] = size_now - each.size, keys_now - each.keys
-            if each.key not in first:
-                first[each.key] = each.held
+        for key, held, row, size, key_delta, _, _ in self._undo:
+            keys += key_delta
+            size_now, keys_now = areas[row]
+            areas[row] = size_now - size, keys_now - key_delta
+            if key not in first:
+                first[key] = held
         if first:
-            undo = []
+            undo: list[Undo] = []
             for each in self._undo:
-                undo.append(each._replace(held=None) if each.key not in overlay else each)
-                overlay[each.key] = frozen[each.key]
+                key = each[0]
+                undo.append(each if key in overlay else (key, None, *each[2:]))
+                overlay[key] = frozen[key]
             self._undo = undo
             for key, held in first.items():
                 if held is None:
@@ -794,7 +804,15 @@ class Store:
         self._frozen, self._overlay = frozen, overlay
         self._frozen_order = sorted(frozen)
         self._order, self._unsorted = [], list(overlay)
-        self._mark_areas = {area: usage for area, usage in areas.items() if usage != _NOTHING}
+        self._mark_areas = {
+            area: areas[row] for area, row in self._areas.items() if areas[row] != (0, 0)
+        }
+        staged = {each[2] for each in self._undo}
+        self._areas = {  # nobody makes it grow with areas that come and go
+            area: row
+            for area, row in self._areas.items()
+            if row.keys or row.reserve or row in staged
+        }
         found = self._found
         area = 0 if found.active != 0 else 1
         self._mark = Mark(self._committed, self._head, self._ring_used, self._place.chain)
@@ -856,7 +874,8 @@ class Store:
     def _encoded_meta(self, builder: Builder) -> bytes:
         """The meta as of the mark; on a device without room for all of it, with fewer requests."""
         areas: dict[bytes, tuple[int, int]] | None = self._mark_areas
-        hashes = {**self._hashes, **{u.key_hash: u.hashed for u in self._undo if u.hashed}}
+        staged = {key_hash: lost for *_, lost, key_hash in self._undo if lost is not None}
+        hashes = {**self._hashes, **staged}
         requests, lost = self.limits.requests_kept, self.lost
         while True:
             meta = msgspec.msgpack.encode(
@@ -884,6 +903,19 @@ class Store:
 
 
 _NOTHING: Final = Usage(0, 0)
+# Two calls less for each change than by the classes' own constructors.
+_entry: Final[Callable[[tuple[bytes, int]], Entry]] = partial(tuple.__new__, Entry)
+_applied: Final[Callable[[tuple[int, bool]], Applied]] = partial(tuple.__new__, Applied)
+_PUT: Final = int(Kind.PUT)
+_DELETE: Final = int(Kind.DELETE)
+
+
+def _check_area(row: Area, size: int, keys: int) -> None:
+    """Whether an area may have grown by so much."""
+    if (size > 0 and row.size > row.size_max) or (keys > 0 and row.keys > row.keys_max):
+        raise OverQuota(
+            f"{row.size} bytes and {row.keys} keys, of {row.size_max} and {row.keys_max}"
+        )
 
 
 def _cost_of(key: bytes, held: Held) -> int:
