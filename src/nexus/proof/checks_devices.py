@@ -13,7 +13,7 @@ from nexus.kernel.sim.bus import BUS_BASE
 from nexus.kernel.sim.virtio import FEATURE_VERSION_1
 from nexus.proof.checks import healthy, hex_of, measured, of_init
 from nexus.proof.trace import Line, Trace
-from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
+from nexus.proof.verdict import Case, Check, demand, demand_equal
 from nexus.protocols.ladder import SELFTEST, Ground
 from nexus.protocols.rngd import DRAW_RIGHT, DRAW_SIZE_MAX
 
@@ -30,12 +30,15 @@ def _device_of(case: Case, service: str, kind: HardwareKind) -> Hardware:
     return found[0]
 
 
-def _granted_to(trace: Trace, device: str) -> list[str]:
-    """Who has a device, by init's grant table."""
+def granted(trace: Trace, device: str, right: str, holders: list[str]) -> None:
+    """By init's grant table these services have the device, and nobody else. A run that is cut or
+    fails before the system is ready does not see that table: then another rung is red."""
     ready = of_init(trace, "init: ready")
     if ready is None:
-        raise Mismatch("init has not said which grants there are")
-    return [row[0] for row in ready.evidence["grants"] if row[2] == f"window {device}"]
+        return
+    rows = [row for row in ready.evidence["grants"] if row[2] == f"window {device}"]
+    wanted = [[holder, right, f"window {device}", "allow"] for holder in holders]
+    demand_equal(rows, wanted, f"init's grants of {device}")
 
 
 def _told_by(trace: Trace, device: str, what: str = "") -> list[tuple[int, Event]]:
@@ -47,11 +50,11 @@ def _told_by(trace: Trace, device: str, what: str = "") -> list[tuple[int, Event
     ]
 
 
-def _touched_by_its_holder_alone(trace: Trace, device: str, service: str) -> None:
-    demand_equal(_granted_to(trace, device), [service], f"holders of {device}")
+def _touched_by_its_holder_alone(trace: Trace, device: Hardware, service: str) -> None:
+    granted(trace, device.name, MMIO_RIGHTS[device.kind], [service])
     pids = {event.pid for _, event in trace.spawns(service)}
-    others = {event.pid for _, event in _told_by(trace, device) if event.pid not in pids}
-    demand(not others, f"{device} was used by {sorted(others)}, {service} is {sorted(pids)}")
+    others = {event.pid for _, event in _told_by(trace, device.name) if event.pid not in pids}
+    demand(not others, f"{device.name} was used by {sorted(others)}, {service} is {sorted(pids)}")
 
 
 def _live(trace: Trace, line: Line, device: Hardware) -> Mapping[str, Any]:
@@ -73,10 +76,7 @@ def rngd_ready(case: Case, trace: Trace, line: Line) -> None:
     demand(facts["start_tests_passed_total"] >= 1, "no start-up test has passed")
     device = _device_of(case, "rngd", HardwareKind.ENTROPY)
     demand_equal(line.evidence["source"], _backing(case, device), "source")
-    demand_equal(_granted_to(trace, device.name), ["rngd"], f"holders of {device.name}")
-    wanted = ["rngd", MMIO_RIGHTS[device.kind], f"window {device.name}", "allow"]
-    ready = of_init(trace, "init: ready")
-    demand(ready and wanted in ready.evidence["grants"], f"init's table has no {wanted}")
+    granted(trace, device.name, MMIO_RIGHTS[device.kind], ["rngd"])
 
 
 def _backing(case: Case, device: Hardware) -> str:
@@ -95,7 +95,7 @@ def legacy_refused(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(line.evidence["transports"], [[each.name, 1] for each in old], "refused ones")
     demand_equal(line.evidence["granted"], [], "holders by init's record")
     for each in old:
-        demand_equal(_granted_to(trace, each.name), [], f"holders of {each.name}")
+        granted(trace, each.name, MMIO_RIGHTS[each.kind], [])
         entries = [event.fields for _, event in _told_by(trace, each.name)]
         touched = [entry for entry in entries if entry.get("value") != 0]
         demand(not touched, f"{each.name} has recorded {touched}")
@@ -113,7 +113,7 @@ def block_up(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(count * BLOCK_SIZE, device.size, "capacity on the device's side")
     demand_equal(evidence["block_count"], count, "capacity, by statefsd")
     demand_equal(trace.left.size, device.size, "bytes of the image")
-    _touched_by_its_holder_alone(trace, device.name, "statefsd")
+    _touched_by_its_holder_alone(trace, device, "statefsd")
     for boot in case.boots:
         _first_sector(boot, line.text)
 
@@ -142,7 +142,7 @@ def window_mapped(case: Case, trace: Trace, line: Line) -> None:
     demand(DRAW_SIZE_MAX in sizes, f"the device delivered {sizes}, and no full draw")
     demand_equal(evidence["asked"], DRAW_SIZE_MAX, "bytes of a full draw")
     demand(1 <= evidence["full_draws"] <= sizes.count(DRAW_SIZE_MAX), "full draws, by rngd")
-    _touched_by_its_holder_alone(trace, device.name, "rngd")
+    _touched_by_its_holder_alone(trace, device, "rngd")
 
 
 def rngd_policy_allow(_case: Case, trace: Trace, line: Line) -> None:
@@ -220,7 +220,7 @@ def mmio_map(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(evidence["device"], device.name, "device")
     demand_equal(evidence["registers"], [VIRTIO_MAGIC, VIRTIO_VERSION, 0], "registers")
     demand_equal(evidence["length"], PAGE_SIZE, "bytes of the window")
-    demand_equal(_granted_to(trace, device.name), [SELFTEST], f"holders of {device.name}")
+    granted(trace, device.name, MMIO_RIGHTS[device.kind], [SELFTEST])
     used = {
         event.fields.get("name")
         for _, event in trace.of_kind(EventKind.DEVICE)

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from nexus.abi import HardwareKind
 from nexus.init.grants import MMIO_RIGHTS
-from nexus.proof.checks import healthy, of_init
+from nexus.proof.checks import healthy
+from nexus.proof.checks_devices import granted
 from nexus.proof.remains import Kept, Remains
 from nexus.proof.trace import Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
@@ -59,7 +60,7 @@ def _openings(trace: Trace, since: int) -> int:
 
 
 def statefsd_ready(case: Case, trace: Trace, line: Line) -> None:
-    """#34: open on the granted device, in every boot where the disk says that it left off."""
+    """#34: open on the granted device: what it says of its store is what is on the disk."""
     facts = healthy(case, trace, line)
     demand_equal(facts["store_open"], 1, "store_open")
     demand_equal([facts["epoch"]], [line.evidence["epoch"]], "epoch, on two ways")
@@ -69,20 +70,17 @@ def statefsd_ready(case: Case, trace: Trace, line: Line) -> None:
         if grant.kind is HardwareKind.BLOCK
     ]
     demand_equal([line.evidence["device"]], names, "device")
-    wanted = [STATEFSD, MMIO_RIGHTS[HardwareKind.BLOCK], f"window {names[0]}", "allow"]
-    ready = of_init(trace, "init: ready")
-    demand(ready and wanted in ready.evidence["grants"], f"init's table has no {wanted}")
+    granted(trace, names[0], MMIO_RIGHTS[HardwareKind.BLOCK], [STATEFSD])
     left = _left(trace)
     demand_equal(left.epoch, line.evidence["epoch"] + _openings(trace, line.place), "epoch on disk")
     demand(left.sequence >= line.evidence["sequence"], "the disk is behind what was there")
-    for boot in case.boots[1:]:
-        _goes_on(boot, line.text)
 
 
-def _goes_on(boot: Trace, text: str) -> None:
-    """A later boot opens what the boot before it left."""
+def _goes_on(boot: Trace) -> None:
+    """statefsd has opened what the boot before left."""
+    text = rung(34).marker
     lines = [each for each in boot.lines if (each.printer, each.text) == (STATEFSD, text)]
-    demand(lines, f"no such line in boot {boot.number}")
+    demand(lines, f"no {text!r} in boot {boot.number}")
     left = _left(boot.earlier[-1])
     demand_equal(lines[0].evidence["epoch"], left.epoch + 1, f"epoch, boot {boot.number}")
     demand_equal(lines[0].evidence["sequence"], left.sequence, f"sequence, boot {boot.number}")
@@ -142,6 +140,7 @@ def persist_reboot(case: Case, trace: Trace, line: Line) -> None:
         demand_equal(evidence[what], found, f"{what} between the boots, against boot 1")
     demand(evidence["boot_id"] != before["boot_id"], "the boot has the id of the one before")
     demand(any(bytes.fromhex(evidence["boot_id"])), "the boot has no id")
+    _goes_on(trace)
     _all_new(case, trace, evidence["pids"])
 
 

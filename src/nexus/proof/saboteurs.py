@@ -7,12 +7,13 @@ from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
 from nexus.proof.plants_policy import SABOTEURS as POLICY
 from nexus.proof.plants_selftest import SABOTEURS as SELFTEST
+from nexus.proof.plants_state import SABOTEURS as STATE
 from nexus.proof.sabotage import NoSuchSaboteur, Saboteur, replace
 from nexus.protocols.ladder import RUNGS, Ground
 
 __all__ = ["SABOTEURS", "NoSuchSaboteur", "Saboteur", "find", "replace"]
 
-SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *DEVICES, *SELFTEST)
+SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *DEVICES, *SELFTEST, *STATE)
 
 
 def find(number: int, ground: Ground) -> Saboteur:

@@ -268,10 +268,10 @@ async def persist(climb: Climb) -> Evidence:
     record = await climb.up_again("statefsd", old.generation + 1)
     new = await climb.task("statefsd")
     _ = await statefsd.call(Get(KEPT_KEY), await climb.ahead(CALL_WAIT))  # ends with the old link
-    got = await climb.call(statefsd, Get(KEPT_KEY))
-    store = await climb.call(statefsd, GetStore())
     if "demo.testsvc" in climb.clients:  # it too finds the new instance
         _ = await climb.call(climb.testsvc, UseState(TESTSVC_KEY, b"again"))
+    got = await climb.call(statefsd, Get(KEPT_KEY))
+    store = await climb.call(statefsd, GetStore())
 
     expect(killed.generation, old.generation, "generation of the killed instance")
     expect((got.value, got.sequence), (value, sequence), "the value after the restart")
