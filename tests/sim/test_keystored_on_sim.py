@@ -138,6 +138,20 @@ def test_another_seed_makes_another_key_and_the_same_seed_the_same(
     assert found[0] == found[1] != found[2]
 
 
+def test_what_is_sealed_and_signed_follows_from_the_seed_and_from_no_other_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = []
+    for seed in (1, 1, 2):
+        machine = SimMachine(monkeypatch, seed=seed)
+        _ = machine.boot(rotating)
+        left.append((machine.secrets[SECRET], machine.disks["disk"].image()))
+
+    assert left[0] == left[1]
+    assert left[0][0] != left[2][0]
+    assert left[0][1] != left[2][1]
+
+
 def test_a_lost_secret_is_never_replaced_and_no_new_device_key_is_made(
     machine: SimMachine,
 ) -> None:
@@ -318,17 +332,20 @@ def test_decisions_are_policyds_and_both_kinds_are_audited(machine: SimMachine) 
         refused = await asked(hands, ExportPrivateKey())
         _ = await looked(hands)
         await nap(hands, 500 * MS)
-        return [refused, await hands.audits()]
+        told = {
+            (each["action"], each["subject"], each["decision"]) for each in await hands.audits()
+        }
+        return [refused, sorted(told)]
 
     refused, audits = machine.boot(script, mains={"guard": other}).result
 
     assert refused == ["EXPORT_DENIED"]
-    told = {(each["action"], each["subject"], each["decision"]) for each in audits}
+    told = {tuple(each) for each in audits}
     rights = {"device.keygen", "device.pubkey.read", "crypto.sign", "device.key.rotate"}
     assert {(right, "other", "deny") for right in rights} <= told
     assert {(right, "driver", "allow") for right in rights - {"device.key.rotate"}} <= told
     assert {(right, "other", "allow") for right in rights}.isdisjoint(told)
-    exports = {each["subject"] for each in audits if each["action"] == "device.key.export"}
+    exports = {subject for action, subject, _ in told if action == "device.key.export"}
     assert exports == {f"0x{service_id(name):016x}" for name in ("driver", "other")}
 
 

@@ -231,6 +231,7 @@ class Keystored:
             "action": "device.key.export",
             "target": DEVICE_TARGET,
             "number": self._exports,
+            "trace": call.parent.trace.hex(),
         }
         _ = self._context.log.write(Level.WARN, "audit", fields, scope=AUDIT_SCOPE)
         raise call.refuse(KeystoredStatus.EXPORT_DENIED)

@@ -131,7 +131,7 @@ class Vault:
     async def prepare(self, until: Nanos) -> None:
         """Make ahead what the first write needs, the wrapping key and a prefix for nonces."""
         _ = await self._ensured(until)
-        await self._refill(until)
+        _ = await self._refill(until)
 
     async def settle(self, until: Nanos) -> None:
         """Finish a rotation that a cut or a failure left."""
