@@ -192,7 +192,9 @@ class Confinement(NamedTuple):
     name: str  # for ps
     budget: int  # bytes of objects the service may hold
     grants: Grants
-    file_size: int = VMO_SIZE_MAX  # bytes of the longest file it may write to
+    # bytes of the longest file it may write to: a memory object, or the image of its disk. Linux
+    # has one limit for both, so a disk's holder may make memory objects as long as that.
+    file_size: int = VMO_SIZE_MAX
     secret: Secret = NO_SECRET  # the directory is init's to open, the key is the child's to take
     key_name: str = ""  # of the secret's key
 

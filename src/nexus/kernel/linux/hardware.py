@@ -103,6 +103,8 @@ class Bus:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _refused(device, path, "another system uses it") from None
+        except OSError as error:
+            raise _refused(device, path, f"it cannot be locked: {error.strerror}") from None
         backing = NODE if stat.S_ISBLK(mode) else FILE
         granted = Granted(device.name, device.kind, backing, device.size // BLOCK_SIZE, writable)
         return granted, descriptor

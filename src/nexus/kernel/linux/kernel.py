@@ -1101,7 +1101,7 @@ class LinuxKernel:
                 grants=spec.grants,
                 file_size=max([VMO_SIZE_MAX, *images]),
                 secret=secret,
-                key_name=key_name(self.state_dir, spec.name),
+                key_name=key_name(self.state_dir, spec.name) if spec.grants.secret else "",
             ),
             share=share,
             truesize=self.truesize,
