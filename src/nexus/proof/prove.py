@@ -160,6 +160,7 @@ def _remains_entry(boot: int, left: Remains) -> Mapping[str, Any]:
             key.decode(errors="replace"): kept.sequence for key, kept in left.records.items()
         },
         "damaged": left.damaged,
+        "lost": left.lost,
     }
 
 
@@ -228,6 +229,7 @@ def _keep_verdict(record: RecordWriter, traces: Sequence[Trace], verdict: Verdic
                 "marker": rung(result.number).marker,
                 "state": result.state.value,
                 "reason": result.reason,
+                "boot": result.boot,
                 "time": result.time,
                 "evidence": dict(result.evidence),
             },

@@ -38,7 +38,7 @@ class Remains:
     """The store on the disk. `problem` says why there is none to be read, or is empty.
 
     `size` is that of the device, `first_block` its first bytes. `damaged` is the offset of the byte
-    that the runner has changed since, -1 if it has not.
+    that the runner has changed since, -1 if it has not; `lost` counts the damaged records.
     """
 
     problem: str = ""
@@ -48,6 +48,7 @@ class Remains:
     sequence: int = 0
     records: Mapping[bytes, Kept] = field(default_factory=dict)
     damaged: int = -1
+    lost: int = 0
 
 
 NOTHING_LEFT: Final = Remains(problem="the system has no disk")
@@ -79,7 +80,13 @@ def read_image(data: bytes) -> Remains:
         store = _driven(Store.open(_Image(data), Settings().limits))
     except (Unopenable, DeviceFault) as error:
         return replace(bare, problem=f"the disk holds no store: {error}")
-    return replace(bare, epoch=store.epoch, sequence=store.sequence, records=dict(_records(store)))
+    return replace(
+        bare,
+        epoch=store.epoch,
+        sequence=store.sequence,
+        records=dict(_records(store)),
+        lost=store.lost_count,
+    )
 
 
 def damage(plan: Plan, state: Path, left: Remains, key: bytes) -> Remains:
@@ -95,9 +102,10 @@ def damage(plan: Plan, state: Path, left: Remains, key: bytes) -> Remains:
         if at < 0:
             return left
         data[at] ^= 1
-        if key not in read_image(bytes(data)).records:
+        after = read_image(bytes(data))
+        if key not in after.records:
             _write(image, at, bytes(data[at : at + 1]))
-            return replace(left, damaged=at)
+            return replace(left, damaged=at, lost=after.lost)
         data[at] ^= 1  # an older copy, which nobody reads any more
     return left
 

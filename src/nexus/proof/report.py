@@ -101,20 +101,25 @@ def _of_phase(phase: Phase, verdict: Verdict) -> list[RungResult]:
     return [result for result in verdict.results if rung(result.number).phase is phase]
 
 
-def _time_span(results: Sequence[RungResult]) -> tuple[int, int] | None:
-    """Kernel clock of the first and the last line of these rungs."""
-    times = [result.time for result in results if result.time is not None]
-    return (min(times), max(times)) if times else None
+def _spans(results: Sequence[RungResult]) -> dict[int, tuple[int, int]]:
+    """Kernel clock of the first and the last line of these rungs, in each boot: every boot has a
+    clock of its own."""
+    times: dict[int, list[int]] = defaultdict(list)
+    for result in results:
+        if result.time is not None:
+            times[result.boot].append(result.time)
+    return {boot: (min(found), max(found)) for boot, found in sorted(times.items())}
 
 
 def _table(verdict: Verdict) -> Iterator[str]:
-    """One row per phase. The span is between its first and its last line, by the kernel clock."""
+    """One row per phase. The span is between its first and its last line, by the kernel clock, of
+    all boots together."""
     yield f"{'phase':<10} {'passed':>7} {'red':>5} {'blocked':>8} {'not run':>8} {'span':>12}"
     for phase in Phase:
         results = _of_phase(phase, verdict)
         counts = [sum(r.state is state for r in results) for state in State]
-        times = _time_span(results)
-        span = f"{(times[1] - times[0]) / 1e6:.2f} ms" if times else "-"
+        spans = _spans(results).values()
+        span = f"{sum(last - first for first, last in spans) / 1e6:.2f} ms" if spans else "-"
         passed, red, blocked, outside = counts
         yield f"{phase.value:<10} {passed:>7} {red:>5} {blocked:>8} {outside:>8} {span:>12}"
 
@@ -147,12 +152,14 @@ def _outside(verdict: Verdict) -> Iterator[str]:
 def _phase_json(phase: Phase, verdict: Verdict) -> dict[str, Any]:
     results = _of_phase(phase, verdict)
     counts = {state.value: sum(r.state is state for r in results) for state in State}
-    times = _time_span(results)
+    spans = _spans(results)
     return {
         "phase": phase.value,
         **counts,
-        "first_ns": times[0] if times else None,
-        "last_ns": times[1] if times else None,
+        "spans": [
+            {"boot": boot, "first_ns": first, "last_ns": last}
+            for boot, (first, last) in spans.items()
+        ],
     }
 
 
@@ -162,5 +169,6 @@ def _rung_json(result: RungResult) -> dict[str, Any]:
         "marker": rung(result.number).marker,
         "state": result.state.value,
         "reason": result.reason,
+        "boot": result.boot,
         "time_ns": result.time,
     }

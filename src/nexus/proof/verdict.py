@@ -82,12 +82,14 @@ Check = Callable[[Case, Trace, Line], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RungResult:
-    """The state of one rung, why, when its line came (kernel clock), and the evidence printed."""
+    """The state of one rung, why, when its line came (kernel clock) in which boot, and the
+    evidence printed."""
 
     number: int
     state: State
     reason: str = ""
     time: Nanos | None = None
+    boot: int = 0
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -305,6 +307,7 @@ class _Judge:
             state=state if faults else State.PASSED,
             reason="; ".join(faults),
             time=line.time if line else None,
+            boot=self._boots[row.number],
             evidence=line.evidence if line else {},
         )
 

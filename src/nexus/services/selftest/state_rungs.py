@@ -61,6 +61,7 @@ AREA: Final = b"/state/selftest/"
 TESTSVC_KEY: Final = b"/state/testsvc/right"
 PUT_KEY: Final = AREA + b"put"
 BULK_KEY: Final = AREA + b"bulk"
+BAD_KEY: Final = AREA + b"bad-bulk"  # is never there
 KEPT_KEY: Final = AREA + b"kept"
 VICTIM_KEY: Final = AREA + b"victim"  # whose record the runner damages between two boots
 FIRST_KEYS: Final = tuple(AREA + b"first/%d" % number for number in range(4))
@@ -184,16 +185,16 @@ async def bulk_vmo(climb: Climb) -> Evidence:
     stored = await climb.moved(statefsd, whole, await _offered(data))
     length, digest = await _bulk_of(climb, statefsd)
     maps = await _mappings(climb, statefsd)
+    bad, behind, wraps = (
+        PutBulk(BAD_KEY, offset, length, Durability.DURABLE, 0)
+        for offset, length in ((0, len(data)), (4096, len(data)), (BEYOND, 4096))
+    )
     refused = {
-        "unsealed": await _refused(climb, whole, await VmoCreate(len(data))),
-        "not a VMO": await _refused_link(climb, whole),
-        "no right to map": await _refused_bare(climb, whole, data),
-        "behind the end": await _refused(
-            climb, PutBulk(BULK_KEY, 4096, len(data), Durability.DURABLE, 0), await _offered(data)
-        ),
-        "wraps": await _refused(
-            climb, PutBulk(BULK_KEY, BEYOND, 4096, Durability.DURABLE, 0), await _offered(data)
-        ),
+        "unsealed": await _refused(climb, bad, await VmoCreate(len(data))),
+        "not a VMO": await _refused_link(climb, bad),
+        "no right to map": await _refused_bare(climb, bad, data),
+        "behind the end": await _refused(climb, behind, await _offered(data)),
+        "wraps": await _refused(climb, wraps, await _offered(data)),
     }
     again = await _mappings(climb, statefsd)
     kept = await climb.call(statefsd, GetArea(AREA))
