@@ -171,6 +171,7 @@ class SimMachine:
         *,
         mains: Mapping[str, Main] | None = None,
         on_event: Callable[[SimKernel, Event], None] = lambda _kernel, _event: None,
+        on_machine: Callable[[SimKernel], None] = lambda _kernel: None,
         seconds: int = 120,
     ) -> Outcome:
         """One boot, to the end of the script or to a power cut."""
@@ -205,6 +206,7 @@ class SimMachine:
             trace=self.trace,
         )
         self.kernels.append(kernel)
+        on_machine(kernel)
         until = Nanos(kernel.now + seconds * SECOND)
         ended: Any
         try:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from nexus.abi import (
 )
 from nexus.ipc import Refused, TimedOut
 from nexus.kernel.sim.kernel import SimKernel
+from nexus.kernel.sim.objects import Task
+from nexus.kernel.sim.power import Cut, Moment
 from nexus.protocols.keystored import (
     DeviceKey,
     Done,
@@ -310,6 +313,72 @@ def test_a_power_cut_at_any_moment_of_a_rotation_loses_nothing(
         assert {**found, **made} == found, after
         assert (found["signs"], found["values"], found["keygens"]) == (True, VALUES, 0), after
         assert not unpack(machine.secrets[SECRET]).rotating
+
+
+def lost_nothing(machine: SimMachine, made: dict[str, Any], where: object) -> int:
+    """The next boot opens everything and finishes the rotation; the wrapping key's number."""
+    found = machine.boot(looked).result
+    assert {**found, **made} == found, where
+    assert (found["signs"], found["values"], found["keygens"]) == (True, VALUES, 0), where
+    assert not unpack(machine.secrets[SECRET]).rotating
+    number: int = found["wrapping"]
+    return number
+
+
+@pytest.mark.parametrize(
+    ("moment", "size"), [(Moment.BEFORE, 0), (Moment.INSIDE, 1000), (Moment.AFTER, 0)]
+)
+def test_a_power_cut_at_every_write_of_a_rotation_and_inside_it_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, moment: Moment, size: int
+) -> None:
+    made = SimMachine(monkeypatch).boot(filled).result
+    reached = []
+
+    for write, flush in [(nth, 0) for nth in range(1, 6)] + [(0, nth) for nth in range(1, 6)]:
+        if moment is Moment.INSIDE and flush:
+            continue
+        cut = Cut(write=write, flush=flush, moment=moment, size=size, task="driver", line=BEGIN)
+        machine = SimMachine(monkeypatch)
+        _ = machine.boot(rotating, on_machine=partial(SimKernel.cut_power, cut=cut))
+        if machine.kernel.power.off:
+            reached.append((write, flush))
+            assert lost_nothing(machine, made, cut) == 2, "the new key was kept before any write"
+
+    assert (1, 0) in reached
+    assert (5, 0) not in reached, "there were fewer: each of them was tried"
+    assert (0, 5) not in reached
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_power_cut_at_every_replacement_of_the_secret_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    made = SimMachine(monkeypatch).boot(filled).result
+    numbers = []
+
+    for nth in (1, 2):
+        machine = SimMachine(monkeypatch)
+        left = [nth]
+
+        def on_event(kernel: SimKernel, event: Event, left: list[int] = left) -> None:
+            if event.fields.get("line") != BEGIN:
+                return
+            replace = kernel.secrets.replace
+
+            def cut(task: Task, data: bytes, **options: bool) -> None:
+                left[0] -= 1
+                if left[0] or done:
+                    replace(task, data, **options)
+                if not left[0]:
+                    kernel.power.cut("at the secret")
+
+            monkeypatch.setattr(kernel.secrets, "replace", cut)
+
+        _ = machine.boot(rotating, on_event=on_event)
+        assert machine.kernel.power.off
+        numbers.append(lost_nothing(machine, made, (nth, done)))
+
+    assert numbers == ([2, 2] if done else [1, 2])
 
 
 # ------------------------------------------------------------------ who decides
