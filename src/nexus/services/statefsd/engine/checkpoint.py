@@ -170,13 +170,28 @@ class Checkpoint:
 
     def key_at(self, index: int) -> bytes:
         """The key of the record at an index of the order."""
-        offset = self._order[index]
+        return self._key_of_record(self._order[index])
+
+    def _key_of_record(self, offset: int) -> bytes:
         if self._bad and offset in self._bad:
             return self._bad[offset].key
         segment = self._segments[offset >> SEGMENT_SHIFT]
         at = offset & SEGMENT_MASK
         size = segment[at + KEY_SIZE_AT : at + KEY_SIZE_AT + 1]
         return segment[at + KEY_AT : at + KEY_AT + ord(size or b"\0")]
+
+    def key_of(self, key_hash: int) -> bytes:
+        """The key with this hash, b"" if there is none."""
+        slot = key_hash % self._slots
+        for _ in _PROBES:
+            entry = self._table[slot]
+            offset = (entry & OFFSET_MASK) - 1
+            if not entry:
+                break
+            if entry >> 32 == key_hash and self._size > offset >= 0:
+                return self._key_of_record(offset)
+            slot = (slot + 1) % self._slots
+        return b""
 
     def index_of(self, key: bytes) -> int:
         """The index of the first key that is not before `key`."""
@@ -303,7 +318,7 @@ async def _read_around(device: BlockDevice, block: int, count: int, first: Devic
                 ranges += [(start, size // 2), (start + size // 2, size - size // 2)]
                 continue
             bad += 1
-            if bad > BAD_BLOCKS_MAX or bad == count:
+            if bad > BAD_BLOCKS_MAX or bad == count > 1:
                 raise first from fault
             pieces[start] = bytes(BLOCK_SIZE)
     return b"".join(pieces[start] for start in sorted(pieces))

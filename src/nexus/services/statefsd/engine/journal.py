@@ -32,8 +32,8 @@ TAG_MORE: Final = b"NXj\x02"  # of its others
 TAG_SIZE: Final = 4
 ROOM: Final = BLOCK_SIZE - TAG_SIZE  # bytes of a commit in one block
 
-_HEADER: Final = Struct("<IIIIIIQQQQ")
-_HEADER_BODY: Final = Struct("<IIIIIQQQQ")  # the header behind its checksum
+_HEADER: Final = Struct("<IIIIIIIQQQQ")
+_HEADER_BODY: Final = Struct("<IIIIIIQQQQ")  # the header behind its checksum
 _ENTRY: Final = Struct("<II")  # size of a record, hash of its key
 _FOOTER: Final = Struct("<QQII")  # epoch, first, count, checksum
 HEADER_SIZE: Final = _HEADER.size
@@ -46,7 +46,7 @@ LOST_LISTED_MAX: Final = 4096  # records without a trace that are listed one by 
 class Header(NamedTuple):
     """The header of a commit."""
 
-    block: int  # of the ring
+    block: int  # of the ring; it says so itself: a misdirected write is no commit
     crc: int
     size: int  # bytes, from this header to the footer's end
     record_count: int  # 0 in a seal, which only says what is durable
@@ -79,6 +79,7 @@ def encode_entry(size: int, key_hash: int) -> bytes:
 
 
 def encode_commit(
+    block: int,
     place: Place,
     epoch: int,
     epoch_first: int,
@@ -93,6 +94,7 @@ def encode_commit(
     size = FRAME_SIZE + len(body) + len(directory)
     count = len(records)
     header = _HEADER_BODY.pack(
+        block,
         size,
         count,
         place.previous,
@@ -175,14 +177,15 @@ def parse_header(ring: bytes, block: int) -> Header | None:
         ring[at : at + 4], "little"
     ):
         return None
-    crc, size, count, previous, previous_size, chain, epoch, epoch_first, first, durable = (
-        _HEADER.unpack_from(ring, at)
+    crc, own_block, size, count, previous, previous_size, chain, *counters = _HEADER.unpack_from(
+        ring, at
     )
+    epoch, epoch_first, first, durable = counters
     header = Header(
         block, crc, size, count, previous, previous_size, chain, epoch, epoch_first, first, durable
     )
     least = FRAME_SIZE + count * (RECORD_HEAD_SIZE + ENTRY_SIZE)
-    if size < least or (block + header.blocks) * BLOCK_SIZE > len(ring):
+    if own_block != block or size < least or (block + header.blocks) * BLOCK_SIZE > len(ring):
         return None
     if max(epoch, epoch_first, first, durable) >= COUNTER_MAX:
         return None

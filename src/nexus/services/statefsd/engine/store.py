@@ -244,11 +244,13 @@ class Store:
             epoch_first=found.epoch_first,
         ).read()
         for record in replay.records:
-            self._replay_one(record)
-            if record.lost is not None:
-                lost.append(record.lost)
+            told = self._told(record) if record.lost is not None and not record.key else record
+            self._replay_one(told)
+            if told.lost is not None:
+                lost.append(told.lost)
         self._take_position(replay)
-        self._take_lost(lost, replay.lost_unlisted)
+        missed = [each for each in lost if not self._is_replaced(each)]
+        self._take_lost(missed, replay.lost_unlisted)
         await self._begin_epoch(max(replay.epoch_max, found.epoch) + 1)
         if (damaged or replay.damaged) and self.writable:
             await self._heal()
@@ -275,6 +277,21 @@ class Store:
         for index in range(len(checkpoint)):
             size = RECORD_COST + checkpoint.size_at(checkpoint.offset_at(index))
             self._grow(self._area(area_of(checkpoint.key_at(index))), size, 1)
+
+    def _is_replaced(self, lost: Lost) -> bool:
+        """Whether its key was changed later: then nobody misses a damaged record."""
+        held = self._overlay.get(lost.key)
+        return held is not None and held.sequence > lost.sequence
+
+    def _told(self, record: Read) -> Read:
+        """A damaged record with its key, if a key that is there has the hash it had."""
+        assert record.lost is not None
+        key = self._checkpoint.key_of(record.key_hash) if record.key_hash else b""
+        if record.key_hash and not key:
+            key = next((each for each in self._overlay if crc32c(each) == record.key_hash), b"")
+        if not key:
+            return record
+        return record._replace(kind=Kind.PUT, key=key, lost=record.lost._replace(key=key))
 
     def _replay_one(self, record: Read) -> None:
         if record.lost is not None and not record.key:
@@ -674,6 +691,7 @@ class Store:
             block = await self._make_room(count)
         found = self._found
         data, size, crc = encode_commit(
+            block,
             self._place,
             found.epoch,
             found.epoch_first,
@@ -744,7 +762,14 @@ class Store:
             return
         found = self._found
         data, _, _ = encode_commit(
-            self._place, found.epoch, found.epoch_first, self.sequence + 1, self.durable, [], []
+            block,
+            self._place,
+            found.epoch,
+            found.epoch_first,
+            self.sequence + 1,
+            self.durable,
+            [],
+            [],
         )
         try:
             await self._device.write(HEAD_BLOCKS + block, data, durable=True)
@@ -958,6 +983,7 @@ async def _find_superblock(device: BlockDevice) -> Superblock:
         )
     if versions:
         raise Unopenable("both superblocks contradict themselves")
+    head = await device.read(0, HEAD_BLOCKS)  # what cannot be read is not blank, but a fault
     if not await _is_blank(device, head, fresh):
         if any(block.startswith(layout.MAGIC) for block in blocks):
             raise Unopenable("both superblocks are damaged")

@@ -1,0 +1,907 @@
+"""The storage engine over a simulated disk: limits, refusals, damage, faults, openings."""
+
+from collections.abc import Iterator
+from random import Random  # noqa: TID251 (seeded)
+
+import pytest
+
+from nexus.abi import BLOCK_SIZE
+from nexus.drivers import DeviceFault, Fault
+from nexus.kernel.sim.disk import (
+    NOTHING,
+    Disk,
+    DiskErrorKind,
+    DiskFaults,
+    Failure,
+    Operation,
+    Piece,
+)
+from nexus.proof.powercut import DiskDevice, finished
+from nexus.services.statefsd.engine import (
+    Applied,
+    Change,
+    Damaged,
+    Entry,
+    OverQuota,
+    Quota,
+    ReadOnly,
+    Store,
+    StoreFull,
+    StoreLimits,
+    Unopenable,
+    layout,
+)
+from nexus.services.statefsd.engine.crc import crc32c
+from nexus.services.statefsd.engine.limits import area_of
+
+BLOCKS = 256
+WIDE = Quota(size=1 << 30, keys=1 << 20)
+
+
+def limits(
+    *,
+    quota: Quota = WIDE,
+    quotas: dict[bytes, Quota] | None = None,
+    reserves: dict[bytes, int] | None = None,
+    areas_max: int = 8,
+) -> StoreLimits:
+    return StoreLimits(
+        quota=quota,
+        quotas=quotas or {},
+        reserves=reserves or {},
+        areas_max=areas_max,
+        clients_kept=2,
+        requests_kept=4,
+        lost_kept=8,
+    )
+
+
+LIMITS = limits()
+
+
+def opened(disk: Disk, within: StoreLimits = LIMITS) -> Store:
+    return finished(Store.open(DiskDevice(disk), within))
+
+
+def put(store: Store, key: bytes, value: bytes, *, durable: bool = True) -> Applied:
+    applied = store.stage([Change(key, value)])
+    finished(store.commit(durable))
+    return applied
+
+
+def value(store: Store, key: bytes) -> bytes | None:
+    entry = finished(store.get(key))
+    return None if entry is None else entry.value
+
+
+def listed(store: Store, prefix: bytes = b"/state/") -> list[bytes]:
+    return store.keys(prefix, b"", 1000, lambda _: True)[0]
+
+
+def compacted(store: Store) -> None:
+    """Build a checkpoint now."""
+    before = store.compactions
+    store._begin_build()
+    while finished(store.maintain()):
+        pass
+    assert store.compactions == before + 1
+
+
+def fill(store: Store) -> int:
+    """Put until nothing fits; how many keys did."""
+    for number in range(1000):
+        try:
+            _ = put(store, key(number), b"x" * 900)
+        except StoreFull:
+            return number
+    raise AssertionError("it is never full")
+
+
+def key(number: int) -> bytes:
+    return b"/state/a/%03d" % number
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+def test_a_blank_device_is_formatted_and_holds_what_is_put() -> None:
+    disk = Disk(BLOCKS)
+
+    applied = put(opened(disk), b"/state/a/x", b"1")
+
+    assert applied == Applied(1, repeated=False)
+    again = opened(disk.survivors(NOTHING))
+    assert finished(again.get(b"/state/a/x")) == Entry(b"1", 1)
+    assert (again.sequence, again.durable, again.key_count, again.lost_count) == (1, 1, 1, 0)
+    assert finished(again.get(b"/state/a/y")) is None
+
+
+def test_a_staged_change_is_visible_at_once_and_accepted_is_not_durable() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+
+    _ = store.stage([Change(key(1), b"v")])
+
+    assert value(store, key(1)) == b"v"
+    finished(store.commit(False))
+    assert (store.sequence, store.durable) == (1, 0)
+    assert value(opened(disk.survivors(NOTHING)), key(1)) is None
+    finished(store.commit(True))
+    assert store.durable == 1
+    assert value(opened(disk.survivors(NOTHING)), key(1)) == b"v"
+
+
+def test_a_commit_is_one_write_however_many_changes_it_has() -> None:
+    disk = Disk(8 * BLOCKS)
+    store = opened(disk)
+    before = dict(disk.done)
+
+    for number in range(64):
+        _ = store.stage([Change(key(number), b"x" * 50)])
+    finished(store.commit(True))
+
+    assert disk.done[Operation.WRITE] - before[Operation.WRITE] == 1
+    assert disk.done[Operation.FLUSH] == before[Operation.FLUSH], "durable by that write alone"
+
+
+def test_an_empty_value_is_a_value_and_a_deleted_key_is_gone() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = put(store, key(1), b"")
+    _ = put(store, key(2), b"x")
+
+    _ = store.stage([Change(key(2), None)])
+    finished(store.commit(True))
+
+    again = opened(disk)
+    assert (value(again, key(1)), value(again, key(2))) == (b"", None)
+    assert listed(again) == [key(1)]
+    assert (again.has(key(1)), again.has(key(2))) == (True, False)
+
+
+def test_deleting_what_is_not_there_writes_nothing() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    before = disk.done[Operation.WRITE]
+
+    assert store.stage([Change(key(9), None)]) == Applied(0, repeated=False)
+    finished(store.commit(True))
+
+    assert disk.done[Operation.WRITE] == before
+
+
+def test_keys_are_listed_in_order_by_pages_and_only_of_visible_areas() -> None:
+    store = opened(Disk(BLOCKS))
+    names = [b"/state/b/2", b"/state/a/1", b"/state/c/3", b"/state/z", b"/state/b/1", b"/state/a0"]
+    for index, name in enumerate(names):
+        _ = put(store, name, b"v")
+        if index == 2:
+            compacted(store)
+
+    def all_but_b(area: bytes) -> bool:
+        return area != b"/state/b/"
+
+    assert listed(store) == sorted(names)
+    assert listed(store, b"/state/b/") == [b"/state/b/1", b"/state/b/2"]
+    assert store.keys(b"/state/", b"", 2, all_but_b) == ([b"/state/a/1", b"/state/a0"], True)
+    assert store.keys(b"/state/", b"/state/a0", 2, all_but_b) == (
+        [b"/state/c/3", b"/state/z"],
+        False,
+    )
+    assert store.keys(b"/state/", b"", 9, lambda area: area == b"/state/") == (
+        [b"/state/a0", b"/state/z"],
+        False,
+    )
+    assert store.areas() == {b"/state/", b"/state/a/", b"/state/b/", b"/state/c/"}
+
+
+def test_the_largest_key_and_value_are_kept_across_checkpoints() -> None:
+    disk = Disk(8192)
+    store = opened(disk)
+    name = b"/state/a/" + b"k" * 246
+
+    _ = put(store, name, bytes(range(256)) * 256)
+    compacted(store)
+
+    assert value(opened(disk), name) == bytes(range(256)) * 256
+
+
+def test_a_request_is_applied_once_also_across_openings_and_checkpoints() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    first = store.stage([Change(key(1), b"1")], client=7, request_id=5)
+
+    assert store.stage([Change(key(1), b"2")], client=7, request_id=5) == (first.sequence, True)
+    finished(store.commit(True))
+    store = opened(disk)
+    assert store.stage([Change(key(1), b"2")], client=7, request_id=5) == (first.sequence, True)
+    compacted(store)
+    store = opened(disk)
+    assert store.stage([Change(key(1), b"2")], client=7, request_id=5) == (first.sequence, True)
+    assert value(store, key(1)) == b"1"
+    assert store.stage([Change(key(1), b"3")], client=8, request_id=5).repeated is False
+
+
+def test_the_latest_request_ids_of_the_latest_clients_are_remembered() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for request in range(1, 7):
+        _ = store.stage([Change(key(1), b"%d" % request)], client=1, request_id=request)
+        finished(store.commit(True))
+    store = opened(disk)
+
+    known = [request for request in range(1, 7) if store.applied(1, request) is not None]
+
+    assert known == [3, 4, 5, 6]
+    for client in (2, 3):
+        _ = store.stage([Change(key(1), b"x")], client=client, request_id=1)
+        finished(store.commit(True))
+    assert store.applied(1, 6) is None, "two clients are remembered"
+    assert store.applied(3, 1) is not None
+    assert store.applied(3, 0) is None, "0 is no request id"
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_an_area_takes_no_more_bytes_and_keys_than_its_quota() -> None:
+    store = opened(
+        Disk(BLOCKS),
+        limits(quota=Quota(size=600, keys=2), quotas={b"/state/b/": Quota(size=9999, keys=9)}),
+    )
+    _ = put(store, key(1), b"x" * 100)
+    _ = put(store, key(2), b"x" * 100)
+
+    with pytest.raises(OverQuota):
+        _ = store.stage([Change(key(3), b"")])
+    with pytest.raises(OverQuota):
+        _ = store.stage([Change(key(2), b"x" * 500)])
+
+    assert (listed(store), value(store, key(2))) == ([key(1), key(2)], b"x" * 100)
+    assert store.usage(b"/state/a/") == (2 * (layout.RECORD_COST + 12 + 100), 2)
+    _ = put(store, key(2), b"y" * 100)
+    _ = put(store, b"/state/b/1", b"x" * 600)
+    assert store.stage([Change(key(1), None), Change(key(3), b"swapped")]).sequence == 6
+
+
+def test_a_batch_that_is_over_a_limit_changes_nothing() -> None:
+    store = opened(Disk(BLOCKS), limits(quota=Quota(size=9999, keys=2)))
+    _ = put(store, key(1), b"old")
+    used, sequence = store.used, store.sequence
+
+    with pytest.raises(OverQuota):
+        _ = store.stage([Change(key(1), b"new"), Change(key(2), b""), Change(key(3), b"")])
+
+    assert (value(store, key(1)), listed(store)) == (b"old", [key(1)])
+    assert (store.used, store.sequence, store.key_count) == (used, sequence, 1)
+    finished(store.commit(True))
+    assert store.sequence == sequence
+
+
+def test_what_is_reserved_for_one_area_nobody_else_takes() -> None:
+    disk = Disk(BLOCKS)
+    within = limits(reserves={b"/state/boot/": 4000})
+    store = opened(disk, within)
+    _ = fill(store)
+
+    _ = put(store, b"/state/boot/slot", b"x" * 3900)
+
+    assert value(opened(disk, within), b"/state/boot/slot") == b"x" * 3900
+    with pytest.raises(StoreFull):
+        _ = store.stage([Change(b"/state/boot/more", b"x" * 900)])
+
+
+def test_on_a_full_store_keys_are_replaced_and_deleted() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    number = fill(store)
+    assert number > 20
+
+    for _ in range(3):
+        for each in range(number):
+            _ = put(store, key(each), b"y" * 900)
+    for each in range(number):
+        _ = store.stage([Change(key(each), None)])
+        finished(store.commit(True))
+
+    assert (store.key_count, store.used) == (0, 0)
+    assert listed(opened(disk)) == []
+
+
+def test_no_more_areas_than_the_limit_have_keys() -> None:
+    store = opened(Disk(BLOCKS), limits(areas_max=2))
+    for area in (b"a", b"b"):
+        _ = put(store, b"/state/%s/x" % area, b"")
+
+    with pytest.raises(StoreFull):
+        _ = store.stage([Change(b"/state/c/x", b"")])
+
+    _ = put(store, b"/state/a/y", b"")
+    _ = store.stage([Change(b"/state/a/x", None), Change(b"/state/a/y", None)])
+    _ = put(store, b"/state/c/x", b"")
+    assert store.areas() == {b"/state/b/", b"/state/c/"}
+
+
+def test_a_change_larger_than_a_commit_of_a_small_device_is_refused() -> None:
+    store = opened(Disk(BLOCKS))
+
+    with pytest.raises(StoreFull, match="one commit"):
+        _ = store.stage([Change(key(1), b"x" * 20_000)])
+
+    assert store.used == 0
+
+
+def test_lower_limits_than_before_lose_nothing() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(20):
+        _ = put(store, key(number), b"x" * 100)
+
+    again = opened(disk, limits(quota=Quota(size=500, keys=1), reserves={b"/state/z/": 1 << 20}))
+
+    assert len(listed(again)) == 20
+    with pytest.raises((OverQuota, StoreFull)):
+        _ = again.stage([Change(key(99), b"")])
+    _ = put(again, key(3), b"y" * 100)
+    _ = again.stage([Change(key(4), None)])
+
+
+@pytest.mark.parametrize(
+    ("name", "area"),
+    [
+        (b"/state/x", b"/state/"),
+        (b"/state/x/y", b"/state/x/"),
+        (b"/state/x/y/z", b"/state/x/"),
+        (b"/state//", b"/state//"),
+    ],
+)
+def test_the_area_of_a_key_is_its_first_segment(name: bytes, area: bytes) -> None:
+    assert area_of(name) == area
+
+
+# ---------------------------------------------------------------- what is no store of ours
+
+
+def test_foreign_content_is_not_formatted_over() -> None:
+    disk = Disk(BLOCKS, content=bytes(1024) + b"\x53\xef a file system")
+    before = disk.image()
+
+    with pytest.raises(Unopenable, match="something else"):
+        _ = opened(disk)
+
+    assert disk.image() == before
+
+
+@pytest.mark.parametrize("offset", [BLOCK_SIZE * 20, BLOCK_SIZE * (BLOCKS - 1) + 5])
+def test_content_behind_a_blank_beginning_is_not_formatted_over(offset: int) -> None:
+    disk = Disk(BLOCKS)
+    disk.rot(offset)
+
+    with pytest.raises(Unopenable, match="something else"):
+        _ = opened(disk)
+
+
+def test_a_newer_format_is_refused_with_its_version() -> None:
+    disk = Disk(BLOCKS)
+    _ = opened(disk)
+    block = bytearray(disk.read(0, 1))
+    block[12:16] = (2).to_bytes(4, "little")
+    block[8:12] = crc32c(bytes(block[12:])).to_bytes(4, "little")
+    for at in layout.COPIES:
+        disk.write(at, block)
+    before = disk.image()
+
+    with pytest.raises(Unopenable, match="version 2, this program knows 1"):
+        _ = opened(disk)
+
+    assert disk.image() == before
+
+
+def test_one_damaged_superblock_is_harmless_and_two_are_told() -> None:
+    disk = Disk(BLOCKS)
+    _ = put(opened(disk), key(1), b"v")
+    disk.rot(20)
+    assert value(opened(disk.survivors(NOTHING)), key(1)) == b"v"
+
+    disk.rot(8 * BLOCK_SIZE + 20)
+
+    with pytest.raises(Unopenable, match="both superblocks are damaged"):
+        _ = opened(disk)
+
+
+def test_a_device_that_was_cut_off_is_refused() -> None:
+    disk = Disk(BLOCKS)
+    _ = opened(disk)
+
+    with pytest.raises(Unopenable, match="cut off"):
+        _ = opened(Disk(BLOCKS - 1, content=disk.image()[:-BLOCK_SIZE]))
+
+
+def test_a_device_too_small_for_a_store_or_for_its_limits_is_refused() -> None:
+    with pytest.raises(Unopenable, match="127 blocks are too few"):
+        _ = opened(Disk(127))
+    wide = StoreLimits(
+        quota=WIDE,
+        quotas={},
+        reserves={},
+        areas_max=1000,
+        clients_kept=1000,
+        requests_kept=1000,
+        lost_kept=1000,
+    )
+    with pytest.raises(Unopenable, match="too few for the store's limits"):
+        _ = opened(Disk(BLOCKS), wide)
+
+
+def test_a_format_that_a_power_cut_tore_is_formatted_again() -> None:
+    whole = layout.initial(BLOCKS)
+    assert whole is not None
+    for stop in (1, 9, 100, 511):
+        torn = Disk(BLOCKS, content=whole.encoded()[:stop])
+
+        _ = put(opened(torn), key(1), b"v")
+
+
+# ---------------------------------------------------------------- damage
+
+
+def filled() -> tuple[Disk, dict[bytes, bytes]]:
+    """A store with a checkpoint and a journal behind it, closed in order."""
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    content = {}
+    source = Random(3)
+    for number in range(30):
+        content[key(number)] = source.randbytes(40 + number)
+        _ = store.stage([Change(key(number), content[key(number)])])
+        if number % 5 == 4:
+            finished(store.commit(True))
+    compacted(store)
+    for number in range(20, 40):
+        content[key(number)] = source.randbytes(60)
+        _ = store.stage([Change(key(number), content[key(number)])])
+        if number % 3 == 2:
+            finished(store.commit(True))
+    finished(store.close())
+    return disk, content
+
+
+def differences(store: Store, content: dict[bytes, bytes]) -> Iterator[bytes]:
+    for name, expected in content.items():
+        try:
+            if value(store, name) != expected:
+                yield name
+        except Damaged:
+            yield name
+
+
+def test_any_one_flipped_bit_costs_one_record_at_most_and_is_told() -> None:
+    disk, content = filled()
+    used = [at for at, byte in enumerate(disk.image()) if byte]
+    seen_damaged = seen_harmless = 0
+
+    for offset in used[:: len(used) // 400]:
+        rotten = disk.survivors(NOTHING)
+        rotten.rot(offset, 1 << offset % 8)
+        store = opened(rotten)
+        wrong = list(differences(store, content))
+
+        assert len(wrong) <= 1, offset
+        assert store.lost_count == len(store.lost)
+        if wrong:
+            seen_damaged += 1
+            assert store.lost_count == 1, offset
+            [lost] = store.lost
+            assert lost.key in (b"", wrong[0])
+            if lost.key:
+                assert abs(lost.offset - offset) < 600, "the record is where the damage was"
+            with pytest.raises(Damaged):
+                _ = value(store, wrong[0])
+        else:
+            seen_harmless += 1
+            assert [lost.key for lost in store.lost] in ([], [b""]), offset
+        again = opened(rotten)
+        assert list(differences(again, content)) == wrong, "and it is the same the next time"
+        assert again.lost_count == store.lost_count
+
+    assert seen_damaged > 50
+    assert seen_harmless > 20
+
+
+def test_any_one_wiped_block_costs_what_stood_in_it() -> None:
+    disk, content = filled()
+    image = disk.image()
+
+    for block in range(BLOCKS):
+        if not image[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE].strip(b"\0"):
+            continue
+        rotten = disk.survivors(NOTHING)
+        rotten.write(block, b"\xa5" * BLOCK_SIZE)
+        store = opened(rotten)
+
+        wrong = list(differences(store, content))
+
+        assert len(wrong) <= 9, block
+        assert store.lost_count >= len(wrong), block
+
+
+def test_a_block_that_cannot_be_read_is_damage_and_no_end() -> None:
+    disk, content = filled()
+    image = disk.image()
+    for block in range(16, BLOCKS):
+        if not image[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE].strip(b"\0"):
+            continue
+        bad = disk.survivors(NOTHING, DiskFaults(unreadable=frozenset({block})))
+
+        store = opened(bad)
+
+        wrong = list(differences(store, content))
+        assert len(wrong) <= 9, block
+        assert store.lost_count >= len(wrong), block
+
+
+def test_a_damaged_record_is_replaced_by_a_put_and_ended_by_a_deletion() -> None:
+    disk, content = filled()
+    at = disk.image().rindex(content[key(2)])
+    disk.rot(at)
+    store = opened(disk)
+    with pytest.raises(Damaged) as caught:
+        _ = value(store, key(2))
+    assert caught.value.lost == store.lost[0]
+    assert store.lost[0].key == key(2)
+    assert key(2) in listed(store), "who looks for it learns that it was damaged"
+    assert store.has(key(2))
+
+    _ = put(store, key(2), b"new")
+
+    assert value(store, key(2)) == b"new"
+    disk.rot(disk.image().rindex(content[key(3)]))
+    store = opened(disk)
+    _ = store.stage([Change(key(3), None)])
+    finished(store.commit(True))
+    compacted(store)
+    store = opened(disk)
+    assert (value(store, key(2)), value(store, key(3))) == (b"new", None)
+    assert store.lost_count >= 1, "what was lost stays on record"
+
+
+def test_damage_in_the_midst_of_the_journal_hides_nothing_behind_it() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(8):
+        _ = put(store, key(number), bytes([ord("A") + number]) * 50)
+    disk.rot(disk.image().index(b"D" * 50))
+
+    again = opened(disk)
+
+    assert [name for name in listed(again) if name != key(3)] == [
+        key(number) for number in range(8) if number != 3
+    ]
+    assert [lost.key for lost in again.lost] == [key(3)]
+    assert again.lost[0].sequence == 4
+
+
+def test_a_damaged_header_costs_nothing_as_its_records_are_whole() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(5):
+        _ = put(store, key(number), b"v%d" % number)
+    disk.rot((layout.HEAD_BLOCKS + 2) * BLOCK_SIZE + 10)
+
+    again = opened(disk)
+
+    assert [value(again, key(number)) for number in range(5)] == [b"v%d" % n for n in range(5)]
+    assert again.lost_count == 0
+    assert again.compactions == 1, "and what is damaged was written anew"
+
+
+def test_an_unfinished_commit_is_no_loss() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = put(store, key(1), b"kept")
+    _ = store.stage([Change(key(2), b"x" * 900)])
+    finished(store.commit(False))
+
+    again = opened(disk.survivors((Piece(0, 0, 700),)))
+
+    assert (value(again, key(1)), value(again, key(2))) == (b"kept", None)
+    assert (again.lost_count, again.unfinished, again.sequence) == (0, 1, 1)
+
+
+def test_a_last_commit_damaged_after_an_orderly_end_is_a_loss() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = put(store, key(1), b"kept")
+    _ = put(store, key(2), b"to be damaged")
+    finished(store.close())
+    disk.rot(disk.image().index(b"to be damaged"))
+
+    again = opened(disk)
+
+    assert [lost.key for lost in again.lost] == [key(2)]
+    with pytest.raises(Damaged):
+        _ = value(again, key(2))
+
+
+def test_a_last_commit_damaged_after_the_next_opening_is_a_loss() -> None:
+    disk = Disk(BLOCKS)
+    _ = put(opened(disk), key(1), b"to be damaged")
+    _ = opened(disk)
+    disk.rot(disk.image().index(b"to be damaged"))
+
+    assert [lost.key for lost in opened(disk).lost] == [key(1)]
+
+
+def test_a_lost_write_is_told_as_a_loss_as_soon_as_a_later_one_proves_it() -> None:
+    disk = Disk(BLOCKS)
+    _ = opened(disk)
+    disk = Disk(BLOCKS, content=disk.image(), faults=DiskFaults(lost=frozenset({4})))
+    store = opened(disk)
+    for number in range(3):
+        _ = put(store, key(number), b"v")
+
+    again = opened(disk)
+
+    assert [value(again, key(0)), value(again, key(2))] == [b"v", b"v"]
+    assert again.lost_count == 1
+
+
+def test_a_misdirected_write_is_not_taken_for_the_commit_it_lands_on() -> None:
+    disk = Disk(BLOCKS)
+    _ = opened(disk)
+    faults = DiskFaults(misdirected={5: layout.HEAD_BLOCKS})
+    disk = Disk(BLOCKS, content=disk.image(), faults=faults)
+    store = opened(disk)
+    for number in range(4):
+        _ = put(store, key(number), b"v%d" % number)
+
+    again = opened(disk)
+
+    found = {}
+    for number in range(4):
+        try:
+            found[number] = value(again, key(number))
+        except Damaged:
+            found[number] = b"damaged"
+    assert all(found[number] in (b"v%d" % number, b"damaged", None) for number in range(4))
+    assert (found[1], found[3]) == (b"v1", b"v3")
+    assert again.lost_count >= 1
+
+
+def test_a_record_dropped_once_never_comes_back() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = put(store, key(1), b"1")
+    for number in (2, 3, 4):
+        _ = put(store, key(number), b"dropped", durable=False)
+    whole = [Piece(index, 0, BLOCK_SIZE) for index in range(3)]
+    disk = disk.survivors((whole[1], whole[2]))
+
+    store = opened(disk)
+    assert (listed(store), store.lost_count) == ([key(1)], 0)
+    _ = put(store, key(5), b"new")
+
+    assert listed(opened(disk)) == [key(1), key(5)]
+
+
+# ---------------------------------------------------------------- a device that fails
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        (DiskErrorKind.IO, Fault.IO),
+        (DiskErrorKind.NO_SPACE, Fault.NO_SPACE),
+        (DiskErrorKind.READ_ONLY, Fault.READ_ONLY),
+    ],
+)
+def test_a_write_that_fails_is_taken_back_and_the_store_is_read_only(
+    kind: DiskErrorKind, fault: Fault
+) -> None:
+    failure = Failure(operation=Operation.WRITE, nth=6, kind=kind)
+    disk = Disk(BLOCKS, faults=DiskFaults(failures=(failure,)))
+    store = opened(disk)
+    _ = put(store, key(1), b"kept")
+    _ = store.stage([Change(key(1), b"gone"), Change(key(2), b"gone")], client=1, request_id=9)
+
+    with pytest.raises(DeviceFault) as caught:
+        finished(store.commit(True))
+
+    assert caught.value.fault is fault
+    assert (value(store, key(1)), value(store, key(2))) == (b"kept", None)
+    assert (store.sequence, store.key_count, store.writable) == (1, 1, False)
+    assert store.applied(1, 9) is None
+    with pytest.raises(ReadOnly):
+        _ = store.stage([Change(key(1), b"x")])
+    assert finished(store.maintain()) is False
+    again = opened(disk)
+    assert again.writable
+    _ = put(again, key(1), b"goes on")
+
+
+def test_a_flush_that_fails_promises_nothing() -> None:
+    failure = Failure(operation=Operation.FLUSH, nth=2)
+    disk = Disk(BLOCKS, faults=DiskFaults(failures=(failure,)))
+    store = opened(disk)
+    _ = put(store, key(1), b"accepted", durable=False)
+
+    with pytest.raises(DeviceFault):
+        finished(store.commit(True))
+
+    assert (store.durable, store.writable) == (0, False)
+    with pytest.raises(DeviceFault, match="open the store again"):
+        finished(store.commit(True))
+
+
+def test_a_device_that_cannot_be_written_is_read() -> None:
+    disk = Disk(BLOCKS)
+    _ = put(opened(disk), key(1), b"v")
+    before = disk.image()
+    fixed = Disk(BLOCKS, content=before, faults=DiskFaults(read_only=True))
+
+    store = opened(fixed)
+
+    assert (value(store, key(1)), store.writable) == (b"v", False)
+    with pytest.raises(ReadOnly):
+        _ = store.stage([Change(key(1), b"w")])
+    finished(store.commit(True))
+    finished(store.close())
+    assert fixed.image() == before
+
+
+def test_a_device_whose_writes_fail_at_the_opening_is_read() -> None:
+    disk = Disk(BLOCKS)
+    _ = put(opened(disk), key(1), b"v")
+    failure = Failure(operation=Operation.WRITE, nth=1, persistent=True)
+
+    store = opened(disk.survivors(NOTHING, DiskFaults(failures=(failure,))))
+
+    assert (value(store, key(1)), store.writable) == (b"v", False)
+
+
+def test_a_failed_checkpoint_leaves_the_one_in_force() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(10):
+        _ = put(store, key(number), b"v" * 50)
+    for nth in range(1, 8):
+        bad = disk.survivors(
+            NOTHING, DiskFaults(failures=(Failure(operation=Operation.WRITE, nth=2 + nth),))
+        )
+        again = opened(bad)
+        with pytest.raises(DeviceFault):
+            compacted(again)
+        assert not again.writable
+        assert len(listed(again)) == 10
+        assert len(listed(opened(bad))) == 10
+        if nth == 6:
+            break
+
+
+def test_a_dead_device_is_a_fault_and_no_damage() -> None:
+    disk = Disk(BLOCKS)
+    _ = opened(disk)
+    failure = Failure(operation=Operation.READ, nth=1, persistent=True)
+
+    with pytest.raises(DeviceFault):
+        _ = opened(disk.survivors(NOTHING, DiskFaults(failures=(failure,))))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_step_of_tidying_up_is_bounded() -> None:
+    disk = Disk(1 << 14)
+    store = opened(disk)
+    for start in range(0, 6000, 60):
+        for number in range(start, start + 60):
+            _ = store.stage([Change(b"/state/a/%05d" % number, b"x" * 200)])
+        finished(store.commit(False))
+    while finished(store.maintain()):
+        pass
+    store._begin_build()
+    writes = []
+    while True:
+        before = disk.done[Operation.WRITE]
+        more = finished(store.maintain())
+        writes.append(disk.done[Operation.WRITE] - before)
+        if not more:
+            break
+
+    assert len(writes) > 12
+    assert max(writes) <= 5, "one piece of 64 KiB; the last step writes meta and superblocks"
+    assert len(opened(disk)._checkpoint) == 6000
+
+
+def test_changes_go_on_while_a_checkpoint_is_built() -> None:
+    disk = Disk(1 << 13)
+    store = opened(disk)
+    content = {}
+    for number in range(1500):
+        content[key(number)] = b"%d" % number
+        _ = store.stage([Change(key(number), content[key(number)])])
+    finished(store.commit(True))
+    store._begin_build()
+    number = 0
+    while finished(store.maintain()):
+        number += 7
+        _ = put(store, key(number), b"changed", durable=False)
+        content[key(number)] = b"changed"
+        _ = store.stage([Change(key(number + 1), None)])
+        _ = content.pop(key(number + 1), None)
+        finished(store.commit(False))
+    assert number > 7
+
+    for each in (store, opened(disk)):
+        assert listed(each) == sorted(content)[:1000]
+        assert list(differences(each, content)) == []
+        assert each.key_count == len(content)
+
+
+def test_what_is_staged_stays_out_of_the_checkpoint_that_makes_room_for_it() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = put(store, key(1), b"old")
+    _ = store.stage([Change(key(1), b"new"), Change(key(1), b"newer"), Change(key(2), b"x")])
+
+    compacted(store)
+
+    assert value(opened(disk.survivors(NOTHING)), key(1)) == b"old"
+    assert (value(store, key(1)), store.key_count) == (b"newer", 2)
+    store._take_back(0)
+    assert (value(store, key(1)), value(store, key(2)), store.key_count) == (b"old", None, 1)
+    assert store.usage(b"/state/a/").keys == 1
+
+
+def test_many_puts_stay_within_the_device() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    source = Random(1)
+    for _ in range(20_000):
+        _ = store.stage([Change(key(source.randrange(50)), source.randbytes(20))])
+        if source.randrange(4) == 0:
+            finished(store.commit(False))
+            _ = finished(store.maintain())
+    finished(store.commit(True))
+
+    assert store.compactions > 50
+    assert len(disk.image()) == BLOCKS * BLOCK_SIZE
+    assert opened(disk).key_count == 50
+
+
+def test_a_key_is_found_when_all_of_its_places_in_the_table_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nexus.services.statefsd.engine.store.crc32c", lambda _: 5)
+    monkeypatch.setattr("nexus.services.statefsd.engine.checkpoint.crc32c", lambda _: 5)
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(100):
+        _ = store.stage([Change(key(number), b"%d" % number)])
+    finished(store.commit(True))
+
+    compacted(store)
+
+    assert [value(store, key(number)) for number in range(100)] == [b"%d" % n for n in range(100)]
+    assert value(store, key(100)) is None
+
+
+def test_a_value_that_looks_like_a_commit_is_not_taken_for_one() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(3):
+        _ = put(store, key(number), b"v")
+    ring = disk.read(layout.HEAD_BLOCKS, 3)
+    for shift in range(0, BLOCK_SIZE, 4):
+        _ = put(store, b"/state/a/forged", bytes(shift) + ring[BLOCK_SIZE:])
+        if shift > 40:
+            break
+    finished(store.close())
+    block = store._place.previous + layout.HEAD_BLOCKS  # of the last commit
+    disk.rot(block * BLOCK_SIZE + 20)
+
+    again = opened(disk)
+
+    assert listed(again)[:3] == [key(number) for number in range(3)]
+    assert [value(again, key(number)) for number in range(3)] == [b"v"] * 3
+    assert (again.lost_count, again.sequence) == (0, store.sequence)
