@@ -16,6 +16,7 @@ from nexus.abi import (
     SLOTS_MAX,
     Event,
     EventKind,
+    Isolation,
     QosClass,
     SpawnReason,
     service_id,
@@ -203,23 +204,31 @@ def service_started(case: Case, trace: Trace, line: Line) -> None:
     service = _planned(case, line)
     at, event = _first_spawn(trace, service.name)
     demand(at > line.place, f"{service.name} was started before the line")
-    first = [start for start, _ in trace.spawns(service.name) if start < _next_start(trace, line)]
+    until = _next_start(trace, line, service)
+    first = [start for start, _ in trace.spawns(service.name) if start < until]
     demand_equal(len(first), 1, f"starts of {service.name} up to the next line of this kind")
     demand_equal(event.fields["program"], service.program, "program")
     demand_equal(event.fields["digest"], service.program_digest, "program digest")
     demand_equal(event.fields["generation"], 1, "generation")
 
 
-def _next_start(trace: Trace, line: Line) -> int:
-    """Where the next `init: start X` or `init: restart X` stands, or the end of the stream."""
+def _next_start(trace: Trace, line: Line, service: PlannedService) -> int:
+    """Where the next `init: start X` or `init: restart X` stands, or the end of the stream. A task
+    in an interpreter of its own is there only once that has imported it, when others were started
+    meanwhile: its next start is what counts."""
+    own = service.grants.isolation is Isolation.EXEC
+    starts = (f"init: start {service.name}", f"init: restart {service.name}")
     places = (
         each.place
         for each in trace.lines
         if each.place > line.place
         and each.printer == INIT_NAME
-        and each.text.startswith(("init: start ", "init: restart "))
+        and (each.text in starts if own else each.text.startswith(STARTS))
     )
     return next(places, len(trace.events))
+
+
+STARTS: Final = ("init: start ", "init: restart ")
 
 
 def service_up(case: Case, trace: Trace, line: Line) -> None:
