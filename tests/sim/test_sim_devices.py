@@ -678,9 +678,10 @@ def test_a_cut_from_outside_stops_everything_at_that_instant() -> None:
             while True:
                 await pause()
         finally:
-            after.append(boot.name)
-            with pytest.raises(ValueError, match="ended"):
+            try:
                 driver.write(Register.STATUS, 0)
+            except ValueError:
+                after.append(boot.name)
             await ConsoleWrite("last words")
 
     bench = Bench(DISK, DISK._replace(name="more"))

@@ -188,7 +188,7 @@ class Model(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget the requests that are not done."""
+        """Forget the requests that are not done: nobody is told of them any more."""
         ...
 
 
@@ -204,7 +204,6 @@ class Transport:
         "_device_select",
         "_driver_features",
         "_driver_select",
-        "_epoch",
         "_interrupts",
         "_memory",
         "_model",
@@ -232,7 +231,6 @@ class Transport:
         self._memory = memory
         self._clock = clock
         self._tell = tell
-        self._epoch = 0  # of resets: what was asked for before one is never answered
         self._forget()
 
     def _forget(self) -> None:
@@ -250,7 +248,6 @@ class Transport:
 
     def reset(self) -> None:
         """Forget everything: what the driver set, and the requests that are not done."""
-        self._epoch += 1
         self._forget()
         if self._model is not None:
             self._model.reset()
@@ -436,12 +433,11 @@ class Transport:
 
     def _notified(self, queue: int) -> None:
         if queue == 0 and self._ready and self.live:
-            epoch = self._epoch
-            self._clock.call(Nanos(self._clock.now + NOTIFY_DELAY), lambda: self._look(epoch))
+            self._clock.call(Nanos(self._clock.now + NOTIFY_DELAY), self._look)
 
-    def _look(self, epoch: int) -> None:
-        """Take up everything that the driver has made available."""
-        if epoch != self._epoch or not self._ready or not self.live:
+    def _look(self) -> None:
+        """Take up everything that the driver has made available; nothing after a reset."""
+        if not self._ready or not self.live:
             return
         try:
             for _ in range(self._waiting()):
@@ -463,10 +459,7 @@ class Transport:
         head = int.from_bytes(self._memory.read(entry, 2), "little")
         chain = self._chain(head)
         self._available = self._available + 1 & 0xFFFF
-        epoch = self._epoch
-        self._model.begin(
-            chain, self._memory, self.accepted, lambda size: self._done(epoch, chain, size)
-        )
+        self._model.begin(chain, self._memory, self.accepted, lambda size: self._done(chain, size))
 
     def _chain(self, head: int) -> Chain:
         readable: list[tuple[int, int]] = []
@@ -495,10 +488,8 @@ class Transport:
                 return Chain(head, tuple(readable), tuple(writable))
         raise Broken("a chain without an end")
 
-    def _done(self, epoch: int, chain: Chain, size: int | None) -> None:
-        if epoch != self._epoch or size is None:
-            return
-        if not self._ready or not self.live:
+    def _done(self, chain: Chain, size: int | None) -> None:
+        if size is None or not self._ready or not self.live:
             return
         try:
             place = self._rings[2] + RING_HEADER_SIZE
