@@ -73,6 +73,13 @@ async def until_back(hands: Hands, generation: int) -> None:
     _ = await hands.until(good, 20 * SECOND)
 
 
+async def look(hands: Hands) -> None:
+    """Have the test's process look at keystored, as init, while it lives."""
+    await hands.outside("look keystored")
+    await nap(hands, 200 * MS)
+    _ = await hands.system()
+
+
 async def lived(hands: Hands) -> str:
     """Everything that touches a secret, and two crashes; what the driver drew, in reverse."""
     (made, *_) = await asked(
@@ -82,16 +89,16 @@ async def lived(hands: Hands) -> str:
     assert isinstance(made, DeviceKey)
     drawn = await hands.call("rngd", GetEntropy(64))
     assert isinstance(drawn, Entropy)
-    await hands.outside("look keystored")
+    await look(hands)
     await asked(hands, RotateWrapping())
-    await hands.outside("look keystored")
+    await look(hands)
     for generation, name in enumerate(CRASHES, 2):
         outcome = await hands.client("keystored").call(Put(name, VALUE), await hands.ahead(SECOND))
         assert isinstance(outcome, Unknown), outcome
         await until_back(hands, generation)
         (put, _) = await asked(hands, Put(b"name", VALUE), Sign(b"payload"))
         assert put == Done()
-    await hands.outside("look keystored")
+    await look(hands)
     await nap(hands, 300 * MS)
     since = 1
     while True:
