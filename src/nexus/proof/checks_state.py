@@ -30,20 +30,20 @@ LIVE_COST_MAX: Final = 128  # bytes that a live record counts for besides its ke
 STATEFSD: Final = "statefsd"
 
 
-def _left(trace: Trace) -> Remains:
+def left_of(trace: Trace) -> Remains:
     """What the runner found on the disk after a boot."""
     demand(not trace.left.problem, trace.left.problem)
     return trace.left
 
 
-def _kept(left: Remains, key: bytes) -> Kept:
+def kept_of(left: Remains, key: bytes) -> Kept:
     kept = left.records.get(key)
     if kept is None:
         raise Mismatch(f"{key!r} is not on the disk")
     return kept
 
 
-def _said(trace: Trace, number: int) -> Mapping[str, Any]:
+def said_in(trace: Trace, number: int) -> Mapping[str, Any]:
     """The evidence of a rung that was met in this boot."""
     lines = [each for each in trace.lines if each.text == rung(number).marker]
     demand_equal(len(lines), 1, f"lines about #{number} in boot {trace.number}")
@@ -71,7 +71,7 @@ def statefsd_ready(case: Case, trace: Trace, line: Line) -> None:
     ]
     demand_equal([line.evidence["device"]], names, "device")
     granted(trace, names[0], MMIO_RIGHTS[HardwareKind.BLOCK], [STATEFSD])
-    left = _left(trace)
+    left = left_of(trace)
     demand_equal(left.epoch, line.evidence["epoch"] + _openings(trace, line.place), "epoch on disk")
     demand(left.sequence >= line.evidence["sequence"], "the disk is behind what was there")
 
@@ -81,7 +81,7 @@ def _goes_on(boot: Trace) -> None:
     text = rung(34).marker
     lines = [each for each in boot.lines if (each.printer, each.text) == (STATEFSD, text)]
     demand(lines, f"no {text!r} in boot {boot.number}")
-    left = _left(boot.earlier[-1])
+    left = left_of(boot.earlier[-1])
     demand_equal(lines[0].evidence["epoch"], left.epoch + 1, f"epoch, boot {boot.number}")
     demand_equal(lines[0].evidence["sequence"], left.sequence, f"sequence, boot {boot.number}")
 
@@ -89,7 +89,7 @@ def _goes_on(boot: Trace) -> None:
 def statefs_put(_case: Case, trace: Trace, line: Line) -> None:
     """#100: the value stands on the disk with that number, and is accounted for."""
     evidence = line.evidence
-    kept = _kept(_left(trace), PUT_KEY)
+    kept = kept_of(left_of(trace), PUT_KEY)
     demand_equal(kept.value.hex(), evidence["value"], "value on the disk")
     demand_equal(kept.sequence, evidence["sequence"], "sequence number on the disk")
     least = len(PUT_KEY) + len(kept.value)
@@ -99,7 +99,7 @@ def statefs_put(_case: Case, trace: Trace, line: Line) -> None:
 
 def unauthorized(case: Case, trace: Trace, line: Line) -> None:
     """#101: there is something that was not listed."""
-    hidden = [key for key in _left(trace).records if key.startswith(KEYSTORE_AREA.encode())]
+    hidden = [key for key in left_of(trace).records if key.startswith(KEYSTORE_AREA.encode())]
     if "keystored" in case.plan.by_name:
         demand(hidden, "the key store's area is empty: nothing could be listed")
     demand(line.evidence["listed"] < line.evidence["keys"] or not hidden, "every key was listed")
@@ -107,7 +107,7 @@ def unauthorized(case: Case, trace: Trace, line: Line) -> None:
 
 def bulk_vmo(_case: Case, trace: Trace, line: Line) -> None:
     """#102: the whole value stands on the disk."""
-    kept = _kept(_left(trace), BULK_KEY)
+    kept = kept_of(left_of(trace), BULK_KEY)
     demand_equal(hashlib.sha256(kept.value).hexdigest(), line.evidence["digest"], "bulk value")
     demand_equal(kept.sequence, line.evidence["sequence"], "sequence number on the disk")
     before, after = line.evidence["mappings"]
@@ -120,7 +120,7 @@ def persist(case: Case, trace: Trace, line: Line) -> None:
     A simulated kernel gives a new task the lowest pid that is free, which may be the old one's.
     """
     evidence = line.evidence
-    kept = _kept(_left(trace), KEPT_KEY)
+    kept = kept_of(left_of(trace), KEPT_KEY)
     demand_equal(kept.value.hex(), evidence["value"], "value on the disk")
     demand_equal(kept.sequence, evidence["sequence"], "sequence number on the disk")
     old, new = evidence["generations"]
@@ -133,8 +133,8 @@ def persist(case: Case, trace: Trace, line: Line) -> None:
 
 def persist_reboot(case: Case, trace: Trace, line: Line) -> None:
     """#104: what the runner read between the boots is what the second one says; all is new."""
-    evidence, before = line.evidence, _said(trace.earlier[-1], 103)
-    kept = _kept(_left(trace.earlier[-1]), KEPT_KEY)
+    evidence, before = line.evidence, said_in(trace.earlier[-1], 103)
+    kept = kept_of(left_of(trace.earlier[-1]), KEPT_KEY)
     for what, found in (("value", kept.value.hex()), ("sequence", kept.sequence)):
         demand_equal(before[what], found, f"{what} between the boots, against boot 0")
         demand_equal(evidence[what], found, f"{what} between the boots, against boot 1")
@@ -176,7 +176,7 @@ def power_cut(_case: Case, trace: Trace, line: Line) -> None:
     demand(
         found in (second, dict.fromkeys(second, "")), "the later batch is neither whole nor absent"
     )
-    left = _left(before)
+    left = left_of(before)
     for keys, seen in ((FIRST_KEYS, line.evidence["first"]), (SECOND_KEYS, found)):
         on_disk = {key.decode(): _digest(left.records.get(key)) for key in keys}
         demand_equal(seen, on_disk, "what the runner read on the disk after the cut")
@@ -188,16 +188,16 @@ def _digest(kept: Kept | None) -> str:
 
 def quarantined(_case: Case, trace: Trace, line: Line) -> None:
     """#106: it is the record that the runner damaged, and all others are as they were."""
-    evidence, left = line.evidence, _left(trace.earlier[-1])
+    evidence, left = line.evidence, left_of(trace.earlier[-1])
     demand(left.damaged >= 0, "the runner found no record to damage")
     within = left.damaged - evidence["offset"]
     demand(0 <= within < RECORD_MAX, f"damaged at {left.damaged}, named {evidence['offset']}")
-    demand_equal(evidence["sequence"], _kept(left, VICTIM_KEY).sequence, "number of the record")
+    demand_equal(evidence["sequence"], kept_of(left, VICTIM_KEY).sequence, "number of the record")
     demand_equal(evidence["quarantined"], left.lost, "quarantined records, by either reader")
     others = {key: _digest(left.records.get(key.encode())) for key in evidence["others"]}
     demand_equal(evidence["others"], others, "the other keys")
     demand_equal(evidence["bulk"], _digest(left.records.get(BULK_KEY)), "the bulk value")
-    after = _left(trace)
+    after = left_of(trace)
     demand(VICTIM_KEY not in after.records, "the damaged record is back on the disk")
     kept = {key: kept for key, kept in left.records.items() if key != VICTIM_KEY}
     lost = [key for key, each in kept.items() if key not in after.records and each]
