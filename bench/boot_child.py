@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nexus.abi import Nanos
-from nexus.init.ground import boot
+from nexus.init.ground import Places, boot
 from nexus.init.plan import load_plan
 from nexus.proof.runner import Job
 from nexus.proof.sink import EventSink
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
             smp=job.smp,
             recorder=sink.record,
             limit=Nanos(job.limit),
+            places=Places(state=None if job.state is None else Path(job.state)),
         )
         return booted.exit.code
     finally:

@@ -249,6 +249,24 @@ def test_a_large_value_travels_as_a_sealed_vmo_both_ways(boot: Boot) -> None:
     assert boot(script).result() == [True, "LARGE"]
 
 
+def test_64_durable_puts_in_flight_are_all_answered_and_written_in_few_groups(boot: Boot) -> None:
+    async def script(hands: StateHands) -> Any:
+        _ = await hands.state(put(K))
+        client = hands.client("statefsd")
+        before = await hands.facts()
+        until = await hands.ahead(3 * SECOND)
+        started = [await client.start(put(b"/state/t/%d" % n), until) for n in range(64)]
+        outcomes = [await client.finish(each) for each in started]
+        after = await hands.facts()
+        durable = [isinstance(each, Stored) and each.durable for each in outcomes]
+        return durable, after["groups_total"] - before["groups_total"]
+
+    durable, groups = boot(script).result()
+
+    assert durable == [True] * 64
+    assert groups <= 16
+
+
 # ------------------------------------------------------------------ restarts
 
 

@@ -432,6 +432,8 @@ def _link(
     frame = max(request_frame_size_max(protocol) for protocol in protocols)
     reply_frame = max(reply_frame_size_max(protocol) for protocol in protocols)
     share = link_size(use.depth, frame)
+    # Who asks for so much at once has room for the answers: they are never waited with.
+    reply_depth = max(LINK_DEPTH_DEFAULT, use.depth)
     if use.size is not None and use.size < frame:
         raise system.wrong(
             (*use.path, "size"),
@@ -445,8 +447,8 @@ def _link(
         size=share if use.size is None else min(use.size, share),
         delegations=use.delegations,
         sync=use.sync,
-        reply_depth=LINK_DEPTH_DEFAULT,
-        reply_size=link_size(LINK_DEPTH_DEFAULT, reply_frame),
+        reply_depth=reply_depth,
+        reply_size=link_size(reply_depth, reply_frame),
     )
 
 
