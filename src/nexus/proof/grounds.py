@@ -62,6 +62,8 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
             on_machine=on_machine,
         )
     except (RunOver, Hang) as over:
+        for machine in machines:
+            kept.keep(machine, power_lasts=True)
         return _over(over)
     except PowerCut:
         (machine,) = machines

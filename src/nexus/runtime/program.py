@@ -63,6 +63,7 @@ HANDED_ON: Final = (
     "on_gone",
     "evidence",
     "ready",
+    "on_ready",
     "on_malformed",
     "busy",
     "on_idle",

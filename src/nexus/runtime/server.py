@@ -110,6 +110,7 @@ class Hooks(NamedTuple):
     facts: Callable[[], dict[str, int]] | None
     evidence: Callable[[], dict[str, Any]] | None  # goes with the line that the service is ready
     ready: Callable[[], bool] | None
+    on_ready: Callable[[], Any] | None  # init knows that it is ready; plain or coroutine
     on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
     busy: Callable[[], bool] | None  # there is work for when no message waits
     on_idle: Callable[[], Any] | None  # busy, and no message waits; plain or coroutine
@@ -652,6 +653,8 @@ class Server:
         except AbiError:
             return
         self._announced = True
+        if self._hooks.on_ready is not None:
+            await _settled(self._hooks.on_ready())
 
 
 BIND: Final = META.codecs[Bind]

@@ -79,7 +79,11 @@ class Rngd:
 
     async def start(self) -> None:
         """The first start-up test; a failed one is made again later."""
-        await self._test()
+        await self._device.start()
+
+    async def on_ready(self) -> None:
+        """Say through what the draws come."""
+        await self._tell_window()
 
     async def handle(self, call: Call, request: RngdRequest) -> Entropy | Source:
         """The reply."""

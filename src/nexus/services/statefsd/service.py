@@ -83,11 +83,13 @@ ROOM_STEPS_MAX: Final = 64  # steps of tidying up for one change that finds no r
 
 
 class Disk(NamedTuple):
-    """The granted device, opened: its name in the bus map, and what is behind it."""
+    """The granted device, opened: its name in the bus map, what is behind it, and the digest of
+    its first block as it was found."""
 
     name: str
     backing: str
     device: BlockDevice
+    first_block: str = ""
 
 
 class Gate(Protocol):
@@ -180,6 +182,23 @@ class Statefsd:
     def ready(self) -> bool:
         """Whether the store is open on the granted device."""
         return self._opened is not None
+
+    async def on_ready(self) -> None:
+        """Say what a device with registers was found to be; a console that is full hears nothing."""
+        device = self._disk.device
+        if not isinstance(device, VirtioBlock):
+            return
+        identity = device.identity
+        evidence = {
+            "magic": identity.magic,
+            "version": identity.version,
+            "device_id": identity.device_id,
+            "features": identity.features,
+            "block_count": device.block_count,
+            "first_block": self._disk.first_block,
+        }
+        with suppress(AbiError):
+            await ConsoleWrite("blk: virtio-blk up", json.dumps(evidence).encode())
 
     def busy(self) -> bool:
         """Whether changes wait to be written, or the store to be tidied up."""
@@ -602,21 +621,6 @@ def _check(call: Call, fault: StatefsdStatus | None) -> None:
         raise call.refuse(fault)
 
 
-async def _tell_up(device: VirtioBlock) -> None:
-    """Say what a device with registers was found to be; a console that is full hears nothing."""
-    identity = device.identity
-    evidence = {
-        "magic": identity.magic,
-        "version": identity.version,
-        "device_id": identity.device_id,
-        "features": identity.features,
-        "block_count": device.block_count,
-        "first_block": sha256(await device.read(0, 1)).hexdigest(),
-    }
-    with suppress(AbiError):
-        await ConsoleWrite("blk: virtio-blk up", json.dumps(evidence).encode())
-
-
 def made(context: Context) -> Statefsd:
     """statefsd on the device the system file gives it."""
 
@@ -626,9 +630,8 @@ def made(context: Context) -> Statefsd:
         (slot, *_) = context.boot.hardware
         info = await DeviceQuery(slot)
         device = await open_block(slot)
-        if isinstance(device, VirtioBlock):
-            await _tell_up(device)
-        return Disk(info.name, info.backing, device)
+        first = await device.read(0, 1)
+        return Disk(info.name, info.backing, device, sha256(first).hexdigest())
 
     settings = context.settings_as(Settings)
     return Statefsd(settings, context.authority, context.log, open_disk, context.send_given)
