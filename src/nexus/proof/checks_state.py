@@ -37,6 +37,7 @@ def left_of(trace: Trace) -> Remains:
 
 
 def kept_of(left: Remains, key: bytes) -> Kept:
+    """The value of a key, which must be there."""
     kept = left.records.get(key)
     if kept is None:
         raise Mismatch(f"{key!r} is not on the disk")

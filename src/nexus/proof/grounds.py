@@ -19,7 +19,7 @@ from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk, Piece
 from nexus.kernel.sim.power import Cut, Moment
 from nexus.proof import scenario
-from nexus.proof.remains import IMAGE_SUFFIX, image_of
+from nexus.proof.remains import IMAGE_SUFFIX, SECRET_SUFFIX, image_of, kept_secret
 from nexus.proof.runner import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
@@ -98,7 +98,7 @@ class Kept:
             disks={each.name: self._disk(each) for each in plan.hardware if each.size},
             secrets={
                 (name, SecretBackend[backend]): path.read_bytes()
-                for path in sorted(self.state.glob(f"*{KEPT_SUFFIX}"))
+                for path in sorted(self.state.glob(f"*{SECRET_SUFFIX}"))
                 for name, _, backend in [path.stem.rpartition("-")]
             },
         )
@@ -117,7 +117,7 @@ class Kept:
             image = disk.image() if power_lasts else disk.survivors(_torn(disk)).image()
             _ = (self.state / f"{name}{IMAGE_SUFFIX}").write_bytes(image)
         for (name, backend), data in machine.secrets.kept.items():
-            _ = (self.state / f"{name}-{backend.name}{KEPT_SUFFIX}").write_bytes(data)
+            _ = kept_secret(self.state, name, backend).write_bytes(data)
         if machine.boot_memory is not None:
             _ = (self.state / BOOT_MEMORY).write_bytes(machine.boot_memory)
 
@@ -130,7 +130,6 @@ def _torn(disk: Disk) -> Choice:
 
 
 BOOT_MEMORY: Final = "boot-memory"
-KEPT_SUFFIX: Final = ".secret"
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

@@ -86,9 +86,13 @@ class Watcher:
 
 
 def _evidence_of(row: Rung) -> set[str]:
-    """The line of init's that the check of a statement compares."""
+    """The lines that the check of a statement compares: init's, and for some the client's."""
     ready = row.marker == f"{row.printer}: ready"
-    return {f"init: health {row.printer} ok"} if ready else set()
+    awaited = {f"init: health {row.printer} ok"} if ready else set()
+    return awaited | ({f"{SELFTEST}: measured #{row.number}"} if row.number in MEASURED else set())
+
+
+MEASURED: Final = frozenset({35})  # lines of bring-up whose evidence the client collects later
 
 
 def plan_of(request: Request) -> Plan:
@@ -113,8 +117,9 @@ def prove(request: Request, directory: Path) -> Outcome:
         except NoSuchSaboteur as error:
             raise UsageError(str(error)) from error
     scope = scope_of(plan, request.ground, smp, request.phase)
-    case = Case(scope=scope, plan=plan, checks=EVERY_CHECK, until=request.until)
     path = request.record or default_path(directory, request.ground.value)
+    written = (path,) if request.log is None else (path, request.log)
+    case = Case(scope=scope, plan=plan, checks=EVERY_CHECK, until=request.until, written=written)
     with RecordWriter(path) as record:
         record.entry("run", _header(request, plan, smp))
         traces = _boots(request, case, record, directory)
@@ -143,7 +148,8 @@ def _boots(
             if goes_on and number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
                 left = damage(case.plan, state, left, VICTIM_KEY)
             record.entry("remains", _remains_entry(number, left))
-            traces.append(replace(trace, left=left, earlier=tuple(traces)))
+            seed = seed_of(request.seed, number)
+            traces.append(replace(trace, left=left, earlier=tuple(traces), seed=seed))
             if not goes_on:
                 break
     return tuple(traces)

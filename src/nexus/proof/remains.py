@@ -5,21 +5,26 @@ process: whatever is planted in a booted system is not in here.
 """
 
 import os
+import stat
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from nexus.abi import BLOCK_SIZE, HardwareKind
+from nexus.abi import BLOCK_SIZE, SECRET_SIZE_MAX, HardwareKind, SecretBackend
 from nexus.drivers import DeviceFault, Fault
 from nexus.init.plan import Plan
 from nexus.kernel.core import Hardware
+from nexus.kernel.linux.secrets import DIRECTORY, NAME
 from nexus.protocols.statefsd import ROOT
 from nexus.services.statefsd.config import Settings
 from nexus.services.statefsd.engine import Damaged, Store, Unopenable
 
 IMAGE_SUFFIX: Final = ".img"
+SECRET_SUFFIX: Final = ".secret"  # noqa: S105 (of a file's name)
 PAGE: Final = 256  # keys of one look
+PIECE_SIZE: Final = 4096  # bytes of an image that are looked at together
 TRACK_SIZE: Final = 16  # bytes of a value by which its record is found; it may span two frames
 COPIES_MAX: Final = 8  # records of one value: in the journal, and in checkpoints that are no more
 
@@ -38,10 +43,14 @@ class Remains:
     """The store on the disk. `problem` says why there is none to be read, or is empty.
 
     `size` is that of the device, `first_block` its first bytes. `damaged` is the offset of the byte
-    that the runner has changed since, -1 if it has not; `lost` counts the damaged records.
+    that the runner has changed since, -1 if it has not; `lost` counts the damaged records. `written` is all of the disk that is not
+    zero, and `secrets` what the kernel keeps for a service, as far as it is in a file: neither
+    gets into a record.
     """
 
     problem: str = ""
+    written: bytes = field(default=b"", repr=False)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     size: int = 0
     first_block: bytes = b""
     epoch: int = 0
@@ -60,7 +69,7 @@ def image_of(state: Path, device: Hardware) -> Path:
 
 
 def remains_of(plan: Plan, state: Path) -> Remains:
-    """What lies on the disk of statefsd in the state directory of a run."""
+    """What lies on the disk of statefsd, and of secrets, in the state directory of a run."""
     device = _disk_of(plan)
     if device is None:
         return NOTHING_LEFT
@@ -68,12 +77,43 @@ def remains_of(plan: Plan, state: Path) -> Remains:
         data = image_of(state, device).read_bytes()
     except OSError as error:
         return Remains(problem=f"{device.name} cannot be read: {error.strerror}")
-    return read_image(data)
+    return replace(read_image(data), secrets=_secrets(plan, state))
+
+
+def kept_secret(state: Path, service: str, backend: SecretBackend) -> Path:
+    """Where a simulated machine's secret is while it is off."""
+    return state / f"{service}-{backend.name}{SECRET_SUFFIX}"
+
+
+def _secrets(plan: Plan, state: Path) -> dict[str, bytes]:
+    """The secrets of the services that can be read: where linux keeps them and where sim does."""
+    found = {}
+    for service in plan.services:
+        places = (
+            kept_secret(state, service.name, service.grants.secret),
+            state / DIRECTORY / service.name / NAME,
+        )
+        for place in places:
+            data = _small_file(place)
+            if data:
+                found[service.name] = data
+    return found
+
+
+def _small_file(path: Path) -> bytes:
+    """The content of a file that a service may have made; empty if it is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    with FileIO(descriptor) as file:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return file.read(SECRET_SIZE_MAX) if regular else b""
 
 
 def read_image(data: bytes) -> Remains:
     """The store in an image. A record that is damaged is not among `records`."""
-    bare = Remains(size=len(data), first_block=data[:BLOCK_SIZE])
+    bare = Remains(size=len(data), first_block=data[:BLOCK_SIZE], written=_not_zero(data))
     if not any(data):
         return replace(bare, problem="nothing was ever written to the disk")
     try:
@@ -108,6 +148,13 @@ def damage(plan: Plan, state: Path, left: Remains, key: bytes) -> Remains:
             return replace(left, damaged=at, lost=after.lost)
         data[at] ^= 1  # an older copy, which nobody reads any more
     return left
+
+
+def _not_zero(data: bytes) -> bytes:
+    """An image without the pieces that were never written."""
+    zero = bytes(PIECE_SIZE)
+    pieces = (data[at : at + PIECE_SIZE] for at in range(0, len(data), PIECE_SIZE))
+    return b"".join(piece for piece in pieces if piece != zero)
 
 
 def _disk_of(plan: Plan) -> Hardware | None:

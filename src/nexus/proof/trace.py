@@ -67,13 +67,15 @@ class Trace:
     """One boot: its events in the order they were recorded, raw output, and its ending.
 
     `left` is what the runner itself read on the disks when the boot had ended, and `earlier` are
-    the boots of the run before this one, oldest first.
+    the boots of the run before this one, oldest first. `seed` is what a simulated machine's chance
+    came from.
     """
 
     events: Sequence[Event]
     output: str = ""
     ending: Ending = field(default_factory=Ending)
     number: int = 0
+    seed: int = 0
     left: Remains = NOTHING_LEFT
     earlier: "tuple[Trace, ...]" = ()
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, unique
+from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import INIT_NAME, EventKind, Nanos
@@ -67,13 +68,15 @@ def demand_equal(found: object, expected: object, what: str) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """What a verdict is about: the scope, the plan as `nexus check` computes it from the system
-    file outside of the run, what independent checks exist, and, once it is judged, every boot."""
+    file outside of the run, what independent checks exist, and, once it is judged, every boot and
+    the files that the run has written: its record so far, and the event log if one is kept."""
 
     scope: Scope
     plan: Plan
     checks: "Mapping[int, Check]"
     until: str | None = None
     boots: tuple[Trace, ...] = ()
+    written: tuple[Path, ...] = ()
 
 
 Check = Callable[[Case, Trace, Line], None]

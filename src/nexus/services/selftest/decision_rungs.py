@@ -47,6 +47,7 @@ from nexus.services.selftest.policy_rungs import (
     audits_of,
     fields_of,
     find,
+    pages,
 )
 from nexus.services.selftest.routing_rungs import LATE_MAX
 from nexus.services.selftest.rung import Evidence, RungFailed, expect, expect_type, require
@@ -58,6 +59,7 @@ MISSING_KEY: Final = b"/state/selftest/missing"
 KEYSTORE_KEY: Final = b"/state/keystore/anything"
 UNASKED_AREA: Final = b"/state/unasked/"  # of which nobody has asked before
 TESTSVC_KEY: Final = b"/state/testsvc/right"
+DENIED_KEY: Final = b"/state/testsvc/denied"  # the runner sees that it was never written
 TESTSVC_AREA: Final = "/state/testsvc/"
 KEYSTORE_AREA: Final = "/state/keystore/"
 BAD_NONCE: Final = (1 << 61) + 81  # no call of this run reaches it
@@ -65,6 +67,8 @@ NOBODY: Final = ServiceId(0x0123_4567_89AB_CDEF)  # an id that init has issued t
 TESTSVC: Final = "demo.testsvc"
 PAGE_POLLS_MAX: Final = 4_000
 PAGE_PAUSE: Final = Nanos(1_000_000)  # ns; shorter than policyd's back-off and start
+SETTLE_POLLS_MAX: Final = 10  # with doubling pauses: 1 ms to half a second
+SETTLE_PAUSE: Final = Nanos(1_000_000)  # ns; an acknowledgement takes less
 
 
 # ------------------------------------------------------------------ why it was denied
@@ -77,21 +81,41 @@ async def deny_reasons(climb: Climb) -> Evidence:
         "policy": await _denied_by_policy(climb),
         "identity": await _denied_by_identity(climb),
         "malformed": await _malformed(climb),
-        "unavailable": await _unavailable(climb),
     }
-    counts = await climb.call(climb.client("policyd"), GetCounts())
+    before = await _settled_audit(climb)
+    found["unavailable"] = await _unavailable(climb)
     again = await statefsd.call(Get(MISSING_KEY), await climb.ahead(CALL_WAIT))
+    after = await _settled_audit(climb)
 
     expect(again, Refused(StatefsdStatus.NOT_FOUND), "an allowed read once policyd is back")
-    decided, told = _balance(counts)
-    expect(told, decided, "audit records and counted drops, against the decisions")
-    return {**found, "decided": decided, "told": told}
+    return {**found, "audits": [before, after]}
 
 
-def _balance(counts: Counts) -> tuple[int, int]:
-    """Decisions, and what became of them in the audit."""
-    decided = counts.allowed + counts.denied_policy + counts.denied_identity
-    return decided, counts.audited + counts.audit_dropped + counts.audit_waiting
+async def _settled_audit(climb: Climb) -> Evidence:
+    """What policyd's present instance has decided, once every record of it is acknowledged, and
+    the numbers of the decisions that its records in the journal are about: none is missing."""
+    policyd = climb.client("policyd")
+    _ = await pages(climb)  # what logd asks about us is decided before anything is counted
+    budget = RetryBudget(
+        attempts_max=SETTLE_POLLS_MAX, backoff=SETTLE_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+    )
+    counts = await retry_until(
+        lambda: climb.call(policyd, GetCounts()),
+        lambda seen: seen.audit_waiting > 0,
+        budget,
+        RetryTokens(),
+    )
+    expect(counts.audit_waiting, 0, "audit records not acknowledged yet")
+    records, _ = await pages(climb, service=service_id("policyd"))
+    generation = (await climb.task("policyd")).generation
+    own = [fields_of(each) for each in records if each.generation == generation]
+    numbers = sorted(int(fields["number"]) for fields in own if fields.get("number", "0") != "0")
+    decided = [counts.allowed, counts.denied_policy, counts.denied_identity]
+    told = [counts.audited, counts.audit_dropped]
+
+    expect(sum(told), sum(decided), "audit records and counted drops, against the decisions")
+    expect(len(numbers), counts.audited, "audit records in the journal, against policyd's count")
+    return {"generation": generation, "decided": decided, "told": told, "numbers": numbers}
 
 
 async def _denied_by_policy(climb: Climb) -> Evidence:
@@ -139,7 +163,7 @@ async def _malformed(climb: Climb) -> Evidence:
     expect(len(records), before + 1, "audit records with the reason malformed")
     fields = fields_of(records[-1])
     expect(fields.get("asked_by"), climb.boot.name, "who asked, by the audit")
-    return {"record": records[-1].record, "status": status_of(reply.data)}
+    return {**_shown(records[-1]), "status": status_of(reply.data)}
 
 
 async def _unavailable(climb: Climb) -> Evidence:
@@ -183,11 +207,11 @@ async def _unavailable(climb: Climb) -> Evidence:
     wanted = {"decision": "deny", "reason": "unavailable", "action": READ_RIGHT}
     expect({name: fields.get(name) for name in wanted}, wanted, "the audit record")
     return {
-        "record": own.record,
+        **_shown(own),
         "took_ns": took,
         "kept": page == still and page.available,
         "late_ns": late,
-        "generation": record.generation,
+        "generations": [generation, record.generation],
     }
 
 
@@ -229,7 +253,16 @@ def _expect(record: Record, reason: str, subject: str, action: str, asked_by: st
     expect({name: fields.get(name) for name in wanted}, wanted, "the audit record")
     expect(record.service, service_id("policyd"), "sender of the audit record")
     require(bool(fields.get("target")), "the audit record has no target")
-    return {"record": record.record, "target": fields["target"]}
+    return _shown(record)
+
+
+def _shown(record: Record) -> Evidence:
+    """An audit record as evidence: the sender is the kernel's word, the fields are the sender's."""
+    return {
+        "record": record.record,
+        "service": f"{record.service:016x}",
+        "fields": {name: value for name, value in fields_of(record).items() if name != "trace"},
+    }
 
 
 # ------------------------------------------------------------------ in another's place
@@ -257,6 +290,7 @@ async def subject_normalization(climb: Climb) -> Evidence:
         await _reload(climb, policy)
     again = await climb.call(policyd, about)
     issued = {row.name: row for row in (await climb.tasks()).rows}
+    records = [await _record_of(climb, each) for each in (without, restarted, nobody, again)]
 
     expect(_what(restarted), (Verdict.ALLOW, Reason.POLICY), "the restarted keystored")
     expect(_what(nobody), (Verdict.DENY, Reason.IDENTITY), "an id that init never issued")
@@ -268,8 +302,25 @@ async def subject_normalization(climb: Climb) -> Evidence:
         "subject": f"{subject:016x}",
         "generation": record.generation,
         "pid": issued["keystored"].pid,
-        "decisions": [each.number for each in (without, restarted, nobody, again)],
+        "records": [_shown(each) for each in records],
     }
+
+
+async def _record_of(climb: Climb, decision: Decision) -> Record:
+    """The audit record of a decision of policyd's present instance."""
+    generation = (await climb.task("policyd")).generation
+    budget = RetryBudget(
+        attempts_max=SETTLE_POLLS_MAX, backoff=SETTLE_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+    )
+
+    async def look() -> list[Record]:
+        found = await find(climb, "number", str(decision.number))
+        policyd = service_id("policyd")
+        return [each for each in found if (each.service, each.generation) == (policyd, generation)]
+
+    found = await retry_until(look, lambda seen: not seen, budget, RetryTokens())
+    expect(len(found), 1, f"audit records of decision {decision.number}")
+    return found[0]
 
 
 def _what(decision: Decision) -> tuple[Verdict, Reason]:
@@ -282,7 +333,7 @@ def _what(decision: Decision) -> tuple[Verdict, Reason]:
 async def generation(climb: Climb) -> Evidence:
     """#83: a right that is used, decided and kept is gone with the next request after a reload."""
     policyd, statefsd = climb.client("policyd"), climb.client("statefsd")
-    use = UseState(TESTSVC_KEY, b"kept")
+    use, use_denied = (UseState(key, b"kept") for key in (TESTSVC_KEY, DENIED_KEY))
     policy = await _policy(climb)
 
     first = await climb.call(climb.testsvc, use)
@@ -293,7 +344,7 @@ async def generation(climb: Climb) -> Evidence:
     before = await PolicyRead()
     await _reload(climb, _without(policy, TESTSVC, WRITE_RIGHT))
     try:
-        denied = await climb.call(climb.testsvc, use)
+        denied = await climb.call(climb.testsvc, use_denied)
         after = await PolicyRead()
         counts = await climb.call(policyd, GetCounts())
         records = await audits_of(climb, "target", TESTSVC_AREA, subject=TESTSVC)
@@ -316,8 +367,10 @@ async def generation(climb: Climb) -> Evidence:
     expect(fields["asked_by"], "statefsd", "who asked, by the audit")
     expect(later, tasks, "generations of the instances: nobody was restarted")
     return {
+        **_shown(refused[0]),
         "generations": [before.generation, after.generation, counts.generation],
-        "record": refused[0].record,
+        "cached": cached,
+        "statuses": [first.status, second.status, denied.status, restored.status],
         "instances": tasks,
     }
 

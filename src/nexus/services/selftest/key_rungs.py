@@ -4,7 +4,9 @@ keystored makes in its client's place."""
 import hashlib
 from typing import Final
 
-from nexus.abi import Nanos, Recv, Send, service_id
+import msgspec
+
+from nexus.abi import ConsoleWrite, Nanos, Recv, Send, service_id
 from nexus.ipc import Context, Refused, TimedOut
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import (
@@ -19,6 +21,7 @@ from nexus.protocols.keystored import (
     KeystoredStatus,
     Put,
 )
+from nexus.protocols.ladder import SELFTEST
 from nexus.protocols.rngd import GetSource
 from nexus.protocols.statefsd import Delete as StateDelete
 from nexus.protocols.statefsd import Durability, GetCalls, Seen
@@ -26,9 +29,9 @@ from nexus.protocols.statefsd import Get as StateGet
 from nexus.protocols.statefsd import Put as StatePut
 from nexus.protocols.testsvc import UseKeys
 from nexus.services.selftest.climb import CALL_WAIT, Climb
-from nexus.services.selftest.policy_rungs import audits_of, fields_of
+from nexus.services.selftest.policy_rungs import audits_of, fields_of, pages
 from nexus.services.selftest.routing_rungs import LATE_MAX, grown, use_once
-from nexus.services.selftest.rung import Evidence, RungFailed, expect, require
+from nexus.services.selftest.rung import Evidence, RungFailed, expect, expect_type, require
 from nexus.wire import HEADER, ReplyStatus, encode, nonce_of, status_of
 
 NAME: Final = b"entry"
@@ -43,6 +46,20 @@ SEEN_MAX: Final = 16
 KEYSTORED_ID: Final = service_id("keystored")
 EXPORT_ACTION: Final = "device.key.export"
 SPANS_BETWEEN_MAX: Final = 10_000  # spans that keystored makes between two calls of ours
+SEED_SIZE: Final = 32  # bytes of an Ed25519 seed: RFC 8032
+KEY_HANDLERS: Final = ("keystored", "rngd", "statefsd")  # whose hands the seed went through
+JOURNAL_LINE: Final = f"{SELFTEST}: journal of"
+
+
+async def opening_read(climb: Climb) -> Evidence:
+    """#35: what statefsd has heard of keystored, before anybody asked keystored for anything."""
+    page = await climb.call(climb.client("statefsd"), GetCalls(KEYSTORED_ID, SEEN_MAX))
+    return {
+        "total": page.total,
+        "ops": [seen.op for seen in page.seen],
+        "senders": sorted({f"{seen.sender:016x}" for seen in page.seen}),
+        "spans": [seen.parent.hex() for seen in page.seen],
+    }
 
 
 async def routing_keystored(climb: Climb) -> Evidence:
@@ -78,14 +95,17 @@ async def nested_deadline(climb: Climb) -> Evidence:
     spans = [int.from_bytes(seen[0].parent, "little") for _, _, seen in nested]
     apart = (spans[1] - spans[0]) % (1 << 64)
     require(0 < apart < SPANS_BETWEEN_MAX, "the parents are not spans of one task")
-    expect(outcome, TimedOut(), "a call with too short a deadline")
-    require(0 <= late <= LATE_MAX, f"it ended {late} ns after its deadline")
+    # Whose wait ends first says so: keystored, that statefsd had no time left, or our own.
+    ends = (TimedOut(), Refused(KeystoredStatus.UNAVAILABLE))
+    require(outcome in ends, f"a call with too short a deadline ended with {outcome!r}")
+    require(late <= LATE_MAX, f"it ended {late} ns after its deadline")
     return {
         "deadlines": [
             [deadline, *(each.deadline for each in seen)] for deadline, _, seen in nested
         ],
         "traces": [[context.trace.hex(), seen[0].trace.hex()] for _, context, seen in nested],
         "spans": [[context.span.hex(), seen[0].parent.hex()] for _, context, seen in nested],
+        "outcome": "timed out" if outcome == TimedOut() else "unavailable",
         "late_ns": late,
     }
 
@@ -123,17 +143,18 @@ async def entries(climb: Climb) -> Evidence:
 
     expect(got.value, CANARY, "the value")
     expect(foreign.status, int(KeystoredStatus.NOT_FOUND), "another service's read of that name")
-    missing = Refused(KeystoredStatus.NOT_FOUND)
-    expect([missed, gone, again], [missing] * 3, "a miss, a read and a drop of what is gone")
+    missing = (missed, gone, again)
+    refused = [expect_type(each, Refused, "what is not there").status for each in missing]
+    expect(refused, [KeystoredStatus.NOT_FOUND] * 3, "a miss, a read and a drop of what is gone")
     expect(status_of(malformed), ReplyStatus.MALFORMED, "status of a bad body")
     ops = {seen.op for seen in calls.seen}
     wanted = {StatePut.INFO.op, StateGet.INFO.op, StateDelete.INFO.op}
     require(calls.total > before, "statefsd counted no call of keystored's")
+    require(wanted <= ops, f"statefsd heard of keystored only {sorted(ops)}")
     return {
-        "statuses": [foreign.status, int(KeystoredStatus.NOT_FOUND), status_of(malformed)],
-        "calls": calls.total - before,
+        "statuses": [foreign.status, *map(int, refused), status_of(malformed)],
+        "calls": [before, calls.total],
         "ops": sorted(ops),
-        "some": sorted(ops & wanted),
     }
 
 
@@ -155,19 +176,23 @@ async def device_key(climb: Climb) -> Evidence:
     before = await _given_to_keystored(climb)
 
     key = await climb.call(keystored, GenerateKey())
-    given = await _given_to_keystored(climb) - before
+    given = await _given_to_keystored(climb)
     second = await keystored.call(GenerateKey(), await climb.ahead(CALL_WAIT))
     public = await climb.call(keystored, GetPublicKey())
     store = await climb.call(keystored, GetStore())
 
     expect(none, Refused(KeystoredStatus.KEY_NOT_FOUND), "the public key before there is one")
-    expect(given, 32, "bytes that rngd gave keystored meanwhile")
+    expect(given - before, SEED_SIZE, "bytes that rngd gave keystored meanwhile")
     expect(len(key.public_key), PUBLIC_KEY_SIZE, "bytes of the public key")
     expect(key.device_id, hashlib.sha256(key.public_key).hexdigest(), "the device id")
     expect(second, Refused(KeystoredStatus.KEY_EXISTS), "a second device key")
     expect(public, key, "the public key that is kept")
     expect((store.keygens, store.has_device_key), (1, True), "keystored's own account")
-    return {"public_key": key.public_key.hex(), "device_id": key.device_id, "given": given}
+    return {
+        "public_key": key.public_key.hex(),
+        "device_id": key.device_id,
+        "given": [before, given],
+    }
 
 
 async def _given_to_keystored(climb: Climb) -> int:
@@ -181,12 +206,32 @@ async def export_rejected(climb: Climb) -> Evidence:
     answer = await _raw(climb, codec.prefix, EXPORT_NONCE, encode(ExportPrivateKey()))
     subject = f"0x{climb.boot.service:016x}"
     records = await audits_of(climb, "action", EXPORT_ACTION, subject=subject)
+    journal = {name: await _show_journal(climb, name) for name in KEY_HANDLERS}
 
     expect(status_of(answer), KeystoredStatus.EXPORT_DENIED, "status of the answer")
     expect(len(answer), HEADER.size, "bytes of the answer, a header alone")
     expect(records[0].service, KEYSTORED_ID, "sender of the audit record")
     expect(fields_of(records[0]).get("decision"), "deny", "decision in the audit")
-    return {"status": status_of(answer), "size": len(answer), "record": records[0].record}
+    return {
+        "status": status_of(answer),
+        "size": len(answer),
+        "record": records[0].record,
+        "service": f"{records[0].service:016x}",
+        "fields": fields_of(records[0]),
+        "journal": journal,
+    }
+
+
+async def _show_journal(climb: Climb, name: str) -> int:
+    """Print what the journal has of a service, for the runner to look through; the records.
+
+    This task does not know the seed, and the runner cannot read the journal.
+    """
+    records, _ = await pages(climb, service=service_id(name))
+    for each in records:
+        shown = {"record": each.record, "text": each.text, "fields": fields_of(each)}
+        await ConsoleWrite(f"{JOURNAL_LINE} {name}", msgspec.json.encode(shown))
+    return len(records)
 
 
 async def device_key_restarted(climb: Climb) -> Evidence:
@@ -206,7 +251,10 @@ async def device_key_restarted(climb: Climb) -> Evidence:
 
     expect(after, before, "the device key after keystored's restart")
     expect(store.keygens, 0, "keys made by the new instance")
-    return _key_evidence(climb, after, store.keygens)
+    return {
+        **_key_evidence(climb, after, store.keygens),
+        "generations": [old.generation, (await climb.task("keystored")).generation],
+    }
 
 
 async def device_key_persists(climb: Climb) -> Evidence:

@@ -153,14 +153,14 @@ async def find(climb: Climb, key: str, value: str) -> list[Record]:
 
 
 async def pages(
-    climb: Climb, since: int = 1, *, key: str = "", value: str = ""
+    climb: Climb, since: int = 1, *, key: str = "", value: str = "", service: int = 0
 ) -> tuple[list[Record], int]:
-    """Every record from id `since` on, or what of them has that field; and the number of pages,
-    of which one may lead on and hold none."""
+    """Every record from id `since` on, or what of them has that field, or is of that service; and
+    the number of pages, of which one may lead on and hold none."""
     found: list[Record] = []
     for count in range(1, PAGES_MAX + 1):
         query = Query(
-            since=since, count=PAGE_MAX, level=Level.TRACE, service=0, key=key, value=value
+            since=since, count=PAGE_MAX, level=Level.TRACE, service=service, key=key, value=value
         )
         page = await climb.call(climb.client("logd"), query)
         found += page.records

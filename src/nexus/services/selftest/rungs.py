@@ -39,6 +39,7 @@ from nexus.services.selftest.key_rungs import (
     entries,
     export_rejected,
     nested_deadline,
+    opening_read,
     routing_keystored,
 )
 from nexus.services.selftest.log_rungs import (
@@ -74,6 +75,7 @@ from nexus.services.selftest.timed_rungs import timed_coalesce
 from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
 RUNGS: Final = (
+    Rung(35, opening_read, stated=True),
     Rung(52, routing_keystored),
     Rung(53, routing_policyd),
     Rung(56, routing),
