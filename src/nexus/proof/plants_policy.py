@@ -25,7 +25,13 @@ from nexus.services.logd.service import Logd
 from nexus.services.policyd.audit import Audit
 from nexus.services.policyd.judge import Judge
 from nexus.services.policyd.service import Policyd
-from nexus.services.selftest.policy_rungs import BAD_NONCE, FOREIGN_RIGHT, MMIO_RIGHT, PROBE_RIGHT
+from nexus.services.selftest.policy_rungs import (
+    BAD_NONCE,
+    FOREIGN_RIGHT,
+    MMIO_RIGHT,
+    PROBE_RIGHT,
+    SPOOFED,
+)
 from nexus.wire import ReplyStatus, answer, encode, nonce_of
 
 BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
@@ -149,12 +155,13 @@ def _clone_stays() -> None:
 
 
 def _only_exits_watched() -> None:
-    """#96: nobody is asked again after the first answer."""
+    """#96: its peer is not asked again after the first answer. policyd is: rung 81 holds it."""
 
     async def probe(watch: Watch, record: Record) -> None:
-        record.probe_again = None
-        if record.well_since is None:
+        if record.name != SPOOFED or record.well_since is None:
             await original(watch, record)
+        else:
+            record.probe_again = None
 
     original = replace(Watch, "probe", probe)
 

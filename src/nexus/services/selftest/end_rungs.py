@@ -1,14 +1,23 @@
 """The last rungs: nothing is left behind, and the ladder's end."""
 
-from typing import Final
+from typing import Any, Final
 
 from nexus.abi import INIT_NAME, Nanos, TaskCounters, TaskStats
 from nexus.ipc import RetryBudget, RetryTokens, retry_until
 from nexus.protocols.init import Account, GetResources, Resources
+from nexus.protocols.keystored import Get as GetKey
+from nexus.protocols.keystored import GetPublicKey
+from nexus.protocols.logd import Level, Query
 from nexus.protocols.meta import Fact
+from nexus.protocols.rngd import GetEntropy
+from nexus.protocols.statefsd import Get
+from nexus.protocols.testsvc import UseKeys, UseState
 from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.rung import Evidence, expect, require
+from nexus.wire import Request
 
+UNUSED_KEY: Final = b"/state/testsvc/unused"
+UNUSED_NAME: Final = b"unused"
 LOOKS_MAX: Final = 4  # at a task's account
 LOOK_PAUSE: Final = Nanos(7_000_000)  # ns, doubling; no whole part of a probe's interval
 COUNTER_SUFFIX: Final = "_total"
@@ -50,8 +59,25 @@ def state_of(facts: list[Fact]) -> list[Fact]:
     ]
 
 
+async def _use_all(climb: Climb) -> None:
+    """Have every service use those that it needs: one that was started anew meanwhile is found
+    when it is next asked, and until then its old link is open. What they answer is not looked at.
+    """
+    uses: dict[str, tuple[Request[Any], ...]] = {
+        "logd": (Query(since=1, count=1, level=Level.TRACE, service=0, key="", value=""),),
+        "rngd": (GetEntropy(1),),
+        "statefsd": (Get(UNUSED_KEY),),
+        "keystored": (GetPublicKey(), GetKey(UNUSED_NAME)),
+        "demo.testsvc": (UseState(UNUSED_KEY, b""), UseKeys(UNUSED_NAME)),
+    }
+    for name, requests in uses.items():
+        for request in requests if name in climb.clients else ():
+            _ = await climb.client(name).call(request, await climb.ahead(CALL_WAIT))
+
+
 async def no_resource_left_behind(climb: Climb) -> Evidence:
     """#143: every task holds what it held when the system became ready."""
+    await _use_all(climb)
     tasks = 0
     compared: dict[str, object] = {}
     for name in (INIT_NAME, *climb.clients):
