@@ -1,9 +1,10 @@
 """statefsd between processes of the Linux kernel: killed 200 times under load, and on bad disks.
 
-What is injected is said in each test: SIGKILL by the test's own process, a file system without
-room (a tmpfs, when root runs the tests), a file size limit, a file nobody may write, and bytes of
-the image changed between two boots. A device that fails with EIO needs device-mapper or a fault
-injector of the kernel, which few machines have; that is what the simulated disk is for.
+What is injected is said in each test: SIGKILL through init, a file system without room and a loop
+device on it that fails with EIO (when root runs the tests), a file size limit, an image opened for
+reading alone, and bytes of the image changed between two boots. EIO at a chosen operation needs
+device-mapper or a fault injector, which this kernel may lack; that is what the simulated disk is
+for.
 """
 
 import os
@@ -11,13 +12,14 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from nexus.abi import Now
+from nexus.abi import Event, EventKind, Now
 from nexus.ipc import CallFailure, Refused
 from nexus.protocols.init import GetService, ServiceRecord
 from nexus.protocols.statefsd import (
@@ -325,11 +327,9 @@ def check_filled(result: Any) -> None:
     assert result["generation"] == 1, "it is healthy and was not restarted"
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="a file system of one's own takes root")
-def test_a_file_system_without_room_loses_nothing_acknowledged(
-    monkeypatch: pytest.MonkeyPatch, directory: Path
-) -> None:
-    """Injected: the image is a sparse file on a tmpfs of 512 KiB."""
+@contextmanager
+def without_room(directory: Path) -> Iterator[Path]:
+    """A sparse image of a disk on a tmpfs of 512 KiB."""
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(directory)],
         check=False,
@@ -338,29 +338,68 @@ def test_a_file_system_without_room_loses_nothing_acknowledged(
     if mount.returncode:
         pytest.skip(f"mount: {mount.stderr.decode().strip()}")
     try:
-        with (directory / "disk.img").open("wb") as image:
-            _ = image.truncate(4 << 20)
-        result = boot_linux(monkeypatch, filling, directory=directory).result()
+        image = directory / "disk.img"
+        with image.open("wb") as opened:
+            _ = opened.truncate(4 << 20)
+        yield image
     finally:
         _ = subprocess.run(["umount", "-l", str(directory)], check=True)
 
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system of one's own takes root")
+def test_a_file_system_without_room_loses_nothing_acknowledged(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    """Injected: the image is a sparse file on a tmpfs of 512 KiB."""
+    with without_room(directory):
+        result = boot_linux(monkeypatch, filling, directory=directory).result()
+
     check_filled(result)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a block device of one's own takes root")
+def test_a_block_device_that_fails_with_eio_loses_nothing_acknowledged(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    """Injected: the disk is a loop device whose file has no room, so that the device itself fails
+    with EIO when what was written to it is to be made durable."""
+    (directory / "state").mkdir()
+    (directory / "small").mkdir()
+    with without_room(directory / "small") as image:
+        attached = subprocess.run(
+            ["losetup", "--find", "--show", str(image)],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if attached.returncode:
+            pytest.skip(f"losetup: {attached.stderr.strip()}")
+        node = attached.stdout.strip()
+        try:
+            text = SYSTEM.replace('size = "4MiB"', f'size = "4MiB"\npath = "{node}"')
+            run = boot_linux(monkeypatch, filling, directory=directory / "state", text=text)
+        finally:
+            _ = subprocess.run(["losetup", "--detach", node], check=True)
+
+    check_filled(run.result())
 
 
 def test_a_limit_on_the_size_of_files_loses_nothing_acknowledged(
     monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
-    """Injected: RLIMIT_FSIZE ends in the middle of the image; writes behind it fail with EFBIG."""
+    """Injected: RLIMIT_FSIZE of the running statefsd is lowered into the middle of the image;
+    writes behind it fail with EFBIG."""
     with (directory / "disk.img").open("wb") as image:
         _ = image.truncate(4 << 20)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600 << 10, hard))
-    try:
-        result = boot_linux(monkeypatch, filling, directory=directory).result()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    check_filled(result)
+    def lower(event: Event, pids: Mapping[str, int]) -> None:
+        if event.kind is EventKind.CONSOLE and event.fields["line"] == "statefsd: ready":
+            limit = 600 << 10
+            _ = resource.prlimit(pids["statefsd"], resource.RLIMIT_FSIZE, (limit, limit))
+
+    run = boot_linux(monkeypatch, filling, directory=directory, on_event=lower)
+
+    check_filled(run.result())
 
 
 def test_a_device_that_can_only_be_read_serves_what_is_there(
