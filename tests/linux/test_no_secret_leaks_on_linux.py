@@ -22,6 +22,7 @@ import pytest
 from nexus.abi import ConsoleWrite, EventKind
 from nexus.ipc import Unknown
 from nexus.kernel.core import EXIT_CRASH
+from nexus.proof.leaks import Leaks
 from nexus.protocols.keystored import (
     DeviceKey,
     Done,
@@ -51,7 +52,7 @@ from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.vault import DEVICE_PATH
 from tests.fakes.initrig import MS, SECOND
 from tests.fakes.keyrig import DRAWING, LinuxMachine, asked, nap
-from tests.fakes.leaks import Leaks, files_below, listing
+from tests.fakes.leaks import files_below, listing
 from tests.fakes.policyrig import Hands
 from tests.linux.crashing_keystored import BY_ABORT, BY_ADDRESS, BY_EXCEPTION
 

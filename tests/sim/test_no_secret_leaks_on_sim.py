@@ -11,6 +11,7 @@ from typing import Any, Final
 import pytest
 
 from nexus.abi import ConsoleWrite, Nanos, SecretBackend
+from nexus.proof.leaks import Leaks
 from nexus.protocols.keystored import (
     DeviceKey,
     Done,
@@ -33,7 +34,6 @@ from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.service import Keystored
 from tests.fakes.initrig import MS
 from tests.fakes.keyrig import DRAWING, SimMachine, asked, nap
-from tests.fakes.leaks import Leaks
 from tests.fakes.policyrig import Hands, Outcome
 
 pytestmark = pytest.mark.sim

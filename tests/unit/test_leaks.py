@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.leaks import Leaks, files_below
+from nexus.proof.leaks import Leaks
+from tests.fakes.leaks import files_below
 
 SECRET = bytes((7 * each + 3) % 256 for each in range(32))
 OTHER = bytes(range(200, 232))
