@@ -89,6 +89,9 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/nexus prove --saboteurs --ground linux > docs/reference/saboteurs-linux.txt
 	@$(BIN)/python -m fuzz.decoders --frames 200000 > docs/reference/fuzz.txt
 	@$(BIN)/python -m fuzz.files --files 20000 >> docs/reference/fuzz.txt
+	@$(BIN)/python -m fuzz.images --images 20000 >> docs/reference/fuzz.txt
+	@$(BIN)/python -m nexus.proof.powercut --report docs/reference/powercut.md
+	@$(BIN)/python -m nexus.proof.longrun
 
 # ---------------------------------------------------------------- checks
 

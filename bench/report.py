@@ -30,9 +30,10 @@ TITLES: Final = {
     "ipc": "## Calls between two processes",
     "sim": "## Simulated kernel",
     "boot": "## Boot on Linux",
+    "state": "## State that lasts",
 }
 TARGETS_TITLE: Final = "## Targets"
-PACKAGES: Final = ("msgspec", "pyzmq", "dbus-fast")
+PACKAGES: Final = ("msgspec", "pyzmq", "dbus-fast", "lmdb", "google-crc32c")
 
 
 class Outcome(StrEnum):
@@ -178,6 +179,27 @@ class BootResult(msgspec.Struct, frozen=True):
     guarded: list[CallCost]  # guarded, against not
 
 
+class StateRow(msgspec.Struct, frozen=True):
+    """A store of bench/state: us for each put and get, ms to open 1e5 keys, bytes of memory."""
+
+    name: str
+    put_us: Spread
+    group_us: Spread  # of one put of 64 made durable together
+    get_us: Spread | None
+    warm_ms: Spread | None
+    cold_ms: Spread | None  # its files out of the page cache
+    pss: Spread | None  # more than before the opening, every seventh key read
+
+
+class StateResult(msgspec.Struct, frozen=True):
+    """bench/state: the engine and its peers in process; statefsd through IPC, p50 and p99 us."""
+
+    rounds: int
+    seconds: float
+    rows: list[StateRow]
+    ipc: dict[str, list[Spread]]
+
+
 class Report(msgspec.Struct):
     """Everything one run found."""
 
@@ -185,6 +207,7 @@ class Report(msgspec.Struct):
     ipc: IpcResult | None = None
     sim: SimResult | None = None
     boot: BootResult | None = None
+    state: StateResult | None = None
     targets: list[Target] = []
     missing: dict[str, str] = {}  # part that could not run -> why
 
@@ -472,6 +495,78 @@ def _described(machine: Machine) -> str:
     )
 
 
+STATE_NAMES: Final = {
+    "flush": "bare flush: one write of as many bytes",
+    "ours": "**ours: the engine in process**",
+    "sqlite": "SQLite, WAL, FULL",
+    "lmdb": "lmdb",
+}
+
+
+def _state(result: StateResult) -> list[str]:
+    def cell(spread: Spread | None, digits: int, scale: float = 1.0) -> str:
+        if spread is None:
+            return ""
+        scaled = Spread(spread.median / scale, spread.least / scale, spread.most / scale)
+        return _spread(scaled, digits)
+
+    rows = [
+        (
+            STATE_NAMES[row.name],
+            cell(row.put_us, 0),
+            cell(row.group_us, 2),
+            cell(row.get_us, 2),
+            cell(row.warm_ms, 1),
+            cell(row.cold_ms, 1),
+            cell(row.pss, 1, 1024 * 1024),
+        )
+        for row in result.rows
+    ]
+    lines = [
+        TITLES["state"],
+        "",
+        (
+            f"{result.rounds} rounds of {result.seconds:g} s for each store and kind of put, taken "
+            "in turns on one disk: medians over rounds [smallest-largest]. "
+            "1e5 keys of 20 bytes with values of 100; every put is durable when it returns. "
+            "Memory is what a process has more once the store is open and a seventh of it read."
+        ),
+        "",
+        *_table(
+            (
+                "store",
+                "durable put us",
+                "group of 64, us per put",
+                "get us",
+                "open 1e5 keys warm ms",
+                "cold ms",
+                "memory MiB",
+            ),
+            rows,
+        ),
+        "",
+        (
+            "Opening reads the whole checkpoint into memory and checks it, once, with one CRC for "
+            "each MiB; lmdb maps its file and checks nothing, which is what stands between the two."
+        ),
+        "",
+    ]
+    if result.ipc:
+        lines += [
+            "Through IPC: a client, statefsd, its device by the kernel's traps, everything on.",
+            "",
+            *_table(
+                ("request to statefsd", "p50 us", "p99 us"),
+                [
+                    (way, *(_spread(each, 0) for each in spreads))
+                    for way, spreads in result.ipc.items()
+                ],
+            ),
+            "",
+        ]
+    return lines
+
+
 def render(report: Report) -> str:
     """The whole page."""
     machine = report.machine
@@ -498,6 +593,8 @@ def render(report: Report) -> str:
         lines += _sim(report.sim)
     if report.boot is not None:
         lines += _boot(report.boot)
+    if report.state is not None:
+        lines += _state(report.state)
     for part, reason in report.missing.items():
         lines += [f"## {part}: not run", "", reason, ""]
     return "\n".join(lines).rstrip() + "\n"

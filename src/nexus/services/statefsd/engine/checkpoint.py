@@ -51,6 +51,7 @@ BAD_BLOCKS_MAX: Final = 64  # unreadable blocks that are taken for damage; more 
 
 _PROBES: Final = range(PROBES_MAX)
 _FIELDS: Final = Struct("<8xQ8xBB2xI").unpack_from  # sequence, kind, sizes of key and value
+_PUT: Final = int(Kind.PUT)
 _DAMAGED: Final = int(Kind.DAMAGED)
 
 assert 1 << SEGMENT_SHIFT == SEGMENT_SIZE
@@ -138,6 +139,58 @@ class Checkpoint:
             if slot == slots:
                 slot = 0
         return self._search(key)
+
+    def read(self, key: bytes, key_hash: int) -> Entry | Lost | None:
+        """The record of a key: `find` and `get` in one, as it goes for nearly every key."""
+        slots, table = self._slots, self._table
+        slot = key_hash % slots
+        for _ in _PROBES:
+            entry = table[slot]
+            if not entry:
+                return None
+            if entry >> 32 == key_hash:
+                offset = (entry & OFFSET_MASK) - 1
+                if offset >= self._size or self._bad:
+                    break
+                segment = self._segments[offset >> SEGMENT_SHIFT]
+                at = offset & SEGMENT_MASK
+                if segment.startswith(key, at + KEY_AT):
+                    sequence, kind, key_size, value_size = _FIELDS(segment, at)
+                    if key_size == len(key):
+                        if kind != _PUT:
+                            break
+                        start = at + KEY_AT + key_size
+                        return _entry((segment[start : start + value_size], sequence))
+            slot += 1
+            if slot == slots:
+                slot = 0
+        offset = self.find(key, key_hash)
+        return self.get(offset) if offset >= 0 else None
+
+    def size_of(self, key: bytes, key_hash: int) -> int:
+        """Bytes of key and value of the record of a key, -1 if there is none. As `read`."""
+        slots, table = self._slots, self._table
+        slot = key_hash % slots
+        for _ in _PROBES:
+            entry = table[slot]
+            if not entry:
+                return -1
+            if entry >> 32 == key_hash:
+                offset = (entry & OFFSET_MASK) - 1
+                if offset >= self._size or self._bad:
+                    break
+                segment = self._segments[offset >> SEGMENT_SHIFT]
+                at = offset & SEGMENT_MASK
+                if segment.startswith(key, at + KEY_AT):
+                    _, _, key_size, value_size = _FIELDS(segment, at)
+                    if key_size == len(key):
+                        size: int = key_size + value_size
+                        return size
+            slot += 1
+            if slot == slots:
+                slot = 0
+        offset = self.find(key, key_hash)
+        return self.size_at(offset) if offset >= 0 else -1
 
     def _search(self, key: bytes) -> int:
         index = bisect_left(_Keys(self), key)

@@ -411,27 +411,18 @@ class Store:
     async def get(self, key: bytes) -> Entry | None:
         """The value of a key, staged changes included. Raises Damaged."""
         held = self._overlay.get(key)
+        if held is None and self._frozen:
+            held = self._frozen.get(key)
         if held is None:
-            if self._frozen:
-                held = self._frozen.get(key)
-            if held is None:
-                return self._get_old(key)
+            held = self._checkpoint.read(key, crc32c(key))
         if isinstance(held, Entry):
             return held
         if isinstance(held, Lost):
             raise Damaged(held)
-        return None
-
-    def _get_old(self, key: bytes) -> Entry | None:
-        key_hash = crc32c(key)
-        offset = self._checkpoint.find(key, key_hash)
-        if offset >= 0:
-            found = self._checkpoint.get(offset)
-            if isinstance(found, Lost):
-                raise Damaged(found)
-            return found
-        if self._hashes and key_hash in self._hashes:
-            raise Damaged(self._hashes[key_hash])
+        if held is None and self._hashes:
+            lost = self._hashes.get(crc32c(key))
+            if lost is not None:
+                raise Damaged(lost)
         return None
 
     def has(self, key: bytes) -> bool:
@@ -520,6 +511,7 @@ class Store:
         entries: list[bytes] = []
         sequence, claimed = self.sequence, self._claimed
         epoch = self._found.epoch
+        area, row = ROOT, self._area(ROOT)  # of the change before
         for key, value in changes:
             assert 1 <= len(key) <= KEY_SIZE_MAX, "a key is 1 to KEY_SIZE_MAX bytes"
             key_hash = crc32c(key)
@@ -541,8 +533,9 @@ class Store:
             records.append(record)
             entries.append(encode_entry(len(record), key_hash))
             keys = (after > 0) - (cost > 0)
-            area = area_of(key)
-            row = self._areas.get(area) or self._area(area)
+            if area == ROOT or not key.startswith(area):
+                area = area_of(key)
+                row = self._areas.get(area) or self._area(area)
             hashed = self._hashes.pop(key_hash, None) if self._hashes else None
             undo.append((key, old, row, after - cost, keys, hashed, key_hash))
             if old is None:
@@ -611,8 +604,8 @@ class Store:
             held = self._frozen.get(key)
         if held is not None:
             return _cost_of(key, held)
-        offset = self._checkpoint.find(key, key_hash)
-        return RECORD_COST + self._checkpoint.size_at(offset) if offset >= 0 else 0
+        size = self._checkpoint.size_of(key, key_hash)
+        return RECORD_COST + size if size >= 0 else 0
 
     def _area(self, area: bytes) -> Area:
         row = self._areas.get(area)

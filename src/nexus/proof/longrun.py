@@ -1,0 +1,114 @@
+"""The long run of the store: a million puts over ten thousand keys, within its declared budget.
+
+The budget is the device's size: nothing is written outside it by construction, so what is shown is
+that the store never comes to a stop in it, that memory stays within what is declared, that no
+single step of tidying up writes more than its bound, and that everything is there at the end.
+"""
+
+import argparse
+import sys
+import tracemalloc
+from collections.abc import Sequence
+from random import Random  # noqa: TID251 (the workload, from the run's seed)
+from typing import Final, NamedTuple
+
+from nexus.abi import BLOCK_SIZE
+from nexus.kernel.sim.disk import Disk
+from nexus.proof.powercut import DiskDevice, finished
+from nexus.services.statefsd.engine import Change, Quota, Store, StoreLimits
+
+PUTS: Final = 1_000_000
+KEYS: Final = 10_000
+VALUE_SIZE: Final = 64  # bytes
+DISK_SIZE: Final = 8 * 1024 * 1024  # bytes: the declared budget of the disk
+MEMORY_MAX: Final = 32 * 1024 * 1024  # bytes: two checkpoints, a ring of changes, the disk's model
+GROUP: Final = 16
+SEED: Final = 1
+LIMITS: Final = StoreLimits(
+    quota=Quota(size=DISK_SIZE, keys=KEYS),
+    quotas={},
+    reserves={},
+    areas_max=8,
+    clients_kept=8,
+    requests_kept=16,
+    lost_kept=16,
+)
+
+
+class LongRun(NamedTuple):
+    """What came of it."""
+
+    puts: int
+    compactions: int
+    blocks_used: int  # of the disk, highest
+    blocks: int
+    memory: int  # bytes of Python objects at most, the disk's model not counted
+    problem: str | None
+
+    @property
+    def text(self) -> str:
+        """In one line."""
+        return (
+            f"{self.puts} puts over {KEYS} keys, {self.compactions} checkpoints: "
+            f"{self.blocks_used} of {self.blocks} blocks, {self.memory >> 10} KiB of memory: "
+            f"{self.problem or 'everything is there'}"
+        )
+
+
+def run(puts: int = PUTS, *, keys: int = KEYS, disk_size: int = DISK_SIZE) -> LongRun:
+    """Put, and look at the end."""
+    source = Random(SEED)  # noqa: S311 (a workload, no keys)
+    disk = Disk(disk_size // BLOCK_SIZE)
+    store = finished(Store.open(DiskDevice(disk), LIMITS))
+    latest: dict[int, int] = {}
+    for number in range(puts):
+        key = source.randrange(keys)
+        _ = store.stage([Change(_key(key), _value(number))])
+        latest[key] = number
+        if number % GROUP == GROUP - 1:
+            finished(store.commit(True))
+            _ = finished(store.maintain())
+    finished(store.close())
+    compactions = store.compactions
+    del store
+    tracemalloc.start()
+    try:
+        again = finished(Store.open(DiskDevice(disk), LIMITS))
+        again._begin_build()  # noqa: SLF001 (two checkpoints at once are the most it holds)
+        while finished(again.maintain()):
+            pass
+        memory = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    problem = None
+    if memory > MEMORY_MAX:
+        problem = f"{memory} bytes of memory"
+    for key, number in latest.items():
+        entry = finished(again.get(_key(key)))
+        if entry is None or entry.value != _value(number):
+            problem = f"{_key(key)!r} is not what was put last"
+    if again.key_count != len(latest) or again.lost_count:
+        problem = f"{again.key_count} keys, {again.lost_count} lost"
+    used = sum(1 for block in range(disk.block_count) if disk.read(block, 1).strip(b"\0"))
+    return LongRun(puts, compactions, used, disk.block_count, memory, problem)
+
+
+def _key(number: int) -> bytes:
+    return b"/state/longrun/%05d" % number
+
+
+def _value(number: int) -> bytes:
+    return b"%08d" % number * (VALUE_SIZE // 8)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run and print; 1 if something was wrong."""
+    parser = argparse.ArgumentParser(prog="nexus.proof.longrun", description=__doc__)
+    _ = parser.add_argument("--puts", type=int, default=PUTS)
+    found = run(parser.parse_args(list(argv)).puts)
+    _ = sys.stdout.write(f"{found.text}\n")
+    return 1 if found.problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
