@@ -37,6 +37,11 @@ EXCEPTIONS: Final = {
     ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",
     ("selftest/policy_rungs.py", "pages"): "reads page after page: each call asks for other rows",
     ("selftest/kernel_rungs.py", "deadline_fires"): "measures in groups of a stated number",
+    (
+        "statefsd/engine/checkpoint.py",
+        "_read_around",
+    ): "halves a range until its bad blocks are found",
+    ("statefsd/engine/store.py", "_finish_build"): "writes a checkpoint piece by piece, to its end",
 }
 """Loops that wait or count and are no retry: module under services, function, and why.
 

@@ -358,8 +358,7 @@ class Store:
         """Write what is undamaged anew before anything else: commits must not go over damage."""
         try:
             self._begin_build()
-            while self._builder is not None:
-                await self._step()
+            await self._finish_build()
         except DeviceFault:
             return  # read only now, and as it was: it is healed at the next opening
 
@@ -659,9 +658,8 @@ class Store:
     async def _commit(self, *, durable: bool) -> None:
         if self._has_failed and durable and self.durable < self.sequence:
             raise DeviceFault(Fault.IO, "failed before: open the store again")
-        while self._units:
-            unit = self._units[0]
-            is_last = len(self._units) == 1
+        for unit in tuple(self._units):
+            is_last = unit is self._units[-1]
             alone = durable and is_last and not self._has_unflushed
             await self._write_unit(unit, durable=alone)
             self._on_written(unit)
@@ -717,15 +715,20 @@ class Store:
 
     async def _make_room(self, count: int) -> int:
         """Finish the checkpoint that is being built, and if that is not enough, one more."""
-        for _ in range(2):
-            if self._builder is None:
-                self._begin_build()
-            while self._builder is not None:
-                await self._step()
+        if self._builder is not None:
+            await self._finish_build()
+        block = self._find_room(count)
+        if block is None:
+            self._begin_build()
+            await self._finish_build()
             block = self._find_room(count)
-            if block is not None:
-                return block
-        raise AssertionError("a commit fits an empty ring")
+        assert block is not None, "a commit fits an empty ring"
+        return block
+
+    async def _finish_build(self) -> None:
+        """All steps there are: as many as the checkpoint has pieces."""
+        while self._builder is not None:
+            await self._step()
 
     async def _flush(self) -> None:
         await self._device.flush()
