@@ -2,9 +2,9 @@
 
 What is injected is said in each test: SIGKILL through init, a file system without room and a loop
 device on it that fails with EIO (when root runs the tests), an image opened for reading alone, and
-bytes of the image changed between two boots. A file size limit is the kernel's own to set. EIO at a chosen operation needs
-device-mapper or a fault injector, which this kernel may lack; that is what the simulated disk is
-for.
+bytes of the image changed between two boots. A file size limit is the kernel's own to set. EIO at
+a chosen operation needs device-mapper or a fault injector, which this kernel may lack; that is
+what the simulated disk is for.
 """
 
 import os

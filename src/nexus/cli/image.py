@@ -1,4 +1,4 @@
-"""`nexus state check IMAGE`: a look at the image of a disk, or at a device node, which is only read.
+"""`nexus state check IMAGE`: a look at the image of a disk or at a device node, which is only read.
 
 What the engine of statefsd says of it, with the limits of the settings' defaults: they refuse
 growth, and nothing grows here.

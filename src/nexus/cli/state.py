@@ -34,8 +34,8 @@ ASK_TIME: Final = 5.0  # seconds; a write that takes longer has met a disk in tr
 STANDARD_INPUT: Final = "-"
 
 WHY: Final = {
-    ReplyStatus.DENIED: "operator's entry in the system file gives it no right to that: statefs.read "
-    "or statefs.write, or that of a special area",
+    ReplyStatus.DENIED: "operator's entry in the system file gives it no right to that: "
+    "statefs.read or statefs.write, or that of a special area",
     StatefsdStatus.NOT_FOUND: "there is no such key",
     StatefsdStatus.VALUE_TOO_LARGE: f"a command stores up to {INLINE_VALUE_MAX} bytes",
     StatefsdStatus.KEY_TOO_LONG: "the key is too long",

@@ -143,7 +143,10 @@ class GetBulk(Request[BulkValue], op=4, idempotent=True, refuses=StatefsdStatus)
 
 
 class Delete(Request[Stored], op=5, idempotent=False, refuses=StatefsdStatus):
-    """Drop a key. *Refuses*: NOT_FOUND, KEY_TOO_LONG, INVALID_KEY, NO_SPACE, IO_ERROR, READ_ONLY."""
+    """Drop a key.
+
+    *Refuses*: NOT_FOUND, KEY_TOO_LONG, INVALID_KEY, NO_SPACE, IO_ERROR, READ_ONLY.
+    """
 
     key: Key
     durability: Durability
@@ -284,7 +287,7 @@ class Calls(Message):
 
 
 class GetCalls(Request[Calls], op=11, idempotent=True):
-    """The latest calls of `sender` (a service id). The caller holds `proof.control`, else DENIED."""
+    """The latest calls of `sender`, a service id. DENIED without `proof.control`."""
 
     sender: Annotated[int, U64()]
     count: Annotated[int, U16(minimum=1, maximum=32)]

@@ -145,7 +145,7 @@ class Authority:
         outcome = self._recall(key, word)
         if outcome is None:
             if self.before_asking is not None:
-                await self.before_asking()
+                _ = await self.before_asking()
             outcome = await self._ask(key, word, deadline, context)
             if outcome is UNAVAILABLE:
                 self._audit(key, word)

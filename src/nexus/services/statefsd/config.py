@@ -53,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def area_quotas(self) -> dict[bytes, Quota]:
         """Of the named areas."""
-        found = {}
+        found: dict[bytes, Quota] = {}
         for words in _rows("quotas", self.quotas):
             if len(words) != 3:
                 raise ValueError(

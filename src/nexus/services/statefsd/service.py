@@ -79,7 +79,6 @@ from nexus.services.statefsd.group import Group, Waiting
 from nexus.wire import RemoteProtocolError, ReplyStatus
 
 MAINTAIN_EVERY: Final = 16  # groups; the store is tidied up though somebody always waits
-ROOM_STEPS_MAX: Final = 64  # steps of tidying up for one change that finds no room
 
 
 class Disk(NamedTuple):
@@ -184,7 +183,7 @@ class Statefsd:
         return self._opened is not None
 
     async def on_ready(self) -> None:
-        """Say what a device with registers was found to be; a console that is full hears nothing."""
+        """Say what a device with registers was found to be; a full console hears nothing."""
         device = self._disk.device
         if not isinstance(device, VirtioBlock):
             return
@@ -209,7 +208,7 @@ class Statefsd:
         if self._group:
             _ = await self._commit()
         else:
-            await self._tidy()
+            _ = await self._tidy()
 
     async def on_stop(self) -> None:
         """An orderly end loses nothing, whatever was promised, and says so on the device."""
@@ -456,14 +455,10 @@ class Statefsd:
     ) -> Stored | Deferred:
         """Stage changes; they are answered when they are written."""
         if self._groups - self._tidied >= MAINTAIN_EVERY:
-            await self._tidy()
+            _ = await self._tidy()
         sender = call.sender.service
         try:
-            try:
-                applied = self._store.stage(changes, client=sender, request_id=request_id)
-            except StoreFull:
-                await self._make_room()
-                applied = self._store.stage(changes, client=sender, request_id=request_id)
+            applied = self._store.stage(changes, client=sender, request_id=request_id)
         except OverQuota:
             raise call.refuse(StatefsdStatus.OVER_QUOTA) from None
         except StoreFull:
@@ -522,14 +517,6 @@ class Statefsd:
     def _on_written(self, client: Client) -> None:
         client.writes += 1
         self._writes += 1
-
-    async def _make_room(self) -> None:
-        """There is no room for a change: write what waits, and tidy up for as long as it helps."""
-        if self._group:
-            _ = await self._commit()
-        for _ in range(ROOM_STEPS_MAX):
-            if not await self._tidy():
-                return
 
     async def _tidy(self) -> bool:
         """One bounded step of what the store has to tidy up; whether there is more."""
