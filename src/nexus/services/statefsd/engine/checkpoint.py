@@ -96,7 +96,7 @@ _DECODER: Final = msgspec.msgpack.Decoder(Meta)
 class Checkpoint:
     """The checkpoint in force."""
 
-    __slots__ = ("_bad", "_order", "_segments", "_size", "_slots", "_table")
+    __slots__ = ("_bad", "_order", "_plain_size", "_segments", "_size", "_slots", "_table")
 
     def __init__(
         self,
@@ -111,6 +111,7 @@ class Checkpoint:
         self._slots = len(table)
         self._size = len(segments) * SEGMENT_SIZE
         self._bad = bad or {}  # damaged records, by offset
+        self._plain_size = 0 if bad else self._size  # below it no record has to be looked up there
 
     def __len__(self) -> int:
         return len(self._order)
@@ -141,54 +142,36 @@ class Checkpoint:
         return self._search(key)
 
     def read(self, key: bytes, key_hash: int) -> Entry | Lost | None:
-        """The record of a key: `find` and `get` in one, as it goes for nearly every key."""
-        slots, table = self._slots, self._table
-        slot = key_hash % slots
-        for _ in _PROBES:
-            entry = table[slot]
-            if not entry:
-                return None
-            if entry >> 32 == key_hash:
-                offset = (entry & OFFSET_MASK) - 1
-                if offset >= self._size or self._bad:
-                    break
-                segment = self._segments[offset >> SEGMENT_SHIFT]
-                at = offset & SEGMENT_MASK
-                if segment.startswith(key, at + KEY_AT):
-                    sequence, kind, key_size, value_size = _FIELDS(segment, at)
-                    if key_size == len(key):
-                        if kind != _PUT:
-                            break
-                        start = at + KEY_AT + key_size
-                        return _entry((segment[start : start + value_size], sequence))
-            slot += 1
-            if slot == slots:
-                slot = 0
+        """The record of a key: `find` and `get` in one, as it goes for most keys."""
+        entry = self._table[key_hash % self._slots]
+        if not entry:
+            return None
+        offset = (entry & OFFSET_MASK) - 1
+        if entry >> 32 == key_hash and offset < self._plain_size:
+            segment = self._segments[offset >> SEGMENT_SHIFT]
+            at = offset & SEGMENT_MASK
+            if segment.startswith(key, at + KEY_AT):
+                sequence, kind, key_size, value_size = _FIELDS(segment, at)
+                if key_size == len(key) and kind == _PUT:
+                    start = at + KEY_AT + key_size
+                    return _entry((segment[start : start + value_size], sequence))
         offset = self.find(key, key_hash)
         return self.get(offset) if offset >= 0 else None
 
     def size_of(self, key: bytes, key_hash: int) -> int:
         """Bytes of key and value of the record of a key, -1 if there is none. As `read`."""
-        slots, table = self._slots, self._table
-        slot = key_hash % slots
-        for _ in _PROBES:
-            entry = table[slot]
-            if not entry:
-                return -1
-            if entry >> 32 == key_hash:
-                offset = (entry & OFFSET_MASK) - 1
-                if offset >= self._size or self._bad:
-                    break
-                segment = self._segments[offset >> SEGMENT_SHIFT]
-                at = offset & SEGMENT_MASK
-                if segment.startswith(key, at + KEY_AT):
-                    _, _, key_size, value_size = _FIELDS(segment, at)
-                    if key_size == len(key):
-                        size: int = key_size + value_size
-                        return size
-            slot += 1
-            if slot == slots:
-                slot = 0
+        entry = self._table[key_hash % self._slots]
+        if not entry:
+            return -1
+        offset = (entry & OFFSET_MASK) - 1
+        if entry >> 32 == key_hash and offset < self._plain_size:
+            segment = self._segments[offset >> SEGMENT_SHIFT]
+            at = offset & SEGMENT_MASK
+            if segment.startswith(key, at + KEY_AT):
+                _, _, key_size, value_size = _FIELDS(segment, at)
+                if key_size == len(key):
+                    size: int = key_size + value_size
+                    return size
         offset = self.find(key, key_hash)
         return self.size_at(offset) if offset >= 0 else -1
 

@@ -504,10 +504,11 @@ class Store:
             before = self.applied(client, request_id)
             if before is not None:
                 return before
-        undo, overlay = self._undo, self._overlay
+        undo, overlay, frozen = self._undo, self._overlay, self._frozen
+        size_of = self._checkpoint.size_of
         first = len(undo)
         records: list[bytes] = []
-        entries: list[bytes] = []
+        entries: list[bytes] = []  # of the commit's directory
         sequence, claimed = self.sequence, self._claimed
         epoch = self._found.epoch
         area, row = ROOT, self._area(ROOT)  # of the change before
@@ -515,7 +516,13 @@ class Store:
             assert 1 <= len(key) <= KEY_SIZE_MAX, "a key is 1 to KEY_SIZE_MAX bytes"
             key_hash = crc32c(key)
             old = overlay.get(key)
-            cost = self._cost(key, key_hash) if old is None else _cost_of(key, old)
+            if old is not None:
+                cost = _cost_of(key, old)
+            elif frozen:
+                cost = self._cost(key, key_hash)
+            else:
+                size = size_of(key, key_hash)
+                cost = RECORD_COST + size if size >= 0 else 0
             held: Held
             if value is None:
                 if not cost and key_hash not in self._hashes:
