@@ -13,7 +13,7 @@ from nexus.proof.sweep import problem_of
 from nexus.protocols.ladder import Ground
 
 SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
-SABOTEURS = (2, 63, 64, 66, 68, 95)
+SABOTEURS = (2, 63, 64, 66, 68, 95, 103, 104, 106)
 
 pytestmark = [pytest.mark.linux, pytest.mark.slow]
 

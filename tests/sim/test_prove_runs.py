@@ -64,6 +64,33 @@ def test_the_json_verdict_holds_what_a_script_needs(tmp_path: Path) -> None:
     kinds = [json.loads(line)["kind"] for line in record]
     assert (kinds[0], kinds[-1]) == ("run", "verdict")
     assert kinds.count("rung") == 144
+    cuts = [(boot["boot"], boot["power_cut"]) for boot in report["boots"]]
+    assert cuts == [(0, False), (1, True), (2, False)]
+    assert kinds.count("remains") == kinds.count("ending") == len(cuts)
+
+
+def test_a_phase_before_state_needs_one_boot(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_PHASE="exec")
+
+    assert report["exit_code"] == 0, report
+    assert [boot["boot"] for boot in report["boots"]] == [0]
+
+
+def test_the_phase_of_state_makes_three_boots_and_stops_in_the_last(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_PHASE="state")
+
+    assert report["exit_code"] == 0, report
+    assert report["stopped"]
+    assert [boot["boot"] for boot in report["boots"]] == [0, 1, 2]
+    passed = {rung["number"] for rung in report["rungs"] if rung["state"] == "passed"}
+    assert {103, 104, 105, 106} <= passed
+
+
+def test_a_run_stops_at_a_line_of_a_later_boot(tmp_path: Path) -> None:
+    report = _json(tmp_path, RUN_UNTIL_MARKER="SELFTEST: statefs persist reboot ok")
+
+    assert report["exit_code"] == 0, report
+    assert [boot["boot"] for boot in report["boots"]] == [0, 1]
 
 
 def test_a_phase_cuts_the_run_and_leaves_the_rest_not_run(tmp_path: Path) -> None:
@@ -152,16 +179,20 @@ def test_a_run_while_another_one_holds_the_lock_waits_for_it(tmp_path: Path) -> 
 
 
 def test_one_seed_gives_one_log_to_the_byte_whatever_the_hash_seed(tmp_path: Path) -> None:
-    logs = []
+    logs, disks = [], []
     for hash_seed in ("1", "2"):
-        log = tmp_path / f"log-{hash_seed}"
-        _ = _prove(
-            tmp_path, "--smp", "2", "--seed", "11", "--log", str(log), PYTHONHASHSEED=hash_seed
-        )
+        log, record = tmp_path / f"log-{hash_seed}", tmp_path / f"record-{hash_seed}"
+        files = ("--log", str(log), "--record", str(record))
+        _ = _prove(tmp_path, "--smp", "2", "--seed", "11", *files, PYTHONHASHSEED=hash_seed)
         logs.append(log.read_bytes())
+        lines = record.read_text(encoding="utf-8").splitlines()
+        disks.append([line for line in lines if '"kind":"remains"' in line])
 
-    assert len(logs[0]) > 100_000
+    boots = [line for line in logs[0].splitlines() if line.startswith(b"boot ")]
+    assert boots == [b"boot 0", b"boot 1", b"boot 2"]
     assert logs[0] == logs[1]
+    assert len(disks[0]) == len(boots)
+    assert disks[0] == disks[1]
 
 
 def test_another_seed_gives_another_log(tmp_path: Path) -> None:

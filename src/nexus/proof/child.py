@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
         booted = boot_scenario(job, sink) if job.scenario else boot_system(job, sink)
         if job.log is not None:
             with Path(job.log).open("a" if job.boot else "w", encoding="utf-8") as file:
+                _ = file.write(f"boot {job.boot}\n")
                 file.writelines(f"{line}\n" for line in booted.log_lines)
         return booted.exit_code
     finally:

@@ -3,6 +3,7 @@
 Proof picks a ground here; nothing below knows which one it is on.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nexus.abi import BLOCK_SIZE, ExitInfo, Nanos, SecretBackend
+from nexus.abi import BLOCK_SIZE, Event, EventKind, ExitInfo, Nanos, SecretBackend
 from nexus.init.ground import Places, boot
 from nexus.init.plan import Plan, load_plan
 from nexus.kernel.core import Hang, Hardware, PowerCut, RunOver
@@ -42,11 +43,19 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
     assert job.state is not None, "a system is booted with a state directory"
     kept = Kept(Path(job.state))
     machines: list[SimKernel] = []
+    stops: list[int] = []  # signals of a runner that has seen enough
 
     def on_machine(kernel: SimKernel) -> None:
         machines.append(kernel)
+        _ = signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
         if job.cut_at:
             kernel.power.plan(cut_of(job))
+
+    def record(event: Event) -> None:
+        sink.record(event)
+        if stops and event.kind is EventKind.CONSOLE and not machines[0].power.off:
+            machines[0].power.off = True
+            machines[0].power.cut("the runner stopped the boot")
 
     try:
         booted = boot(
@@ -54,7 +63,7 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
             ground,
             seed=job.seed,
             smp=job.smp,
-            recorder=sink.record,
+            recorder=record,
             limit=Nanos(job.limit),
             trace=job.trace,
             selftest=job.boot == 0,
@@ -67,7 +76,7 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
         return _over(over)
     except PowerCut:
         (machine,) = machines
-        kept.keep(machine, power_lasts=False)
+        kept.keep(machine, power_lasts=bool(stops))
         return BootEnd(exit_code=EXIT_POWER_CUT, log_lines=machine.log_lines())
     for machine in machines:
         kept.keep(machine, power_lasts=True)

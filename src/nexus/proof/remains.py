@@ -184,8 +184,8 @@ def _records(store: Store) -> list[tuple[bytes, Kept]]:
                 entry = _driven(store.get(key))
             except Damaged:
                 continue
-            assert entry is not None, "a key that is listed has a value"
-            found.append((key, Kept(entry.value, entry.sequence)))
+            if entry is not None:
+                found.append((key, Kept(entry.value, entry.sequence)))
         after = keys[-1] if keys else after
     return found
 

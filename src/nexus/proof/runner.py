@@ -22,11 +22,13 @@ from nexus.abi import Event
 from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
 from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
+from nexus.protocols.ladder import Ground
 
 EVENTS_MAX: Final = 400_000  # per boot; a traced selftest run has some ten thousand
 EVENTS_SIZE_MAX: Final = 64 * 1024 * 1024  # bytes of them as they came; a flood is more
 OUTPUT_SIZE_MAX: Final = 1024 * 1024  # bytes of raw output kept, the first ones
 READ_SIZE: Final = 256 * 1024
+STOP_GRACE: Final = 5.0  # seconds a simulated machine has to write its disks down
 EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
@@ -110,9 +112,12 @@ def run_boot(
         reading = _Reading(child, reader, watch, keep, cuttable=bool(job.cut_at))
         try:
             reading.until(start + timeout)
-        finally:
-            left_behind = _end_group(child)
             reading.close()
+            if reading.stopped and job.ground == Ground.SIM:
+                _stop(child)
+        finally:
+            reading.close()
+            left_behind = _end_group(child)
     return reading.trace(job.boot, left_behind, time.monotonic_ns() - start)
 
 
@@ -184,8 +189,16 @@ class _Reading:
         except subprocess.TimeoutExpired:
             self._timed_out = True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `watch` has ended the boot."""
+        return self._stopped
+
     def close(self) -> None:
-        os.close(self._reader)
+        """Take no more events."""
+        if self._reader >= 0:
+            os.close(self._reader)
+            self._reader = -1
 
     def trace(self, boot: int, left_behind: int, wall: int) -> Trace:
         status = self._child.returncode
@@ -232,6 +245,15 @@ class _Reading:
         data = os.read(self._output.fileno(), READ_SIZE)
         self._text += data[: OUTPUT_SIZE_MAX - len(self._text)]
         return bool(data)
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """Have a simulated machine leave what is on its disks: it is in no file before."""
+    child.terminate()
+    try:
+        _ = child.wait(STOP_GRACE)
+    except subprocess.TimeoutExpired:
+        return  # it is killed then, and what it has left is nothing
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> int:
