@@ -761,21 +761,31 @@ class PowercutReport:
 
     def lines(self) -> Iterator[str]:
         """The report, as Markdown."""
-        yield f"{self.cut_points} cut points, {self.cases} cases opened, "
-        yield f"{sum(each.second_cuts for each in self.explored)} cuts during a recovery: "
-        yield f"{self.losses} losses, {self.bricks} bricks."
+        second = sum(each.second_cuts for each in self.explored)
+        yield (
+            f"{self.cut_points} cut points, {self.cases} cases opened, {second} cuts during a "
+            f"recovery: {self.losses} losses, {self.bricks} bricks."
+        )
         yield ""
-        yield "The power is cut before, inside and after every write and at every flush, on a disk "
-        yield f"of {DISK_BLOCKS} blocks of {BLOCK_SIZE} bytes."
-        yield f"Bound: of up to {self.subsets_max} pending writes every subset survives; of more, "
-        yield "none, all, each alone, each missing, every prefix and every suffix; "
-        yield f"and where there are more than two, {DRAWN} seeded ones with any order and any tear."
-        yield "The write in progress survives not, wholly, or in up to 20 parts, and so does each "
-        yield f"of the last {self.subsets_max} pending ones."
+        yield (
+            "The power is cut before, inside and after every write and at every flush, on a disk "
+            f"of {DISK_BLOCKS} blocks of {BLOCK_SIZE} bytes."
+        )
+        yield (
+            f"Bound: of up to {self.subsets_max} pending writes every subset survives; of more, "
+            "none, all, each alone, each missing, every prefix and every suffix; and where there "
+            f"are more than two, {DRAWN} seeded ones with any order and any tear."
+        )
+        yield (
+            "The write in progress survives not, wholly, or in up to 20 parts, and so does each of "
+            f"the last {self.subsets_max} pending ones."
+        )
         if self.every > 1:
             yield f"Of {self.every} cases one is opened: this is a sample."
-        yield f"In one of {SECOND_EVERY} cases the power is cut again at every operation of the "
-        yield "recovery and of four steps of tidying up."
+        yield (
+            f"In one of {SECOND_EVERY} cases the power is cut again at every operation of the "
+            "recovery and of four steps of tidying up."
+        )
         yield ""
         yield "| workload | seeds | cut points | cases | second cuts | pending, most | problems |"
         yield "|---|--:|--:|--:|--:|--:|--:|"
