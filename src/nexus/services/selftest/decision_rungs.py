@@ -21,7 +21,6 @@ from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import (
     Check,
     CheckFor,
-    Counts,
     Decision,
     GetCounts,
     Reason,
@@ -65,6 +64,7 @@ KEYSTORE_AREA: Final = "/state/keystore/"
 BAD_NONCE: Final = (1 << 61) + 81  # no call of this run reaches it
 NOBODY: Final = ServiceId(0x0123_4567_89AB_CDEF)  # an id that init has issued to nobody
 TESTSVC: Final = "demo.testsvc"
+TAKE_PAUSE: Final = Nanos(20_000_000)  # ns in which an idle policyd takes a request
 PAGE_POLLS_MAX: Final = 4_000
 PAGE_PAUSE: Final = Nanos(1_000_000)  # ns; shorter than policyd's back-off and start
 SETTLE_POLLS_MAX: Final = 10  # with doubling pauses: 1 ms to half a second
@@ -131,11 +131,9 @@ async def _denied_by_policy(climb: Climb) -> Evidence:
 
 async def _denied_by_identity(climb: Climb) -> Evidence:
     decision = await climb.call(climb.client("policyd"), Route(SPOOFED, MMIO_SUBJECT))
-    records = await audits_of(climb, "reason", "identity", subject=climb.boot.name)
+    mine = await audits_of(climb, "number", str(decision.number), subject=climb.boot.name)
 
     expect((decision.verdict, decision.reason), (Verdict.DENY, Reason.IDENTITY), "a false name")
-    number = str(decision.number)
-    mine = [record for record in records if fields_of(record)["number"] == number]
     expect(len(mine), 1, "audit records of that decision")
     action = fields_of(mine[0])["action"]
     return _expect(mine[0], "identity", climb.boot.name, action, climb.boot.name)
@@ -179,8 +177,10 @@ async def _unavailable(climb: Climb) -> Evidence:
 
     begun = await Now()
     held = await policyd.start(Check(HOLD_RIGHT, ""), await climb.ahead(HOLD_MAX))
+    _ = await climb.pause(TAKE_PAUSE)
+    asked = await Now()
     uncached = await statefsd.call(GetArea(UNASKED_AREA), await climb.ahead(CALL_WAIT))
-    took = await Now() - begun
+    took = await Now() - asked
     page = await PolicyRead()
     kept = await statefsd.call(read, await climb.ahead(CALL_WAIT))
     still = await PolicyRead()

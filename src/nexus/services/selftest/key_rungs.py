@@ -95,9 +95,15 @@ async def nested_deadline(climb: Climb) -> Evidence:
     spans = [int.from_bytes(seen[0].parent, "little") for _, _, seen in nested]
     apart = (spans[1] - spans[0]) % (1 << 64)
     require(0 < apart < SPANS_BETWEEN_MAX, "the parents are not spans of one task")
-    # Whose wait ends first says so: keystored, that statefsd had no time left, or our own.
-    ends = (TimedOut(), Refused(KeystoredStatus.UNAVAILABLE))
-    require(outcome in ends, f"a call with too short a deadline ended with {outcome!r}")
+    # Whose wait ends first says so: keystored, that statefsd had no time left or that it had none
+    # itself, or our own.
+    ends: dict[Refused | TimedOut, str] = {
+        TimedOut(): "timed out",
+        Refused(KeystoredStatus.UNAVAILABLE): "unavailable",
+        Refused(ReplyStatus.EXPIRED): "expired",
+    }
+    ended = ends.get(outcome, "") if isinstance(outcome, Refused | TimedOut) else ""
+    require(bool(ended), f"a call with too short a deadline ended with {outcome!r}")
     require(late <= LATE_MAX, f"it ended {late} ns after its deadline")
     return {
         "deadlines": [
@@ -105,7 +111,7 @@ async def nested_deadline(climb: Climb) -> Evidence:
         ],
         "traces": [[context.trace.hex(), seen[0].trace.hex()] for _, context, seen in nested],
         "spans": [[context.span.hex(), seen[0].parent.hex()] for _, context, seen in nested],
-        "outcome": "timed out" if outcome == TimedOut() else "unavailable",
+        "outcome": ended,
         "late_ns": late,
     }
 
