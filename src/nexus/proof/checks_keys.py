@@ -55,7 +55,7 @@ POLICYD: Final = "policyd"
 STATEFSD: Final = "statefsd"
 SPANS: Final = 1 << 64  # span ids, which a task counts
 LATE_MARGIN: Final = 100_000_000  # ns behind a deadline; a busy host, not another attempt
-ENDS_OF_SHORT: Final = ("timed out", "unavailable")
+ENDS_OF_SHORT: Final = ("timed out", "unavailable", "expired")
 
 Evidence = Mapping[str, Any]
 
@@ -137,9 +137,10 @@ def _earlier_of_client(each: Line, line: Line) -> bool:
 
 def nested_deadline(_case: Case, trace: Trace, line: Line) -> None:
     """#74: by statefsd's record every inner call has our trace and no later deadline, and its
-    parent is the next span of the task whose opening read statefsd heard before any client's."""
+    parent is a span of the task whose opening read statefsd heard before any client's."""
     evidence = line.evidence
-    opening = int.from_bytes(bytes.fromhex(measured(trace, 35)["spans"][-1]), "little")
+    heard = measured(trace, 35)["spans"]
+    opening = _span(heard[-1]) if heard else _span(evidence["spans"][0][1]) - 1
     for own, *inner in evidence["deadlines"]:
         demand(inner, "statefsd saw no inner call")
         demand(max(inner) <= own, f"a deadline {max(inner) - own} ns after the outer one")
@@ -149,10 +150,15 @@ def nested_deadline(_case: Case, trace: Trace, line: Line) -> None:
         demand_equal(inner, own, "trace of the inner call")
     for own, parent in evidence["spans"]:
         demand(parent != own, "the parent is the client's span")
-        apart = (int.from_bytes(bytes.fromhex(parent), "little") - opening) % SPANS
+        apart = (_span(parent) - opening) % SPANS
         demand(0 < apart < SPANS_BETWEEN_MAX, f"the parent {parent} is no span of keystored's")
     demand(evidence["outcome"] in ENDS_OF_SHORT, f"a short call was {evidence['outcome']}")
     demand(evidence["late_ns"] <= LATE_MARGIN, f"it ended {evidence['late_ns']} ns late")
+
+
+def _span(text: str) -> int:
+    """The number of a span among those of its task."""
+    return int.from_bytes(bytes.fromhex(text), "little")
 
 
 # ---------------------------------------------------------------- decisions

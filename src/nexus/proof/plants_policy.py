@@ -54,13 +54,13 @@ def _policy_says(name: str, right: str, *, held: bool) -> None:
     original = replace(Judge, "_has", has)
 
 
-def _route_to_logd() -> None:
-    """#53: for this name init hands out a link to logd, the second time it is asked for."""
+def route_to_logd(name: str) -> None:
+    """For this name init hands out a link to logd, the second time the client asks for it."""
     seen = 0
 
     async def route(desk: Desk, asker: Record, request: Route) -> Grant:
         nonlocal seen
-        if asker.name == SELFTEST and request.name == POLICYD:
+        if asker.name == SELFTEST and request.name == name:
             seen += 1
             if seen == SECOND_TIME:
                 request = Route(LOGD)
@@ -179,7 +179,7 @@ SABOTEURS: Final = (
     Saboteur(rung=10, grounds=BOTH, plant=partial(withheld, LOGD)),
     Saboteur(rung=30, grounds=BOTH, plant=partial(ready_late, Logd)),
     Saboteur(rung=48, grounds=BOTH, plant=partial(_policy_says, "timed", MMIO_RIGHT, held=True)),
-    Saboteur(rung=53, grounds=BOTH, plant=_route_to_logd),
+    Saboteur(rung=53, grounds=BOTH, plant=partial(route_to_logd, POLICYD)),
     Saboteur(rung=77, grounds=BOTH, plant=partial(_policy_says, SELFTEST, PROBE_RIGHT, held=False)),
     Saboteur(
         rung=78, grounds=BOTH, plant=partial(_policy_says, SELFTEST, FOREIGN_RIGHT, held=True)

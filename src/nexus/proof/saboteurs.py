@@ -5,6 +5,7 @@ from typing import Final
 from nexus.proof.plants_devices import SABOTEURS as DEVICES
 from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
+from nexus.proof.plants_keys import SABOTEURS as KEYS
 from nexus.proof.plants_policy import SABOTEURS as POLICY
 from nexus.proof.plants_selftest import SABOTEURS as SELFTEST
 from nexus.proof.plants_state import SABOTEURS as STATE
@@ -13,7 +14,15 @@ from nexus.protocols.ladder import RUNGS, Ground
 
 __all__ = ["SABOTEURS", "NoSuchSaboteur", "Saboteur", "find", "replace"]
 
-SABOTEURS: Final[tuple[Saboteur, ...]] = (*KERNEL, *INIT, *POLICY, *DEVICES, *SELFTEST, *STATE)
+SABOTEURS: Final[tuple[Saboteur, ...]] = (
+    *KERNEL,
+    *INIT,
+    *POLICY,
+    *DEVICES,
+    *SELFTEST,
+    *STATE,
+    *KEYS,
+)
 
 
 def find(number: int, ground: Ground) -> Saboteur:
