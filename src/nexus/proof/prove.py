@@ -30,6 +30,7 @@ from nexus.services.selftest.state_rungs import CUT_LINE, VICTIM_KEY
 
 CUT_AT: Final = f"{SELFTEST}: {CUT_LINE}"
 CUT_WRITE: Final = 1  # of a disk after that line: inside the batch that is written then
+HEALTH: Final = "init: health "  # what init's line about a health probe begins with
 SIM_LIMIT: Final = 600 * 10**9  # ns of virtual time; a selftest run takes a few seconds of it
 
 
@@ -67,6 +68,7 @@ class Watcher:
         last = boot == last_boot_of(case.scope)
         self._at_decision = last and (case.until == "" or not ends)
         self._awaited: set[str] = set()
+        self._healthy: set[str] = set()  # lines of init's that came before they were awaited
 
     def __call__(self, event: Event) -> bool:
         """Whether the boot ends here."""
@@ -74,10 +76,13 @@ class Watcher:
             return False
         text = str(event.fields.get("line", ""))
         self._awaited.discard(text)
+        if text.startswith(HEALTH):
+            self._healthy.add(text)
         printed, failed = rung_of(text), failed_rung_of(text)
         if printed is not None:
+            if printed.number in self._undecided:  # it is met in this boot, and not yet
+                self._awaited |= _evidence_of(printed) - self._healthy
             self._undecided.discard(printed.number)
-            self._awaited |= _evidence_of(printed)
         elif failed is not None:
             self._undecided.discard(failed.number)
         self._line_seen = self._line_seen or text == self._line
@@ -88,7 +93,7 @@ class Watcher:
 def _evidence_of(row: Rung) -> set[str]:
     """The lines that the check of a statement compares: init's, and for some the client's."""
     ready = row.marker == f"{row.printer}: ready"
-    awaited = {f"init: health {row.printer} ok"} if ready else set()
+    awaited = {f"{HEALTH}{row.printer} ok"} if ready else set()
     return awaited | ({f"{SELFTEST}: measured #{row.number}"} if row.number in MEASURED else set())
 
 
