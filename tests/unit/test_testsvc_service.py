@@ -23,6 +23,8 @@ from nexus.protocols.testsvc import (
     Release,
     Released,
     TestsvcStatus,
+    UseKeys,
+    UseState,
 )
 from nexus.protocols.timed import TimedStatus
 from nexus.services.demo import testsvc
@@ -99,6 +101,13 @@ def test_a_release_of_what_is_not_held_is_refused() -> None:
 def test_a_raw_session_without_a_link_is_refused() -> None:
     refused = outcome_of(lone_testsvc(), PROTOCOL, RawSession(8, 100, []))
     assert refused == Refused(TestsvcStatus.NO_CAPABILITY)
+
+
+@pytest.mark.parametrize("request_", [UseState(b"/state/testsvc/x", b"v"), UseKeys(b"x")])
+def test_a_service_that_is_not_in_the_system_is_not_used(request_: UseState | UseKeys) -> None:
+    refused = outcome_of(lone_testsvc(), PROTOCOL, request_)
+
+    assert refused == Refused(TestsvcStatus.SESSION_BROKEN)
 
 
 def test_a_flood_of_a_timed_that_was_never_found_is_refused() -> None:
