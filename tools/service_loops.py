@@ -30,6 +30,8 @@ SERVICES: Final = ROOT / "src" / "nexus" / "services"
 EXCEPTIONS: Final = {
     ("demo/testsvc.py", "_flood_timed"): "a flood is its errand: it sends, and waits for nothing",
     ("demo/testsvc.py", "_fill_link"): "fills a link to its refusal, and reports that refusal",
+    ("demo/testsvc.py", "_use"): "a stated number of instances: the first may have ended meanwhile",
+    ("selftest/state_rungs.py", "_all_keys"): "reads page after page: each call asks for others",
     ("demo/testsvc.py", "_drop_answers"): "empties an inbox: each turn takes another message",
     ("keystored/vault.py", "_listed"): "reads page after page: each call asks for other keys",
     ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
@@ -42,6 +44,9 @@ EXCEPTIONS: Final = {
         "_read_around",
     ): "halves a range until its bad blocks are found",
     ("statefsd/engine/store.py", "_finish_build"): "writes a checkpoint piece by piece, to its end",
+    ("selftest/decision_rungs.py", "_page_once"): (
+        "a look every millisecond: a doubling pause would sleep through policyd's absence"
+    ),
 }
 """Loops that wait or count and are no retry: module under services, function, and why.
 

@@ -102,7 +102,7 @@ def legacy_refused(case: Case, trace: Trace, line: Line) -> None:
 
 
 def block_up(case: Case, trace: Trace, line: Line) -> None:
-    """#50: set up as a modern device, as large as the image, and its first sector is the image's."""
+    """#50: set up as a modern device, as large as the image, and the first sector is its own."""
     device = _device_of(case, "statefsd", HardwareKind.BLOCK)
     fields = _live(trace, line, device)
     evidence = line.evidence
@@ -119,7 +119,7 @@ def block_up(case: Case, trace: Trace, line: Line) -> None:
 
 
 def _first_sector(boot: Trace, text: str) -> None:
-    """What statefsd read first in a boot is what the boot before left: in the first one, nothing."""
+    """What statefsd read first in a boot is what the boot before left: at first, nothing."""
     lines = [each for each in boot.lines if (each.printer, each.text) == ("statefsd", text)]
     demand(lines, f"no such line in boot {boot.number}")
     before = boot.earlier[-1].left.first_block if boot.earlier else bytes(BLOCK_SIZE)

@@ -270,7 +270,7 @@ def _shown(record: Record) -> Evidence:
 
 async def subject_normalization(climb: Climb) -> Evidence:
     """#82: who is asked about is who init issued the id to, whatever its generation; and only who
-    holds policy.delegate asks about others at all. This client holds it for the time of the rung."""
+    holds policy.delegate asks about others at all: this client, for the time of the rung."""
     policyd, keystored = climb.client("policyd"), climb.client("keystored")
     subject = service_id("keystored")
     about = CheckFor(subject, KEYSTORE_RIGHT, KEYSTORE_AREA)
