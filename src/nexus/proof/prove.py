@@ -56,7 +56,8 @@ class Watcher:
 
     At the line asked for, or, in the last boot, where the last expected rung is decided: if that
     was asked for, if the run is cut at a phase, or if the system is not one that ends by itself. A
-    service's statement is decided by init's line about it, which comes a little later.
+    service's statement is decided by init's line about it, which comes a little later, and some by
+    what the client measured besides, where there is the client.
     """
 
     def __init__(self, case: Case, boot: int = 0) -> None:
@@ -68,7 +69,8 @@ class Watcher:
         last = boot == last_boot_of(case.scope)
         self._at_decision = last and (case.until == "" or not ends)
         self._awaited: set[str] = set()
-        self._healthy: set[str] = set()  # lines of init's that came before they were awaited
+        self._told: set[str] = set()  # such lines that came before they were awaited
+        self._has_client = SELFTEST in case.plan.by_name
 
     def __call__(self, event: Event) -> bool:
         """Whether the boot ends here."""
@@ -76,12 +78,12 @@ class Watcher:
             return False
         text = str(event.fields.get("line", ""))
         self._awaited.discard(text)
-        if text.startswith(HEALTH):
-            self._healthy.add(text)
+        if text.startswith((HEALTH, MEASURED)):
+            self._told.add(text)
         printed, failed = rung_of(text), failed_rung_of(text)
         if printed is not None:
             if printed.number in self._undecided:  # it is met in this boot, and not yet
-                self._awaited |= _evidence_of(printed) - self._healthy
+                self._awaited |= self._evidence_of(printed) - self._told
             self._undecided.discard(printed.number)
         elif failed is not None:
             self._undecided.discard(failed.number)
@@ -89,15 +91,17 @@ class Watcher:
         decided = self._line_seen if self._line is not None else not self._undecided
         return decided and not self._awaited and (self._at_decision or self._line_seen)
 
+    def _evidence_of(self, row: Rung) -> set[str]:
+        """The lines that the check of a statement compares: init's, and for some the client's."""
+        ready = row.marker == f"{row.printer}: ready"
+        awaited = {f"{HEALTH}{row.printer} ok"} if ready else set()
+        if self._has_client and row.number in MEASURED_LATER:
+            awaited.add(f"{MEASURED}{row.number}")
+        return awaited
 
-def _evidence_of(row: Rung) -> set[str]:
-    """The lines that the check of a statement compares: init's, and for some the client's."""
-    ready = row.marker == f"{row.printer}: ready"
-    awaited = {f"{HEALTH}{row.printer} ok"} if ready else set()
-    return awaited | ({f"{SELFTEST}: measured #{row.number}"} if row.number in MEASURED else set())
 
-
-MEASURED: Final = frozenset({35})  # lines of bring-up whose evidence the client collects later
+MEASURED: Final = f"{SELFTEST}: measured #"  # what the client's line about another's begins with
+MEASURED_LATER: Final = frozenset({35})  # rungs of bring-up that the client measures when it climbs
 
 
 def plan_of(request: Request) -> Plan:

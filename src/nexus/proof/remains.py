@@ -43,9 +43,9 @@ class Remains:
     """The store on the disk. `problem` says why there is none to be read, or is empty.
 
     `size` is that of the device, `first_block` its first bytes. `damaged` is the offset of the byte
-    that the runner has changed since, -1 if it has not; `lost` counts the damaged records. `written` is all of the disk that is not
-    zero, and `secrets` what the kernel keeps for a service, as far as it is in a file: neither
-    gets into a record.
+    that the runner has changed since, -1 if it has not; `lost` counts the damaged records.
+    `written` is all of the disk that is not zero, and `secrets` what the kernel keeps for a
+    service, as far as it is in a file: neither gets into a record.
     """
 
     problem: str = ""
