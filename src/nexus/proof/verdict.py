@@ -300,7 +300,7 @@ class _Judge:
         state = State.RED
         if lines and not faults:
             faults = list(self._mismatches(row, lines))
-            behind = self._first_in_the_way(row)
+            behind = self._lowest_in_the_way(row)
             if faults and behind is not None:  # what it stands on does not hold
                 faults.insert(0, f"behind #{behind}")
                 state = State.BLOCKED
@@ -331,6 +331,11 @@ class _Judge:
     def _first_in_the_way(self, row: Rung) -> int | None:
         """The first rung this one comes after that does not hold."""
         return next((number for number in row.after if self._stands_in_the_way(number)), None)
+
+    def _lowest_in_the_way(self, row: Rung) -> int | None:
+        """The first rung that does not hold of all those that this one stands on."""
+        under = sorted(_behind([row.number]) & self._results.keys())
+        return next((number for number in under if self._stands_in_the_way(number)), None)
 
     def _stands_in_the_way(self, number: int) -> bool:
         return self._results[number].state in {State.RED, State.BLOCKED}
