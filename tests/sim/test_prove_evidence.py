@@ -1,24 +1,20 @@
 """The checks of devices, entropy and state on what a real run of three boots left behind: true
 evidence passes, and each way to lie in one place is found."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nexus.abi import Event, EventKind
-from nexus.proof.every_check import EVERY_CHECK
-from nexus.proof.expected import boots_of
 from nexus.proof.prove import Outcome, prove
 from nexus.proof.remains import Remains
 from nexus.proof.request import Request
-from nexus.proof.trace import Line, Trace
-from nexus.proof.verdict import Case, Mismatch
-from nexus.protocols.ladder import Ground, rung
+from nexus.proof.verdict import Mismatch
+from nexus.protocols.ladder import Ground
 from nexus.services.selftest.state_rungs import BULK_KEY, FIRST_KEYS, KEPT_KEY, PUT_KEY, VICTIM_KEY
+from tests.fakes.told import Change, ChangeLeft, Told
 
 SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 DEVICES = (33, 49, 50, 51, 97, 98, 99, 139, 140, 141)
@@ -26,75 +22,12 @@ STATE = (34, 100, 101, 102, 103, 104, 105, 106)
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
 
-Change = Callable[[dict[str, Any]], object]
-ChangeLeft = Callable[[Remains], Remains]
-
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """One run of the selftest system on the simulated kernel."""
     folder = tmp_path_factory.mktemp("run")
     return prove(Request(ground=Ground.SIM, system=SYSTEM, smp=2, seed=5), folder)
-
-
-class Told:
-    """A rung as the run told it: its case, boot and line, each of which can be changed."""
-
-    def __init__(self, outcome: Outcome, number: int) -> None:
-        from nexus.proof.expected import scope_of
-
-        scope = scope_of(outcome.plan, Ground.SIM, outcome.smp)
-        self.number = number
-        self.traces = list(outcome.traces)
-        self.case = Case(scope=scope, plan=outcome.plan, checks=EVERY_CHECK)
-        self.boot = boots_of(scope)[number]
-
-    def say(self, change: Change, text: str = "", boot: int | None = None) -> None:
-        """Change the evidence of a line, of the rung's own if it is not said which."""
-        text = text or rung(self.number).marker
-        at = self.boot if boot is None else boot
-        trace = self.traces[at]
-        events = tuple(_changed(event, text, change) for event in trace.events)
-        assert events != tuple(trace.events), "the change changes something"
-        self._put(at, dataclasses.replace(trace, events=events))
-
-    def leave(self, change: ChangeLeft, boot: int) -> None:
-        """Change what the runner found on the disk after a boot."""
-        trace = self.traces[boot]
-        self._put(boot, dataclasses.replace(trace, left=change(trace.left)))
-
-    def without(self, wanted: Callable[[Event], bool]) -> None:
-        """Take events away from the rung's own boot."""
-        trace = self.traces[self.boot]
-        events = tuple(event for event in trace.events if not wanted(event))
-        assert len(events) < len(trace.events), "something is taken away"
-        self._put(self.boot, dataclasses.replace(trace, events=events))
-
-    def _put(self, at: int, trace: Trace) -> None:
-        self.traces[at] = trace
-        for later in range(at + 1, len(self.traces)):
-            earlier = tuple(self.traces[:later])
-            self.traces[later] = dataclasses.replace(self.traces[later], earlier=earlier)
-
-    def check(self) -> None:
-        """Compare, as the verdict does."""
-        case = dataclasses.replace(self.case, boots=tuple(self.traces))
-        trace = self.traces[self.boot]
-        EVERY_CHECK[self.number](case, trace, self._line(trace))
-
-    def _line(self, trace: Trace) -> Line:
-        marker = rung(self.number).marker
-        return next(line for line in trace.lines if line.text == marker)
-
-
-def _changed(event: Event, text: str, change: Change) -> Event:
-    if event.kind is not EventKind.CONSOLE or event.fields.get("line") != text:
-        return event
-    fields = copy.deepcopy(dict(event.fields))
-    evidence = fields["evidence"]
-    assert isinstance(evidence, dict)
-    _ = change(evidence)
-    return event._replace(fields=fields)
 
 
 def _draws(event: Event) -> bool:
@@ -238,7 +171,7 @@ def test_a_boot_without_its_power_cut_is_found(outcome: Outcome) -> None:
     told = Told(outcome, 105)
     ending = dataclasses.replace(told.traces[1].ending, cut=False)
 
-    told._put(1, dataclasses.replace(told.traces[1], ending=ending))
+    told.put(1, dataclasses.replace(told.traces[1], ending=ending))
 
     with pytest.raises(Mismatch, match="not cut"):
         told.check()
@@ -251,7 +184,7 @@ def test_a_drawn_byte_string_in_the_output_is_found(outcome: Outcome) -> None:
     drawn = bytes(range(32))
     digest = hashlib.sha256(drawn).hexdigest()
     told.say(lambda e: e.update(digests=[e["digests"][0], digest]))
-    told._put(0, dataclasses.replace(told.traces[0], output=f"oops: f{drawn.hex()}"))
+    told.put(0, dataclasses.replace(told.traces[0], output=f"oops: f{drawn.hex()}"))
 
     with pytest.raises(Mismatch, match="in the clear"):
         told.check()
