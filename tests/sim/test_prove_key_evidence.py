@@ -304,3 +304,27 @@ def test_a_run_without_a_record_proves_nothing_of_secrets(outcome: Outcome) -> N
 
     with pytest.raises(Mismatch, match="no record"):
         told.check()
+
+
+def test_a_system_that_never_got_ready_is_not_keystoreds_fault(outcome: Outcome) -> None:
+    told = Told(outcome, 35)
+
+    told.without(
+        lambda event: (
+            event.fields.get("line") == "init: ready"
+            or (event.kind is EventKind.CONSOLE and event.fields.get("name") == SELFTEST)
+        )
+    )
+
+    told.check()
+
+
+def test_an_opening_read_that_a_climbing_client_does_not_tell_of_is_missed(
+    outcome: Outcome,
+) -> None:
+    told = Told(outcome, 35)
+
+    told.without(lambda event: event.fields.get("line") == f"{MEASURED}35")
+
+    with pytest.raises(Mismatch, match="#35"):
+        told.check()
