@@ -71,7 +71,7 @@ def linux(request: pytest.FixtureRequest) -> Rig:
 
 
 def _anonymous(pid: int) -> int:
-    """Resident anonymous memory of a task; the finer figures of another are for its tracer alone."""
+    """Resident anonymous memory of a task; finer figures of another are for its tracer alone."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

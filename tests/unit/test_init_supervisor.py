@@ -49,7 +49,6 @@ from nexus.ipc import Answer, CallFailure, Refused
 from nexus.kernel.sim.faults import FAILURES, Faults, NthFailure
 from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.kernel.sim.kernel import SimKernel
-from nexus.protocols.init import PROTOCOL as PROTOCOLS_INIT
 from nexus.protocols.init import (
     BOOT_ID_SIZE,
     AuditRows,
@@ -75,6 +74,7 @@ from nexus.protocols.init import (
     TaskRows,
     TaskState,
 )
+from nexus.protocols.init import PROTOCOL as PROTOCOLS_INIT
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Bind, Bound, Fact, GetStatus, Stop
 from nexus.protocols.meta import Health as Probe

@@ -101,9 +101,9 @@ class Explanation:
 def explain(plan: Plan, system: System, a: str, b: str, op: str | None = None) -> Explanation:
     """Whether `a` may reach `b`, and do what needs the right `op` there.
 
-    `op` may name a request that `b` serves, however it is written: then the link decides whether it
-    gets there, and `b` what it needs, which no file says. A word that the policy has is a right, and
-    RIGHT:TARGET asks for the right to do that to the target.
+    `op` may name a request that `b` serves, however it is written: then the link decides whether
+    it gets there, and `b` what it needs, which no file says. A word that the policy has is a
+    right, and RIGHT:TARGET asks for the right to do that to the target.
     `plan` was made from `system`, whose policy files are read again. Raises UnknownName, and
     SystemFileError if a policy file has become wrong.
     """

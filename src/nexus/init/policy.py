@@ -9,8 +9,8 @@
 The `capabilities` of the system file are the first layer, then each file of `system.policy` in
 order: a later one replaces the whole list of a service. What no layer allows is denied. A right
 may be bound to what it is for, behind a colon: to that alone, or if it ends in a slash to all that
-begins with it. A service that is not in the system, a right twice or an unknown key is a SystemFileError with the
-line of the policy file.
+begins with it. A service that is not in the system, a right twice or an unknown key is a
+SystemFileError with the line of the policy file.
 """
 
 from collections.abc import Mapping, Sequence

@@ -50,9 +50,10 @@ class ProgramSource:
     """Where a program is: `module` holds its code, `protocols` are the modules of what it serves.
 
     `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
-    it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes with
-    is imported there and not in init. A program of a system's own has an `entry`; an `ordinary` one
-    uses libraries that need asyncio, and `double` is the class that runs in the simulator instead. `path` are folders to import it from, besides Python's own.
+    it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes
+    with is imported there and not in init. A program of a system's own has an `entry`; an
+    `ordinary` one uses libraries that need asyncio, and `double` is the class that runs in the
+    simulator instead. `path` are folders to import it from, besides Python's own.
     """
 
     name: str

@@ -17,8 +17,9 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `uses` are the services it may ask for; of these it never waits for `posts`, which the plan
     declares with `sync = false` so that no cycle of waiting can be; `settings` are its own values;
-    `trace_seed` makes its trace and span ids. `boot` is the number of this boot, 0 for the first and
-    for every boot of a system that keeps nothing; `boot_id` is random, and says which boot it is.
+    `trace_seed` makes its trace and span ids. `boot` is the number of this boot, 0 for the first
+    and for every boot of a system that keeps nothing; `boot_id` is random, and says which boot it
+    is.
     """
 
     uses: list[str]
