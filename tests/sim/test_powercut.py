@@ -22,7 +22,8 @@ from nexus.proof.powercut import (
     main,
 )
 from nexus.services.statefsd.engine import checkpoint, journal, layout, requests, store
-from nexus.services.statefsd.engine.journal import Header, Reader
+from nexus.services.statefsd.engine.journal import Header, Read, Reader
+from nexus.services.statefsd.engine.record import has_whole_value, parse_head
 from nexus.services.statefsd.engine.store import Store
 
 SAMPLE = 41  # of so many cases one is opened in `make test`
@@ -105,14 +106,21 @@ def _forget_the_epochs(patch: pytest.MonkeyPatch) -> None:
 
 def _forget_that_a_commit_is_one(patch: pytest.MonkeyPatch) -> None:
     """Of a commit that is not whole, what is whole is applied."""
-    genuine = journal.whole_records
 
-    def some(payload: bytes, header: Header) -> Any:
-        for count in range(header.record_count, 0, -1):
-            found = genuine(payload, header._replace(record_count=count))
-            if found is not None:
-                return found
-        return None
+    def some(payload: bytes, header: Header) -> list[Read]:
+        records: list[Read] = []
+        at = journal.HEADER_SIZE
+        for index in range(header.record_count):
+            head = parse_head(payload, at, len(payload))
+            if head is None or head.sequence != header.first + index:
+                break
+            if not has_whole_value(payload, head):
+                break
+            value = payload[head.value_at : head.end]
+            records.append(Read(head.sequence, head.kind, head.key, value, 0, lost=None))
+            rider = journal.rider_of(payload, head)
+            at = head.end if rider is None else rider.end
+        return records
 
     patch.setattr(journal, "whole_records", some)
 

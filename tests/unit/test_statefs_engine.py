@@ -222,6 +222,46 @@ def test_a_request_is_applied_once_also_across_openings_and_checkpoints() -> Non
     assert store.stage([Change(key(1), b"3")], client=8, request_id=5).repeated is False
 
 
+def test_a_request_id_takes_no_sequence_number_from_the_changes() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+
+    both = store.stage([Change(key(1), b"1"), Change(key(2), b"2")], client=7, request_id=5)
+    single = store.stage([Change(key(3), b"3")], client=7, request_id=6)
+    nothing = store.stage([Change(key(9), None)], client=7, request_id=7)
+    after = put(store, key(4), b"4")
+
+    assert [each.sequence for each in (both, single, nothing, after)] == [2, 3, 4, 5]
+    assert (store.sequence, store.durable) == (5, 5)
+    again = opened(disk.survivors(NOTHING))
+    assert again.sequence == 5
+    assert [finished(again.get(key(number))) for number in (2, 3, 4)] == [
+        Entry(b"2", 2),
+        Entry(b"3", 3),
+        Entry(b"4", 5),
+    ]
+    assert [again.applied(7, number) for number in (5, 6, 7)] == [
+        Applied(sequence, repeated=True) for sequence in (2, 3, 4)
+    ]
+
+
+def test_a_damaged_request_costs_the_request_alone() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = store.stage([Change(key(1), b"1")], client=0x77777777, request_id=5)
+    finished(store.commit(True))
+    _ = store.stage([Change(key(2), b"2")], client=8, request_id=6)
+    finished(store.commit(True))
+    disk.rot(disk.image().index((0x77777777).to_bytes(8, "little")))
+
+    again = opened(disk)
+
+    assert (again.lost_count, again.sequence) == (1, 2)
+    assert [value(again, key(number)) for number in (1, 2)] == [b"1", b"2"]
+    assert again.applied(0x77777777, 5) is None
+    assert again.applied(8, 6) == Applied(2, repeated=True)
+
+
 def test_the_latest_request_ids_of_the_latest_clients_are_remembered() -> None:
     disk = Disk(BLOCKS)
     store = opened(disk)

@@ -4,6 +4,10 @@ A commit is one write: a header, its records, and a directory of them at its end
 damaged spot costs one record at most, wherever it is. Blocks of the ring begin with a tag, which
 no value can imitate: a reader that lost its way finds the next commit by it.
 
+Sequence numbers count changes. That a request was applied has no number of its own: its record
+rides behind the last change the request made, has that one's number, and shares its place in the
+directory. Only a request that changed nothing has a number for itself.
+
 What is not whole at the end of the journal was never acknowledged, or is damage: a later commit
 says which. Each names the last sequence that was durable when it was written. What no commit
 proves to have been durable is dropped; what one does is salvaged, or quarantined.
@@ -25,7 +29,13 @@ from nexus.abi import BLOCK_SIZE
 from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.errors import Lost
 from nexus.services.statefsd.engine.layout import COUNTER_MAX, RECORD_HEAD_SIZE
-from nexus.services.statefsd.engine.record import Head, Kind, has_whole_value, parse_head
+from nexus.services.statefsd.engine.record import (
+    KIND_AT,
+    Head,
+    Kind,
+    has_whole_value,
+    parse_head,
+)
 
 TAG_FIRST: Final = b"NXj\x01"  # of the first block of a commit
 TAG_MORE: Final = b"NXj\x02"  # of its others
@@ -36,6 +46,7 @@ _HEADER: Final = Struct("<IIIIIIIQQQQ")
 _HEADER_BODY: Final = Struct("<IIIIIIQQQQ")  # the header behind its checksum
 _ENTRY: Final = Struct("<II")  # size of a record, hash of its key
 _FOOTER: Final = Struct("<QQII")  # epoch, first, count, checksum
+_REQUEST: Final = bytes([Kind.REQUEST])
 HEADER_SIZE: Final = _HEADER.size
 FRAME_SIZE: Final = HEADER_SIZE + _FOOTER.size  # bytes of a commit besides records and entries
 ENTRY_SIZE: Final = _ENTRY.size
@@ -355,7 +366,8 @@ class Reader:
             if head is None or head.sequence != sequence or head.epoch < self._epoch:
                 break
             self._keep(payload, head, block, at)
-            at, sequence = head.end, sequence + 1
+            at = self._keep_rider(payload, head, block)
+            sequence += 1
         self._lose_range(sequence, end, block)
 
     def _unframed(self, block: int, count: int) -> bytes:
@@ -373,14 +385,27 @@ class Reader:
             head = parse_head(payload, at, len(payload))
             if head is not None and head.sequence == first + index:
                 self._keep(payload, head, block, at)
-                at = head.end
+                end = self._keep_rider(payload, head, block)
+                if sizes is not None:
+                    if end < at + sizes[index][0]:
+                        self._lose(b"", block, end, head.sequence, 0, Kind.REQUEST)
+                    end = at + sizes[index][0]
+                at = end
             elif sizes is not None:
-                size, key_hash = sizes[index]
+                size, key_hash = sizes[index]  # with its request: repeated, it mends the loss
                 self._lose(b"", block, at, first + index, key_hash)
                 at += size
             else:
                 self._lose_range(first + index, first + count, block)
                 return
+
+    def _keep_rider(self, payload: bytes, head: Head, block: int) -> int:
+        """Also the request that rides behind a record; where what follows begins."""
+        rider = rider_of(payload, head)
+        if rider is None:
+            return head.end
+        self._keep(payload, rider, block, head.end)
+        return rider.end
 
     def _keep(self, payload: bytes, head: Head, block: int, at: int) -> None:
         if has_whole_value(payload, head):
@@ -448,7 +473,23 @@ def whole_records(payload: bytes, header: Header) -> list[Read] | None:
         value = payload[head.value_at : head.end]
         records.append(Read(head.sequence, head.kind, head.key, value, 0, lost=None))
         at = head.end
-    return records
+        rider = rider_of(payload, head)
+        if rider is not None:
+            records.append(Read(rider.sequence, rider.kind, rider.key, b"", 0, lost=None))
+            at = rider.end
+    rest = len(payload) - _FOOTER.size - header.record_count * ENTRY_SIZE
+    return records if at == rest else None  # a rider that is not whole is in between
+
+
+def rider_of(payload: bytes, head: Head) -> Head | None:
+    """The request that rides behind a record, if there is an undamaged one."""
+    kind_at = head.end + KIND_AT
+    if head.kind is Kind.REQUEST or payload[kind_at : kind_at + 1] != _REQUEST:
+        return None
+    rider = parse_head(payload, head.end, len(payload))
+    if rider is None or rider.sequence != head.sequence or rider.epoch != head.epoch:
+        return None
+    return rider if rider.end == rider.value_at else None
 
 
 def parse_footer(payload: bytes) -> tuple[int, int] | None:

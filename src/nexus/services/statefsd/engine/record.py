@@ -15,7 +15,8 @@ from nexus.services.statefsd.engine.limits import VALUE_SIZE_MAX
 _TAIL: Final = Struct("<IQQBBHI")  # the head behind its checksum
 _HEAD: Final = Struct("<IIQQBBHI")
 _pack: Final = _TAIL.pack
-KEY_SIZE_AT: Final = 25  # offsets in a record, for who looks at one field
+KIND_AT: Final = 24  # offsets in a record, for who looks at one field
+KEY_SIZE_AT: Final = 25
 VALUE_SIZE_AT: Final = 28
 KEY_AT: Final = RECORD_HEAD_SIZE
 CRC_SIZE: Final = 4

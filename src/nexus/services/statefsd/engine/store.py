@@ -552,10 +552,14 @@ class Store:
             if after != cost:
                 self._grow(row, after - cost, keys)
         if request_id:
-            sequence += 1
-            key = REQUEST_KEY.pack(client, request_id)
-            records.append(encode_record(sequence, epoch, Kind.REQUEST, key, b""))
-            entries.append(encode_entry(REQUEST_SIZE, 0))
+            request = REQUEST_KEY.pack(client, request_id)
+            if records:  # it rides behind the last change, and has that one's number
+                records[-1] += encode_record(sequence, epoch, Kind.REQUEST, request, b"")
+                entries[-1] = encode_entry(len(records[-1]), undo[-1][-1])
+            else:
+                sequence += 1
+                records.append(encode_record(sequence, epoch, Kind.REQUEST, request, b""))
+                entries.append(encode_entry(REQUEST_SIZE, 0))
         size = len(records[0]) if len(records) == 1 else sum(map(len, records))
         size += ENTRY_SIZE * len(records)
         try:
