@@ -133,6 +133,10 @@ def _request(protocol: Protocol, info: RequestInfo) -> str:
     traits = [f"op {info.op}", "may be repeated" if info.idempotent else "must not be repeated"]
     if info.moves:
         traits.append("a capability may move with it")
+    if info.gives:
+        traits.append("a capability may move with its answer")
+    if not protocol.codecs[info.request].batches:
+        traits.append("refused in a batch")
     codec = protocol.codecs[info.request]
     return (
         f"### {info.request.__name__}\n\n{inspect.getdoc(info.request)}\n\n"

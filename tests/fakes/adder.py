@@ -43,7 +43,7 @@ class Keep(Request[Sum], op=3, idempotent=False, refuses=AdderStatus, moves=True
     take: Annotated[int, U16()]
 
 
-class Give(Request[Sum], op=4, idempotent=False):
+class Give(Request[Sum], op=4, idempotent=False, gives=True):
     """The kept capability moves with the answer."""
 
 

@@ -304,6 +304,53 @@ def test_nothing_is_deferred_in_a_batch() -> None:
     assert pair.service.later == []
 
 
+class Together(Adder):
+    """Gives what a batch deferred when all of it was handled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def on_batch(self) -> None:
+        self.batches.append(len(self.later))
+        for _, deferred, value in self.later:
+            if value:
+                deferred.reply(Sum(value))
+            else:
+                deferred.refuse(ReplyStatus.DENIED)
+        self.later.clear()
+
+
+def test_what_a_batch_deferred_is_given_at_once_at_its_end() -> None:
+    service = Together()
+    pair = Pair(service)
+    requests = [Later(1, 9), Later(0, 9), Later(2, 9)]
+
+    outcomes = pair.client(lambda x: x.call_many(requests, FAR))
+
+    assert outcomes == [Sum(1), Refused(ReplyStatus.DENIED), Sum(2)]
+    assert service.batches == [3]
+    assert pair.server.account.refusals == {ReplyStatus.DENIED: 1}
+
+
+@pytest.mark.parametrize("request_", [Keep(1), Give()], ids=["moves", "gives"])
+def test_a_batch_of_what_moves_a_capability_is_refused_and_not_handled(request_: Any) -> None:
+    pair = Pair()
+    codec = ADDER.codecs[type(request_)]
+    frame = bytearray(add_frame(codec))
+    frame[FLAGS_INDEX] = 1
+    frame[HEADER_SIZE:] = encode([request_] * 2)
+
+    async def body(exchange: Exchange) -> Any:
+        return await raw(exchange, frame), await exchange.call_many([request_] * 2, FAR)
+
+    reply, not_sent = pair.client(body)
+
+    assert status_of(reply) == ReplyStatus.UNSUPPORTED
+    assert not_sent == [Refused(ReplyStatus.UNSUPPORTED)] * 2
+    assert pair.service.deadlines == []
+
+
 def test_large_replies_of_a_batch_are_spread_over_packets() -> None:
     pair = Pair()
 

@@ -8,7 +8,10 @@ import pytest
 from nexus.abi import (
     INIT_NAME,
     LinkTerms,
+    Message,
     Nanos,
+    Recv,
+    Send,
     VmoCreate,
     VmoMap,
     VmoSeal,
@@ -57,7 +60,7 @@ from nexus.services.statefsd.config import Settings
 from nexus.services.statefsd.group import GROUP_MAX, GROUP_SIZE_MAX, Group
 from nexus.services.statefsd.service import Disk as OpenDisk
 from nexus.services.statefsd.service import Statefsd
-from nexus.wire import ReplyStatus, Request, encode
+from nexus.wire import Codec, ReplyStatus, Request, encode, status_of
 from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.gate import RightsGate
 from tests.fakes.pair import FAR, Pair
@@ -174,6 +177,19 @@ def batch(*changes: tuple[bytes, bytes | None], request_id: int = 0) -> Batch:
 
 def ls(prefix: bytes = b"/state/", after: bytes = b"", count: int = 24) -> ListKeys:
     return ListKeys(prefix, after, count)
+
+
+def packet(codec: Codec, requests: list[Any]) -> bytes:
+    """Requests in one packet, as no client of ours would send them."""
+    numbers = (77).to_bytes(8, "little") + int(FAR).to_bytes(8, "little")
+    return codec.batch_prefix + numbers + bytes(range(24)) + bytes(encode(requests))
+
+
+async def raw(link: Exchange, frame: bytes) -> bytes:
+    """Send bytes as they are and receive what comes back."""
+    await Send(link.peer.slot, frame, deadline=FAR)
+    message: Message = await Recv((link.peer.inbox,), FAR, link=link.peer.link)
+    return message.data
 
 
 K = b"/state/t/key"
@@ -603,16 +619,88 @@ def test_a_group_has_a_bound_in_requests_and_in_bytes() -> None:
     assert (group.is_full, group.take(), bool(group)) == (True, [], False)
 
 
-def test_in_a_batch_of_requests_each_is_written_before_the_next() -> None:
+@pytest.mark.parametrize("durability", [D, A])
+def test_the_changes_of_a_packet_are_one_write(durability: Durability) -> None:
     system = System()
+    count = 3 * GROUP_MAX
+    terms = LinkTerms(8, 16 * 1024, 0)
 
     async def body(link: Exchange) -> list[Any]:
-        return await link.call_many([put(K, b"%d" % number) for number in range(5)], FAR)
+        requests = [put(b"/state/t/%d" % number, b"", durability) for number in range(count)]
+        return await link.call_many(requests, FAR)
 
+    writes, groups = system.device.writes, system.service.facts()["groups_total"]
+    outcomes = system.pair.client(body, terms=terms, reply_terms=terms)
+
+    durable = durability is D
+    assert outcomes == [Stored(each, durable, False) for each in range(1, count + 1)]
+    assert system.service.facts()["groups_total"] == groups + 1
+    assert system.device.writes - writes <= 4  # of the journal; a commit has a bound
+    assert system.device.flushes <= 2  # of the opening, and of the packet
+
+
+def test_a_packet_asks_policyd_about_many_areas_and_is_still_one_write() -> None:
+    system = System()
+    groups = system.service.facts()["groups_total"]
+
+    async def body(link: Exchange) -> list[Any]:
+        requests = [put(b"/state/a%d/k" % area) for area in range(8)]
+        return await link.call_many(requests, FAR)
+
+    before = len(system.gate.asked)
     outcomes = system.run(body)
 
-    assert outcomes == [Stored(number, durable=True, repeated=False) for number in range(1, 6)]
-    assert system.service.facts()["groups_total"] == 5
+    assert [type(each) for each in outcomes] == [Stored] * 8
+    assert len(system.gate.asked) - before == 8
+    assert system.service.facts()["groups_total"] == groups + 1
+
+
+def test_a_fault_of_the_device_is_told_to_every_request_of_the_packet_that_staged() -> None:
+    system = System()
+    system.disk.faults = failing(Operation.WRITE, system.disk.done[Operation.WRITE] + 1)
+
+    async def body(link: Exchange) -> list[Any]:
+        return await link.call_many([put(K), put(b"/nowhere"), put(b"/state/t/2")], FAR)
+
+    failed = Refused(StatefsdStatus.IO_ERROR)
+
+    assert system.run(body) == [failed, Refused(StatefsdStatus.INVALID_KEY), failed]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_packet_of_requests_that_give_memory_is_refused_and_ends_nobody(count: int) -> None:
+    system = System()
+    _ = system.one(put(K, b"1"))
+    codec = PROTOCOL.codecs[GetBulk]
+
+    async def body(link: Exchange) -> Any:
+        frame = packet(codec, [GetBulk(K)] * count)
+        return await raw(link, frame), await link.call_many([GetBulk(K)] * count, FAR)
+
+    answered, not_sent = system.run(body)
+
+    assert status_of(answered) == ReplyStatus.UNSUPPORTED
+    assert not_sent == [Refused(ReplyStatus.UNSUPPORTED)] * count
+    assert isinstance(system.one(GetStatus()), ServiceStatus)
+
+
+def test_a_packet_that_brings_memory_is_dropped_and_ends_nobody() -> None:
+    system = System()
+    codec = PROTOCOL.codecs[PutBulk]
+
+    async def body(link: Exchange) -> Any:
+        slots = len(system.pair.serving.table)
+        slot = await VmoCreate(5)
+        await VmoSeal(slot)
+        frame = packet(codec, [PutBulk(K, 0, 5, D, 0)])
+        await Send(link.peer.slot, frame, move=slot, deadline=FAR)
+        without = await link.start(PutBulk(K, 0, 5, D, 0), FAR)  # on the fast path
+        outcomes = await link.finish(without), await link.call(Get(K), FAR)
+        return *outcomes, len(system.pair.serving.table) - slots
+
+    bad, missing = Refused(StatefsdStatus.BAD_BULK), Refused(StatefsdStatus.NOT_FOUND)
+
+    assert system.run(body) == (bad, missing, 0)
 
 
 def test_sync_makes_everything_accepted_durable() -> None:

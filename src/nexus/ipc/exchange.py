@@ -345,7 +345,12 @@ class Exchange:
         deadline: Nanos,
         context: Context | None = None,
     ) -> list[ReplyT | Refused | CallFailure]:
-        """Many requests of one class, as few packets as hold them; one outcome per request."""
+        """Many requests of one class, as few packets as hold them; one outcome per request.
+
+        Requests that move a capability either way are not sent: each is Refused as UNSUPPORTED.
+        """
+        if any(not self._codecs[type(each)].batches for each in requests[:1]):
+            return [Refused(ReplyStatus.UNSUPPORTED)] * len(requests)
         outcomes: list[ReplyT | Refused | CallFailure] = []
         while len(outcomes) < len(requests):
             outcomes += await self._call_batch(requests, len(outcomes), deadline, context)

@@ -85,7 +85,7 @@ class Routed(Message):
     reply_size: Annotated[int, U32(maximum=LINK_SIZE_MAX)]
 
 
-class Route(Request[Routed], op=1, idempotent=True, refuses=InitStatus):
+class Route(Request[Routed], op=1, idempotent=True, refuses=InitStatus, gives=True):
     """A link to the service `name`.
 
     *Refuses*: ROUTE_NOT_FOUND, ROUTE_DENIED, ROUTE_DOWN; BUSY when this instance of the caller
@@ -290,7 +290,7 @@ class PolicyGiven(Message):
     generation: Annotated[int, U32()]
 
 
-class GetPolicy(Request[PolicyGiven], op=11, idempotent=True, refuses=InitStatus):
+class GetPolicy(Request[PolicyGiven], op=11, idempotent=True, refuses=InitStatus, gives=True):
     """The policy: the plan's, or the last one that was set. Needs `policy.authority`."""
 
 

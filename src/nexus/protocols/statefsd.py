@@ -133,7 +133,7 @@ class BulkValue(Message):
     sequence: Annotated[int, U64()]
 
 
-class GetBulk(Request[BulkValue], op=4, idempotent=True, refuses=StatefsdStatus):
+class GetBulk(Request[BulkValue], op=4, idempotent=True, refuses=StatefsdStatus, gives=True):
     """As Get, by VMO whatever the size; an empty value comes without one.
 
     *Refuses*: as Get but LARGE, NO_SPACE (no memory for the VMO).

@@ -71,6 +71,36 @@ class Deferred:
         self._post(self, frame)
 
 
+class DeferredItem(Deferred):
+    """The reply to one request of a batch, given before the service's `on_batch` returns."""
+
+    __slots__ = ("outcome",)
+
+    def __init__(
+        self,
+        message: Message,
+        deadline: Nanos,
+        codec: Codec,
+        post: "Callable[[Deferred, bytearray], None]",
+    ) -> None:
+        super().__init__(message, deadline, codec, post)
+        self.outcome: Any = None  # the reply, or the status of the refusal
+
+    def reply(self, reply: Any) -> None:
+        """Answer the request."""
+        assert type(reply) is self._codec.reply_type, f"{reply!r} is no reply to it"
+        self._settle(reply)
+
+    def refuse(self, status: IntEnum) -> None:
+        """Refuse the request."""
+        check_declared(self._codec, status)
+        self._settle(status)
+
+    def _settle(self, outcome: Any) -> None:
+        assert self.outcome is None, "a deferred reply is given once"
+        self.outcome = outcome
+
+
 class Call:
     """The request being served. Valid until the handler returns; one object serves them all.
 
@@ -86,6 +116,7 @@ class Call:
         "_notes_of",
         "_post",
         "_spans",
+        "batched",
         "codec",
         "deadline",
         "deferrable",
@@ -101,6 +132,7 @@ class Call:
         self._cap: Slot | None = None
         self._notes: list[tuple[str, object]] = []
         self._notes_of: Message | None = None
+        self.batched = False  # one of several in a packet, which is answered as a whole
         self.deferrable = True
         self.moving: Slot | None = None
         self.deadline = Nanos(0)
@@ -160,10 +192,14 @@ class Call:
         return Refusal(status)
 
     def defer(self) -> Deferred:
-        """Answer later: return this from the handler. In a batch nothing can be deferred."""
+        """Answer later: return this from the handler.
+
+        In a batch it is given when `on_batch` returns; a service without that defers nothing there.
+        """
         if not self.deferrable:
             raise Refusal(ReplyStatus.UNSUPPORTED)
-        return Deferred(self.message, self.deadline, self.codec, self._post)
+        made = DeferredItem if self.batched else Deferred
+        return made(self.message, self.deadline, self.codec, self._post)
 
     def take_cap(self) -> Slot | None:
         """The capability that came with the request; the service's own from now on."""
@@ -172,6 +208,7 @@ class Call:
 
     def give_cap(self, slot: Slot) -> None:
         """Move this capability with the reply; it is closed if the reply is lost."""
+        assert self.codec.gives, "the request declares that its reply gives one"
         assert self.moving is None, "one capability moves with a message"
         self.moving = slot
 

@@ -60,7 +60,7 @@ from nexus.protocols.meta import (
 )
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.runtime.account import Account
-from nexus.runtime.call import Call, Deferred, Refusal
+from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
 from nexus.wire import (
     DEADLINE_OFFSET,
     FRAME_KIND,
@@ -114,6 +114,7 @@ class Hooks(NamedTuple):
     on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
     busy: Callable[[], bool] | None  # there is work for when no message waits
     on_idle: Callable[[], Any] | None  # busy, and no message waits; plain or coroutine
+    on_batch: Callable[[], Any] | None  # gives what a batch deferred; plain or coroutine
     on_stop: Callable[[], Any] | None  # the last thing before the end; plain or coroutine
 
 
@@ -181,7 +182,10 @@ class Server:
         self._echoed = 0  # nonce of init's Bind, told with the line that we are ready
         self._announcing = False
         self._latest = boot.now
-        self._batches = {codec.batch_prefix: codec for codec in protocol.codecs.values()}
+        # A batch of anything else is refused as a flag that is not known: UNSUPPORTED.
+        self._batches = {
+            codec.batch_prefix: codec for codec in protocol.codecs.values() if codec.batches
+        }
         self._digest = hashlib.sha256(boot.argument).hexdigest()
 
     # ------------------------------------------------------------------ the loop
@@ -488,7 +492,10 @@ class Server:
         return answer(self._call.message.data, ReplyStatus.OK, encode(reply))
 
     async def _perform_batch(self, message: Message, codec: Codec) -> bytearray:
-        """As `_perform` for every request of a batch, in order; each has its own outcome."""
+        """As `_perform` for every request of a batch, in order; each has its own outcome.
+
+        What the service defers, it gives for all of them at once: one packet is one write.
+        """
         call = self._call
         try:
             requests = codec.decode_requests(message.data[HEADER_SIZE:])
@@ -498,24 +505,35 @@ class Server:
         if until <= message.now:
             return self._refusal(message, ReplyStatus.EXPIRED)
         call.begin(message, codec, until)
-        call.deferrable = False
+        call.batched = True
+        call.deferrable = self._hooks.on_batch is not None
         handle, awaits, reply_type = self._handle, self._awaits, codec.reply_type
-        status = ReplyStatus.OK
-        items: list[Any] = []
+        outcomes: list[Any] = []
         self._caller.parent = call
         for request in requests:
             try:
                 reply = await handle(call, request) if awaits else handle(call, request)
             except Refusal as refusal:
-                status = ReplyStatus.REFUSED_ITEM
-                self._on_refused(message, refusal.status, request)
-                reply = int(refusal.status)
-            else:
-                assert type(reply) is reply_type, f"{reply!r} is no {reply_type.__name__}"
-            items.append(reply)
+                reply = refusal.status
+            outcomes.append(reply)
+        if self._hooks.on_batch is not None and any(
+            type(each) is DeferredItem for each in outcomes
+        ):
+            await _settled(self._hooks.on_batch())
         self._caller.parent = None
+        call.batched = False
         call.deferrable = True
-        assert call.moving is None, "no capability moves with a batch"
+        status = ReplyStatus.OK
+        items: list[Any] = []
+        for request, given in zip(requests, outcomes, strict=True):
+            outcome = given.outcome if type(given) is DeferredItem else given
+            if isinstance(outcome, IntEnum):
+                status = ReplyStatus.REFUSED_ITEM
+                self._on_refused(message, outcome, request)
+                outcome = int(outcome)
+            else:
+                assert type(outcome) is reply_type, f"{outcome!r} is no {reply_type.__name__}"
+            items.append(outcome)
         return answer(message.data, status, encode(items))
 
     async def _conclude(

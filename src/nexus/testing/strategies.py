@@ -100,7 +100,7 @@ def request_frames(codec: Codec) -> st.SearchStrategy[bytes]:
         headers(codec, codec.op, flags=FLAG_BATCH),
         st.lists(messages(codec.request_type), min_size=1, max_size=min(2, codec.batch_count_max)),
     )
-    return st.one_of(single, batch)
+    return st.one_of(single, batch) if codec.batches else single
 
 
 def reply_frames(codec: Codec) -> st.SearchStrategy[bytes]:

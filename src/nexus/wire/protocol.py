@@ -53,9 +53,12 @@ ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
 
 class RequestInfo:
-    """What a request's class statement declared. `moves`: a capability may travel with it."""
+    """What a request's class statement declared.
 
-    __slots__ = ("idempotent", "moves", "op", "refuses", "reply", "request")
+    `moves`: a capability may travel with it; `gives`: one may travel with its reply.
+    """
+
+    __slots__ = ("gives", "idempotent", "moves", "op", "refuses", "reply", "request")
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class RequestInfo:
         idempotent: bool,
         refuses: type[IntEnum] | None,
         moves: bool,
+        gives: bool,
     ) -> None:
         self.request = request
         self.op = op
@@ -72,11 +76,12 @@ class RequestInfo:
         self.idempotent = idempotent
         self.refuses = refuses
         self.moves = moves
+        self.gives = gives
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _Meta(msgspec.StructMeta):
-    """Takes op, idempotent, refuses and moves from a class statement; the rest is msgspec's."""
+    """Takes what RequestInfo holds from a class statement; the rest is msgspec's."""
 
     def __new__(
         mcls,
@@ -88,6 +93,7 @@ class _Meta(msgspec.StructMeta):
         idempotent: bool | None = None,
         refuses: type[IntEnum] | None = None,
         moves: bool = False,
+        gives: bool = False,
         **options: Any,
     ) -> Any:
         cls = super().__new__(mcls, name, bases, namespace, **options)
@@ -98,7 +104,8 @@ class _Meta(msgspec.StructMeta):
                 for base in namespace["__orig_bases__"]
                 if get_origin(base) is Request
             )
-            cls.INFO = RequestInfo(cls, op, reply, idempotent, refuses, moves)  # type: ignore[attr-defined]
+            info = RequestInfo(cls, op, reply, idempotent, refuses, moves, gives)
+            cls.INFO = info  # type: ignore[attr-defined]
         return cls
 
 
@@ -153,7 +160,8 @@ class Codec:
 
     A prefix is the first 8 bytes of a header, which name everything but the call itself: a
     frame whose first 8 bytes are known needs no further look at its protocol, version or op.
-    `decode_request` and `decode_reply` take a body and raise RemoteProtocolError.
+    `decode_request` and `decode_reply` take a body and raise RemoteProtocolError. `batches`: many
+    may go in one packet, which carries no capability in either direction.
     """
 
     __slots__ = (
@@ -163,8 +171,10 @@ class Codec:
         "batch_count_max",
         "batch_prefix",
         "batch_reply_prefix",
+        "batches",
         "decode_reply",
         "decode_request",
+        "gives",
         "idempotent",
         "info",
         "moves",
@@ -184,6 +194,8 @@ class Codec:
         self.op = info.op
         self.idempotent = info.idempotent
         self.moves = info.moves
+        self.gives = info.gives
+        self.batches = not (info.moves or info.gives)
         self.request_type = info.request
         self.reply_type = info.reply
         reply_op = info.op | REPLY_BIT

@@ -144,6 +144,7 @@ class Statefsd:
         self._group = Group()
         self._clients = Clients()
         self._is_untidy = False  # the store may have something to tidy up
+        self._in_packet = False  # requests of a packet are staged, and more of it are to come
         self._groups = 0
         self._tidied = 0  # the value of _groups at the last step of tidying up
         self._faults = 0  # of the device
@@ -209,6 +210,11 @@ class Statefsd:
             _ = await self._commit()
         else:
             _ = await self._tidy()
+
+    async def on_batch(self) -> None:
+        """The requests of a packet are staged: they are written together, and answered."""
+        self._in_packet = False
+        _ = await self._commit()
 
     async def on_stop(self) -> None:
         """An orderly end loses nothing, whatever was promised, and says so on the device."""
@@ -469,15 +475,12 @@ class Statefsd:
         keys = [] if applied.repeated else [change.key for change in changes]
         size = sum(len(change.key) + len(change.value or b"") for change in changes)
         self._group.on_staged(keys, size, durable=durable)
-        if not call.deferrable:
-            _check(call, await self._commit())
-            self._on_written(client)
-            return self._stored(applied.sequence, repeated=applied.repeated)
         deferred = call.defer()
         self._group.waiting.append(
             Waiting(deferred, client, applied.sequence, repeated=applied.repeated)
         )
-        if self._group.is_full:
+        self._in_packet = call.batched
+        if self._group.is_full and not call.batched:
             _ = await self._commit()
         return deferred
 
@@ -529,8 +532,11 @@ class Statefsd:
         return self._is_untidy
 
     async def _before_asking(self) -> None:
-        """policyd is about to be asked: nobody's change waits for that."""
-        if self._group:
+        """policyd is about to be asked: nobody's change waits for that, but those of one packet.
+
+        They are written once: a packet of a caller with many areas is else as many device writes.
+        """
+        if self._group and not self._in_packet:
             _ = await self._commit()
             await self._send_given()
 
