@@ -1,6 +1,7 @@
 """The storage engine over a simulated disk: limits, refusals, damage, faults, openings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from random import Random  # noqa: TID251 (seeded)
 
 import pytest
@@ -31,8 +32,16 @@ from nexus.services.statefsd.engine import (
     Unopenable,
     layout,
 )
+from nexus.services.statefsd.engine import store as store_module
 from nexus.services.statefsd.engine.crc import crc32c
+from nexus.services.statefsd.engine.journal import (
+    NO_BLOCK,
+    Place,
+    encode_commit,
+    encode_entry,
+)
 from nexus.services.statefsd.engine.limits import area_of
+from nexus.services.statefsd.engine.record import Kind, encode_record
 
 BLOCKS = 256
 WIDE = Quota(size=1 << 30, keys=1 << 20)
@@ -95,6 +104,15 @@ def fill(store: Store) -> int:
         except StoreFull:
             return number
     raise AssertionError("it is never full")
+
+
+def image_of(found: layout.Superblock, parts: Mapping[int, bytes] | None = None) -> bytes:
+    """An image with these superblocks, and what is to stand at these blocks."""
+    image = bytearray(found.block_count * BLOCK_SIZE)
+    placed = {**dict.fromkeys(layout.COPIES, found.encoded()), **(parts or {})}
+    for block, data in placed.items():
+        image[block * BLOCK_SIZE : block * BLOCK_SIZE + len(data)] = data
+    return bytes(image)
 
 
 def key(number: int) -> bytes:
@@ -362,6 +380,60 @@ def test_no_more_areas_than_the_limit_have_keys() -> None:
     assert store.areas() == {b"/state/b/", b"/state/c/"}
 
 
+def test_areas_that_are_named_have_a_place_however_many_others_there_are() -> None:
+    within = replace(
+        limits(quotas={b"/state/x/": WIDE}, reserves={b"/state/y/": 100}, areas_max=4),
+        areas_kept=frozenset((b"/state/z/",)),
+    )
+    store = opened(Disk(BLOCKS), within)
+
+    _ = put(store, b"/state/0/k", b"")
+    with pytest.raises(StoreFull, match="1 areas have keys in them, 3 are kept"):
+        _ = put(store, b"/state/1/k", b"")
+
+    for area in (b"x", b"y", b"z"):
+        _ = put(store, b"/state/%s/k" % area, b"")
+    assert len(store.areas()) == 4
+
+
+def test_what_a_refused_change_takes_back_leaves_the_area_to_what_was_staged_before() -> None:
+    disk = Disk(BLOCKS)
+    within = limits(quotas={b"/state/x/": Quota(size=200, keys=1)})
+    store = opened(disk, within)
+    _ = store.stage([Change(b"/state/x/k", b"1")])
+    _ = store.stage([Change(b"/state/x/k", None)])
+    with pytest.raises(OverQuota):
+        _ = store.stage([Change(b"/state/x/k", b"1" * 400)])
+
+    _ = store.stage([Change(b"/state/x/k", b"22")])
+    compacted(store)
+    finished(store.commit(True))
+
+    size = layout.RECORD_COST + 10 + 2
+    assert (store.used, store.usage(b"/state/x/")) == (size, (size, 1))
+    again = opened(disk.survivors(NOTHING), within)
+    assert (again.used, again.usage(b"/state/x/")) == (size, (size, 1))
+
+
+def test_taking_back_leaves_the_order_of_the_other_keys() -> None:
+    store = opened(Disk(BLOCKS), limits(quotas={b"/state/x/": Quota(size=1, keys=1)}))
+    for number in (3, 1, 2):
+        _ = put(store, key(number), b"")
+    expected = [key(1), key(2), key(3)]
+    assert listed(store) == expected
+    sorted_once = store._order
+
+    with pytest.raises(OverQuota):
+        _ = store.stage([Change(key(0), b""), Change(key(4), b""), Change(b"/state/x/k", b"")])
+
+    assert listed(store) == expected
+    assert store._order is sorted_once, "it is not made anew"
+    _ = store.stage([Change(key(5), b"")])
+    assert listed(store) == [*expected, key(5)]
+    store._fail()
+    assert listed(store) == expected
+
+
 def test_a_change_larger_than_a_commit_of_a_small_device_is_refused() -> None:
     store = opened(Disk(BLOCKS))
 
@@ -455,6 +527,68 @@ def test_a_device_that_was_cut_off_is_refused() -> None:
 
     with pytest.raises(Unopenable, match="cut off"):
         _ = opened(Disk(BLOCKS - 1, content=disk.image()[:-BLOCK_SIZE]))
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [
+        {"generation": layout.COUNTER_LAST},
+        {"compactions": layout.COUNTER_LAST},
+        {"sequence": layout.COUNTER_LAST, "epoch_first": layout.COUNTER_LAST + 1},
+        {"epoch": layout.COUNTER_LAST},
+    ],
+)
+def test_a_store_whose_counters_are_at_their_end_is_refused_untouched(
+    counters: dict[str, int],
+) -> None:
+    fresh = layout.initial(BLOCKS)
+    assert fresh is not None
+    disk = Disk(BLOCKS, image_of(replace(fresh, **counters)))
+    image = disk.image()
+
+    with pytest.raises(Unopenable, match="counters are at their end"):
+        _ = opened(disk)
+
+    assert disk.image() == image
+    less = {name: number - (1 << 20) for name, number in counters.items()}
+    assert opened(Disk(BLOCKS, image_of(replace(fresh, **less)))).writable
+
+
+def test_opening_hashes_each_key_once_however_many_records_are_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = 60
+    fresh = layout.initial(BLOCKS)
+    assert fresh is not None
+    keys = [key(number) for number in range(count)]
+    whole = [encode_record(at + 1, 1, Kind.PUT, each, b"") for at, each in enumerate(keys)]
+    entries = [encode_entry(len(whole[0]), crc32c(each)) for each in keys]
+    start = Place(NO_BLOCK, 0, 0)
+    first, size, crc = encode_commit(0, start, 1, 1, 1, 0, whole, entries)
+    block = len(first) // BLOCK_SIZE
+    unknown = [encode_entry(len(whole[0]), number + 1) for number in range(count - 1)]
+    place = Place(0, size, crc)
+    damaged = [bytes(len(whole[0]))] * count
+    second, size, crc = encode_commit(
+        block, place, 1, 1, count + 1, count, damaged, [*unknown, entries[7]]
+    )
+    behind = block + len(second) // BLOCK_SIZE
+    seal, _, _ = encode_commit(
+        behind, Place(block, size, crc), 1, 1, 2 * count + 1, 2 * count, [], []
+    )
+    disk = Disk(BLOCKS, image_of(fresh, {layout.HEAD_BLOCKS: first + second + seal}))
+    hashed: list[bytes] = []
+
+    def counted(data: bytes) -> int:
+        hashed.append(data)
+        return crc32c(data)
+
+    monkeypatch.setattr(store_module, "crc32c", counted)
+    store = opened(disk)
+
+    assert (store.lost_count, store.key_count) == (count, count)
+    assert store.lost[-1].key == keys[7]
+    assert sum(each in keys for each in hashed) < 4 * count
 
 
 def test_a_device_too_small_for_a_store_or_for_its_limits_is_refused() -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from nexus.protocols.statefsd import REQUESTS_KEPT, ROOT
+from nexus.protocols.statefsd import REQUESTS_KEPT, ROOT, SPECIAL_AREAS
 from nexus.services.statefsd.access import area_fault
 from nexus.services.statefsd.engine.limits import Quota, StoreLimits
 
@@ -86,6 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             clients_kept=CLIENTS_KEPT,
             requests_kept=REQUESTS_KEPT,
             lost_kept=LOST_KEPT,
+            areas_kept=frozenset(area.encode() for area in SPECIAL_AREAS),
         )
 
     def quota_of(self, area: bytes) -> Quota:

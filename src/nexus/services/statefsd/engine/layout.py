@@ -30,6 +30,7 @@ RECORD_COST: Final = RECORD_HEAD_SIZE + 16  # with its 4 bytes of order and 12 o
 RECORD_SIZE_MAX: Final = RECORD_HEAD_SIZE + 255 + VALUE_SIZE_MAX
 NO_AREA: Final = 2  # nothing was ever compacted: there is no checkpoint
 COUNTER_MAX: Final = 1 << 62  # of sequences, epochs, generations: no image counts further
+COUNTER_LAST: Final = COUNTER_MAX - (1 << 48)  # one that has come so far is not opened
 
 _SUPERBLOCK: Final = Struct("<8sIIQQQQQIIIIQIIIIQIIII")
 _CRC_AT: Final = 8
@@ -241,7 +242,8 @@ def meta_room(area_blocks: int, limits: StoreLimits) -> int:
     """Bytes that the meta of a checkpoint may take under these limits."""
     requests = limits.clients_kept * (12 + limits.requests_kept * META_REQUEST)
     segments = META_SEGMENT * (area_blocks // SEGMENT_BLOCKS + 1)
-    lists = limits.areas_max * META_AREA + limits.lost_kept * META_LOST
+    areas = max(limits.areas_max, len(limits.places))
+    lists = areas * META_AREA + limits.lost_kept * META_LOST
     return META_FIXED + requests + segments + lists
 
 

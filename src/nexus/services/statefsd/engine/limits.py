@@ -24,14 +24,20 @@ class StoreLimits:
     quota: Quota  # of an area that is not in `quotas`
     quotas: Mapping[bytes, Quota]  # by area, as b"/state/boot/"
     reserves: Mapping[bytes, int]  # bytes nobody else may take, by area
-    areas_max: int  # areas with a key in them
+    areas_max: int  # areas with a key in them; those of `places` count, used or not
     clients_kept: int  # whose request ids are remembered; the one longest silent is forgotten
     requests_kept: int  # request ids of a client, the latest
     lost_kept: int  # damaged records that are listed, the latest; all are counted
+    areas_kept: frozenset[bytes] = frozenset()  # areas that have a place besides the named ones
 
     def __post_init__(self) -> None:
         assert min(self.areas_max, self.clients_kept, self.requests_kept, self.lost_kept) >= 1
         assert all(size >= 0 for size in self.reserves.values())
+
+    @property
+    def places(self) -> frozenset[bytes]:
+        """The areas that can begin however many others there are."""
+        return self.areas_kept.union(self.quotas, self.reserves)
 
 
 def area_of(key: bytes) -> bytes:

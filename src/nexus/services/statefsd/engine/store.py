@@ -113,14 +113,15 @@ class Usage(NamedTuple):
 class Area:
     """What an area takes, and what it may take."""
 
-    __slots__ = ("keys", "keys_max", "reserve", "size", "size_max")
+    __slots__ = ("has_place", "keys", "keys_max", "reserve", "size", "size_max")
 
-    def __init__(self, quota: Quota, reserve: int) -> None:
+    def __init__(self, quota: Quota, reserve: int, *, has_place: bool) -> None:
         self.size = 0
         self.keys = 0
         self.size_max = quota.size
         self.keys_max = quota.keys
         self.reserve = reserve
+        self.has_place = has_place  # nobody else can take it
 
     @property
     def claimed(self) -> int:
@@ -178,11 +179,13 @@ class Store:
         self._frozen: dict[bytes, Held] = {}  # changes that the next checkpoint takes in
         self._overlay: dict[bytes, Held] = {}  # changes since
         self._areas: dict[bytes, Area] = {}  # those with a reserve, and those that took something
+        self._places = limits.places
         self._claimed = 0  # bytes used, and reserved and not used
         for area in limits.reserves:
             self._claimed += self._area(area).claimed
         self._requests = Requests(limits.clients_kept, limits.requests_kept)
         self._hashes: dict[int, Lost] = {}
+        self._names: dict[int, bytes] | None = None  # of the overlay by hash, while it is loaded
         self._units: list[Unit] = []  # staged
         self._undo: list[Undo] = []
         self._staged_requests: dict[tuple[int, int], int] = {}
@@ -248,10 +251,14 @@ class Store:
             self._replay_one(told)
             if told.lost is not None:
                 lost.append(told.lost)
+        self._names = None
         self._take_position(replay)
         missed = [each for each in lost if not self._is_replaced(each)]
         self._take_lost(missed, replay.lost_unlisted)
-        await self._begin_epoch(max(replay.epoch_max, found.epoch) + 1)
+        epoch = max(replay.epoch_max, found.epoch)
+        if max(epoch, found.generation, found.compactions, self.sequence) >= layout.COUNTER_LAST:
+            raise Unopenable("its counters are at their end: no store gets there by itself")
+        await self._begin_epoch(epoch + 1)
         if (damaged or replay.damaged) and self.writable:
             await self._heal()
 
@@ -288,7 +295,9 @@ class Store:
         assert record.lost is not None
         key = self._checkpoint.key_of(record.key_hash) if record.key_hash else b""
         if record.key_hash and not key:
-            key = next((each for each in self._overlay if crc32c(each) == record.key_hash), b"")
+            if self._names is None:
+                self._names = {crc32c(each): each for each in self._overlay}
+            key = self._names.get(record.key_hash, b"")
         if not key:
             return record
         return record._replace(kind=Kind.PUT, key=key, lost=record.lost._replace(key=key))
@@ -321,6 +330,8 @@ class Store:
         if record.key not in self._overlay:
             self._unsorted.append(record.key)
         self._overlay[record.key] = held
+        if self._names is not None:
+            self._names[key_hash] = record.key
         if self._hashes:
             _ = self._hashes.pop(key_hash, None)
 
@@ -595,7 +606,7 @@ class Store:
             if grown <= 0:
                 return
             _check_area(row, grown, keys)
-            new_area = keys > 0 and row.keys == 1
+            new_area = keys > 0 and row.keys == 1 and not row.has_place
         else:
             sums: dict[Area, tuple[int, int]] = {}
             for _, _, row, size_each, keys_each, _, _ in undo[first:]:
@@ -603,9 +614,13 @@ class Store:
                 sums[row] = grown + size_each, keys + keys_each
             for row, (grown, keys) in sums.items():
                 _check_area(row, grown, keys)
-                new_area = new_area or row.keys == keys > 0
-        if new_area and len(self.areas()) > self.limits.areas_max:
-            raise StoreFull(f"{self.limits.areas_max} areas have keys in them")
+                new_area = new_area or (row.keys == keys > 0 and not row.has_place)
+        if new_area:
+            room = self.limits.areas_max - len(self._places)
+            if sum(row.keys > 0 and not row.has_place for row in self._areas.values()) > room:
+                raise StoreFull(
+                    f"{max(room, 0)} areas have keys in them, {len(self._places)} are kept"
+                )
 
     def _cost(self, key: bytes, key_hash: int) -> int:
         """Bytes the live record of a key counts for; 0 if there is none."""
@@ -621,7 +636,8 @@ class Store:
         row = self._areas.get(area)
         if row is None:
             quota = self.limits.quotas.get(area, self.limits.quota)
-            row = self._areas[area] = Area(quota, self.limits.reserves.get(area, 0))
+            reserve = self.limits.reserves.get(area, 0)
+            row = self._areas[area] = Area(quota, reserve, has_place=area in self._places)
         return row
 
     def _grow(self, row: Area, size: int, keys: int) -> None:
@@ -638,15 +654,23 @@ class Store:
             key, held, area, size, keys, hashed, key_hash = self._undo.pop()
             if held is None:
                 del self._overlay[key]
+                self._forget_order(key)
             else:
                 self._overlay[key] = held
             if hashed is not None:
                 self._hashes[key_hash] = hashed
             self.key_count -= keys
             self._grow(area, -size, -keys)
-            if not (area.keys or area.reserve):
+            if not (area.keys or area.reserve or any(each[2] is area for each in self._undo)):
                 _ = self._areas.pop(area_of(key), None)
-        self._order, self._unsorted = [], list(self._overlay)
+
+    def _forget_order(self, key: bytes) -> None:
+        """A key is no longer in `_overlay`: the latest of `_unsorted`, or it was listed since."""
+        if self._unsorted:
+            assert self._unsorted[-1] == key, "changes are taken back in turn"
+            _ = self._unsorted.pop()
+        else:
+            del self._order[bisect_left(self._order, key)]
 
     # ------------------------------------------------------------ committing
 
