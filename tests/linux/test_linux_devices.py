@@ -74,14 +74,19 @@ IS_ROOT: Final = os.geteuid() == 0
 
 
 def opened(device: Hardware, state_dir: Path | None) -> tuple[Granted, int, ExitStack]:
+    """As a boot does it: what is to be made, and then the opening."""
     undo = ExitStack()
-    granted, descriptor = Bus((device,), state_dir).open(device, undo)
+    bus = Bus((device,), state_dir)
+    bus.make_images()
+    granted, descriptor = bus.open(device, undo)
     return granted, descriptor, undo
 
 
 def why_refused(device: Hardware, state_dir: Path | None) -> str:
+    bus = Bus((device,), state_dir)
+    bus.make_images()
     with ExitStack() as undo, pytest.raises(SpawnRefused) as refusal:
-        _ = Bus((device,), state_dir).open(device, undo)
+        _ = bus.open(device, undo)
     assert refusal.value.reason is SpawnReason.MAP_FAILED
     return str(refusal.value)
 
@@ -104,7 +109,60 @@ def test_an_image_is_made_of_its_size_closed_and_with_its_blocks_taken(tmp_path:
         assert (status.st_size, stat.S_IMODE(status.st_mode)) == (SIZE, 0o600)
         assert status.st_blocks * 512 >= SIZE, "a hole would be filled at the first write"
         assert os.pread(descriptor, SIZE, 0) == bytes(SIZE)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["disk.img"]
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert names == ["disk.img", "disk.made"]
+
+
+def test_an_image_that_was_there_is_never_replaced(tmp_path: Path) -> None:
+    opened(DISK, tmp_path)[2].close()
+    (tmp_path / "disk.img").unlink()
+
+    for _ in range(2):
+        why = why_refused(DISK, tmp_path)
+        assert "it was there and is missing: bring it back" in why
+        assert f"or remove {tmp_path}/disk.made to begin with an empty one" in why
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.made"]
+
+    (tmp_path / "disk.made").unlink()
+    opened(DISK, tmp_path)[2].close()
+    assert (tmp_path / "disk.img").exists(), "as the operator wanted it"
+
+
+def test_an_image_that_somebody_else_put_there_is_missed_too(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(SIZE))
+    opened(DISK, tmp_path)[2].close()
+    (tmp_path / "disk.img").unlink()
+
+    assert "it was there and is missing" in why_refused(DISK, tmp_path)
+
+
+def test_what_has_a_path_is_never_made(tmp_path: Path) -> None:
+    """It may be missing because what it is on is not mounted."""
+    path = tmp_path / "unmounted" / "disk.img"
+
+    why = why_refused(DISK._replace(path=str(path)), tmp_path / "state")
+
+    assert f"it is not there: mount what it is on, or `truncate -s {SIZE} {path}` makes" in why
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_goes_while_the_system_runs_is_not_made_by_a_restart(mine: Ground) -> None:
+    image = mine.directory / "state" / "disk.img"
+
+    async def holds(boot: BootImage) -> None:
+        await DeviceQuery(boot.hardware[0])
+
+    async def root(boot: BootImage) -> None:
+        await ended_well(await start(boot, "holds", grants=WITH_DISK))
+        image.unlink()
+        with pytest.raises(AbiError, match="it was there and is missing"):
+            await start(boot, "holds", grants=WITH_DISK)
+
+    run = mine.observe(root, {"holds": holds}, hardware=(DISK,), state_dir=image.parent)
+
+    (made,) = (each for each in run.fields(EventKind.DEVICE) if each["what"] == "made")
+    assert (made["name"], made["path"], made["size"]) == ("disk", str(image), SIZE)
+    assert not image.exists()
 
 
 def test_an_image_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -158,10 +216,13 @@ def test_what_is_no_image_is_refused_and_left_alone(tmp_path: Path) -> None:
         climbing = DISK._replace(path=path)
         assert "not in the state directory itself" in wrong(lambda _path: None, climbing)
     huge = DISK._replace(size=hardware.IMAGE_SIZE_MAX + BLOCK_SIZE)
-    assert "init makes images of" in wrong(lambda _path: None, huge)
+    too_large = why_refused(huge, tmp_path / "other")
+    assert (
+        f"init makes up to {hardware.IMAGE_SIZE_MAX} bytes: `truncate -s {huge.size} " in too_large
+    )
     assert "no state directory" in why_refused(DISK, None)
     missing = DISK._replace(path="/dev/nexus-has-none")
-    assert "No such file" in why_refused(missing, state)
+    assert "no such device" in why_refused(missing, state)
     assert outside.read_bytes() == bytes(SIZE)
 
 
@@ -212,7 +273,8 @@ def test_what_init_opened_is_in_the_record(ground: Ground) -> None:
         root, {"holds": holds}, hardware=(DISK, RNG), state_dir=ground.directory / "state"
     )
 
-    disk, rng = run.fields(EventKind.DEVICE)
+    made, disk, rng = run.fields(EventKind.DEVICE)
+    assert (made["name"], made["what"], made["size"]) == ("disk", "made", SIZE)
     assert (disk["name"], disk["what"], disk["holder"]) == ("disk", "granted", "holds")
     assert (disk["backing"], disk["block_count"], disk["writable"]) == ("file", BLOCKS, True)
     assert (rng["name"], rng["backing"]) == (

@@ -100,3 +100,12 @@ def test_what_is_lacking_is_one_line_with_the_error_that_ended_it() -> None:
     readiness = Readiness(["probe"])
     readiness.on_told(crash_of("Traceback (most recent call last):\n  x\nValueError: no"))
     assert readiness.lacking() == ["probe: exit code 1, ValueError: no"]
+
+
+def test_a_disk_that_was_made_is_said_and_one_that_was_granted_is_not() -> None:
+    made = told_of(event(EventKind.DEVICE, name="disk", what="made", path="/s/disk.img", size=512))
+    granted = told_of(event(EventKind.DEVICE, name="disk", what="granted", holder="statefsd"))
+
+    assert made is not None
+    assert made.text == "a new image of 512 zero bytes was made, /s/disk.img"
+    assert granted is None

@@ -65,6 +65,9 @@ def told_of(event: Event) -> Told | None:
             detail = str(fields.get("detail", ""))
             why = f"{fields['reason']}, {detail}" if detail else str(fields["reason"])
             return Told(event.kind, name, one_line(f"could not be started: {why}"))
+        case EventKind.DEVICE if fields.get("what") == "made":
+            text = f"a new image of {fields['size']} zero bytes was made, {fields['path']}"
+            return Told(event.kind, name, one_line(text))
         case EventKind.HANG:
             return Told(event.kind, name, "never yields")
         case _:

@@ -422,8 +422,8 @@ DEVICE: Final = Table(
         ),
         "path": Key(
             kind=_DISK_PATH,
-            doc="where it is on linux; default NAME.img in the state directory for a disk, and"
-            " whatever source the machine has for entropy",
+            doc="where it is on linux; default NAME.img in the state directory for a disk, which is"
+            " made before the first boot, and whatever source the machine has for entropy",
         ),
         "legacy": Key(
             kind=Flag(),

@@ -1,8 +1,12 @@
 """The bus map on Linux: what is behind each device, and init's opening of it for its holder.
 
-A block device is a file, made when it is first granted, or a device node; an entropy source is a
-hardware generator's node, or getrandom(2). A legacy transport and an empty one are things of the
-simulated bus and not here.
+A block device is a file or a device node; an entropy source is a hardware generator's node, or
+getrandom(2). A legacy transport and an empty one are things of the simulated bus and not here.
+
+A device without a path is an image in the state directory, made before the first boot of that
+directory and never again: a marker beside it says that it has been there, and an image that is
+missing since is refused, for a new one would be taken for what was lost. What has a path is the
+operator's to make: it may be missing because a file system is not mounted. A boot makes no image.
 
 An image is written full of zeros when it is made: over blocks that are only reserved, each first
 write also changes the file system's own records, and a durable write of 4 KiB takes twice the
@@ -17,19 +21,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE, BusEntry, HardwareKind, SpawnReason
 from nexus.kernel.core import Hardware, SpawnRefused
 from nexus.kernel.linux.devices import FILE, GETRANDOM, HWRNG, NODE, Granted
-from nexus.kernel.linux.durable import make_directory
+from nexus.kernel.linux.durable import DIRECTORY_FLAGS, make_directory, replace_file
 
 HWRNG_PATH: Final = "/dev/hwrng"
 HWRNG_NUMBER: Final = os.makedev(10, 183)  # Documentation/admin-guide/devices.txt
 HWRNG_PROBE_SIZE: Final = 16  # bytes read once to see whether a generator is behind the node
 HWRNG_PROBES_MAX: Final = 20  # looks, HWRNG_PAUSE apart, while the generator has none at hand
 HWRNG_PAUSE: Final = 0.005  # seconds
-IMAGE_SIZE_MAX: Final = 256 << 20  # bytes of an image made here; init does nothing else meanwhile
+IMAGE_SIZE_MAX: Final = 256 << 20  # bytes of an image made here; a first boot waits for it
+IMAGE_SUFFIX: Final = ".img"
+MARKER_SUFFIX: Final = ".made"  # of the file that says that an image has been there
 CHUNK: Final = 1 << 20  # bytes written at once
 
 # Where a descriptor for writing is refused, one for reading may be had.
@@ -39,18 +45,59 @@ _BLOCK: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _NEW: Final = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL
 
 
+class Made(NamedTuple):
+    """An image that was made before a boot."""
+
+    name: str
+    path: Path
+    size: int
+
+
 class Bus:
     """The devices of this machine, and their opening."""
 
-    __slots__ = ("_state_dir", "present")
+    __slots__ = ("_state_dir", "_unmade", "present")
 
     def __init__(self, hardware: Sequence[Hardware], state_dir: Path | None) -> None:
         self._state_dir = state_dir
+        self._unmade: dict[str, str] = {}  # why an image could not be made, by the device's name
         self.present = tuple(
             each
             for each in sorted(hardware, key=lambda each: each.name)
             if not each.legacy and each.kind is not HardwareKind.EMPTY
         )
+
+    def make_images(self) -> tuple[Made, ...]:
+        """Before a boot: make the images that this state directory has never had. One that cannot
+        be made is refused when it is granted."""
+        if self._state_dir is None:
+            return ()
+        made = []
+        for device in self.present:
+            if device.kind is HardwareKind.BLOCK and not device.path:
+                try:
+                    if self._make(device):
+                        made.append(Made(device.name, self._path_of(device), device.size))
+                except OSError as error:
+                    self._unmade[device.name] = f"it could not be made: {_why(error)}"
+        return tuple(made)
+
+    def _make(self, device: Hardware) -> bool:
+        """Make an image that was never there, and mark it; False if there is nothing to make.
+        Raises OSError."""
+        path = self._path_of(device)
+        marker = path.with_suffix(MARKER_SUFFIX)
+        if os.path.lexists(path):
+            # Of whoever put it there: from now on it is missed too. Where nothing can be
+            # written, nothing can be made either.
+            with suppress(OSError):
+                _mark(marker)
+            return False
+        if os.path.lexists(marker) or device.size > IMAGE_SIZE_MAX:
+            return False
+        _make_image(path, device.size)
+        _mark(marker)
+        return True
 
     def scan(self) -> tuple[BusEntry, ...]:
         """The answer to BusScan."""
@@ -88,6 +135,8 @@ class Bus:
         path = self._path_of(device)
         try:
             descriptor, writable = _open_file(path, device, undo)
+        except FileNotFoundError:
+            raise _refused(device, path, self._why_missing(path, device)) from None
         except OSError as error:
             raise _refused(device, path, _why(error)) from None
         mode = os.fstat(descriptor).st_mode
@@ -109,10 +158,27 @@ class Bus:
         granted = Granted(device.name, device.kind, backing, device.size // BLOCK_SIZE, writable)
         return granted, descriptor
 
+    def _why_missing(self, path: Path, device: Hardware) -> str:
+        """What is not there and why not, and what to do about it."""
+        if path.is_relative_to("/dev"):
+            return "it is not there: no such device"
+        make = f"`truncate -s {device.size} {path}` makes an empty one"
+        marker = path.with_suffix(MARKER_SUFFIX)
+        if device.path:
+            return f"it is not there: mount what it is on, or {make}"
+        if device.name in self._unmade:
+            return self._unmade[device.name]
+        if os.path.lexists(marker):
+            return (
+                "it was there and is missing: bring it back, "
+                f"or remove {marker} to begin with an empty one"
+            )
+        return f"it is not there, and init makes up to {IMAGE_SIZE_MAX} bytes: {make}"
+
     def _path_of(self, device: Hardware) -> Path:
         """Where a block device is; what leaves the state directory must say so by being
         absolute."""
-        given = PurePosixPath(device.path or f"{device.name}.img")
+        given = PurePosixPath(device.path or f"{device.name}{IMAGE_SUFFIX}")
         if given.is_absolute():
             return Path(given)
         if self._state_dir is None:
@@ -123,8 +189,7 @@ class Bus:
 
 
 def _open_file(path: Path, device: Hardware, undo: ExitStack) -> tuple[int, bool]:
-    """A descriptor of an image or a node, and whether it may be written; a missing image is made
-    first. Raises OSError."""
+    """A descriptor of an image or a node, and whether it may be written. Raises OSError."""
     flags = _BLOCK
     with suppress(OSError):
         # A node is often known by a link in /dev, and that directory is root's. A link to a file
@@ -133,11 +198,6 @@ def _open_file(path: Path, device: Hardware, undo: ExitStack) -> tuple[int, bool
             flags = flags & ~os.O_NOFOLLOW | os.O_EXCL  # not while it is mounted
     mode = os.O_RDONLY if device.read_only else os.O_RDWR
     try:
-        return _opened(path, flags | mode, undo), not device.read_only
-    except FileNotFoundError:
-        if device.path.startswith("/dev/"):
-            raise
-        _make_image(path, device)
         return _opened(path, flags | mode, undo), not device.read_only
     except OSError as error:
         if device.read_only or error.errno not in READ_ONLY_ERRORS:
@@ -151,22 +211,27 @@ def _opened(path: Path, flags: int, undo: ExitStack) -> int:
     return descriptor
 
 
-def _make_image(path: Path, device: Hardware) -> None:
+def _mark(marker: Path) -> None:
+    """Have it known to every later boot that the image has been there. Raises OSError."""
+    if os.path.lexists(marker):
+        return
+    directory = os.open(marker.parent, DIRECTORY_FLAGS)
+    try:
+        replace_file(directory, marker.name, b"")
+    finally:
+        os.close(directory)
+
+
+def _make_image(path: Path, size: int) -> None:
     """Make an image of zeros: whole and durable, or not at all. Raises OSError."""
-    if device.size > IMAGE_SIZE_MAX:
-        raise _refused(
-            device,
-            path,
-            f"it is not there, and init makes images of {IMAGE_SIZE_MAX} bytes at most",
-        )
     make_directory(path.parent)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(path.parent, DIRECTORY_FLAGS)
     new = f"{path.name}.new"
     try:
         with suppress(FileNotFoundError):
             os.unlink(new, dir_fd=directory)  # of a boot that ended half way
         try:
-            _write_zeros(os.open(new, _NEW, 0o600, dir_fd=directory), device.size)
+            _write_zeros(os.open(new, _NEW, 0o600, dir_fd=directory), size)
             os.rename(new, path.name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError:
             with suppress(FileNotFoundError):

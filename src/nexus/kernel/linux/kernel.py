@@ -120,7 +120,7 @@ from nexus.kernel.linux.driver import (
 )
 from nexus.kernel.linux.grants import check_grants, open_granted
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
-from nexus.kernel.linux.hardware import Bus
+from nexus.kernel.linux.hardware import Bus, Made
 from nexus.kernel.linux.identity import CREDENTIALS, NO_ID, ROWS, IdentityTable, IdentityView
 from nexus.kernel.linux.native import MACHINE, timerfd, timerfd_arm
 from nexus.kernel.linux.notify import ServiceManager
@@ -359,6 +359,8 @@ class LinuxKernel:
         with ExitStack() as stack:
             self._enter(stack, until)
             _ = stack.callback(self._end_all)
+            for image in self.bus.make_images():
+                self._event(EventKind.DEVICE, KERNEL_PID, _made_fields(image))
             if self.selftest:
                 from nexus.kernel.linux.selftest import run_selftest  # it runs roots of ours
 
@@ -1500,6 +1502,11 @@ def _receive(channel: socket.socket) -> tuple[bytes, tuple[int, int, int] | None
 def _no_start(name: str, program: str, reason: SpawnReason, detail: str) -> dict[str, object]:
     """The fields of SPAWN_FAILED."""
     return {"name": name, "program": program, "reason": reason.name.lower(), "detail": detail}
+
+
+def _made_fields(image: Made) -> dict[str, object]:
+    """The fields of DEVICE when init has made an image."""
+    return {"name": image.name, "what": "made", "path": str(image.path), "size": image.size}
 
 
 def _opened_fields(device: Granted, holder: str) -> dict[str, object]:
