@@ -305,7 +305,7 @@ class _Watching:
         if show and told.kind == EventKind.CONSOLE:
             say(labelled(told))
             _ = sys.stdout.flush()
-        elif show and told.kind in (EventKind.SPAWN_FAILED, EventKind.HANG):
+        elif show and told.kind in (EventKind.SPAWN_FAILED, EventKind.HANG, EventKind.DEVICE):
             tell(f"{told.name}: {told.text}")
         return True
 
