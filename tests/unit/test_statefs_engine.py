@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from random import Random  # noqa: TID251 (seeded)
 
+import msgspec
 import pytest
 
 from nexus.abi import BLOCK_SIZE
@@ -32,7 +33,9 @@ from nexus.services.statefsd.engine import (
     Unopenable,
     layout,
 )
+from nexus.services.statefsd.engine import limits as limits_module
 from nexus.services.statefsd.engine import store as store_module
+from nexus.services.statefsd.engine.checkpoint import Builder, Meta
 from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.journal import (
     NO_BLOCK,
@@ -589,6 +592,164 @@ def test_opening_hashes_each_key_once_however_many_records_are_lost(
     assert (store.lost_count, store.key_count) == (count, count)
     assert store.lost[-1].key == keys[7]
     assert sum(each in keys for each in hashed) < 4 * count
+    kept = layout.hashes_max(fresh.area_blocks)
+    assert store.forgotten == count - 1 - kept > 0, "what has no room is counted"
+    again = opened(disk.survivors(NOTHING))
+    assert (again.forgotten, len(again._hashes), again.lost_count) == (
+        count - 1 - kept,
+        kept,
+        count,
+    )
+
+
+FOREIGN = [
+    b"nothing",
+    b"/state/\xff\xfe/x",
+    b"/state/a\nb/x",
+    b"/state/../x",
+    b"/state/" + b"a" * 49 + b"/x",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_record_in_the_journal_whose_key_is_none_is_lost(name: bytes) -> None:
+    fresh = layout.initial(BLOCKS)
+    assert fresh is not None
+    both = (name, key(1))
+    records = [encode_record(at + 1, 1, Kind.PUT, each, b"v") for at, each in enumerate(both)]
+    entries = [
+        encode_entry(len(record), crc32c(each)) for record, each in zip(records, both, strict=True)
+    ]
+    data, _, _ = encode_commit(0, Place(NO_BLOCK, 0, 0), 1, 1, 1, 0, records, entries)
+    disk = Disk(BLOCKS, image_of(fresh, {layout.HEAD_BLOCKS: data}))
+
+    store = opened(disk)
+
+    assert (listed(store, b""), store.areas(), store.lost_count) == ([key(1)], {b"/state/a/"}, 1)
+    assert store.lost[0]._replace(offset=0) == (b"", 0, 1)
+    again = opened(disk.survivors(NOTHING))
+    assert (listed(again, b""), again.lost_count) == ([key(1)], 1)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_record_in_a_checkpoint_whose_key_is_none_is_lost(name: bytes) -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    _ = store.stage([Change(key(1), b"v"), Change(name, b"v"), Change(b"/state/z/1", b"v")])
+    finished(store.commit(True))
+    compacted(store)
+    expected = [key(1), b"/state/z/1"]
+
+    store = opened(disk)
+
+    assert (listed(store, b""), store.areas(), store.lost_count) == (
+        expected,
+        {b"/state/a/", b"/state/z/"},
+        1,
+    )
+    assert finished(store.get(b"/state/z/1")) == Entry(b"v", 3)
+    while finished(store.maintain()):
+        pass
+    again = opened(disk)
+    assert (listed(again, b""), again.lost_count, again.used) == (expected, 1, store.used)
+
+
+def with_meta(meta: bytes) -> Disk:
+    """A store whose checkpoint holds nothing but this."""
+    fresh = layout.initial(8 * BLOCKS)
+    assert fresh is not None
+    found = replace(
+        fresh,
+        active=0,
+        slots=1,
+        meta_size=len(meta),
+        order_crc=crc32c(b""),
+        table_crc=crc32c(bytes(8)),
+        meta_crc=crc32c(meta),
+    )
+    first, sections = found.area_first(0), layout.sections_of(found)
+    parts = {first + each: meta for each in (sections.meta, sections.meta_copy)}
+    return Disk(8 * BLOCKS, image_of(found, parts))
+
+
+SOUND = Meta([], {}, [(7, [5, 1])], [(key(1), 9, 1)], 3, [(4, 9, 2)], 2)
+
+
+def test_a_sound_meta_is_taken() -> None:
+    store = opened(with_meta(msgspec.msgpack.encode(SOUND)))
+
+    assert (store.lost_count, store.forgotten, len(store._hashes)) == (3, 2, 1)
+    assert store.applied(7, 5) == Applied(1, repeated=True)
+    assert [each.key for each in store.lost] == [key(1)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hashes": [(number, 0, 0) for number in range(layout.HASHES_MAX + 1)]},
+        {"hashes": [(1 << 32, 0, 0)]},
+        {"clients": [(client, []) for client in range(limits_module.CLIENTS_MAX + 1)]},
+        {"clients": [(7, [1] * (2 * limits_module.REQUESTS_MAX + 1))]},
+        {"clients": [(-7, [])]},
+        {"lost": [(key(1), 0, 0)] * (limits_module.LOST_MAX + 1)},
+        {"lost": [(key(1), -5, 0)]},
+        {"lost": [(b"k" * 256, 0, 0)]},
+        {"lost_count": -3},
+        {"lost_count": layout.COUNTER_MAX},
+        {"forgotten": -1},
+        {"areas": {b"/state/a/": (-1, 0)}},
+        {"areas": {b"%d" % number: (0, 0) for number in range(limits_module.AREAS_MAX + 1)}},
+    ],
+)
+def test_a_meta_that_nobody_writes_counts_as_damaged(changes: dict[str, object]) -> None:
+    meta = msgspec.structs.replace(SOUND, **changes)
+
+    store = opened(with_meta(msgspec.msgpack.encode(meta)))
+
+    assert (store.lost_count, store.forgotten, store._hashes) == (1, 0, {})
+    assert store.applied(7, 5) is None
+    assert store.writable
+
+
+def test_areas_that_are_none_or_do_not_come_to_what_there_is_are_counted_anew() -> None:
+    for areas in ({b"/state/\xff/": (0, 0)}, {b"/state/a/": (99, 1)}):
+        meta = msgspec.structs.replace(SOUND, areas=areas)
+
+        store = opened(with_meta(msgspec.msgpack.encode(meta)))
+
+        assert (store.areas(), store.used, store.lost_count) == (set(), 0, 3)
+
+
+def test_a_lost_record_of_the_meta_whose_key_is_none_is_told_without_it() -> None:
+    meta = msgspec.structs.replace(SOUND, lost=[(b"/state/\xff/x", 5, 7)])
+
+    assert opened(with_meta(msgspec.msgpack.encode(meta))).lost[0] == (b"", 5, 7)
+
+
+def test_a_meta_larger_than_any_limits_lead_to_is_refused() -> None:
+    fresh = layout.initial(32 * 1024)
+    assert fresh is not None
+    found = replace(fresh, active=0, slots=1, meta_size=layout.META_SIZE_MAX)
+
+    assert layout.decode_superblock(found.encoded()) == found
+    larger = replace(found, meta_size=layout.META_SIZE_MAX + 1)
+    assert layout.decode_superblock(larger.encoded()) is None
+
+
+def test_what_the_meta_has_no_room_for_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    for number in range(4):
+        _ = store.stage([Change(key(1), b"v")], client=7, request_id=number + 1)
+        finished(store.commit(True))
+    compacted(store)
+    assert store.left_out == 0
+
+    monkeypatch.setattr(Builder, "meta_room", 36)
+    compacted(store)
+
+    assert store.left_out == 2
+    assert [opened(disk).applied(7, number) is None for number in (2, 3)] == [True, False]
 
 
 def test_a_device_too_small_for_a_store_or_for_its_limits_is_refused() -> None:
@@ -599,9 +760,9 @@ def test_a_device_too_small_for_a_store_or_for_its_limits_is_refused() -> None:
         quotas={},
         reserves={},
         areas_max=1000,
-        clients_kept=1000,
-        requests_kept=1000,
-        lost_kept=1000,
+        clients_kept=256,
+        requests_kept=128,
+        lost_kept=256,
     )
     with pytest.raises(Unopenable, match="too few for the store's limits"):
         _ = opened(Disk(BLOCKS), wide)

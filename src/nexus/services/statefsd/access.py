@@ -14,12 +14,13 @@ from nexus.protocols.statefsd import (
     WRITE_RIGHT,
     StatefsdStatus,
 )
-from nexus.services.statefsd.engine.limits import area_of
+from nexus.services.statefsd.engine.limits import AREA_NAME_MAX, area_of, is_path
 
 ROOT_AREA: Final = ROOT.encode()
+SPECIAL: Final = {area.encode(): right for area, right in SPECIAL_AREAS.items()}
 SEPARATOR: Final = b"/"
-REFUSED_SEGMENTS: Final = frozenset((b"", b".", b".."))
-CONTROLS: Final = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
+
+assert AREA_SIZE_MAX == AREA_NAME_MAX, "what a checkpoint may hold is what the protocol lets in"
 
 Refusal = StatefsdStatus | None
 
@@ -28,7 +29,7 @@ def key_fault(key: bytes) -> Refusal:
     """Why this is no key; None if it is one."""
     if len(key) > KEY_SIZE_MAX:
         return StatefsdStatus.KEY_TOO_LONG
-    return None if _is_path(key) else StatefsdStatus.INVALID_KEY
+    return None if is_path(key) else StatefsdStatus.INVALID_KEY
 
 
 def prefix_fault(prefix: bytes) -> Refusal:
@@ -39,7 +40,7 @@ def prefix_fault(prefix: bytes) -> Refusal:
         return StatefsdStatus.KEY_TOO_LONG
     if not prefix.endswith(SEPARATOR):
         return StatefsdStatus.INVALID_KEY
-    return None if _is_path(prefix[:-1]) else StatefsdStatus.INVALID_KEY
+    return None if is_path(prefix[:-1]) else StatefsdStatus.INVALID_KEY
 
 
 def area_fault(area: bytes) -> Refusal:
@@ -52,22 +53,9 @@ def area_fault(area: bytes) -> Refusal:
 
 def right_for(area: bytes, *, writes: bool) -> str:
     """The right it takes to write into an area, or to look into it."""
-    return SPECIAL_AREAS.get(area.decode(), WRITE_RIGHT if writes else READ_RIGHT)
+    return SPECIAL.get(area, WRITE_RIGHT if writes else READ_RIGHT)
 
 
 def is_special(area: bytes) -> bool:
     """Whether the area has a right of its own."""
-    return area.decode() in SPECIAL_AREAS
-
-
-def _is_path(key: bytes) -> bool:
-    if not key.startswith(ROOT_AREA):
-        return False
-    try:
-        text = key.decode()
-    except UnicodeDecodeError:
-        return False
-    if not CONTROLS.isdisjoint(text):
-        return False
-    segments = key[len(ROOT_AREA) :].split(SEPARATOR)
-    return REFUSED_SEGMENTS.isdisjoint(segments) and len(segments[0]) <= AREA_SIZE_MAX
+    return area in SPECIAL

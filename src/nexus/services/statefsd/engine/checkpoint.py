@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from struct import Struct
-from typing import Final, NamedTuple, TypeAlias
+from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -23,12 +23,28 @@ from nexus.drivers import BlockDevice, DeviceFault, Fault
 from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.errors import Lost
 from nexus.services.statefsd.engine.layout import (
+    COUNTER_MAX,
+    HASHES_MAX,
+    META_SIZE_MAX,
+    RECORD_COST,
+    RECORD_HEAD_SIZE,
     SEGMENT_BLOCKS,
     SEGMENT_SIZE,
+    STORE_BLOCKS_MAX,
     Sections,
     Superblock,
     blocks_of,
     sections_of,
+)
+from nexus.services.statefsd.engine.limits import (
+    AREAS_MAX,
+    CLIENTS_MAX,
+    KEY_SIZE_MAX,
+    LOST_MAX,
+    REQUESTS_MAX,
+    ROOT,
+    area_of,
+    is_path,
 )
 from nexus.services.statefsd.engine.record import (
     KEY_AT,
@@ -41,12 +57,14 @@ from nexus.services.statefsd.engine.record import (
     parse_head,
 )
 
+SEGMENTS_MAX: Final = STORE_BLOCKS_MAX // SEGMENT_BLOCKS // 2 + 1
 PROBES_MAX: Final = 32  # slots of the table looked at; then the order is searched
 SEGMENT_SHIFT: Final = 20
 SEGMENT_MASK: Final = SEGMENT_SIZE - 1
 OFFSET_MASK: Final = 0xFFFF_FFFF
 STEP_SIZE: Final = 64 * 1024  # bytes written in a step
 STEP_RECORDS: Final = 512  # records copied in a step; about a millisecond
+BAD_MAX: Final = 1 << 16  # damaged records that are told one by one; two whole segments of them
 BAD_BLOCKS_MAX: Final = 64  # unreadable blocks that are taken for damage; more are a dead device
 
 _PROBES: Final = range(PROBES_MAX)
@@ -79,15 +97,33 @@ Held: TypeAlias = Entry | Gone | Lost
 """What is known of a key that changed since the checkpoint."""
 
 
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=COUNTER_MAX)]
+Identity: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits, as msgpack's
+Word: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Name: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=KEY_SIZE_MAX)]
+
+
 class Meta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a checkpoint says besides its records."""
 
-    segments: list[tuple[int, int]]  # bytes and checksum of each
-    areas: dict[bytes, tuple[int, int]] | None  # bytes and keys; None: count them
-    clients: list[tuple[int, list[int]]]  # client, then request id and sequence in turn
-    lost: list[tuple[bytes, int, int]]  # the latest damaged records
-    lost_count: int
-    hashes: list[tuple[int, int, int]]  # key hash, offset, sequence of damaged records without key
+    segments: Annotated[
+        list[tuple[Number, Word]], msgspec.Meta(max_length=SEGMENTS_MAX)
+    ]  # bytes and checksum of each
+    areas: (
+        Annotated[dict[Name, tuple[Number, Number]], msgspec.Meta(max_length=AREAS_MAX)] | None
+    )  # bytes and keys; None: count them
+    clients: Annotated[
+        list[tuple[Identity, Annotated[list[Identity], msgspec.Meta(max_length=2 * REQUESTS_MAX)]]],
+        msgspec.Meta(max_length=CLIENTS_MAX),
+    ]  # client, then request id and sequence in turn
+    lost: Annotated[
+        list[tuple[Name, Number, Number]], msgspec.Meta(max_length=LOST_MAX)
+    ]  # the latest damaged records
+    lost_count: Number
+    hashes: Annotated[
+        list[tuple[Word, Number, Number]], msgspec.Meta(max_length=HASHES_MAX)
+    ]  # key hash, offset, sequence of damaged records without key
+    forgotten: Number  # such records beyond HASHES_MAX, ever
 
 
 _DECODER: Final = msgspec.msgpack.Decoder(Meta)
@@ -225,7 +261,9 @@ class Checkpoint:
             if not entry:
                 break
             if entry >> 32 == key_hash and self._size > offset >= 0:
-                return self._key_of_record(offset)
+                key = self._key_of_record(offset)
+                if key:
+                    return key
             slot = (slot + 1) % self._slots
         return b""
 
@@ -368,6 +406,7 @@ class Loaded(NamedTuple):
     lost: list[Lost]  # newly found
     hashes: dict[int, Lost]  # damaged records without a key, by the hash of it
     damaged: bool
+    unlisted: int = 0  # damaged records beyond those in `lost`
 
 
 async def load(device: BlockDevice, found: Superblock) -> Loaded:
@@ -389,7 +428,12 @@ async def load(device: BlockDevice, found: Superblock) -> Loaded:
     has_order = crc32c(order_data) == found.order_crc and _is_inside(order, segments)
     has_table = crc32c(table_data) == found.table_crc
     if has_order and has_table and not suspects and meta is not None:
-        return Loaded(Checkpoint(segments, order, table), meta, [], {}, damaged=False)
+        checkpoint = Checkpoint(segments, order, table)
+        if not _is_foreign(checkpoint):
+            if meta.areas is not None and not _is_sum(meta.areas, segments, found.count):
+                meta = msgspec.structs.replace(meta, areas=None)
+            return Loaded(checkpoint, meta, [], {}, damaged=False)
+        suspects = list(range(len(segments)))
     offset = first * BLOCK_SIZE
     return _mended(
         segments,
@@ -458,6 +502,29 @@ def _is_inside(order: "array[int]", segments: list[bytes]) -> bool:
     return (last & SEGMENT_MASK) + KEY_AT <= len(segments[last >> SEGMENT_SHIFT])
 
 
+def _is_foreign(checkpoint: Checkpoint) -> bool:
+    """Whether it has keys in what is no area, or out of order. Looks at a key of each area."""
+    index = 0
+    while index < len(checkpoint):
+        key = checkpoint.key_at(index)
+        area = area_of(key)
+        if not is_path(key if area == ROOT else area[:-1]):
+            return True
+        behind = index + 1 if area == ROOT else checkpoint.index_of(area[:-1] + b"0")
+        if behind <= index:
+            return True
+        index = behind
+    return False
+
+
+def _is_sum(areas: Mapping[bytes, tuple[int, int]], segments: list[bytes], count: int) -> bool:
+    """Whether areas are areas, and together come to what the records are."""
+    size = sum(map(len, segments)) + (RECORD_COST - RECORD_HEAD_SIZE) * count
+    sums = tuple(map(sum, zip(*areas.values(), strict=True))) or (0, 0)
+    names = all(area == ROOT or (is_path(area[:-1]) and area_of(area) == area) for area in areas)
+    return names and sums == (size, count)
+
+
 def _mended(
     segments: list[bytes],
     order: "array[int] | None",
@@ -471,36 +538,52 @@ def _mended(
     bad: dict[int, Lost] = {}
     known = order is not None
     offsets = order if order is not None else array("I", _walk(segments))
-    hashes_of: dict[int, int] = {}
-    if table is not None and suspects:
-        hashes_of = {(entry & OFFSET_MASK) - 1: entry >> 32 for entry in table if entry}
     suspected = set(suspects)
-    kept = array("I")
-    lost_keys: dict[int, Lost] = {}
+    dropped: set[int] = set()  # nobody knows their key
+    unlisted = 0
+    last = b""
     for offset in offsets:
         if known and offset >> SEGMENT_SHIFT not in suspected:
-            kept.append(offset)
             continue
         segment, at = segments[offset >> SEGMENT_SHIFT], offset & SEGMENT_MASK
         head = parse_head(segment, at, len(segment))
-        if head is None:
-            bad[offset] = Lost(b"", area_offset + offset, 0)
-            if offset in hashes_of:
-                lost_keys[hashes_of[offset]] = bad[offset]
+        if head is None or not last < head.key or not is_path(head.key):
+            dropped.add(offset)
+            if len(bad) < BAD_MAX:
+                bad[offset] = Lost(b"", area_offset + offset, 0)
+            else:
+                unlisted += 1
+            continue
+        last = head.key
+        if has_whole_value(segment, head):
+            continue
+        if len(bad) < BAD_MAX:
+            bad[offset] = Lost(head.key, area_offset + offset, head.sequence)
         else:
-            kept.append(offset)
-            if not has_whole_value(segment, head):
-                bad[offset] = Lost(head.key, area_offset + offset, head.sequence)
+            dropped.add(offset)
+            unlisted += 1
+    lost_keys: dict[int, Lost] = {}
+    if table is not None and dropped:
+        for entry in table:
+            offset = (entry & OFFSET_MASK) - 1
+            if offset in dropped and offset in bad:
+                lost_keys[entry >> 32] = bad[offset]
     lost = list(bad.values())
-    missing = found.count - len(offsets)
-    lost += [Lost(b"", area_offset, 0)] * max(0, missing)
+    missing = max(0, found.count - len(offsets))
+    if missing:
+        lost.append(Lost(b"", area_offset, 0))
+        unlisted += missing - 1
     if meta is None:
         lost.append(Lost(b"", area_offset + sections_of(found).meta * BLOCK_SIZE, 0))
-    checkpoint = Checkpoint(segments, kept, array("Q", [0]), bad)
-    mended = array("Q", bytes(8 * slots_for(len(kept))))
-    for index, offset in enumerate(kept):
-        insert(mended, crc32c(checkpoint.key_at(index)), offset)
-    return Loaded(Checkpoint(segments, kept, mended, bad), meta, lost, lost_keys, damaged=True)
+    if dropped:
+        offsets = array("I", (offset for offset in offsets if offset not in dropped))
+    checkpoint = Checkpoint(segments, offsets, array("Q", [0]), bad)
+    if table is None or len(dropped) > len(bad):
+        table = array("Q", bytes(8 * slots_for(len(offsets))))
+        for index, offset in enumerate(offsets):
+            insert(table, crc32c(checkpoint.key_at(index)), offset)
+    checkpoint = Checkpoint(segments, offsets, table, bad)
+    return Loaded(checkpoint, meta, lost, lost_keys, damaged=True, unlisted=unlisted)
 
 
 def _walk(segments: list[bytes]) -> Iterator[int]:
@@ -680,7 +763,7 @@ class Builder:
     def meta_room(self) -> int:
         """Bytes that one of the two copies of the meta may take."""
         used = self._tail_first + len(self._tail) // BLOCK_SIZE
-        return (self._room - used) // 2 * BLOCK_SIZE
+        return min((self._room - used) // 2 * BLOCK_SIZE, META_SIZE_MAX)
 
     async def write_meta(self, device: BlockDevice, meta: bytes) -> None:
         """Both copies of the meta."""

@@ -12,7 +12,14 @@ from typing import Final
 
 from nexus.abi import BLOCK_SIZE
 from nexus.services.statefsd.engine.crc import crc32c
-from nexus.services.statefsd.engine.limits import VALUE_SIZE_MAX, StoreLimits
+from nexus.services.statefsd.engine.limits import (
+    AREAS_MAX,
+    CLIENTS_MAX,
+    LOST_MAX,
+    REQUESTS_MAX,
+    VALUE_SIZE_MAX,
+    StoreLimits,
+)
 
 FORMAT_VERSION: Final = 1
 MAGIC: Final = b"NXSTATE\0"
@@ -26,6 +33,9 @@ RING_BLOCKS_MAX: Final = 8192  # 4 MiB; the longer it is, the longer an opening 
 SEGMENT_SIZE: Final = 1024 * 1024  # bytes; records of a checkpoint do not cross its bounds
 SEGMENT_BLOCKS: Final = SEGMENT_SIZE // BLOCK_SIZE
 RECORD_HEAD_SIZE: Final = 32  # bytes
+HASHES_MAX: Final = 1024  # damaged records without a key, told by their key's hash
+HASHES_SHARE: Final = 2  # and one for so many blocks of an area: a small store keeps fewer
+META_SIZE_MAX: Final = 1024 * 1024  # bytes; the largest that StoreLimits can lead to is less
 RECORD_COST: Final = RECORD_HEAD_SIZE + 16  # with its 4 bytes of order and 12 of the hash table
 RECORD_SIZE_MAX: Final = RECORD_HEAD_SIZE + 255 + VALUE_SIZE_MAX
 NO_AREA: Final = 2  # nothing was ever compacted: there is no checkpoint
@@ -172,6 +182,8 @@ def _is_plausible(found: Superblock) -> bool:
         return False
     if found.area_first(2) > found.block_count or found.active > NO_AREA or not found.area_blocks:
         return False
+    if found.meta_size > META_SIZE_MAX:
+        return False
     if found.active == NO_AREA:
         return not (found.count or found.slots or found.records_size or found.meta_size)
     return (
@@ -233,18 +245,32 @@ def initial(block_count: int) -> Superblock | None:
 
 META_FIXED: Final = 64  # bytes of a checkpoint's meta besides its lists
 META_AREA: Final = 96  # bytes: an area's name of at most 62, its size and its keys
+META_CLIENT: Final = 16  # bytes: its number, and how long its list is
 META_REQUEST: Final = 18  # bytes: two numbers
 META_LOST: Final = 18 + 3 + 255
 META_SEGMENT: Final = 11
+META_HASH: Final = 24
+
+assert META_SIZE_MAX >= META_FIXED + CLIENTS_MAX * (META_CLIENT + REQUESTS_MAX * META_REQUEST) + (
+    META_SEGMENT * (STORE_BLOCKS_MAX // SEGMENT_BLOCKS // 2 + 1)
+    + AREAS_MAX * META_AREA
+    + LOST_MAX * META_LOST
+    + HASHES_MAX * META_HASH
+)
+
+
+def hashes_max(area_blocks: int) -> int:
+    """How many damaged records without a key a store keeps in mind."""
+    return min(HASHES_MAX, area_blocks // HASHES_SHARE)
 
 
 def meta_room(area_blocks: int, limits: StoreLimits) -> int:
     """Bytes that the meta of a checkpoint may take under these limits."""
-    requests = limits.clients_kept * (12 + limits.requests_kept * META_REQUEST)
+    requests = limits.clients_kept * (META_CLIENT + limits.requests_kept * META_REQUEST)
     segments = META_SEGMENT * (area_blocks // SEGMENT_BLOCKS + 1)
     areas = max(limits.areas_max, len(limits.places))
     lists = areas * META_AREA + limits.lost_kept * META_LOST
-    return META_FIXED + requests + segments + lists
+    return META_FIXED + requests + segments + lists + hashes_max(area_blocks) * META_HASH
 
 
 def capacity_of(area_blocks: int, limits: StoreLimits) -> int:

@@ -28,6 +28,11 @@ class Requests:
         if len(known) > self._kept:
             del known[next(iter(known))]
 
+    @property
+    def count(self) -> int:
+        """Request ids that are remembered."""
+        return sum(map(len, self._clients.values()))
+
     def packed(self, kept: int) -> list[tuple[int, list[int]]]:
         """The latest `kept` of each client, as `load` takes them."""
         return [

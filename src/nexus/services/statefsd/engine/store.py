@@ -69,12 +69,14 @@ from nexus.services.statefsd.engine.layout import (
     Superblock,
 )
 from nexus.services.statefsd.engine.limits import (
+    AREAS_MAX,
     KEY_SIZE_MAX,
     ROOT,
     VALUE_SIZE_MAX,
     Quota,
     StoreLimits,
     area_of,
+    is_path,
 )
 from nexus.services.statefsd.engine.record import OFFSET, REQUEST_KEY, Kind, encode_record
 from nexus.services.statefsd.engine.requests import Requests
@@ -83,7 +85,6 @@ COMMIT_SHARE: Final = 4  # a commit takes at most that part of the ring: it alwa
 BUILD_AT: Final = 2  # the next checkpoint is begun when one part in so many of the ring is used
 HURRY_AT: Final = (3, 4)  # from that part of the ring on every commit does a step of it
 BLANK_SIZE: Final = 1024 * 1024  # bytes at either end that must be zeros before we format
-HASHES_MAX: Final = 1024  # damaged records without a key that are told by their key's hash
 REQUEST_SIZE: Final = layout.RECORD_HEAD_SIZE + REQUEST_KEY.size
 
 assert COMMIT_SHARE > 2, "an empty ring has a free stretch of half its blocks"
@@ -170,6 +171,8 @@ class Store:
         self.durable = found.sequence  # of the last change that survives a power cut
         self.key_count = 0
         self.lost_count = 0
+        self.forgotten = 0  # of those, the ones that answer "not found": too many without a key
+        self.left_out = 0  # request ids and lost records the latest checkpoint had no room for
         self.unfinished = 0  # commits that a power cut cut short, dropped when this was opened
         self.lost: tuple[Lost, ...] = ()  # the latest
         self._is_writable = device.writable
@@ -185,6 +188,7 @@ class Store:
             self._claimed += self._area(area).claimed
         self._requests = Requests(limits.clients_kept, limits.requests_kept)
         self._hashes: dict[int, Lost] = {}
+        self._hashes_max = layout.hashes_max(found.area_blocks)
         self._names: dict[int, bytes] | None = None  # of the overlay by hash, while it is loaded
         self._units: list[Unit] = []  # staged
         self._undo: list[Undo] = []
@@ -231,6 +235,7 @@ class Store:
             loaded = await load(self._device, found)
             self._checkpoint = loaded.checkpoint
             lost += loaded.lost
+            self.lost_count += loaded.unlisted
             damaged = loaded.damaged
             count = self._take_meta(loaded)
         self.key_count = len(self._checkpoint)
@@ -246,7 +251,13 @@ class Store:
             epoch=found.epoch,
             epoch_first=found.epoch_first,
         ).read()
-        for record in replay.records:
+        foreign = False
+        for each in replay.records:
+            record = each
+            if record.key and record.kind is not Kind.REQUEST and not is_path(record.key):
+                gone = Lost(b"", HEAD_BLOCKS * BLOCK_SIZE, record.sequence)
+                record = record._replace(key=b"", key_hash=0, lost=gone)
+                foreign = True
             told = self._told(record) if record.lost is not None and not record.key else record
             self._replay_one(told)
             if told.lost is not None:
@@ -259,25 +270,37 @@ class Store:
         if max(epoch, found.generation, found.compactions, self.sequence) >= layout.COUNTER_LAST:
             raise Unopenable("its counters are at their end: no store gets there by itself")
         await self._begin_epoch(epoch + 1)
-        if (damaged or replay.damaged) and self.writable:
+        if (damaged or foreign or replay.damaged) and self.writable:
             await self._heal()
 
     def _take_meta(self, loaded: Loaded) -> bool:
         """Take the meta of a checkpoint; whether its areas have to be counted."""
-        self._hashes = loaded.hashes
+        for key_hash, hashed in loaded.hashes.items():
+            self._keep_hash(key_hash, hashed)
         meta = loaded.meta
         if meta is None:
             return True
         self._requests.load(meta.clients)
-        self.lost = tuple(Lost(*each) for each in meta.lost)[-self.limits.lost_kept :]
-        self.lost_count = meta.lost_count
+        self.lost = tuple(
+            Lost(key if is_path(key) else b"", offset, sequence)
+            for key, offset, sequence in meta.lost[-self.limits.lost_kept :]
+        )
+        self.lost_count += meta.lost_count
+        self.forgotten += meta.forgotten
         for key_hash, offset, sequence in meta.hashes:
-            self._hashes[key_hash] = Lost(b"", offset, sequence)
+            self._keep_hash(key_hash, Lost(b"", offset, sequence))
         if meta.areas is None or loaded.damaged:
             return True
         for area, (size, keys) in meta.areas.items():
             self._grow(self._area(area), size, keys)
         return False
+
+    def _keep_hash(self, key_hash: int, lost: Lost) -> None:
+        """Have a key answer that it is damaged though nobody knows it, if there is room."""
+        if key_hash in self._hashes or len(self._hashes) < self._hashes_max:
+            self._hashes[key_hash] = lost
+        else:
+            self.forgotten += 1
 
     def _count_areas(self) -> None:
         checkpoint = self._checkpoint
@@ -304,8 +327,8 @@ class Store:
 
     def _replay_one(self, record: Read) -> None:
         if record.lost is not None and not record.key:
-            if record.key_hash and len(self._hashes) < HASHES_MAX:
-                self._hashes[record.key_hash] = record.lost
+            if record.key_hash:
+                self._keep_hash(record.key_hash, record.lost)
             return
         if record.kind is Kind.REQUEST:
             if len(record.key) == REQUEST_KEY.size:
@@ -410,7 +433,7 @@ class Store:
     def usage(self, area: bytes) -> Usage:
         """What an area takes."""
         row = self._areas.get(area)
-        return _NOTHING if row is None else Usage(row.size, row.keys)
+        return _NOTHING if row is None else Usage(max(0, row.size), max(0, row.keys))
 
     def areas(self) -> set[bytes]:
         """The areas with a key in them."""
@@ -928,31 +951,46 @@ class Store:
         self._builder = None
 
     def _encoded_meta(self, builder: Builder) -> bytes:
-        """The meta as of the mark; on a device without room for all of it, with fewer requests."""
+        """The meta as of the mark.
+
+        There is room for all of it, but in a store that was filled under limits that left less:
+        then it has fewer request ids and lost records, and `left_out` says how many.
+        """
         areas: dict[bytes, tuple[int, int]] | None = self._mark_areas
+        if len(self._mark_areas) > AREAS_MAX:
+            areas = None  # they are counted when it is read
         staged = {key_hash: lost for *_, lost, key_hash in self._undo if lost is not None}
         hashes = {**self._hashes, **staged}
         requests, lost = self.limits.requests_kept, self.lost
+        forgotten, ids = self.forgotten, self._requests.count
         while True:
+            clients = self._requests.packed(requests)
             meta = msgspec.msgpack.encode(
                 Meta(
                     builder.segments,
                     areas,
-                    self._requests.packed(requests),
+                    clients,
                     [(each.key, each.offset, each.sequence) for each in lost],
                     self.lost_count,
                     [(key_hash, each.offset, each.sequence) for key_hash, each in hashes.items()],
+                    forgotten,
                 )
             )
             if len(meta) <= builder.meta_room:
+                kept = sum(len(numbers) for _, numbers in clients) // 2
+                self.left_out = ids - kept + len(self.lost) - len(lost)
+                if not hashes and forgotten > self.forgotten:
+                    self._hashes.clear()
+                    self.forgotten = forgotten
                 return meta
             if lost:
                 lost = ()
             elif requests:
                 requests //= 2
             elif areas is not None:
-                areas = None  # they are counted when it is read
+                areas = None
             elif hashes:
+                forgotten += len(hashes)
                 hashes = {}
             else:
                 raise Overfull
