@@ -10,7 +10,16 @@ from typing import Any, Final
 
 import pytest
 
-from nexus.abi import HEAP_SIZE, AbiError, BootImage, EventKind, QosClass, Send, SetTaskQos
+from nexus.abi import (
+    HEAP_SIZE,
+    MEMORY_SIZE_DEFAULT,
+    AbiError,
+    BootImage,
+    EventKind,
+    QosClass,
+    Send,
+    SetTaskQos,
+)
 from nexus.kernel.linux import (
     State,
     escapes,
@@ -23,7 +32,7 @@ from nexus.kernel.linux import (
     trespass,
 )
 from nexus.kernel.linux.escapes import ATTEMPTS, DONE, MANY_OBJECTS, OBJECTS_MANY, Attempt
-from nexus.kernel.linux.harden import MEMORY_MARGIN, Hardening
+from nexus.kernel.linux.harden import Hardening
 from nexus.kernel.linux.kernel import NICE
 from nexus.kernel.linux.report import (
     SECRETS,
@@ -459,7 +468,7 @@ def test_memory_objects_are_not_bounded_together_and_the_doctor_says_so(linux: R
 
     assert row.state is State.DEGRADED
     assert "each of 1 MiB at most, as many as a task has descriptors" in row.why
-    assert OBJECTS_MANY * (1 << 20) > 2 * (MEMORY_MARGIN + 2 * HEAP_SIZE)
+    assert OBJECTS_MANY * (1 << 20) > 2 * (MEMORY_SIZE_DEFAULT + 2 * HEAP_SIZE)
 
 
 @pytest.mark.parametrize(

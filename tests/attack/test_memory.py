@@ -14,7 +14,17 @@ from typing import Any, Final
 
 import pytest
 
-from nexus.abi import HEAP_SIZE, BootImage, Grants, Send, VmoCreate, VmoMap, VmoSeal, VmoWrite
+from nexus.abi import (
+    HEAP_SIZE,
+    MEMORY_SIZE_DEFAULT,
+    BootImage,
+    Grants,
+    Send,
+    VmoCreate,
+    VmoMap,
+    VmoSeal,
+    VmoWrite,
+)
 from nexus.kernel.linux import harden
 from nexus.kernel.linux.native import F_SEAL_FUTURE_WRITE
 from nexus.testing.conformance.steps import ended, ended_well, start, take, tell
@@ -452,7 +462,7 @@ def test_a_service_cannot_take_memory_beyond_its_budget_and_margin(
 ) -> None:
     taken = _hoarded(linux, grants)
 
-    most = (harden.MEMORY_MARGIN + 2 * HEAP_SIZE) // MIB + 1
+    most = (MEMORY_SIZE_DEFAULT + 2 * HEAP_SIZE) // MIB + 1
     assert 8 < taken["private"] <= most
     assert 8 < taken["shared"] <= most
     assert taken["object"] == errno.EFBIG

@@ -22,6 +22,7 @@ import pytest
 
 from nexus.abi import (
     BLOCK_SIZE,
+    MEMORY_SIZE_DEFAULT,
     PAGE_SIZE,
     AbiError,
     BlockFlush,
@@ -32,6 +33,7 @@ from nexus.abi import (
     DeviceQuery,
     EntropyDraw,
     EventKind,
+    Exit,
     Grants,
     HardwareGrant,
     HardwareKind,
@@ -54,7 +56,7 @@ from nexus.kernel.linux.devices import (
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.hardware import Bus
 from nexus.kernel.linux.sight import bounds
-from nexus.testing.conformance.steps import ended_well, refused, soon, start, take
+from nexus.testing.conformance.steps import ended, ended_well, refused, soon, start, take
 from tests.linux.ground import Ground, ground, mine
 
 __all__ = ["ground", "mine"]
@@ -317,6 +319,33 @@ def test_a_holder_may_write_to_the_end_of_its_image_and_no_longer_file(mine: Gro
 
     assert files == (str(large.size), str(large.size))
     assert descriptors[1] == str(DESCRIPTORS_MAX + 1)
+
+
+def test_a_holder_may_take_the_memory_that_its_plan_gives_it(mine: Ground) -> None:
+    """Above the default by what is asked for and, for it is a limit, not by twice that."""
+    more = 48 << 20
+    taken: Final = MEMORY_SIZE_DEFAULT + more // 2
+
+    async def takes(boot: BootImage) -> None:
+        await take(boot.endpoint)
+        try:
+            _ = bytes(taken)
+        except MemoryError:
+            await Exit(1)
+
+    async def root(boot: BootImage) -> list[Any]:
+        found = []
+        for memory in (MEMORY_SIZE_DEFAULT, MEMORY_SIZE_DEFAULT + more):
+            spawned = await start(boot, "takes", memory=memory)
+            limits = bounds(spawned.pid)
+            await Send(spawned.slot, b"go")
+            found.append((int(limits["Max data size"][1]), (await ended(spawned)).code))
+        return found
+
+    (least, least_code), (most, most_code) = mine.run(root, {"takes": takes})
+
+    assert (least_code, most_code) == (1, 0)
+    assert more - (2 << 20) <= most - least <= more + (2 << 20)
 
 
 # ---- read only

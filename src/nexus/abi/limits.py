@@ -16,6 +16,10 @@ TOTAL_SIZE_DEFAULT: Final = 1024 * 1024  # bytes of link shares of the whole sys
 ENDPOINTS_PER_OWNER_MAX: Final = 96  # live at a time
 ENDPOINTS_TOTAL_MAX: Final = 384  # live at a time
 HEAP_SIZE: Final = 1792 * 1024  # bytes; budget of the simulated kernel's objects (core.md 1.5)
+# bytes of a task's private memory beside its program and its objects; generous, not measured:
+# Python asks Linux for 1 MiB at a time, and a traceback needs room too.
+MEMORY_SIZE_DEFAULT: Final = 64 * 1024 * 1024
+MEMORY_SIZE_MAX: Final = 4 * 1024 * 1024 * 1024
 BUDGET_SIZE_DEFAULT: Final = 1792 * 1024  # bytes of objects (VMOs, endpoints, links) per task
 VMO_SIZE_MAX: Final = 1024 * 1024  # bytes; a bulk transfer, not a data set
 ENTROPY_SIZE_MAX: Final = 256  # bytes; getrandom(2) never short-reads at or below 256

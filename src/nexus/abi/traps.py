@@ -18,6 +18,7 @@ from nexus.abi.limits import (
     ENDPOINTS_PER_OWNER_MAX,
     LINK_DEPTH_DEFAULT,
     LINK_SIZE_MAX,
+    MEMORY_SIZE_DEFAULT,
     MESSAGE_SIZE_MAX,
     OWNER_SIZE_DEFAULT,
 )
@@ -229,6 +230,8 @@ class SpawnSpec(NamedTuple):
     budget: int = BUDGET_SIZE_DEFAULT  # bytes of kernel objects
     delegations: int = 0  # links derivable from the spawner's link to the child's endpoint
     grants: Grants = Grants()
+    # bytes of private memory beside its program and its objects, where a kernel bounds it
+    memory: int = MEMORY_SIZE_DEFAULT
 
 
 class Spawned(NamedTuple):

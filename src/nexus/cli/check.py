@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from nexus.abi import Grants, HardwareKind
+from nexus.cli.output import say
 from nexus.cli.trial import tried_plan
 from nexus.init.declare import DURATION_UNITS, SIZE_UNITS, amount_text
 from nexus.init.plan import Plan, own_group, plan_data
@@ -18,11 +19,11 @@ def check(file: Path, *, digest: bool, as_json: bool) -> None:
     """Print what follows from a system file. Raises SystemFileError."""
     plan = tried_plan(file)
     if digest:
-        print(plan.digest)
+        say(plan.digest)
     elif as_json:
-        print(json.dumps({"digest": plan.digest, "plan": plan_data(plan)}, indent=2))
+        say(json.dumps({"digest": plan.digest, "plan": plan_data(plan)}, indent=2))
     else:
-        print("\n".join(describe(plan)))
+        say("\n".join(describe(plan)))
 
 
 def describe(plan: Plan) -> list[str]:
@@ -48,7 +49,18 @@ def describe(plan: Plan) -> list[str]:
 
 def _services(plan: Plan) -> list[str]:
     """What each service is and costs, in the order of their start."""
-    heads = ("SERVICE", "STAGE", "PROGRAM", "QOS", "CPU", "SAFE", "RESERVED", "SLOTS", "ENDPOINTS")
+    heads = (
+        "SERVICE",
+        "STAGE",
+        "PROGRAM",
+        "QOS",
+        "CPU",
+        "SAFE",
+        "RESERVED",
+        "SLOTS",
+        "ENDPOINTS",
+        "MEMORY",
+    )
     rows = [
         (
             service.name,
@@ -60,6 +72,7 @@ def _services(plan: Plan) -> list[str]:
             f"{_size(service.reserved_size)} of {_size(service.owner_size)}",
             str(service.slots),
             str(service.endpoints),
+            _size(service.memory),
         )
         for service in plan.services
     ]

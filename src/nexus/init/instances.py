@@ -96,6 +96,7 @@ class Instances:
                     budget=planned.budget,
                     delegations=planned.delegations,
                     grants=found.grants,
+                    memory=planned.memory,
                 )
             )
         except AbiError as error:

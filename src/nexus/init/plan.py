@@ -21,6 +21,7 @@ from nexus.abi import (
     ENDPOINTS_TOTAL_MAX,
     INIT_NAME,
     LINK_DEPTH_DEFAULT,
+    MEMORY_SIZE_DEFAULT,
     SLOTS_MAX,
     Grants,
     Nanos,
@@ -156,6 +157,7 @@ class PlannedService:
     protocol: str = ""
     double: str = ""
     ordinary: bool = False
+    memory: int = MEMORY_SIZE_DEFAULT
 
     @property
     def posts(self) -> tuple[str, ...]:
@@ -518,6 +520,7 @@ def _service(
         protocol=service.protocol,
         double=service.double,
         ordinary=service.ordinary,
+        memory=service.memory,
     )
 
 

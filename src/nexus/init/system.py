@@ -22,6 +22,8 @@ from nexus.abi import (
     LINK_DEPTH_DEFAULT,
     LINK_DEPTH_MAX,
     LINK_SIZE_MAX,
+    MEMORY_SIZE_DEFAULT,
+    MEMORY_SIZE_MAX,
     OWNER_SIZE_DEFAULT,
     PORTS_MAX,
     SERVICE_NAME_SIZE_MAX,
@@ -108,6 +110,9 @@ CONNECT_MAX: Final = 16
 BUS_MAX: Final = 16  # devices of a system; a virtual machine has room for no fewer
 DISK_SIZE_MIN: Final = 64 * 1024  # bytes; less holds no journal and its checkpoint
 DISK_SIZE_MAX: Final = 64 * 1024**3  # bytes
+# bytes of memory for a byte of a disk: statefsd keeps a checkpoint in memory, and the next one
+# while it makes it; the rest is for the changes behind it.
+DISK_MEMORY: Final = 3
 LISTEN_ADDRESS: Final = "127.0.0.1"
 ENTRY_SIZE_MAX: Final = 128  # characters
 GROUPS_MAX: Final = SERVICES_MAX
@@ -293,6 +298,11 @@ SERVICE: Final = Table(
         "budget": Key(
             kind=size(BOOT_BUDGET_SIZE, BUDGET_SIZE_MAX, "1792KiB"),
             doc="bytes of kernel objects it may hold",
+        ),
+        "memory": Key(
+            kind=size(MEMORY_SIZE_DEFAULT, MEMORY_SIZE_MAX, "96MiB"),
+            doc="bytes of private memory it may take on linux beside its program and its kernel"
+            f" objects; default 64MiB and {DISK_MEMORY} times its disks",
         ),
         "owner_size": Key(
             kind=size(4096, OWNER_SIZE_MAX, "256KiB"),
@@ -554,6 +564,7 @@ class Service:
     qos: QosClass
     cpu: int | None
     budget: int
+    memory: int
     owner_size: int
     endpoints: int
     capabilities: tuple[str, ...]
@@ -667,9 +678,9 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
     owner_size = head.get("owner_size", OWNER_SIZE_DEFAULT)
     link = head.get("link", {})
     hardware = tuple(_device(name, entry) for name, entry in document.get("device", {}).items())
-    kinds = {device.name: device.kind for device in hardware}
+    by_name = {device.name: device for device in hardware}
     services = tuple(
-        _service(name, entry, owner_size, link, kinds)
+        _service(name, entry, owner_size, link, by_name)
         for name, entry in document["service"].items()
     )
     if not services:
@@ -732,7 +743,7 @@ def _service(
     entry: Mapping[str, Any],
     owner_size: int,
     link: Mapping[str, Any],
-    kinds: Mapping[str, HardwareKind],
+    hardware: Mapping[str, Hardware],
 ) -> Service:
     path: KeyPath = ("service", name)
     ordinary = entry.get("ordinary", False)
@@ -753,6 +764,7 @@ def _service(
         expected = f'"0s" or at least {amount_text(PROBE_LEAST, DURATION_UNITS)}'
         found = f'"{amount_text(every, DURATION_UNITS)}"'
         raise WrongValue((*path, "health", "every"), expected, found)
+    grants = _grants(entry, path, hardware)
     return Service(
         name=name,
         program=entry.get("program", ""),
@@ -760,13 +772,14 @@ def _service(
         protocol=entry.get("protocol", ""),
         ordinary=ordinary,
         double=entry.get("double", ""),
-        grants=_grants(entry, path, kinds),
+        grants=grants,
         core=entry.get("stage") == "core",
         safe=entry.get("safe", False),
         group=entry.get("group"),
         qos=_QOS[entry.get("qos", "normal")],
         cpu=entry.get("cpu"),
         budget=entry.get("budget", BUDGET_SIZE_DEFAULT),
+        memory=entry.get("memory", memory_of(grants, hardware)),
         owner_size=entry.get("owner_size", owner_size),
         endpoints=entry.get("endpoints", ENDPOINTS_DEFAULT),
         capabilities=tuple(entry.get("capabilities", ())),
@@ -785,7 +798,13 @@ def _service(
     )
 
 
-def _grants(entry: Mapping[str, Any], path: KeyPath, kinds: Mapping[str, HardwareKind]) -> Grants:
+def memory_of(grants: Grants, hardware: Mapping[str, Hardware]) -> int:
+    """Bytes of private memory for the holder of such devices, unless the file says another."""
+    disks = sum(hardware[each.name].size for each in grants.hardware)
+    return min(MEMORY_SIZE_DEFAULT + DISK_MEMORY * disks, MEMORY_SIZE_MAX)
+
+
+def _grants(entry: Mapping[str, Any], path: KeyPath, known: Mapping[str, Hardware]) -> Grants:
     """What the service may do beyond the ABI; what needs a process of its own has one."""
     isolation = _ISOLATION[entry.get("isolation", "fork")]
     ordinary = entry.get("ordinary", False)
@@ -802,8 +821,8 @@ def _grants(entry: Mapping[str, Any], path: KeyPath, kinds: Mapping[str, Hardwar
             )
     hardware = entry.get("hardware", ())
     for index, name in enumerate(hardware):
-        if name not in kinds:
-            listed = ", ".join(kinds) or "none"
+        if name not in known:
+            listed = ", ".join(known) or "none"
             raise WrongValue(
                 (*path, "hardware", index), f"a device of this system ({listed})", f'"{name}"'
             )
@@ -821,7 +840,7 @@ def _grants(entry: Mapping[str, Any], path: KeyPath, kinds: Mapping[str, Hardwar
         ),
         connect=tuple(entry.get("connect", ())),
         streams=ordinary,  # asyncio wakes itself up over such a pair
-        hardware=tuple(HardwareGrant(name, kinds[name]) for name in hardware),
+        hardware=tuple(HardwareGrant(name, known[name].kind) for name in hardware),
         secret=_SECRET[entry["secret"]] if "secret" in entry else SecretBackend.NONE,
     )
 

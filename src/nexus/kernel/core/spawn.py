@@ -12,6 +12,8 @@ from nexus.abi import (
     BUDGET_SIZE_DEFAULT,
     CONTROL_LINK_SIZE,
     ENDPOINTS_PER_OWNER_MAX,
+    MEMORY_SIZE_DEFAULT,
+    MEMORY_SIZE_MAX,
     TASKS_MAX,
     AbiError,
     Program,
@@ -95,6 +97,7 @@ def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
         ("owner_size", spec.owner_size, CONTROL_LINK_SIZE, 1 << 31),
         ("endpoints", spec.endpoints, 1, ENDPOINTS_PER_OWNER_MAX),
         ("budget", spec.budget, least_budget, BUDGET_SIZE_MAX),
+        ("memory", spec.memory, MEMORY_SIZE_DEFAULT, MEMORY_SIZE_MAX),
         ("delegations", spec.delegations, 0, DELEGATIONS_MAX),
     )
     for field, value, least, most in ranges:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nexus.abi import VMO_SIZE_MAX, Grants, Isolation, SecretBackend
+from nexus.abi import MEMORY_SIZE_DEFAULT, VMO_SIZE_MAX, Grants, Isolation, SecretBackend
 from nexus.kernel.linux import landlock, seccomp
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.native import (
@@ -55,9 +55,6 @@ from nexus.kernel.linux.secrets import (
 UID_FIRST: Final = 61_000  # one uid per row of the identity table; unused on common systems
 GC_THRESHOLD: Final = 50_000  # allocations: what init made is frozen, a service makes few cycles
 
-# bytes beside what a task inherits and its budget; generous, not measured: Python asks Linux for
-# 1 MiB at a time, and a traceback needs room too.
-MEMORY_MARGIN: Final = 64 * 1024 * 1024
 # bytes per granted thread: a stack of 8 MiB, and what the C library keeps for it
 THREAD_MARGIN: Final = 16 * 1024 * 1024
 # bytes an interpreter of its own may take while it imports; afterwards the margin counts from
@@ -195,6 +192,8 @@ class Confinement(NamedTuple):
     # bytes of the longest file it may write to: a memory object, or the image of its disk. Linux
     # has one limit for both, so a disk's holder may make memory objects as long as that.
     file_size: int = VMO_SIZE_MAX
+    # bytes of private memory beside its objects and what the task inherits
+    memory: int = MEMORY_SIZE_DEFAULT
     secret: Secret = NO_SECRET  # the directory is init's to open, the key is the child's to take
     key_name: str = ""  # of the secret's key
 
@@ -376,7 +375,8 @@ class Hardening:
         fields = statm.split()
         data, size = (int(fields[field]) * page for field in (STATM_DATA, STATM_SIZE))
         budget = self.confinement.budget
-        room = budget + MEMORY_MARGIN + THREAD_MARGIN * self.confinement.grants.threads
+        room = budget + self.confinement.memory
+        room += THREAD_MARGIN * self.confinement.grants.threads
         _lower(resource.RLIMIT_DATA, data + room)
         _lower(resource.RLIMIT_AS, size + room + budget)  # views of its objects
         _lower(resource.RLIMIT_FSIZE, self.confinement.file_size)

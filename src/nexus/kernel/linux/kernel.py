@@ -1100,6 +1100,7 @@ class LinuxKernel:
                 enabled=self.harden,
                 name=spec.name,
                 budget=spec.budget,
+                memory=spec.memory,
                 grants=spec.grants,
                 file_size=max([VMO_SIZE_MAX, *images]),
                 secret=secret,
