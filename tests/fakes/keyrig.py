@@ -45,7 +45,7 @@ kind = "entropy"
 
 [device.disk]
 kind = "block"
-size = "2MiB"
+size = "4MiB"
 
 [group.keys] # a test kills more often than a system should bear
 restarts = 100

@@ -19,12 +19,13 @@ from nexus.protocols.statefsd import (
 )
 from nexus.services.statefsd.access import (
     area_fault,
+    is_special,
     key_fault,
     prefix_fault,
     right_for,
 )
 from nexus.services.statefsd.clients import CALLS_KEPT, CLIENTS_MAX, Clients
-from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.config import Settings, disk_fault
 from nexus.services.statefsd.engine.limits import Quota, area_of
 from nexus.testing.golden import frame
 
@@ -128,7 +129,28 @@ def test_the_right_depends_on_the_area(key: bytes, area: bytes, writes: str, loo
     assert right_for(area, writes=False) == looks
 
 
+def test_an_area_of_a_foreign_disk_has_a_right_like_any_other() -> None:
+    assert right_for(b"/state/\xff\xfe/", writes=False) == READ_RIGHT
+    assert not is_special(b"/state/\xff\xfe/")
+
+
 # ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "fault"),
+    [
+        ({}, 32 << 10, "no disk for a store"),
+        ({}, 256 << 10, "keeps 0 bytes of records"),
+        ({}, 1 << 20, "it takes a larger disk, or lower reserves"),
+        ({"quota": "1"}, 16 << 20, "say bytes and keys"),
+        ({"other": "1"}, 16 << 20, "unknown field"),
+    ],
+)
+def test_a_disk_that_cannot_be_used_is_told_before_it_is(
+    settings: dict[str, object], size: int, fault: str
+) -> None:
+    assert fault in (disk_fault(settings, size) or "")
 
 
 def test_quotas_are_said_by_area_and_the_others_share_one() -> None:
@@ -140,8 +162,8 @@ def test_quotas_are_said_by_area_and_the_others_share_one() -> None:
         b"/state/": Quota(size=64 << 10, keys=8),
     }
     assert settings.area_reserves == {b"/state/boot/": 4096}
-    assert settings.quota_of(b"/state/logs/") == Quota(size=8 << 20, keys=4096)
-    assert settings.quota_of(b"/state/x/") == Quota(size=1 << 20, keys=100)
+    assert settings.limits.quotas == settings.area_quotas
+    assert settings.limits.quota == settings.default_quota
     assert Settings(quotas="", reserves=" ").area_quotas == {}
 
 

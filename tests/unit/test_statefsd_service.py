@@ -1,11 +1,14 @@
 """statefsd as its clients see it, on the tiny kernel and a disk that can fail."""
 
+import subprocess
+import sys
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import pytest
 
 from nexus.abi import (
+    BLOCK_SIZE,
     INIT_NAME,
     LinkTerms,
     Message,
@@ -56,7 +59,12 @@ from nexus.protocols.statefsd import (
     Value,
 )
 from nexus.runtime.program import Unusable
-from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.config import Settings, disk_fault
+from nexus.services.statefsd.engine import layout
+from nexus.services.statefsd.engine.crc import SLOW, crc32c
+from nexus.services.statefsd.engine.errors import Lost as LostRecord
+from nexus.services.statefsd.engine.journal import NO_BLOCK, Place, encode_commit, encode_entry
+from nexus.services.statefsd.engine.record import Kind, encode_record
 from nexus.services.statefsd.group import GROUP_MAX, GROUP_SIZE_MAX, Group
 from nexus.services.statefsd.service import Disk as OpenDisk
 from nexus.services.statefsd.service import Statefsd
@@ -921,3 +929,103 @@ def test_10000_lists_change_nothing() -> None:
     assert system.run(body) == Keys([K], more=False)
     assert system.held <= held + 1
     assert isinstance(system.one(Health()), Healthy)
+
+
+# ------------------------------------------------------------------ the disk, before and after
+
+
+def test_a_disk_has_room_for_the_reserves_and_the_largest_value() -> None:
+    least = next(size for size in range(1 << 16, 1 << 23, 1 << 12) if not disk_fault({}, size))
+    system = System(Disk(least // BLOCK_SIZE))
+    value = bytes(BULK_VALUE_MAX)
+
+    async def body(link: Exchange) -> Any:
+        slot = await VmoCreate(BULK_VALUE_MAX)
+        await VmoWrite(slot, 0, value)
+        await VmoSeal(slot)
+        request = PutBulk(b"/state/x/" + 246 * b"k", 0, BULK_VALUE_MAX, D, 0)
+        return await link.ask(request, FAR, move=slot)
+
+    assert isinstance(system.run(body), Answer)
+    assert f"no value of {BULK_VALUE_MAX}" in (disk_fault({}, least - (1 << 12)) or "")
+
+
+def test_a_disk_below_the_reserves_is_not_opened_and_not_written_to() -> None:
+    disk = Disk((1 << 20) // BLOCK_SIZE)
+    before = disk.image()
+
+    with pytest.raises(Unusable, match="not written to: a disk of 1048576 bytes keeps"):
+        _ = System(disk)
+
+    assert disk.image() == before
+
+
+def test_without_the_compiled_checksum_no_store_is_opened() -> None:
+    code = """if True:
+        import sys, warnings
+        warnings.simplefilter("ignore")
+        sys.modules["google_crc32c._crc32c"] = sys.modules["google_crc32c.cext"] = None
+        from tests.unit.test_statefsd_service import System
+        from nexus.runtime.program import Unusable
+        try:
+            _ = System()
+        except Unusable as error:
+            print(error)
+    """
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+    assert told == f"{SLOW}\n"
+
+
+def crafted(superblock: layout.Superblock, *parts: tuple[int, bytes]) -> Disk:
+    """A disk of our format that statefsd has not written: every checksum is right."""
+    image = bytearray(BLOCKS * BLOCK_SIZE)
+    for block, data in (*((at, superblock.encoded()) for at in layout.COPIES), *parts):
+        image[block * BLOCK_SIZE : block * BLOCK_SIZE + len(data)] = data
+    return Disk(BLOCKS, bytes(image))
+
+
+def blank() -> layout.Superblock:
+    found = layout.initial(BLOCKS)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("rights", [[READ_RIGHT], [f"{READ_RIGHT}:/state/t/"], []])
+@pytest.mark.parametrize(
+    "key",
+    [b"/state/\xff\xfe/x", b"nothing", b"/state/a\nb/x", b"/state/" + b"a" * 200 + b"/x"],
+    ids=["no-text", "no-path", "control", "long"],
+)
+def test_a_foreign_key_on_the_disk_is_shown_to_nobody_and_ends_nobody(
+    key: bytes, rights: list[str]
+) -> None:
+    record = encode_record(1, 1, Kind.PUT, key, b"v")
+    entry = encode_entry(len(record), crc32c(key))
+    journal, _, _ = encode_commit(0, Place(NO_BLOCK, 0, 0), 1, 1, 1, 0, [record], [entry])
+    system = System(crafted(blank(), (layout.HEAD_BLOCKS, journal)), rights={ME: rights})
+
+    listed, report = system.ask(ls(), GetStore())
+
+    assert listed == Keys([], more=False)
+    assert isinstance(report, Store)
+    assert all(each.key == b"" for each in report.lost)
+
+
+def test_the_disks_word_for_what_was_lost_is_brought_into_the_bounds_of_the_answer() -> None:
+    system = System()
+    store = system.service._store
+    store.lost = (LostRecord(b"/state/\xff/x", -5, -7), LostRecord(300 * b"k", 1 << 64, 9))
+    store.lost_count = -3
+
+    report, status = system.ask(GetStore(), GetStatus())
+
+    assert isinstance(report, Store)
+    assert [(each.key, each.offset, each.sequence) for each in report.lost] == [
+        (b"", 0, 0),
+        (b"", (1 << 64) - 1, 9),
+    ]
+    assert report.quarantined == 0
+    assert isinstance(status, ServiceStatus)

@@ -7,11 +7,11 @@ and links is in `nexus.init.plan`.
 from collections.abc import Mapping
 from typing import Final
 
-from nexus.abi import INIT_NAME, KERNEL_NAME, Nanos, service_id
+from nexus.abi import INIT_NAME, KERNEL_NAME, HardwareKind, Nanos, service_id
 from nexus.init.declare import DURATION_UNITS, amount_text, cut
 from nexus.init.errors import SystemFileError
 from nexus.init.lines import KeyPath
-from nexus.init.programs import ProgramSource
+from nexus.init.programs import ProgramSource, disk_fault
 from nexus.init.system import (
     POLICY_PROBE_ANSWER,
     POLICY_PROBE_EVERY,
@@ -189,12 +189,25 @@ def _check_needs(system: System, service: Service, source: ProgramSource) -> Non
             f'a device of kind "{kind}" in hardware, which "{source.name}" drives',
             ", ".join(f'"{each.name.lower()}"' for each in kinds) or "none",
         )
+    _check_disk(system, service, source)
     if source.keeps_secret and not service.grants.secret:
         raise system.wrong(
             (*service.path, "secret"),
             f'isolation = "exec" and a secret, which "{source.name}" needs',
             "none",
         )
+
+
+def _check_disk(system: System, service: Service, source: ProgramSource) -> None:
+    """Its settings leave the first disk it has something to keep."""
+    disks = [each.name for each in service.grants.hardware if each.kind is HardwareKind.BLOCK]
+    if not disks:
+        return
+    size = next(each.size for each in system.hardware if each.name == disks[0])
+    fault = disk_fault(source, dict(service.settings), size)
+    if fault is not None:
+        expected = f'a disk and settings that "{source.name}" can use'
+        raise system.wrong((*service.path, "hardware"), expected, fault)
 
 
 def check_waits(system: System) -> None:

@@ -51,7 +51,8 @@ class ProgramSource:
 
     `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
     it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes
-    with is imported there and not in init. A program of a system's own has an `entry`; an
+    with is imported there and not in init. `disk_check` is the module whose `disk_fault` says what
+    its settings and the size of its first block device have against each other. A program of a system's own has an `entry`; an
     `ordinary` one uses libraries that need asyncio, and `double` is the class that runs in the
     simulator instead. `path` are folders to import it from, besides Python's own.
     """
@@ -62,6 +63,7 @@ class ProgramSource:
     asks_policy: bool = False
     drives: HardwareKind | None = None
     keeps_secret: bool = False
+    disk_check: str = ""
     entry: str = ""
     double: str = ""
     ordinary: bool = False
@@ -97,6 +99,7 @@ _SOURCES: Final = (
         protocols=("nexus.protocols.statefsd",),
         asks_policy=True,
         drives=HardwareKind.BLOCK,
+        disk_check="nexus.services.statefsd.config",
     ),
     ProgramSource(
         name="keystored",
@@ -163,6 +166,14 @@ def protocols_of(source: ProgramSource) -> tuple[Protocol, ...]:
         assert isinstance(protocol, Protocol), f"{name}.PROTOCOL"
         found.append(protocol)
     return tuple(found)
+
+
+def disk_fault(source: ProgramSource, settings: Mapping[str, object], size: int) -> str | None:
+    """What the program has against a disk of so many bytes under these settings."""
+    if not source.disk_check:
+        return None
+    fault: str | None = importlib.import_module(source.disk_check).disk_fault(settings, size)
+    return fault
 
 
 @cache

@@ -15,9 +15,25 @@ from typing import Final
 
 import msgspec
 
-from nexus.protocols.statefsd import REQUESTS_KEPT, ROOT, SPECIAL_AREAS
+from nexus.abi import BLOCK_SIZE
+from nexus.protocols.statefsd import (
+    BULK_VALUE_MAX,
+    KEY_SIZE_MAX,
+    REQUESTS_KEPT,
+    ROOT,
+    SPECIAL_AREAS,
+)
 from nexus.services.statefsd.access import area_fault
+from nexus.services.statefsd.engine import limits as engine
+from nexus.services.statefsd.engine.journal import ENTRY_SIZE, FRAME_SIZE, ROOM
+from nexus.services.statefsd.engine.layout import (
+    RECORD_COST,
+    STORE_BLOCKS_MIN,
+    capacity_of,
+    initial,
+)
 from nexus.services.statefsd.engine.limits import Quota, StoreLimits
+from nexus.services.statefsd.engine.store import COMMIT_SHARE, REQUEST_SIZE
 
 QUOTA_DEFAULT: Final = "4MiB 16384"
 QUOTAS_DEFAULT: Final = "keystore 1MiB 4096, boot 64KiB 256"
@@ -27,8 +43,14 @@ CLIENTS_KEPT: Final = 64  # whose request ids are remembered; as many as have ac
 LOST_KEPT: Final = 64  # damaged records that are listed by name
 SIZE_MAX: Final = 1 << 40  # bytes
 KEYS_MAX: Final = 1 << 24
+LARGEST: Final = RECORD_COST + KEY_SIZE_MAX + BULK_VALUE_MAX  # bytes one record may take
 UNITS: Final[Mapping[str, int]] = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 AMOUNT: Final = re.compile(r"([0-9]{1,9})([A-Za-z]*)")
+
+# The engine knows nothing of the protocol, and takes what the protocol admits.
+assert ROOT.encode() == engine.ROOT
+assert KEY_SIZE_MAX == engine.KEY_SIZE_MAX
+assert BULK_VALUE_MAX == engine.VALUE_SIZE_MAX
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         """Raises ValueError, which msgspec makes a ValidationError with the place in it."""
-        _ = self.default_quota, self.area_quotas, self.area_reserves
+        _ = self.limits
 
     @property
     def default_quota(self) -> Quota:
@@ -89,9 +111,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             areas_kept=frozenset(area.encode() for area in SPECIAL_AREAS),
         )
 
-    def quota_of(self, area: bytes) -> Quota:
-        """What this area may take."""
-        return self.area_quotas.get(area, self.default_quota)
+
+def disk_fault(settings: Mapping[str, object], size: int) -> str | None:
+    """What is wrong with these settings on a disk of `size` bytes; None if nothing is."""
+    try:
+        limits = msgspec.convert(settings, Settings).limits
+    except msgspec.ValidationError as error:
+        return str(error)
+    fault = room_fault(limits, size, LARGEST)
+    found = initial(size // BLOCK_SIZE)
+    if fault is None and found is not None:
+        most = found.ring_blocks // COMMIT_SHARE * ROOM - FRAME_SIZE - 2 * ENTRY_SIZE - REQUEST_SIZE
+        if most < LARGEST:
+            return (
+                f"a disk of {size} bytes takes no value of {BULK_VALUE_MAX}: it takes a larger one"
+            )
+    return fault
+
+
+def room_fault(limits: StoreLimits, size: int, least: int) -> str | None:
+    """Why a disk of `size` bytes has no `least` bytes beside what is reserved; None if it has."""
+    found = initial(size // BLOCK_SIZE)
+    if found is None:
+        return f"{size} bytes are no disk for a store: from {STORE_BLOCKS_MIN * BLOCK_SIZE} on is"
+    capacity = capacity_of(found.area_blocks, limits)
+    reserved = sum(limits.reserves.values())
+    if reserved + least <= capacity:
+        return None
+    return (
+        f"a disk of {size} bytes keeps {capacity} bytes of records, too few for {reserved} "
+        f"reserved ones and {least} beside: it takes a larger disk, or lower reserves"
+    )
 
 
 def _rows(what: str, text: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from hashlib import sha256
 from typing import Final, NamedTuple, Protocol, assert_never
 
-from nexus.abi import AbiError, ConsoleWrite, DeviceQuery, Nanos, ServiceId
+from nexus.abi import BLOCK_SIZE, AbiError, ConsoleWrite, DeviceQuery, Nanos, ServiceId
 from nexus.drivers import BlockDevice, DeviceFault, Fault, VirtioBlock, open_block
 from nexus.ipc import Bulk, accept_bulk, offer_bulk
 from nexus.ipc import Context as Trace
@@ -27,7 +27,6 @@ from nexus.protocols.statefsd import (
     INLINE_VALUE_MAX,
     PROTOCOL,
     QUARANTINE_PAGE,
-    SPECIAL_AREAS,
     AreaUse,
     Batch,
     BulkValue,
@@ -57,13 +56,14 @@ from nexus.runtime import Call, Deferred, Outcome, Refusal
 from nexus.runtime.program import Context, Unusable, program_of
 from nexus.services.statefsd.access import (
     ROOT_AREA,
+    SPECIAL,
     area_fault,
     key_fault,
     prefix_fault,
     right_for,
 )
 from nexus.services.statefsd.clients import Client, Clients
-from nexus.services.statefsd.config import Settings
+from nexus.services.statefsd.config import Settings, room_fault
 from nexus.services.statefsd.engine import (
     Change,
     Damaged,
@@ -74,10 +74,13 @@ from nexus.services.statefsd.engine import (
     StoreFull,
     Unopenable,
 )
+from nexus.services.statefsd.engine.crc import IS_FAST, SLOW
 from nexus.services.statefsd.engine.limits import area_of
 from nexus.services.statefsd.group import Group, Waiting
 from nexus.wire import RemoteProtocolError, ReplyStatus
 
+U32_MAX: Final = (1 << 32) - 1
+U64_MAX: Final = (1 << 64) - 1
 MAINTAIN_EVERY: Final = 16  # groups; the store is tidied up though somebody always waits
 
 
@@ -134,7 +137,7 @@ class Statefsd:
         open_disk: Callable[[], Awaitable[Disk]],
         send_given: Callable[[], Awaitable[None]],
     ) -> None:
-        self._settings = settings
+        self._limits = settings.limits
         self._authority = authority
         self._log = log
         self._open_disk = open_disk
@@ -159,13 +162,15 @@ class Statefsd:
 
     async def start(self) -> None:
         """Open the store. Raises Unusable; then nothing was written to the device."""
+        if not IS_FAST:
+            raise Unusable(SLOW)
         try:
             self._disk = await self._open_disk()
         except DeviceFault as fault:
             raise Unusable(f"cannot use its device: {fault}; see the machine's log") from fault
         name = self._disk.name
         try:
-            store = await Store.open(self._disk.device, self._settings.limits)
+            store = await self._open_store(self._disk)
         except Unopenable as error:
             raise Unusable(
                 f"{name} was not opened and not written to: {error}; look at it with "
@@ -178,6 +183,13 @@ class Statefsd:
         if store.unfinished:
             self._log.warning("unfinished changes dropped", device=name, count=store.unfinished)
         self._tell_lost()
+
+    async def _open_store(self, disk: Disk) -> Store:
+        """As Store.open; a disk that the reserves leave nothing of is refused before that."""
+        fault = room_fault(self._limits, disk.device.block_count * BLOCK_SIZE, 1)
+        if fault is not None:
+            raise Unusable(f"{disk.name} was not opened and not written to: {fault}")
+        return await Store.open(disk.device, self._limits)
 
     def ready(self) -> bool:
         """Whether the store is open on the granted device."""
@@ -252,7 +264,9 @@ class Statefsd:
             "used": store.used,
             "capacity": store.capacity,
             "compactions_total": store.compactions,
-            "quarantined_total": store.lost_count,
+            "quarantined_total": _natural(store.lost_count, U64_MAX),
+            "quarantined_forgotten": store.forgotten,
+            "checkpoint_left_out": store.left_out,
             "unfinished": store.unfinished,
             "device_faults_total": self._faults,
             "groups_total": self._groups,
@@ -387,8 +401,12 @@ class Statefsd:
 
     async def _report(self, call: Call) -> StoreReport:
         store = self._store
-        latest = list(store.lost)[-QUARANTINE_PAGE:]
-        visible = await self._visible(call, {area_of(lost.key) for lost in latest if lost.key})
+        latest = [
+            lost if key_fault(lost.key) is None else lost._replace(key=b"")
+            for lost in list(store.lost)[-QUARANTINE_PAGE:]
+        ]
+        areas = {area_of(lost.key) for lost in latest if lost.key}
+        visible = await self._visible(call, areas)
         return StoreReport(
             device=self._disk.name,
             backing=self._disk.backing,
@@ -399,12 +417,12 @@ class Statefsd:
             used=store.used,
             capacity=store.capacity,
             compactions=store.compactions,
-            quarantined=store.lost_count,
+            quarantined=_natural(store.lost_count, U32_MAX),
             lost=[
                 Lost(
                     lost.key if lost.key and area_of(lost.key) in visible else b"",
-                    lost.offset,
-                    lost.sequence,
+                    _natural(lost.offset, U64_MAX),
+                    _natural(lost.sequence, U64_MAX),
                 )
                 for lost in latest
             ],
@@ -415,7 +433,7 @@ class Statefsd:
         _check(call, area_fault(request.area))
         await self._require(call, request.area, writes=False)
         use = self._store.usage(request.area)
-        quota = self._settings.quota_of(request.area)
+        quota = self._limits.quotas.get(request.area, self._limits.quota)
         return AreaUse(use.size, use.keys, quota.size, quota.keys, client.reads, client.writes)
 
     async def _calls(self, call: Call, request: GetCalls) -> Calls:
@@ -562,11 +580,12 @@ class Statefsd:
         """Which of these areas the caller may look into.
 
         A right that reaches ROOT reaches every area without a right of its own, so that one
-        question decides as a rule. Raises the refusal of a caller nobody can decide about.
+        question decides as a rule. What statefsd would not have taken as an area, and a foreign
+        disk may have, nobody sees. Raises the refusal of a caller nobody can decide about.
         """
-        special = {each.encode() for each in SPECIAL_AREAS}
+        special = set(SPECIAL)
         visible = {each for each in areas & special if await self._may_look(call, each)}
-        ordinary = areas - special
+        ordinary = {each for each in areas - special if area_fault(each) is None}
         if ordinary and await self._may_look(call, ROOT_AREA):
             return visible | ordinary
         narrow = sorted(ordinary - {ROOT_AREA})
@@ -612,6 +631,11 @@ def _check(call: Call, fault: StatefsdStatus | None) -> None:
     """Go on only without a fault."""
     if fault is not None:
         raise call.refuse(fault)
+
+
+def _natural(number: int, most: int) -> int:
+    """A number that the disk says, as the wire can carry it."""
+    return min(max(number, 0), most)
 
 
 def made(context: Context) -> Statefsd:
