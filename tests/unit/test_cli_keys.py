@@ -28,7 +28,7 @@ from nexus.protocols.keystored import (
 from nexus.wire import ReplyStatus
 
 KEY = DeviceKey(bytes(range(32)), 64 * "e")
-STORE = Store(3, SecretBackend.FILE, 2, 0, has_device_key=True)
+STORE = Store(3, SecretBackend.FILE, 2, 0, KeyState.PRESENT)
 
 
 class Keystored:
@@ -81,7 +81,7 @@ def test_show_tells_the_id_the_key_and_who_keeps_the_wrapping_key(
 def test_without_a_device_key_show_says_so_and_asks_for_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    system: Any = Keystored({GetStore: Store(3, SecretBackend.KEYRING, 1, 0, has_device_key=False)})
+    system: Any = Keystored({GetStore: Store(3, SecretBackend.KEYRING, 1, 0, KeyState.ABSENT)})
 
     keys.show(system, as_json=False)
 
@@ -132,7 +132,7 @@ def test_what_is_too_large_to_sign_is_refused_here_with_the_way_to_do_it(tmp_pat
 
     with pytest.raises(UsageError, match="more than 4096 bytes: sign a digest of it"):
         keys.sign(system, file, None, as_json=False)
-    with pytest.raises(UsageError, match="cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*: No such file"):
         keys.sign(system, tmp_path / "none", None, as_json=False)
 
     assert system.asked == []

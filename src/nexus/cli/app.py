@@ -90,9 +90,10 @@ def check(
     if digest + json + schema > 1:
         raise UsageError("choose one of --digest, --json and --schema")
     if schema:
+        from nexus.cli.output import say
         from nexus.init.system import schema_text
 
-        print(schema_text(), end="")
+        say(schema_text().removesuffix("\n"))
         return
     if file is None:
         raise UsageError("name the system file to check, as in `nexus check system.toml`")
@@ -379,10 +380,12 @@ def powercut(context: typer.Context) -> None:
         arguments = ["--help"]
     elif subject != "state":
         raise UsageError("say whose power is cut: `nexus sim powercut state`")
+    from nexus.cli.output import answering
     from nexus.proof.powercut import main as act
 
     try:
-        code = act(arguments)
+        with answering():
+            code = act(arguments)
     except SystemExit as ended:  # argparse's help, and its word on wrong usage
         code = ended.code if isinstance(ended.code, int) else 1
     raise typer.Exit(code)

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from nexus.cli.defaults import WAIT_DEFAULT
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandFailed, UsageError
+from nexus.cli.output import drop_answer, finish_answer
 
 PROG: Final = "nexus"
 TYPER_INTERRUPTED: Final = 130  # what typer makes of a KeyboardInterrupt
@@ -25,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return prove(arguments[1:])
     from nexus.init.errors import SystemFileError
 
+    _stand_in_for_closed()
     try:
         plain = _plain_up(arguments)
         code = _run(arguments) if plain is None else _up(plain)
-        _ = sys.stdout.flush()
+        finish_answer()
     except (UsageError, SystemFileError) as error:
         return _end(str(error), EXIT_USAGE)
     except CommandFailed as error:
@@ -36,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end("interrupted", EXIT_FAILED)
     except BrokenPipeError:
-        # Whoever read the answer has had enough; Python would complain once more at its exit.
-        _ = os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_answer()  # whoever read it has had enough
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 (the outermost frame of the command)
         if os.environ.get(TRACEBACK_VARIABLE):
@@ -48,6 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             EXIT_FAILED,
         )
     return code
+
+
+def _stand_in_for_closed() -> None:
+    """Where a standard stream was closed by whoever started us, open one that refuses: otherwise
+    the next file or connection would get its number. What is said on standard error is lost."""
+    for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            _ = os.fstat(number)
+        except OSError:
+            taken = os.open(os.devnull, flags)
+            assert taken == number, "the lowest free number is taken"
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 
 
 class Plain(NamedTuple):

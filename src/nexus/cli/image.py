@@ -5,21 +5,20 @@ growth, and nothing grows here.
 """
 
 import os
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
-from nexus.abi import BLOCK_SIZE
-from nexus.cli.errors import EXIT_FAILED, EXIT_OK, UsageError
+from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed
+from nexus.cli.files import open_input
 from nexus.cli.output import say, say_json, say_table
-from nexus.drivers import DeviceFault, Fault
+from nexus.drivers import DeviceFault
+from nexus.drivers.image import Image, looked_at
 from nexus.protocols.statefsd import ROOT
 from nexus.services.statefsd.config import Settings
 from nexus.services.statefsd.engine import Damaged, Store, Unopenable
+from nexus.services.statefsd.engine.crc import IS_FAST, SLOW
 
 PAGE: Final = 1024  # keys of one look
-
-ResultT = TypeVar("ResultT")
 
 
 class Found(NamedTuple):
@@ -31,47 +30,18 @@ class Found(NamedTuple):
     is_whole: bool
 
 
-class Image:
-    """drivers.BlockDevice over a file that is only read."""
-
-    writable: Final = False
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.block_count = os.lseek(descriptor, 0, os.SEEK_END) // BLOCK_SIZE
-
-    async def read(self, block: int, count: int) -> bytes:
-        """`count` blocks from `block` on."""
-        if block < 0 or block + count > self.block_count:
-            raise DeviceFault(Fault.OUT_OF_RANGE)
-        try:
-            data = os.pread(self._descriptor, count * BLOCK_SIZE, block * BLOCK_SIZE)
-        except OSError as error:
-            raise DeviceFault(Fault.IO, error.strerror or str(error)) from error
-        if len(data) != count * BLOCK_SIZE:
-            raise DeviceFault(Fault.IO, "it ends earlier than it said")
-        return data
-
-    async def write(
-        self, block: int, data: bytes | bytearray | memoryview, *, durable: bool = False
-    ) -> None:
-        """Nothing is written."""
-        del block, data, durable
-        raise DeviceFault(Fault.READ_ONLY)
-
-    async def flush(self) -> None:
-        """Nothing was written."""
-        raise DeviceFault(Fault.READ_ONLY)
-
-
 def check(image: Path, *, as_json: bool) -> int:
     """Say what is in an image; EXIT_FAILED if it is no store, or something of it is lost."""
+    descriptor = open_input(image, node=True)
+
+    def read_at(offset: int, size: int) -> bytes:
+        return os.pread(descriptor, size, offset)
+
     try:
-        descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"cannot read {image}: {error.strerror or error}") from error
-    try:
-        store = _driven(Store.open(Image(descriptor), Settings().limits))
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if not IS_FAST:
+            raise CommandFailed(f"{image} was not looked at: {SLOW}")
+        store = looked_at(Store.open(Image(read_at, size), Settings().limits))
         found = _all(store)
     except (Unopenable, DeviceFault) as error:
         if as_json:
@@ -101,7 +71,7 @@ def _all(store: Store) -> list[Found]:
 
 def _find(store: Store, key: bytes) -> Found:
     try:
-        entry = _driven(store.get(key))
+        entry = looked_at(store.get(key))
     except Damaged as damaged:
         return Found(key, 0, damaged.lost.sequence, is_whole=False)
     assert entry is not None, "a key that is listed has a value"
@@ -162,13 +132,3 @@ def _print(image: Path, store: Store, found: list[Found]) -> None:
     for each in store.lost:
         name = each.key.decode(errors="backslashreplace") or "a record whose key cannot be told"
         say(f"lost: {name}, at byte {each.offset}, sequence {each.sequence or 'not known'}")
-
-
-def _driven(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of a coroutine that waits for nothing: a file answers at once."""
-    try:
-        trap = coroutine.send(None)
-    except StopIteration as ended:
-        result: ResultT = ended.value
-        return result
-    raise AssertionError(f"{trap!r} in a look at an image")

@@ -1,6 +1,5 @@
 """`nexus keys`: the device key of a running system, as operator may use it; never its seed."""
 
-import sys
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ from nexus.abi import SecretBackend
 from nexus.cli.ask import Asked
 from nexus.cli.client import OperatorClient, ServiceRefused
 from nexus.cli.errors import CommandFailed, UsageError
+from nexus.cli.files import read_input, write_output
 from nexus.cli.output import say, say_json
 from nexus.protocols.keystored import (
     KEYGEN_RIGHT,
@@ -22,6 +22,7 @@ from nexus.protocols.keystored import (
     GenerateKey,
     GetPublicKey,
     GetStore,
+    KeyState,
     KeystoredStatus,
     RotateWrapping,
     Sign,
@@ -31,7 +32,6 @@ from nexus.wire import ReplyStatus, Request
 KEYSTORED: Final = "keystored"
 ASK_TIME: Final = 5.0  # seconds
 ROTATE_TIME: Final = 30.0  # seconds; every record is read and written
-STANDARD_INPUT: Final = "-"
 
 RIGHTS: Final[dict[type, str]] = {
     GenerateKey: KEYGEN_RIGHT,
@@ -53,7 +53,7 @@ def show(asked: Asked, *, as_json: bool) -> None:
     """Print the device id, the public key and how they are kept. Raises CommandFailed."""
     with asked.client() as client:
         store = client.relay(KEYSTORED, PROTOCOL, GetStore(), ASK_TIME)
-        key = _key(client) if store.has_device_key else None
+        key = _key(client) if store.device_key is not KeyState.ABSENT else None
     backend = SecretBackend(store.backend).name.lower()
     if as_json:
         say_json(
@@ -80,7 +80,7 @@ def sign(asked: Asked, file: Path, output: Path | None, *, as_json: bool) -> Non
         signature = _asked(client, Sign(payload), ASK_TIME).signature
         key = _key(client) if as_json else None
     if output is not None:
-        _ = output.write_bytes(signature)
+        write_output(output, signature)
     if key is not None:
         shown = {"signature": signature, "size": len(payload)}
         say_json({**shown, "public_key": key.public_key, "device_id": key.device_id})
@@ -118,14 +118,7 @@ def _asked(client: OperatorClient, request: Request[Any], seconds: float) -> Any
 
 def _read(file: Path) -> bytes:
     """What is to be signed; no more than that is read."""
-    try:
-        if str(file) == STANDARD_INPUT:
-            payload = sys.stdin.buffer.read(SIGN_SIZE_MAX + 1)
-        else:
-            with file.open("rb") as opened:
-                payload = opened.read(SIGN_SIZE_MAX + 1)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+    payload = read_input(file, SIGN_SIZE_MAX)
     if len(payload) > SIGN_SIZE_MAX:
         raise UsageError(
             f"{file} has more than {SIGN_SIZE_MAX} bytes: sign a digest of it, as in "

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+from nexus.cli.errors import CommandFailed
+
 STYLES: Final[Mapping[str, str]] = {
     "up": "green",
     "ok": "green",
@@ -37,9 +39,42 @@ def is_lively(stream: Any = None) -> bool:
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    """Write a piece of the answer. Raises CommandFailed if nobody can have it; that somebody has
+    read enough of it is a BrokenPipeError, as ever."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_answer()
+        raise CommandFailed(f"cannot write the answer: {error.strerror or error}") from error
+
+
+def drop_answer() -> None:
+    """Let what waits to be written go nowhere: Python would complain once more at its exit."""
+    _ = os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
+
 def say(text: str) -> None:
     """A line of the answer."""
-    print(text)
+    with answering():
+        print(text)
+
+
+def say_bytes(data: bytes) -> None:
+    """An answer that is no text, as it is."""
+    with answering():
+        _ = sys.stdout.flush()
+        _ = sys.stdout.buffer.write(data)
+        _ = sys.stdout.buffer.flush()
+
+
+def finish_answer() -> None:
+    """Have all of the answer where it belongs. Raises as `answering`."""
+    with answering():
+        _ = sys.stdout.flush()
 
 
 def tell(text: str) -> None:
@@ -49,12 +84,13 @@ def tell(text: str) -> None:
 
 def say_json(document: Any) -> None:
     """The answer as one JSON document."""
-    print(json.dumps(document, indent=2, default=_plain))
+    say(json.dumps(document, indent=2, default=_plain))
 
 
 def say_json_line(document: Any) -> None:
     """One JSON document of several, on a line of its own."""
-    print(json.dumps(document, default=_plain, separators=(",", ":")), flush=True)
+    say(json.dumps(document, default=_plain, separators=(",", ":")))
+    finish_answer()
 
 
 def _plain(value: Any) -> Any:
@@ -70,9 +106,10 @@ def say_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns; coloured on a terminal, plain and as wide as needed elsewhere."""
     kept = [tuple(row) for row in rows]
     if is_lively():
-        _say_rich_table(heads, kept)
+        with answering():
+            _say_rich_table(heads, kept)
     else:
-        print("\n".join(table_lines(heads, kept)))
+        say("\n".join(table_lines(heads, kept)))
 
 
 def table_lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

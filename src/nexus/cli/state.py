@@ -8,7 +8,8 @@ from typing import Any, Final
 from nexus.cli.ask import Asked
 from nexus.cli.client import OperatorClient, ServiceRefused
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed, UsageError
-from nexus.cli.output import say, say_json, say_table
+from nexus.cli.files import read_input, write_output
+from nexus.cli.output import say, say_bytes, say_json, say_table
 from nexus.init.declare import cut
 from nexus.protocols.statefsd import (
     INLINE_VALUE_MAX,
@@ -31,7 +32,6 @@ from nexus.wire import ReplyStatus, Request
 
 STATEFSD: Final = "statefsd"
 ASK_TIME: Final = 5.0  # seconds; a write that takes longer has met a disk in trouble
-STANDARD_INPUT: Final = "-"
 
 WHY: Final = {
     ReplyStatus.DENIED: "operator's entry in the system file gives it no right to that: "
@@ -56,12 +56,11 @@ def get(asked: Asked, key: str, output: Path | None, *, as_json: bool) -> None:
     """Print a value, byte by byte, or write it to a file. Raises CommandFailed."""
     value = _ask(asked, key, Get(_key(key)))
     if output is not None:
-        _ = output.write_bytes(value.value)
+        write_output(output, value.value)
     if as_json:
         say_json({"key": key, "sequence": value.sequence, **_shown("value", value.value)})
     elif output is None:
-        _ = sys.stdout.flush()
-        _ = sys.stdout.buffer.write(value.value)
+        say_bytes(value.value)
         if sys.stdout.isatty() and not value.value.endswith(b"\n"):
             say("")
 
@@ -79,7 +78,11 @@ def put(
     """Set a key to words of the command line, or to what a file holds. Raises CommandFailed."""
     if (value is None) is (file is None):
         raise UsageError("give the value, or --file FILE (- is the standard input)")
-    data = _read(file) if file is not None else (value or "").encode("utf-8", "surrogateescape")
+    data = (
+        read_input(file, INLINE_VALUE_MAX)
+        if file is not None
+        else (value or "").encode("utf-8", "surrogateescape")
+    )
     durability = Durability.DURABLE if durable else Durability.ACCEPTED
     if len(data) > INLINE_VALUE_MAX:
         raise UsageError(f"the value has {len(data)} bytes: up to {INLINE_VALUE_MAX} are possible")
@@ -179,16 +182,6 @@ def _key(text: str) -> bytes:
     if len(data) > longest:
         raise UsageError(f"the key has {len(data)} bytes: up to 255 are possible")
     return data
-
-
-def _read(file: Path) -> bytes:
-    try:
-        if str(file) == STANDARD_INPUT:
-            return sys.stdin.buffer.read(INLINE_VALUE_MAX + 1)
-        with file.open("rb") as opened:
-            return opened.read(INLINE_VALUE_MAX + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def _say_stored(key: str, stored: Stored, what: str, *, as_json: bool) -> None:

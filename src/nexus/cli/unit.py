@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from nexus.cli.output import say_json
+from nexus.cli.output import say, say_json
 from nexus.cli.places import Places, base_dirs, places_of, title_of
 from nexus.cli.trial import tried_plan
 from nexus.init.plan import Plan
@@ -48,7 +48,7 @@ def unit(file: Path, instance: str | None, *, user: bool, as_json: bool) -> None
         title = title_of(plan.name, instance)
         say_json({"system": title, "file": str(file.absolute()), "user": user, "unit": text})
     else:
-        print(text, end="")
+        say(text.removesuffix("\n"))
 
 
 def unit_text(file: Path, instance: str | None, *, user: bool) -> str:

@@ -13,6 +13,7 @@ Every problem comes with the command that repeats it alone.
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -825,23 +826,44 @@ def explore(
     return report
 
 
+def _whole(text: str, least: int = 0) -> int:
+    """A number of the command line. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
 def main(argv: Sequence[str]) -> int:
     """`nexus sim powercut state` with these arguments: run, print, and the exit code."""
     parser = argparse.ArgumentParser(
         prog="nexus sim powercut state", description=__doc__.split("\n")[0]
     )
     _ = parser.add_argument("--workload", choices=(*WORKLOADS, "all"), default="all")
-    _ = parser.add_argument("--seed", type=int, help="one seed alone")
-    _ = parser.add_argument("--seeds", type=int, default=SEEDS_DEFAULT, help="of the mixed one")
-    _ = parser.add_argument("--subsets", type=int, default=SUBSETS_MAX, help="bound of the subsets")
-    _ = parser.add_argument("--every", type=int, default=1, help="open one of so many cases")
-    _ = parser.add_argument("--cut", type=int, help="repeat: the operation")
+    _ = parser.add_argument("--seed", type=_whole, help="one seed alone")
+    _ = parser.add_argument(
+        "--seeds", type=_positive, default=SEEDS_DEFAULT, help="of the mixed one"
+    )
+    _ = parser.add_argument(
+        "--subsets", type=_whole, default=SUBSETS_MAX, help="bound of the subsets"
+    )
+    _ = parser.add_argument("--every", type=_positive, default=1, help="open one of so many cases")
+    _ = parser.add_argument("--cut", type=_whole, help="repeat: the operation")
     _ = parser.add_argument("--choice", type=parse_choice, help="repeat: what survives")
-    _ = parser.add_argument("--second", type=int, help="repeat: the operation of the recovery")
+    _ = parser.add_argument("--second", type=_whole, help="repeat: the operation of the recovery")
     _ = parser.add_argument("--then", type=parse_choice, help="repeat: what survives of that")
     _ = parser.add_argument("--report", type=Path, help="write the report as Markdown here")
     _ = parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(argv))
+    if options.report is not None:
+        # Before the exploration, which takes minutes.
+        try:
+            options.report.open("a").close()
+        except OSError as error:
+            parser.error(f"cannot write {options.report}: {error.strerror or error}")
     target = None
     if options.cut is not None or options.choice is not None:
         if options.cut is None or options.choice is None or options.workload == "all":

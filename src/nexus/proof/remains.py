@@ -6,14 +6,15 @@ process: whatever is planted in a booted system is not in here.
 
 import os
 import stat
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE, SECRET_SIZE_MAX, HardwareKind, SecretBackend
-from nexus.drivers import DeviceFault, Fault
+from nexus.drivers import DeviceFault
+from nexus.drivers.image import Image, looked_at
 from nexus.init.plan import Plan
 from nexus.kernel.core import Hardware
 from nexus.kernel.linux.secrets import DIRECTORY, NAME
@@ -27,8 +28,6 @@ PAGE: Final = 256  # keys of one look
 PIECE_SIZE: Final = 4096  # bytes of an image that are looked at together
 TRACK_SIZE: Final = 16  # bytes of a value by which its record is found; it may span two frames
 COPIES_MAX: Final = 8  # records of one value: in the journal, and in checkpoints that are no more
-
-ResultT = TypeVar("ResultT")
 
 
 class Kept(NamedTuple):
@@ -116,8 +115,12 @@ def read_image(data: bytes) -> Remains:
     bare = Remains(size=len(data), first_block=data[:BLOCK_SIZE], written=_not_zero(data))
     if not any(data):
         return replace(bare, problem="nothing was ever written to the disk")
+
+    def read_at(offset: int, size: int) -> bytes:
+        return data[offset : offset + size]
+
     try:
-        store = _driven(Store.open(_Image(data), Settings().limits))
+        store = looked_at(Store.open(Image(read_at, len(data)), Settings().limits))
     except (Unopenable, DeviceFault) as error:
         return replace(bare, problem=f"the disk holds no store: {error}")
     return replace(
@@ -181,47 +184,10 @@ def _records(store: Store) -> list[tuple[bytes, Kept]]:
         keys, more = store.keys(ROOT.encode(), after, PAGE, lambda _area: True)
         for key in keys:
             try:
-                entry = _driven(store.get(key))
+                entry = looked_at(store.get(key))
             except Damaged:
                 continue
             if entry is not None:
                 found.append((key, Kept(entry.value, entry.sequence)))
         after = keys[-1] if keys else after
     return found
-
-
-class _Image:
-    """drivers.BlockDevice over bytes that are only read."""
-
-    writable: Final = False
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.block_count = len(data) // BLOCK_SIZE
-
-    async def read(self, block: int, count: int) -> bytes:
-        """`count` blocks from `block` on."""
-        if block < 0 or block + count > self.block_count:
-            raise DeviceFault(Fault.OUT_OF_RANGE)
-        return self._data[block * BLOCK_SIZE : (block + count) * BLOCK_SIZE]
-
-    async def write(
-        self, block: int, data: bytes | bytearray | memoryview, *, durable: bool = False
-    ) -> None:
-        """Nothing is written."""
-        del block, data, durable
-        raise DeviceFault(Fault.READ_ONLY)
-
-    async def flush(self) -> None:
-        """Nothing was written."""
-        raise DeviceFault(Fault.READ_ONLY)
-
-
-def _driven(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of a coroutine that waits for nothing: bytes answer at once."""
-    try:
-        trap = coroutine.send(None)
-    except StopIteration as ended:
-        result: ResultT = ended.value
-        return result
-    raise AssertionError(f"{trap!r} in a look at an image")
