@@ -356,3 +356,24 @@ class Virtio:
             if self._window.read(CONFIG_GENERATION) == before:
                 return value
         raise self.refuse("its configuration does not stand still")
+
+
+class VirtioDevice:
+    """What the drivers of all kinds say of the transport that they drive."""
+
+    backing: Final = BACKING
+
+    def __init__(self, virtio: Virtio) -> None:
+        self._virtio = virtio
+
+    @property
+    def identity(self) -> Identity:
+        """What the registers said, and the features in use."""
+        identity = self._virtio.identity
+        assert identity is not None, "open comes first"
+        return identity
+
+    @property
+    def resets(self) -> int:
+        """How often the device had to be reset because it failed."""
+        return self._virtio.resets

@@ -18,7 +18,7 @@ from nexus.abi import (
     RegisterWindow,
 )
 from nexus.drivers.block import REQUEST_MAX, DeviceFault, Fault, check_range, whole_blocks
-from nexus.drivers.virtio import BACKING, ENTRIES_MAX, Identity, Piece, Virtio
+from nexus.drivers.virtio import ENTRIES_MAX, Piece, Virtio, VirtioDevice
 
 READ_ONLY_FEATURE: Final = 1 << 5
 FLUSH_FEATURE: Final = 1 << 9
@@ -46,21 +46,21 @@ assert HEADER_AT + HEADER.size <= STATUS_AT
 assert DATA_PAGES_MAX >= 1
 
 
-class VirtioBlock:
+class VirtioBlock(VirtioDevice):
     """drivers.BlockDevice on a register window.
 
     It is writable only if it has FLUSH: without, nothing tells when a write is safe.
     """
 
-    backing: Final = BACKING
-
     def __init__(self, window: RegisterWindow, area: DmaArea) -> None:
-        self._virtio = Virtio(
-            window,
-            area,
-            HardwareKind.BLOCK,
-            FLUSH_FEATURE | READ_ONLY_FEATURE,
-            pieces_max=DATA_PAGES_MAX + OVERHEAD,
+        super().__init__(
+            Virtio(
+                window,
+                area,
+                HardwareKind.BLOCK,
+                FLUSH_FEATURE | READ_ONLY_FEATURE,
+                pieces_max=DATA_PAGES_MAX + OVERHEAD,
+            )
         )
         self._transfer_max = 0  # bytes of one request
         self._block_count = 0
@@ -71,18 +71,6 @@ class VirtioBlock:
         device = cls(window, area)
         _ = await device._begin()
         return device
-
-    @property
-    def identity(self) -> Identity:
-        """What the registers said, and the features in use."""
-        identity = self._virtio.identity
-        assert identity is not None, "open comes first"
-        return identity
-
-    @property
-    def resets(self) -> int:
-        """How often the device had to be reset because it failed."""
-        return self._virtio.resets
 
     @property
     def block_count(self) -> int:

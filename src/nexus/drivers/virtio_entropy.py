@@ -8,19 +8,17 @@ from typing import Final
 
 from nexus.abi import PAGE_SIZE, DmaArea, HardwareKind, Nanos, Now, RegisterWindow
 from nexus.drivers.entropy import DRAW_MAX, DRAW_SIZE_MAX
-from nexus.drivers.virtio import BACKING, Identity, Piece, Virtio
+from nexus.drivers.virtio import Piece, Virtio, VirtioDevice
 
 DATA_PAGE: Final = 1
 DATA_AT: Final = DATA_PAGE * PAGE_SIZE
 
 
-class VirtioEntropy:
+class VirtioEntropy(VirtioDevice):
     """drivers.EntropyDevice on a register window. A queue of one entry is enough for it."""
 
-    backing: Final = BACKING
-
     def __init__(self, window: RegisterWindow, area: DmaArea) -> None:
-        self._virtio = Virtio(window, area, HardwareKind.ENTROPY, 0, pieces_max=1)
+        super().__init__(Virtio(window, area, HardwareKind.ENTROPY, 0, pieces_max=1))
 
     @classmethod
     async def open(cls, window: RegisterWindow, area: DmaArea) -> "VirtioEntropy":
@@ -28,18 +26,6 @@ class VirtioEntropy:
         device = cls(window, area)
         await device._virtio.begin(Nanos(await Now() + DRAW_MAX))
         return device
-
-    @property
-    def identity(self) -> Identity:
-        """What the registers said, and the features in use."""
-        identity = self._virtio.identity
-        assert identity is not None, "open comes first"
-        return identity
-
-    @property
-    def resets(self) -> int:
-        """How often the device had to be reset because it failed."""
-        return self._virtio.resets
 
     async def draw(self, size: int, deadline: Nanos) -> bytearray:
         """At most `size` bytes; see drivers.EntropyDevice."""
