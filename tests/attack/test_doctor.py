@@ -468,6 +468,8 @@ def test_memory_objects_are_not_bounded_together_and_the_doctor_says_so(linux: R
 
     assert row.state is State.DEGRADED
     assert "each of 1 MiB at most, as many as a task has descriptors" in row.why
+    assert "for the holder of a disk's image each as long as the image" in row.why
+    assert "RLIMIT_FSIZE" in row.why
     assert OBJECTS_MANY * (1 << 20) > 2 * (MEMORY_SIZE_DEFAULT + 2 * HEAP_SIZE)
 
 

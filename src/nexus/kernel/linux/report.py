@@ -80,7 +80,7 @@ class Guarantee(NamedTuple):
 # Name of a step, what it gives, and what is left where it cannot be taken.
 STEPS: Final = (
     ("limits", "descriptors, core dumps, processes and locked memory are bounded", State.ABSENT),
-    ("memory", "memory, mappings and a memory object are bounded by the budget", State.ABSENT),
+    ("memory", "memory, mappings and a memory object are bounded by the plan", State.ABSENT),
     ("namespaces", "no network, no host name, no System V objects in sight", State.ABSENT),
     ("ids", "a user id of its own: no signal to, no trace of another service", State.DEGRADED),
     ("capabilities", "no capability: a sender's pid cannot be forged", State.ABSENT),
@@ -175,7 +175,9 @@ def _many_objects(outcome: str | None) -> Guarantee:
         return Guarantee("memory_objects", State.ABSENT, gives, "not tried")
     mib = 1 << 20
     why = (
-        f"each of {VMO_SIZE_MAX // mib} MiB at most, as many as a task has descriptors: "
+        f"each of {VMO_SIZE_MAX // mib} MiB at most, as many as a task has descriptors "
+        "(for the holder of a disk's image each as long as the image, for Linux has one limit, "
+        "RLIMIT_FSIZE, for both): "
         f"{OBJECTS_MANY * VMO_SIZE_MAX // mib} MiB were there to take"
     )
     if outcome == DONE:
