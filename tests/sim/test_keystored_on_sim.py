@@ -29,6 +29,7 @@ from nexus.protocols.keystored import (
     Get,
     GetPublicKey,
     GetStore,
+    KeyState,
     KeystoredStatus,
     Put,
     Rotated,
@@ -498,8 +499,8 @@ def test_a_policyd_that_is_silent_late_or_makes_no_sense_keeps_the_device_key_cl
             denied += await asked(hands, request)
             await nap(hands, 800 * MS)  # beyond the late answers, which count for nothing
         after, *_ = await asked(hands, GetStore())
-        return [denied, store.wrapping, after.wrapping, after.has_device_key]
+        return [denied, store.wrapping, after.wrapping, after.device_key]
 
     found = machine.boot(script, mains={"policyd": judge}).result
 
-    assert found == [["DENIED"] * 4, 1, 1, False]
+    assert found == [["DENIED"] * 4, 1, 1, KeyState.ABSENT]

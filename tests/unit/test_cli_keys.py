@@ -18,6 +18,7 @@ from nexus.protocols.keystored import (
     DeviceKey,
     GetPublicKey,
     GetStore,
+    KeyState,
     KeystoredStatus,
     Rotated,
     RotateWrapping,
@@ -90,6 +91,25 @@ def test_without_a_device_key_show_says_so_and_asks_for_none(
         "public key:   none yet",
         "wrapping key: number 1, kept by keyring",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        (KeyState.DAMAGED, KeystoredStatus.CORRUPTED),
+        (KeyState.UNKNOWN, KeystoredStatus.UNAVAILABLE),
+    ],
+)
+def test_a_device_key_that_cannot_be_opened_is_not_shown_as_none_yet(
+    state: KeyState, status: KeystoredStatus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(3, SecretBackend.FILE, 2, 0, state)
+    system: Any = Keystored({GetStore: store, GetPublicKey: status})
+
+    with pytest.raises(CommandFailed, match=f"keystored: {status.name}, what"):
+        keys.show(system, as_json=False)
+
+    assert capsys.readouterr().out == ""
 
 
 def test_sign_signs_the_bytes_of_a_file_and_prints_or_writes_the_signature(

@@ -7,6 +7,7 @@ from typing import Any, Final
 import pytest
 
 from nexus.abi import Nanos, Now, SecretBackend, SleepUntil, service_id
+from nexus.init.system import HEALTH_DEADLINE_DEFAULT
 from nexus.ipc import Peers, Refused, TimedOut
 from nexus.protocols.keystored import (
     ENTRIES_MAX,
@@ -21,6 +22,7 @@ from nexus.protocols.keystored import (
     Get,
     GetPublicKey,
     GetStore,
+    KeyState,
     KeystoredStatus,
     Put,
     Rotated,
@@ -32,7 +34,14 @@ from nexus.protocols.keystored import (
     Verdict,
     Verify,
 )
-from nexus.protocols.meta import GetStatus, Health, Healthy, MetaStatus, ServiceStatus
+from nexus.protocols.meta import (
+    HEALTH_ANSWER,
+    GetStatus,
+    Health,
+    Healthy,
+    MetaStatus,
+    ServiceStatus,
+)
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import CheckFor, Decision, Reason
 from nexus.protocols.policyd import Verdict as Ruling
@@ -202,7 +211,7 @@ def test_the_same_key_signs_after_every_restart_and_none_is_made() -> None:
         assert verify(made.public_key, signature.signature, b"payload")
         assert again == Refused(KeystoredStatus.KEY_EXISTS)
         assert store.keygens == 0
-        assert store.has_device_key
+        assert store.device_key is KeyState.PRESENT
 
 
 def test_a_generated_key_is_said_on_the_console_by_its_public_half() -> None:
@@ -415,6 +424,22 @@ def test_a_silent_statefsd_costs_no_caller_more_than_its_deadline() -> None:
     assert system.statefsd.deadlines[-1] <= begun + 301 * MS, "the caller's own deadline"
 
 
+def test_a_statefsd_that_hangs_keeps_no_probe_waiting() -> None:
+    system = KeySystem()
+    assert system.ask(Put(b"n", b"v")) == [Done()]
+    system.statefsd.silent = True
+    begun = system.kernel.now
+
+    refused, at_once, health = system.ask(Get(b"n"), Get(b"n"), Health(), wait=20 * SECOND)
+
+    assert (refused, at_once) == (UNAVAILABLE, UNAVAILABLE)
+    assert isinstance(health, Healthy)
+    assert system.kernel.now - begun < HEALTH_ANSWER == HEALTH_DEADLINE_DEFAULT
+    system.statefsd.silent = False
+    system.kernel.run(system.system.add_client(_nap_long), until=system.ahead(10 * SECOND))
+    assert system.ask(Get(b"n")) == [Value(b"v")]
+
+
 def test_a_statefsd_that_is_restarted_is_found_again() -> None:
     system = KeySystem()
     system.ask(Put(b"n", b"v"))
@@ -498,6 +523,36 @@ def test_a_lost_secret_is_corrupted_for_everybody_and_is_never_replaced() -> Non
     assert system.secret == b""
 
 
+def test_a_secret_that_is_damaged_is_told_and_is_no_reason_not_to_be_ready() -> None:
+    system = KeySystem()
+    system.ask(Put(b"n", b"v"), GenerateKey())
+    system.kernel.secrets["keystored"] = b"\0"  # what linux gives for an empty file
+    system.restart()
+
+    health, got, store = system.ask(Health(), Get(b"n"), GetStore())
+
+    assert isinstance(health, Healthy)
+    assert (got, store.device_key) == (CORRUPTED, KeyState.DAMAGED)
+    assert "keys cannot be opened" in [record.text for record in system.system.logd.records]
+    assert system.secret == b"\0"
+
+
+def test_the_store_says_how_it_stands_with_the_device_key() -> None:
+    system = KeySystem()
+    absent, _, present = system.ask(GetStore(), GenerateKey(), GetStore())
+    record = system.records[DEVICE_PATH]
+    system.records[DEVICE_PATH] = record[:-1] + bytes([record[-1] ^ 1])
+    (damaged,) = system.ask(GetStore())
+    del system.records[DEVICE_PATH]
+    (gone,) = system.ask(GetStore())
+    system.statefsd.refuses_reads = StatefsdStatus.IO_ERROR
+    (unknown,) = system.ask(GetStore())
+
+    assert [each.device_key for each in (absent, present, damaged, gone, unknown)] == [
+        KeyState.ABSENT, KeyState.PRESENT, KeyState.DAMAGED, KeyState.DAMAGED, KeyState.UNKNOWN,
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------ start and rotation
 
 
@@ -523,7 +578,7 @@ def test_what_it_stands_on_is_told() -> None:
     system = KeySystem()
     _, _, store = system.ask(GenerateKey(), RotateWrapping(), GetStore())
 
-    assert store == Store(1, SecretBackend.FILE, 2, 1, has_device_key=True)
+    assert store == Store(1, SecretBackend.FILE, 2, 1, KeyState.PRESENT)
     assert facts(system)["rotations_total"] == 1
 
 

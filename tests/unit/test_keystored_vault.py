@@ -1,16 +1,21 @@
 """The vault between cuts: whatever is cut off, the next instance opens everything there was."""
 
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import pytest
 
-from nexus.abi import NEVER
+from nexus.abi import NEVER, Nanos
+from nexus.ipc import Refused
 from nexus.protocols.keystored import KeystoredStatus
+from nexus.protocols.statefsd import StatefsdStatus
 from nexus.services.keystored.ed25519 import public_of
 from nexus.services.keystored.faults import Unusable, unavailable
+from nexus.services.keystored.places import Asked, StateRecords
 from nexus.services.keystored.sealing import number_of, unpack
 from nexus.services.keystored.vault import DEVICE_PATH, RECORDS_MAX, ROOT, Vault
+from nexus.wire import Request
 from tests.fakes.keys import Cut, CutHere, Medium
 
 ResultT = TypeVar("ResultT")
@@ -370,6 +375,60 @@ def test_a_device_key_that_is_damaged_during_a_rotation_keeps_both_wrapping_keys
 
     assert refusal(medium.vault().settle(NEVER)) is KeystoredStatus.CORRUPTED
     assert len(unpack(medium.secret).keys) == 2
+
+
+class Slow(Medium):
+    """A medium that gives no more than so many records in an attempt."""
+
+    left = 0
+
+    async def get(self, path: bytes, until: Nanos) -> bytes | None:
+        if path != DEVICE_PATH:
+            if not self.left:
+                raise unavailable("the time of this attempt is over")
+            self.left -= 1
+        return await super().get(path, until)
+
+
+def test_a_rotation_goes_on_where_the_last_attempt_ended() -> None:
+    medium, public = filled()
+    slow = Slow(medium.records, medium.secret, medium.numbers)
+    vault = slow.vault()
+    assert refusal(vault.rotate(NEVER)) is KeystoredStatus.UNAVAILABLE
+
+    sealed = [vault.sealed]
+    while vault.rotating and len(sealed) < len(ENTRIES):
+        slow.left = 10
+        with suppress(Unusable):
+            run(vault.settle(NEVER))
+        sealed.append(vault.sealed)
+
+    assert vault.rotations == 1
+    assert len(sealed) <= 10
+    assert sealed[:3] == [0, 9, 18]
+    assert [key.number for key in unpack(slow.secret).keys] == [2]
+    assert all(number_of(record) == 2 for record in slow.records.values())
+    again = slow.vault()
+    slow.left = len(ENTRIES)
+    assert [value_of(again, path) for path in ENTRIES] == list(ENTRIES.values())
+    assert public_in(again) == public
+
+
+@pytest.mark.parametrize(("attempts", "was_there"), [(1, False), (2, True)])
+def test_what_is_gone_when_a_cut_off_deletion_is_repeated_was_deleted(
+    attempts: int, was_there: bool
+) -> None:
+    class Cutting(Asked):
+        def __init__(self) -> None:
+            self.attempts = attempts
+
+        async def ask(self, request: Request[object], until: Nanos) -> object:
+            return Refused(StatefsdStatus.NOT_FOUND)
+
+    records = StateRecords.__new__(StateRecords)
+    records._statefsd = Cutting()
+
+    assert run(records.delete(ROOT + b"1/61", NEVER)) is was_there
 
 
 def test_more_records_than_there_can_be_do_not_keep_it_busy_for_ever() -> None:

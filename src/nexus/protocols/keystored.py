@@ -145,6 +145,15 @@ class RotateWrapping(Request[Rotated], op=14, idempotent=False, refuses=Keystore
     """
 
 
+class KeyState(IntEnum):
+    """How it stands with the device key."""
+
+    ABSENT = 0  # none was ever made
+    PRESENT = 1
+    DAMAGED = 2  # it does not open with the wrapping key there is, or one of the two is gone
+    UNKNOWN = 3  # what keystored stands on cannot be had now
+
+
 class Store(Message):
     """What keystored stands on. No secret is in it."""
 
@@ -152,7 +161,7 @@ class Store(Message):
     backend: Annotated[int, U8()]  # abi.SecretBackend of the wrapping key
     wrapping: Annotated[int, U32()]  # number of the wrapping key; 0 if there is or is known none
     keygens: Annotated[int, U64()]  # device keys made in this instance's life: 0 or 1
-    has_device_key: Annotated[bool, Bool()]
+    device_key: KeyState
 
 
 class GetStore(Request[Store], op=15, idempotent=True):
@@ -174,7 +183,7 @@ KeystoredRequest: TypeAlias = (
 PROTOCOL: Final = Protocol(
     "keystored",
     number=10,
-    version=1,
+    version=2,
     requests=(
         Put,
         Get,

@@ -8,6 +8,7 @@ that capability once, and the capability is closed.
 from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
 
+from nexus.abi import Nanos
 from nexus.wire import I64, U16, U32, U64, List, Message, Protocol, Request, Text
 
 DIGEST_SIZE: Final = 64  # characters of a SHA-256 in hexadecimal
@@ -17,6 +18,9 @@ FACTS_MAX: Final = 32  # named numbers one service may report
 FACT_NAME_SIZE_MAX: Final = 32  # characters
 FACT_NAME: Final = r"^[a-z][a-z0-9_]*\Z"  # it stands in evidence as it is: nothing to escape
 COUNTERS_MAX: Final = 32  # fields of abi.TaskCounters (21), with room for new ones
+
+
+HEALTH_ANSWER: Final = Nanos(2_000_000_000)  # ns to answer a probe, where nothing else is said
 
 
 class MetaStatus(IntEnum):

@@ -75,6 +75,7 @@ class Secret(NamedTuple):
 
 
 NO_SECRET: Final = Secret()
+DAMAGED: Final = b"\0"  # what stands for a file that was emptied: it was not always so
 
 # ---------------------------------------------------------------------- init's side
 
@@ -214,16 +215,15 @@ class SecretFile:
         self.directory = directory
 
     def read(self) -> bytes:
-        """Refuses as SecretRead."""
+        """Refuses as SecretRead. A file of a wrong size is damage like any other, which its holder
+        can tell from what it stored; so something of it is given, and never nothing."""
         try:
-            data = read_file(self.directory, NAME, SECRET_SIZE_MAX + 1)
+            data = read_file(self.directory, NAME, SECRET_SIZE_MAX)
         except FileNotFoundError:
             return b""
         except OSError as error:
             raise AbiError(Status.DEVICE_FAILED, f"the secret: {error.strerror}") from None
-        if not 1 <= len(data) <= SECRET_SIZE_MAX:
-            raise AbiError(Status.DEVICE_FAILED, "what is there has the size of no secret")
-        return data
+        return data or DAMAGED
 
     def replace(self, data: bytes) -> None:
         """Refuses as SecretReplace; after a directory that cannot be synced, DeviceFailed, a

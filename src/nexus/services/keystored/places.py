@@ -7,8 +7,18 @@ A write counts when statefsd says that it is durable.
 from collections.abc import Mapping
 from typing import Final, Protocol
 
-from nexus.abi import AbiError, Nanos, SecretBackend, SecretQuery, SecretRead, SecretReplace
-from nexus.ipc import CallFailure, Client, Refused, RetryBudget, may_repeat, retry_until
+from nexus.abi import AbiError, Nanos, Now, SecretBackend, SecretQuery, SecretRead, SecretReplace
+from nexus.ipc import (
+    CallFailure,
+    Client,
+    Refused,
+    RetryBudget,
+    Stale,
+    TimedOut,
+    deadline_after,
+    may_repeat,
+    retry_until,
+)
 from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.protocols.rngd import Entropy, GetEntropy
 from nexus.protocols.statefsd import (
@@ -36,6 +46,9 @@ STATEFSD_NAME: Final = "statefsd"
 RNGD_NAME: Final = "rngd"
 ATTEMPTS_MAX: Final = 4  # of a call that a restart of the other service cut off
 BACKOFF: Final = Nanos(10_000_000)  # ns before the second one
+SILENCE_LEAST: Final = Nanos(500_000_000)  # ns of a wait in vain that says the other one hangs
+SILENCE_MAX: Final = Nanos(1_000_000_000)  # ns without questions after that: who waits behind the
+# request that met it, a probe among them, does not wait once more
 
 
 class Records(Protocol):
@@ -79,6 +92,8 @@ class Asked:
         self._name = name
         self._protocol = protocol
         self.generation = 0  # of the instance that answered last
+        self.attempts = 0  # of the latest question, those that were sent
+        self._silent_until = Nanos(0)
 
     async def connect(self, until: Nanos) -> Client:
         """The way to it, found once. Raises Unusable."""
@@ -94,14 +109,23 @@ class Asked:
         time, and an instance that has ended does nothing any more.
         """
         client = await self.connect(until)
+        begun = await Now()
+        if begun < self._silent_until:
+            raise unavailable(f"{self._name}: it has just not answered")
+        self.attempts = 0
         budget = RetryBudget(attempts_max=ATTEMPTS_MAX, backoff=BACKOFF, deadline=until)
 
         async def attempt() -> object:
-            return await client.call(request, until)
+            outcome = await client.call(request, until)
+            self.attempts += not isinstance(outcome, Stale)  # then it was not sent
+            return outcome
 
         outcome = await retry_until(attempt, may_repeat, budget, client.tokens)
         self._note(client)
         if isinstance(outcome, CallFailure):
+            ended = await Now()
+            if isinstance(outcome, TimedOut) and ended - begun >= SILENCE_LEAST:
+                self._silent_until = deadline_after(ended, SILENCE_MAX)
             raise unavailable(f"{self._name}: {type(outcome).__name__}")
         return outcome
 
@@ -147,7 +171,8 @@ class StateRecords:
         """As Records.delete."""
         outcome = await self._statefsd.ask(Delete(path, Durability.DURABLE, 0), until)
         if outcome == Refused(StatefsdStatus.NOT_FOUND):
-            return False
+            # The first attempt may have done it, and was cut off before it was answered.
+            return self._statefsd.attempts > 1
         _check_durable(outcome)
         return True
 

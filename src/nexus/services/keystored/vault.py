@@ -62,6 +62,8 @@ class Vault:
         self.opened = False  # statefsd has answered, and it is known how it stands with the keys
         self.keygens = 0
         self.rotations = 0  # finished, in this instance's life
+        self.sealed = 0  # records that the rotation which is not finished has gone through
+        self._sealed_to = b""  # the last of them: it goes on behind it
         self.damaged = 0  # how often a rotation could not open a record
 
     @property
@@ -143,6 +145,7 @@ class Vault:
         """Overwrite the wrapping keys; the next request reads them again."""
         wrapping, self._wrapping = self._wrapping, None
         self._firm = False
+        self._begin_anew()
         if wrapping is not None:
             wrapping.wipe()
 
@@ -239,33 +242,63 @@ class Vault:
                 raise unavailable("no wrapping key has a larger number")
             fresh = await self._fresh(old.number + 1, until)
             wrapping = Wrapping(keys=(old, fresh), device=wrapping.device)
+            self._begin_anew()
             await self._replace(wrapping)
         return await self._finish(wrapping, until)
 
+    def _begin_anew(self) -> None:
+        """The next rotation goes through all records."""
+        self.sealed = 0
+        self._sealed_to = b""
+
     async def _finish(self, wrapping: Wrapping, until: Nanos) -> int:
-        """Seal with the new key what is not yet, and then forget the old one."""
+        """Seal with the new key what is not yet, and then forget the old one.
+
+        What was gone through stays so when the time is over: only keystored writes these records,
+        and since the rotation began with the new key.
+        """
         current = wrapping.current
-        paths = await self._listed(ROOT, RECORDS_MAX, until)
-        if len(paths) > RECORDS_MAX:
-            raise unavailable("too many records")
-        batch: dict[bytes, bytes] = {}
-        size = 0
-        for path in paths:
-            record = await self._resealed(wrapping, path, until)
-            weight = len(path) + len(record) + CHANGE_OVERHEAD
-            if size + weight > PACKED_MAX or len(batch) >= BATCH_MAX:
-                await self._records.put(batch, until)
-                batch, size = {}, 0
-            if record:
-                batch[path] = record
-                size += weight
-        if batch:
-            await self._records.put(batch, until)
+        more = True
+        while more:
+            paths, more = await self._records.page(ROOT, self._sealed_to, until)
+            more = more and bool(paths)
+            await self._seal_page(wrapping, paths, until)
+            if self.sealed > RECORDS_MAX:
+                self._begin_anew()
+                raise unavailable("too many records")
         await self._replace(Wrapping(keys=(current,), device=wrapping.device))
         for key in wrapping.keys[:-1]:
             key.secret.wipe()
+        self._begin_anew()
         self.rotations += 1
         return current.number
+
+    async def _seal_page(self, wrapping: Wrapping, paths: list[bytes], until: Nanos) -> None:
+        """Seal some records with the new key, in as few batches as hold them."""
+        batch: dict[bytes, bytes] = {}
+        size = waiting = 0
+        before = b""
+        for path in paths:
+            record = await self._resealed(wrapping, path, until)
+            weight = len(path) + len(record) + CHANGE_OVERHEAD
+            if batch and (size + weight > PACKED_MAX or len(batch) >= BATCH_MAX):
+                await self._records.put(batch, until)
+                self._on_sealed(before, waiting)
+                batch, size, waiting = {}, 0, 0
+            if record:
+                batch[path] = record
+                size += weight
+            before = path
+            waiting += 1
+        if batch:
+            await self._records.put(batch, until)
+        self._on_sealed(before, waiting)
+
+    def _on_sealed(self, path: bytes, count: int) -> None:
+        """All records up to this one are under the new key."""
+        if count:
+            self._sealed_to = path
+            self.sealed += count
 
     async def _resealed(self, wrapping: Wrapping, path: bytes, until: Nanos) -> bytes:
         """The record under the new key; b"" if there is nothing to write.

@@ -18,6 +18,7 @@ from nexus.protocols.keystored import (
     Get,
     GetPublicKey,
     GetStore,
+    KeyState,
     KeystoredStatus,
     Put,
 )
@@ -193,7 +194,7 @@ async def device_key(climb: Climb) -> Evidence:
     expect(key.device_id, hashlib.sha256(key.public_key).hexdigest(), "the device id")
     expect(second, Refused(KeystoredStatus.KEY_EXISTS), "a second device key")
     expect(public, key, "the public key that is kept")
-    expect((store.keygens, store.has_device_key), (1, True), "keystored's own account")
+    expect((store.keygens, store.device_key), (1, KeyState.PRESENT), "keystored's own account")
     return {
         "public_key": key.public_key.hex(),
         "device_id": key.device_id,
