@@ -13,7 +13,7 @@ from nexus.services.statefsd.engine.errors import (
     StoreFull,
     Unopenable,
 )
-from nexus.services.statefsd.engine.layout import FORMAT_VERSION
+from nexus.services.statefsd.engine.layout import FORMAT_VERSION, memory_needed
 from nexus.services.statefsd.engine.limits import Quota, StoreLimits
 from nexus.services.statefsd.engine.store import Applied, Change, Store, Usage
 
@@ -32,4 +32,5 @@ __all__ = [
     "StoreLimits",
     "Unopenable",
     "Usage",
+    "memory_needed",
 ]

@@ -20,7 +20,7 @@ import msgspec
 
 from nexus.abi import BLOCK_SIZE
 from nexus.drivers import BlockDevice, DeviceFault, Fault
-from nexus.services.statefsd.engine.crc import crc32c
+from nexus.services.statefsd.engine.crc import crc32c, extend
 from nexus.services.statefsd.engine.errors import Lost
 from nexus.services.statefsd.engine.layout import (
     COUNTER_MAX,
@@ -63,8 +63,9 @@ SEGMENT_SHIFT: Final = 20
 SEGMENT_MASK: Final = SEGMENT_SIZE - 1
 OFFSET_MASK: Final = 0xFFFF_FFFF
 STEP_SIZE: Final = 64 * 1024  # bytes written in a step
+PIECE_WORDS: Final = STEP_SIZE // 8
 STEP_RECORDS: Final = 512  # records copied in a step; about a millisecond
-BAD_MAX: Final = 1 << 16  # damaged records that are told one by one; two whole segments of them
+BAD_MAX: Final = 1 << 15  # damaged records that are told one by one; a whole segment of them
 BAD_BLOCKS_MAX: Final = 64  # unreadable blocks that are taken for damage; more are a dead device
 
 _PROBES: Final = range(PROBES_MAX)
@@ -348,14 +349,6 @@ def little(words: "array[int]") -> bytes:
     return words.tobytes()
 
 
-def _words(typecode: str, data: bytes) -> "array[int]":
-    words = array(typecode)
-    words.frombytes(data)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -398,6 +391,24 @@ async def _read_around(device: BlockDevice, block: int, count: int, first: Devic
     return b"".join(pieces[start] for start in sorted(pieces))
 
 
+async def _read_words(
+    device: BlockDevice, typecode: str, block: int, count: int
+) -> tuple["array[int]", int]:
+    """An array that stands on the device, and its checksum. Read in pieces: it is large."""
+    words = array(typecode)
+    crc = crc32c(b"")
+    size = words.itemsize * count
+    for start in range(0, size, SEGMENT_SIZE):
+        piece_size = min(SEGMENT_SIZE, size - start)
+        data = await read_region(device, block + start // BLOCK_SIZE, blocks_of(piece_size))
+        data = data[:piece_size]
+        crc = extend(crc, data)
+        words.frombytes(data)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words, crc
+
+
 class Loaded(NamedTuple):
     """A checkpoint as it was found, and what was wrong with it."""
 
@@ -415,18 +426,15 @@ async def load(device: BlockDevice, found: Superblock) -> Loaded:
     sections = sections_of(found)
     meta = await _load_meta(device, found, first, sections)
     segments = await _load_segments(device, found, first, meta)
-    order_data = await read_region(device, first + sections.order, sections.table - sections.order)
-    table_data = await read_region(device, first + sections.table, sections.meta - sections.table)
-    order_data = order_data[: 4 * found.count]
-    table_data = table_data[: 8 * found.slots]
+    order, order_crc = await _read_words(device, "I", first + sections.order, found.count)
+    table, table_crc = await _read_words(device, "Q", first + sections.table, found.slots)
     suspects = [
         index
         for index, segment in enumerate(segments)
         if meta is None or crc32c(segment) != meta.segments[index][1]
     ]
-    order, table = _words("I", order_data), _words("Q", table_data)
-    has_order = crc32c(order_data) == found.order_crc and _is_inside(order, segments)
-    has_table = crc32c(table_data) == found.table_crc
+    has_order = order_crc == found.order_crc and _is_inside(order, segments)
+    has_table = table_crc == found.table_crc
     if has_order and has_table and not suspects and meta is not None:
         checkpoint = Checkpoint(segments, order, table)
         if not _is_foreign(checkpoint):
@@ -634,9 +642,9 @@ class Builder:
         self._written = 0  # bytes of the segment
         self._order = array("I")
         self._table = array("Q", bytes(8 * slots_for(count)))
-        self._tail = b""  # order and table as they are written
-        self._tail_written = 0
-        self._tail_first = 0
+        self._tail_pieces: Iterator[bytes] | None = None  # of order and table, whole blocks each
+        self._tail_written = 0  # bytes
+        self._tail_first = 0  # block
         self.order_crc = 0
         self.table_crc = 0
 
@@ -662,13 +670,15 @@ class Builder:
         if self._segment:
             await self._close_segment(device)
             return True
-        if not self._tail:
-            self._begin_tail()
-        if self._tail_written < len(self._tail):
-            piece = self._tail[self._tail_written : self._tail_written + STEP_SIZE]
-            await self._write(device, self._tail_first + self._tail_written // BLOCK_SIZE, piece)
-            self._tail_written += len(piece)
-        return self._tail_written < len(self._tail)
+        if self._tail_pieces is None:
+            self._tail_first = blocks_of(self.records_size)
+            self._tail_pieces = self._pieces_of_tail()
+        piece = next(self._tail_pieces, None)
+        if piece is None:
+            return False
+        await self._write(device, self._tail_first + self._tail_written // BLOCK_SIZE, piece)
+        self._tail_written += len(piece)
+        return True
 
     def _copy(self) -> bool:
         """Records into the segment, up to the bounds of a step; whether the segment is full."""
@@ -739,13 +749,17 @@ class Builder:
             raise Overfull
         await device.write(self._first + block, data)
 
-    def _begin_tail(self) -> None:
-        order, table = little(self._order), little(self._table)
-        self.order_crc, self.table_crc = crc32c(order), crc32c(table)
-        self._tail = b"".join(
-            data.ljust(blocks_of(len(data)) * BLOCK_SIZE, b"\0") for data in (order, table)
-        )
-        self._tail_first = blocks_of(self.records_size)
+    def _pieces_of_tail(self) -> Iterator[bytes]:
+        """Order and table as they are written, each from a new block on; takes their checksums."""
+        self.order_crc = self.table_crc = crc32c(b"")
+        for start in range(0, len(self._order), PIECE_WORDS):
+            piece = little(self._order[start : start + PIECE_WORDS])
+            self.order_crc = extend(self.order_crc, piece)
+            yield piece.ljust(blocks_of(len(piece)) * BLOCK_SIZE, b"\0")
+        for start in range(0, len(self._table), PIECE_WORDS):
+            piece = little(self._table[start : start + PIECE_WORDS])
+            self.table_crc = extend(self.table_crc, piece)
+            yield piece.ljust(blocks_of(len(piece)) * BLOCK_SIZE, b"\0")
 
     @property
     def records_size(self) -> int:
@@ -762,13 +776,13 @@ class Builder:
     @property
     def meta_room(self) -> int:
         """Bytes that one of the two copies of the meta may take."""
-        used = self._tail_first + len(self._tail) // BLOCK_SIZE
+        used = self._tail_first + self._tail_written // BLOCK_SIZE
         return min((self._room - used) // 2 * BLOCK_SIZE, META_SIZE_MAX)
 
     async def write_meta(self, device: BlockDevice, meta: bytes) -> None:
         """Both copies of the meta."""
         data = meta.ljust(blocks_of(len(meta)) * BLOCK_SIZE, b"\0")
-        start = self._tail_first + len(self._tail) // BLOCK_SIZE
+        start = self._tail_first + self._tail_written // BLOCK_SIZE
         await self._write(device, start, data)
         await self._write(device, start + len(data) // BLOCK_SIZE, data)
 

@@ -26,7 +26,7 @@ MAGIC: Final = b"NXSTATE\0"
 COPIES: Final = (0, 8)  # blocks of the two superblocks
 HEAD_BLOCKS: Final = 16  # before the ring
 STORE_BLOCKS_MIN: Final = 128  # 64 KiB: a ring of 32 blocks and two areas of 40
-STORE_BLOCKS_MAX: Final = 1 << 21  # 1 GiB; the checkpoint in force is kept in memory
+STORE_BLOCKS_MAX: Final = 1 << 19  # 256 MiB; two checkpoints are kept in memory (memory_needed)
 RING_SHARE: Final = 8  # the ring is that part of the store
 RING_BLOCKS_MIN: Final = 32
 RING_BLOCKS_MAX: Final = 8192  # 4 MiB; the longer it is, the longer an opening takes
@@ -240,6 +240,26 @@ def initial(block_count: int) -> Superblock | None:
         sequence=0,
         journal_block=0,
         journal_chain=0,
+    )
+
+
+MEMORY_FIXED: Final = 16 * 1024 * 1024  # bytes: meta, BAD_MAX damaged records, pieces of I/O
+MEMORY_RING: Final = 12  # bytes for one of the ring: the smallest change takes 48 there, 500 here
+
+
+def memory_needed(block_count: int) -> int:
+    """Bytes that a store on a device of that size takes at most, opened and compacted when full.
+
+    Python and the program come on top. Two checkpoints, with what arrays have in advance, and
+    every change that the journal holds.
+    """
+    found = initial(block_count)
+    if found is None:
+        return 0
+    return (
+        found.area_blocks * BLOCK_SIZE * 9 // 4
+        + found.ring_blocks * BLOCK_SIZE * MEMORY_RING
+        + MEMORY_FIXED
     )
 
 

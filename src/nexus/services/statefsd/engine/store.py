@@ -270,8 +270,12 @@ class Store:
         if max(epoch, found.generation, found.compactions, self.sequence) >= layout.COUNTER_LAST:
             raise Unopenable("its counters are at their end: no store gets there by itself")
         await self._begin_epoch(epoch + 1)
-        if (damaged or foreign or replay.damaged) and self.writable:
+        in_journal = foreign or replay.damaged
+        del replay
+        if in_journal and self.writable:
             await self._heal()
+        elif damaged and self.writable:
+            self._begin_build()  # the journal is sound: `maintain` and commits go on with it
 
     def _take_meta(self, loaded: Loaded) -> bool:
         """Take the meta of a checkpoint; whether its areas have to be counted."""
