@@ -52,9 +52,10 @@ class ProgramSource:
     `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
     it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes
     with is imported there and not in init. `disk_check` is the module whose `disk_fault` says what
-    its settings and the size of its first block device have against each other. A program of a system's own has an `entry`; an
-    `ordinary` one uses libraries that need asyncio, and `double` is the class that runs in the
-    simulator instead. `path` are folders to import it from, besides Python's own.
+    its settings and the size of its first block device have against each other. A program of a
+    system's own has an `entry`; an `ordinary` one uses libraries that need asyncio, and `double` is
+    the class that runs in the simulator instead. `path` are folders to import it from, besides
+    Python's own.
     """
 
     name: str
@@ -70,54 +71,41 @@ class ProgramSource:
     path: tuple[str, ...] = ()
 
 
+def _nexus_own(
+    name: str,
+    *,
+    asks_policy: bool = False,
+    drives: HardwareKind | None = None,
+    keeps_secret: bool = False,
+    disk_check: str = "",
+) -> ProgramSource:
+    """A program of Nexus whose package and protocol have its name."""
+    return ProgramSource(
+        name=name,
+        module=f"nexus.services.{name}",
+        protocols=(f"nexus.protocols.{name.rpartition('.')[2]}",),
+        asks_policy=asks_policy,
+        drives=drives,
+        keeps_secret=keeps_secret,
+        disk_check=disk_check,
+    )
+
+
 _SOURCES: Final = (
-    ProgramSource(
-        name="policyd", module="nexus.services.policyd", protocols=("nexus.protocols.policyd",)
-    ),
-    ProgramSource(
-        name="logd",
-        module="nexus.services.logd",
-        protocols=("nexus.protocols.logd",),
-        asks_policy=True,
-    ),
-    ProgramSource(
-        name="operator", module="nexus.services.operator", protocols=("nexus.protocols.operator",)
-    ),
-    ProgramSource(
-        name="timed", module="nexus.services.timed", protocols=("nexus.protocols.timed",)
-    ),
-    ProgramSource(
-        name="rngd",
-        module="nexus.services.rngd",
-        protocols=("nexus.protocols.rngd",),
-        asks_policy=True,
-        drives=HardwareKind.ENTROPY,
-    ),
-    ProgramSource(
-        name="statefsd",
-        module="nexus.services.statefsd",
-        protocols=("nexus.protocols.statefsd",),
+    _nexus_own("policyd"),
+    _nexus_own("logd", asks_policy=True),
+    _nexus_own("operator"),
+    _nexus_own("timed"),
+    _nexus_own("rngd", asks_policy=True, drives=HardwareKind.ENTROPY),
+    _nexus_own(
+        "statefsd",
         asks_policy=True,
         drives=HardwareKind.BLOCK,
         disk_check="nexus.services.statefsd.config",
     ),
-    ProgramSource(
-        name="keystored",
-        module="nexus.services.keystored",
-        protocols=("nexus.protocols.keystored",),
-        asks_policy=True,
-        keeps_secret=True,
-    ),
-    ProgramSource(
-        name="demo.testsvc",
-        module="nexus.services.demo.testsvc",
-        protocols=("nexus.protocols.testsvc",),
-    ),
-    ProgramSource(
-        name="demo.interactive",
-        module="nexus.services.demo.interactive",
-        protocols=("nexus.protocols.interactive",),
-    ),
+    _nexus_own("keystored", asks_policy=True, keeps_secret=True),
+    _nexus_own("demo.testsvc"),
+    _nexus_own("demo.interactive"),
     ProgramSource(
         name="selftest-client",
         module="nexus.services.selftest",

@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,7 @@ from nexus.abi import (
     Send,
     Spawn,
     SpawnSpec,
+    Trap,
 )
 from nexus.kernel.linux import escapes, landlock, seccomp, trespass
 from nexus.kernel.linux.devices import HWRNG
@@ -541,6 +542,7 @@ def _try_in_a_run() -> dict[str, Service]:
 
 
 EXECUTED: Final = Grants(isolation=Isolation.EXEC)
+DIGEST: Final = "0" * 64  # of programs; nobody asks for it
 SERVICES: Final = {
     "fork": Grants(),
     "exec": EXECUTED,
@@ -551,13 +553,7 @@ SERVICES: Final = {
 
 
 def _run_services() -> dict[str, Service]:
-    digest = "0" * 64  # nobody asks for it
-    hostile = Program(
-        name="hostile",
-        main=escapes.main,
-        digest=digest,
-        entry=f"{escapes.__name__}:{escapes.main.__name__}",
-    )
+    hostile = _program("hostile", escapes.main)
     events: list[Event] = []
     found: dict[str, Service] = {}
 
@@ -565,22 +561,32 @@ def _run_services() -> dict[str, Service]:
         prey = await Spawn(SpawnSpec("prey", "hostile", boot.endpoint, endpoints=1))
         for name, grants in SERVICES.items():
             argument = str(prey.pid).encode()
-            try:
-                spawned = await Spawn(
-                    SpawnSpec(name, "hostile", boot.endpoint, argument, endpoints=1, grants=grants)
-                )
-                report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
-            except AbiError as refusal:
-                found[name] = Service(_failure(events, name) or str(refusal), (), {})
-                continue
-            degraded = _degraded(events, name)
-            found[name] = Service("", degraded, report)
+            spec = SpawnSpec(name, "hostile", boot.endpoint, argument, endpoints=1, grants=grants)
+            found[name] = await _ran(spec, events)
         await Send(prey.slot, b"end")
 
     kernel = LinuxKernel({"hostile": hostile}, recorder=events.append)
     until = Nanos(kernel.now + RUN_TIME * 1_000_000)
-    _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
+    _ = kernel.run(Program(name=INIT_NAME, main=root, digest=DIGEST), b"", until=until)
     return found
+
+
+def _program(
+    name: str, main: Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
+) -> Program:
+    """A program that can be run forked and in an interpreter of its own."""
+    entry = f"{main.__module__}:{main.__qualname__}"
+    return Program(name=name, main=main, digest=DIGEST, entry=entry)
+
+
+async def _ran(spec: SpawnSpec, events: list[Event]) -> Service:
+    """Start a service and take its report; `events` are those of the run."""
+    try:
+        spawned = await Spawn(spec)
+        report = await escapes.collect(spec.control, spawned.link, spawned.service)
+    except AbiError as refusal:
+        return Service(_failure(events, spec.name) or str(refusal), (), {})
+    return Service("", _degraded(events, spec.name), report)
 
 
 SECRETS: Final = {
@@ -604,13 +610,7 @@ def _try_secrets() -> dict[str, Service]:
 
 
 def _run_secrets(place: Path) -> dict[str, Service]:
-    digest = "0" * 64  # nobody asks for it
-    keeper = Program(
-        name="keeper",
-        main=trespass.main,
-        digest=digest,
-        entry=f"{trespass.__name__}:{trespass.main.__name__}",
-    )
+    keeper = _program("keeper", trespass.main)
     events: list[Event] = []
     found: dict[str, Service] = {}
     neighbour = place / "neighbour"
@@ -628,18 +628,12 @@ def _run_secrets(place: Path) -> dict[str, Service]:
             grants = EXECUTED._replace(secret=backend) if backend else Grants()
             argument = json.dumps(prey).encode()
             spec = SpawnSpec(name, "keeper", boot.endpoint, argument, endpoints=1, grants=grants)
-            try:
-                spawned = await Spawn(spec)
-                report = await escapes.collect(boot.endpoint, spawned.link, spawned.service)
-            except AbiError as refusal:
-                found[name] = Service(_failure(events, name) or str(refusal), (), {})
-                continue
-            found[name] = Service("", _degraded(events, name), report)
+            found[name] = await _ran(spec, events)
 
     kernel = LinuxKernel({"keeper": keeper}, recorder=events.append, state_dir=place)
     until = Nanos(kernel.now + RUN_TIME * 1_000_000)
     try:
-        _ = kernel.run(Program(name=INIT_NAME, main=root, digest=digest), b"", until=until)
+        _ = kernel.run(Program(name=INIT_NAME, main=root, digest=DIGEST), b"", until=until)
     finally:
         with suppress(OSError):  # this kernel has no keyrings
             _ = forget_keys(place)
