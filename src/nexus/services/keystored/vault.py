@@ -258,14 +258,14 @@ class Vault:
         and since the rotation began with the new key.
         """
         current = wrapping.current
-        for _ in range(RECORDS_MAX + 1):
+        more = True
+        while more and self.sealed <= RECORDS_MAX:
             paths, more = await self._records.page(ROOT, self._sealed_to, until)
             await self._seal_page(wrapping, paths, until)
-            if self.sealed > RECORDS_MAX:
-                self._begin_anew()
-                raise unavailable("too many records")
-            if not more or not paths:
-                break
+            more = more and bool(paths)
+        if self.sealed > RECORDS_MAX:
+            self._begin_anew()
+            raise unavailable("too many records")
         await self._replace(Wrapping(keys=(current,), device=wrapping.device))
         for key in wrapping.keys[:-1]:
             key.secret.wipe()
