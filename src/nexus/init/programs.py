@@ -105,7 +105,11 @@ _SOURCES: Final = (
     ),
     _nexus_own("keystored", asks_policy=True, keeps_secret=True),
     _nexus_own("demo.testsvc"),
-    _nexus_own("demo.interactive"),
+    ProgramSource(
+        name="demo.interactive",
+        module="nexus.services.demo.interactive",
+        protocols=("nexus.protocols.interactive",),
+    ),
     ProgramSource(
         name="selftest-client",
         module="nexus.services.selftest",
