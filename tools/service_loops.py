@@ -34,7 +34,7 @@ EXCEPTIONS: Final = {
     ("selftest/state_rungs.py", "_all_keys"): "reads page after page: each call asks for others",
     ("demo/testsvc.py", "_drop_answers"): "empties an inbox: each turn takes another message",
     ("keystored/vault.py", "_listed"): "reads page after page: each call asks for other keys",
-    ("keystored/vault.py", "_finish"): "reads page after page: each goes on behind the last record sealed",
+    ("keystored/vault.py", "_finish"): "reads page after page: each goes on behind the last",
     ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
     ("selftest/climb.py", "links"): "reads page after page: each call asks for other rows",
     ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",
