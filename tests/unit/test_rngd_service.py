@@ -330,7 +330,7 @@ def test_the_ready_line_names_the_source() -> None:
 
 
 def test_the_first_draw_that_policyd_decided_is_told_once() -> None:
-    system = System()
+    system = System(told=INIT_NAME)
     _ = system.ask(GetEntropy(16), name="nobody")
     _ = system.ask(GetEntropy(16), GetEntropy(16))
     _ = system.draw(16, name="other")
@@ -343,7 +343,7 @@ def test_the_first_draw_that_policyd_decided_is_told_once() -> None:
 
 
 def test_a_kept_decision_is_not_told_as_policyd_s() -> None:
-    system = System()
+    system = System(told=INIT_NAME)
     require = system.gate.require
 
     async def kept(call: Any, right: str, target: str = "") -> None:
@@ -365,6 +365,13 @@ def test_the_settings_name_whose_first_draw_is_told() -> None:
     assert [each["subject"] for each in system.console("rngd: policy allow")] == [f"0x{OTHER:016x}"]
 
 
+def test_nobody_s_draw_is_told_without_the_setting() -> None:
+    system = System()
+    _ = system.draw(16)
+
+    assert system.console("rngd: policy allow") == []
+
+
 def test_a_source_without_a_window_says_nothing_of_one() -> None:
     system = System()
     _ = system.draw(256)
@@ -373,7 +380,7 @@ def test_a_source_without_a_window_says_nothing_of_one() -> None:
 
 
 def test_no_line_holds_a_drawn_byte() -> None:
-    system = System()
+    system = System(told=INIT_NAME)
     drawn = system.draw(256)
     assert isinstance(drawn, bytes)
 

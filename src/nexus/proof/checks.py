@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+import msgspec
+
 from nexus.abi import (
     ENDPOINTS_PER_OWNER_MAX,
     HEAP_SIZE,
@@ -26,6 +28,7 @@ from nexus.init.plan import PlannedLink, PlannedService
 from nexus.proof.trace import Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
 from nexus.protocols.ladder import KERNEL, SELFTEST, Ground, rung
+from nexus.services.logd.config import Settings as LogdSettings
 
 SENTINEL_CYCLES: Final = 64  # spawn and exit cycles of #2
 QUEUE_CAPACITY: Final = 64  # entries of a class queue (core.md 1.1)
@@ -327,11 +330,11 @@ def policyd_ready(case: Case, trace: Trace, line: Line) -> None:
 
 
 def logd_ready(case: Case, trace: Trace, line: Line) -> None:
-    """#30: its journal is as large as the system file says."""
+    """#30: its journal is as large as the system file says, or else as logd's settings do."""
     facts = healthy(case, trace, line)
-    settings = dict(case.plan.by_name[line.printer].settings)
-    for name, fact in (("records", "capacity_records"), ("size", "capacity_size")):
-        demand_equal(facts[fact], settings[name], fact)
+    settings = msgspec.convert(dict(case.plan.by_name[line.printer].settings), LogdSettings)
+    demand_equal(facts["capacity_records"], settings.records, "capacity_records")
+    demand_equal(facts["capacity_size"], settings.size_bytes, "capacity_size")
 
 
 def timed_ready(case: Case, trace: Trace, line: Line) -> None:

@@ -67,7 +67,7 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
             limit=Nanos(job.limit),
             trace=job.trace,
             selftest=job.boot == 0,
-            places=Places(state=kept.state) if ground is Ground.LINUX else kept.places(plan),
+            places=kept.on_linux() if ground is Ground.LINUX else kept.places(plan),
             on_machine=on_machine,
         )
     except (RunOver, Hang) as over:
@@ -99,8 +99,14 @@ class Kept:
     def __init__(self, state: Path) -> None:
         self.state = state
 
+    def on_linux(self) -> Places:
+        """The directory itself, and a place for sockets in it."""
+        runtime = self.state / RUNTIME
+        runtime.mkdir(mode=0o700, exist_ok=True)
+        return Places(state=self.state, runtime=runtime)
+
     def places(self, plan: Plan) -> Places:
-        """What earlier boots left."""
+        """What earlier boots left, in the simulator."""
         memory = self.state / BOOT_MEMORY
         return Places(
             boot_memory=memory.read_bytes() if memory.exists() else b"",
@@ -138,6 +144,7 @@ def _torn(disk: Disk) -> Choice:
     return (Piece(len(disk.pending) - 1, 0, min(CUT_SIZE, len(disk.pending[-1].data))),)
 
 
+RUNTIME: Final = "run"  # a directory
 BOOT_MEMORY: Final = "boot-memory"
 
 

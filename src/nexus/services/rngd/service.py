@@ -57,7 +57,7 @@ class Gate(Protocol):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The values of the entry in the system file.
 
-    `told` is the service whose first draw is told on the console; empty for anybody's.
+    `told` is the service whose first draw is told on the console; empty for nobody's.
     """
 
     told: str = ""
@@ -202,7 +202,7 @@ class Rngd:
 
     async def _tell_allow(self, call: Call) -> None:
         """Say once that policyd, and not we, allowed a draw."""
-        if self._allow_told or self._told_of not in (None, call.sender.service):
+        if self._allow_told or self._told_of != call.sender.service:
             return
         evidence = {
             "subject": f"0x{call.sender.service:016x}",
