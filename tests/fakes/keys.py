@@ -177,12 +177,14 @@ class FakeStatefsd:
 
 
 class FakeRngd:
-    """Gives what `numbers` give; `down` refuses, `silent` says nothing."""
+    """Gives what `numbers` give; `down` refuses, `silent` says nothing. `excess` is how many bytes
+    more, or fewer, it gives than it was asked for."""
 
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
         self.down = False
         self.silent = False
+        self.excess = 0
         self.sizes: list[int] = []
 
     def handle(self, call: Call, request: GetEntropy) -> Entropy | Deferred:
@@ -191,7 +193,7 @@ class FakeRngd:
         if self.down:
             raise call.refuse(RngdStatus.UNAVAILABLE)
         self.sizes.append(request.size)
-        return Entropy(self.numbers.draw(request.size))
+        return Entropy(self.numbers.draw(request.size + self.excess))
 
 
 class KeySystem:

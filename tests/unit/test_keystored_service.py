@@ -48,7 +48,7 @@ from nexus.protocols.policyd import Verdict as Ruling
 from nexus.protocols.statefsd import Durability, StatefsdStatus
 from nexus.runtime import Call, Deferred, Server
 from nexus.services.keystored.ed25519 import device_id_of, public_of, verify
-from nexus.services.keystored.sealing import number_of
+from nexus.services.keystored.sealing import BOUND_SIZE, NONCE_PREFIX_SIZE, number_of
 from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.service import SETTLE_PAUSE
 from nexus.services.keystored.vault import DEVICE_PATH
@@ -177,6 +177,37 @@ def test_a_caller_has_so_many_entries_and_takes_none_from_another() -> None:
     assert system.ask(Put(b"0", b"replaced"), Get(b"0")) == [Done(), Value(b"replaced")]
     assert system.ask(Put(b"0", b""), name="other") == [Done()]
     assert system.ask(Delete(b"1"), Put(b"new", b"")) == [Done(), Done()]
+
+
+def test_every_instance_seals_with_a_prefix_that_rngd_drew_for_it() -> None:
+    system = KeySystem()
+    assert system.ask(Put(b"1", b"v")) == [Done()]
+    ((_, first),) = system.records.items()
+    drawn = len(system.numbers.given)
+    system.restart()
+    assert system.ask(Put(b"2", b"v")) == [Done()]
+    (second,) = {*system.records.values()} - {first}
+
+    prefixes = [each[BOUND_SIZE : BOUND_SIZE + NONCE_PREFIX_SIZE] for each in (first, second)]
+
+    assert prefixes[0] in system.numbers.given[:drawn]
+    assert prefixes[1] in system.numbers.given[drawn:]
+    assert prefixes[0] != prefixes[1]
+
+
+@pytest.mark.parametrize("excess", [-1, 1])
+def test_nothing_is_made_of_more_or_less_entropy_than_was_asked_for(excess: int) -> None:
+    system = KeySystem()
+    assert system.ask(Put(b"n", b"v")) == [Done()]
+    secret, records, asked = system.secret, {**system.records}, len(system.rngd.sizes)
+    system.rngd.excess = excess
+
+    assert system.ask(GenerateKey(), RotateWrapping()) == [UNAVAILABLE] * 2
+
+    assert len(system.rngd.sizes) == asked + 2
+    assert (system.secret, system.records) == (secret, records)
+    system.rngd.excess = 0
+    assert isinstance(system.ask(GenerateKey())[0], DeviceKey)
 
 
 # ------------------------------------------------------------------ the device key

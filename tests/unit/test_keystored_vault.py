@@ -9,14 +9,17 @@ import pytest
 from nexus.abi import NEVER, Nanos
 from nexus.ipc import Refused
 from nexus.protocols.keystored import KeystoredStatus
+from nexus.protocols.rngd import Entropy, GetEntropy
 from nexus.protocols.statefsd import StatefsdStatus
+from nexus.services.keystored import sealing
 from nexus.services.keystored.ed25519 import public_of
 from nexus.services.keystored.faults import Unusable, unavailable
-from nexus.services.keystored.places import Asked, StateRecords
-from nexus.services.keystored.sealing import number_of, unpack
+from nexus.services.keystored.places import Asked, RngdRandom, StateRecords
+from nexus.services.keystored.sealing import BOUND_SIZE, HEAD, NONCE_PREFIX_SIZE, number_of, unpack
 from nexus.services.keystored.vault import DEVICE_PATH, RECORDS_MAX, ROOT, Vault
 from nexus.wire import Request
 from tests.fakes.keys import Cut, CutHere, Medium
+from tests.fakes.source import good
 
 ResultT = TypeVar("ResultT")
 Step = Callable[[Vault], Awaitable[Any]]
@@ -460,6 +463,66 @@ def test_the_old_wrapping_key_is_wiped_when_nothing_needs_it_any_more() -> None:
     run(vault.rotate(NEVER))
 
     assert bytes(old.current.secret.data) == bytes(32)
+
+
+# ------------------------------------------------------------------ entropy
+
+
+def prefix_of(record: bytes) -> bytes:
+    """What its nonce begins with."""
+    return record[BOUND_SIZE : BOUND_SIZE + NONCE_PREFIX_SIZE]
+
+
+def test_two_instances_under_one_key_seal_with_prefixes_that_were_drawn_for_each() -> None:
+    medium = Medium()
+    found = []
+
+    for each in range(2):
+        vault = medium.vault()
+        before = len(medium.numbers.given)
+        paths = [ROOT + b"1/%d%d" % (each, number) for number in range(3)]
+        for path in paths:
+            run(vault.put(path, b"value", NEVER))
+        (prefix,) = {prefix_of(medium.records[path]) for path in paths}
+        assert prefix in medium.numbers.given[before:], "drawn, and for this instance"
+        found.append(prefix)
+
+    assert len({number_of(record) for record in medium.records.values()}) == 1, "one key"
+    assert found[0] != found[1]
+    nonces = {record[BOUND_SIZE : HEAD.size] for record in medium.records.values()}
+    assert len(nonces) == len(medium.records) == 6
+
+
+def test_a_prefix_whose_numbers_are_spent_gives_way_to_one_that_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sealing, "NONCES_MAX", 2)
+    medium = Medium()
+    vault = medium.vault()
+
+    for each in range(6):
+        run(vault.put(ROOT + b"1/%d" % each, b"value", NEVER))
+
+    prefixes = [prefix_of(record) for _, record in sorted(medium.records.items())]
+    assert prefixes[::2] == prefixes[1::2] == medium.numbers.given[1:], "the first is the key"
+    assert len(set(prefixes)) == 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 33, 64])
+def test_a_delivery_of_another_length_than_asked_for_is_none(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answered(self: Asked, request: Request[object], until: Nanos) -> object:
+        assert request == GetEntropy(32)
+        return Entropy(good(1, size))
+
+    monkeypatch.setattr(Asked, "ask", answered)
+    random = RngdRandom.__new__(RngdRandom)
+    random._rngd = Asked.__new__(Asked)
+
+    assert refusal(random.draw(32, NEVER)) is KeystoredStatus.UNAVAILABLE
+    size = 32
+    assert run(random.draw(32, NEVER)) == good(1, 32)
 
 
 # ------------------------------------------------------------------ room
