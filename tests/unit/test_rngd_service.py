@@ -3,12 +3,13 @@
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from nexus.abi import INIT_NAME, Nanos, Now, SleepUntil, Slot, service_id
-from nexus.drivers import DRAW_MAX, EntropyDevice, Fault, VirtioEntropy
+from nexus.drivers import DRAW_MAX, DeviceFault, EntropyDevice, Fault, VirtioEntropy
 from nexus.drivers import DRAW_SIZE_MAX as DEVICE_DRAW_SIZE_MAX
 from nexus.drivers.entropy import SHORT_MAX
 from nexus.ipc import Exchange, Refused
@@ -25,7 +26,8 @@ from nexus.protocols.rngd import (
 from nexus.protocols.rngd import Source as Told
 from nexus.runtime import ServiceConfig
 from nexus.runtime.program import Context, SettingsFault
-from nexus.services.rngd.health import MATCH_SIZE, START_SIZE
+from nexus.services.rngd import source as source_module
+from nexus.services.rngd.health import MATCH_SIZE, START_SIZE, Failure, Health
 from nexus.services.rngd.service import QUOTA_SIZE_MAX, QUOTA_WINDOW, Rngd, Settings, made
 from nexus.services.rngd.source import LATE_MAX, START_PAUSE, STARTS_MAX, Source, State
 from nexus.wire import ReplyStatus, Request
@@ -420,6 +422,127 @@ def test_the_buffers_of_a_draw_are_wiped() -> None:
 
     assert len(kept) == START_DRAWS + 1
     assert not any(any(each) for each in kept)
+
+
+class Buffers:
+    """Every buffer of rngd's own that drawn bytes stood in. Each is kept, and so are the bytes that
+    stood in it when it was met."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.met: dict[str, list[tuple[bytearray, bytes]]] = {}
+        self.cut_off: list[bytes] = []  # what a buffer still held where it was made shorter
+        noted, cut_off = self.noted, self.cut_off
+        filled, draw, failure_of = Source._filled, Source.draw, Health.failure_of
+
+        class Shortened(bytearray):
+            def __delitem__(self, place: Any) -> None:
+                cut_off.append(bytes(self[place]))
+                super().__delitem__(place)
+
+        async def noted_filled(source: Source, drawn: bytearray, span: Nanos) -> bool:
+            done = await filled(source, drawn, span)
+            noted("samples" if len(drawn) == START_SIZE else "drawn", drawn)
+            return done
+
+        async def noted_draw(source: Source, size: int) -> bytearray | None:
+            drawn = await draw(source, size)
+            if drawn is not None:
+                noted("reply", drawn)
+            return drawn
+
+        def noted_failure(health: Health, delivery: bytearray) -> Failure | None:
+            noted("delivery", delivery)
+            return failure_of(health, delivery)
+
+        monkeypatch.setattr(source_module, "bytearray", Shortened, raising=False)
+        monkeypatch.setattr(Source, "_filled", noted_filled)
+        monkeypatch.setattr(Source, "draw", noted_draw)
+        monkeypatch.setattr(Health, "failure_of", noted_failure)
+
+    def noted(self, name: str, buffer: bytearray) -> None:
+        assert any(buffer), f"nothing stood in {name}"
+        self.met.setdefault(name, []).append((buffer, bytes(buffer)))
+
+    def count(self) -> dict[str, int]:
+        return {name: len(met) for name, met in self.met.items()}
+
+    def given(self) -> list[bytes]:
+        """What stood in the buffers that replies were made of."""
+        return [stood for _, stood in self.met.get("reply", [])]
+
+    def unwiped(self) -> set[str]:
+        """Where something is left."""
+        left = {name for name, met in self.met.items() if any(any(each) for each, _ in met)}
+        return left | {"cut off" for each in self.cut_off if any(each)}
+
+
+def test_every_buffer_of_rngd_s_own_is_wiped_when_a_draw_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffers = Buffers(monkeypatch)
+    system = System()
+    assert buffers.count() == {"samples": 1, "delivery": START_DRAWS}
+    assert buffers.unwiped() == set()
+
+    given = [system.given(16), system.given(256)]
+
+    assert buffers.count() == {"samples": 1, "delivery": START_DRAWS + 2, "drawn": 2, "reply": 2}
+    assert buffers.given() == given
+    assert [len(each) for each in buffers.cut_off] == [MATCH_SIZE - 16, 0]
+    assert buffers.unwiped() == set()
+
+
+def broken_off(data: bytes) -> bytes:
+    """Some bytes, and then a fault."""
+    if len(data) < 200:
+        raise DeviceFault(Fault.IO)
+    return data[:100]
+
+
+@pytest.mark.parametrize("lie", [LIES["few values"], broken_off], ids=["unhealthy", "broken off"])
+def test_what_was_drawn_and_is_given_to_nobody_is_wiped(
+    lie: Lie, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers = Buffers(monkeypatch)
+    system = System()
+    system.device.lie = lie
+
+    outcomes = {system.draw(256) for _ in range(3)} - {*buffers.given()}
+
+    assert outcomes == {RngdStatus.UNAVAILABLE}
+    assert system.source.state is State.UNTESTED
+    system.pause(2 * START_PAUSE)
+    assert system.source.failed == 1
+    assert buffers.count()["samples"] == 2, "those of a start-up test that failed"
+    assert buffers.unwiped() == set()
+
+
+def test_the_pauses_between_start_up_tests_that_fail_double_and_begin_anew() -> None:
+    system = System()
+    kernel = system.pair.kernel
+    times: list[int] = []
+
+    def zeros(data: bytes) -> bytes:
+        if not times or times[-1] != kernel.now:
+            times.append(kernel.now)
+        return bytes(len(data))
+
+    def gaps(count: int) -> list[int]:
+        """Between the draw that failed and `count` start-up tests, in pauses."""
+        times.clear()
+        system.device.lie = zeros
+        assert system.draw(16) is RngdStatus.UNAVAILABLE
+        system.pause((START_PAUSE << count) - START_PAUSE // 2)
+        system.device.lie = None
+        return [(after - before) // START_PAUSE for before, after in pairwise(times)]
+
+    assert gaps(4) == [1, 2, 4, 8]
+    system.pause(START_PAUSE << 4)
+    assert system.facts()["fit"] == 1
+    assert gaps(2) == [1, 2], "a test that passed is the end of it"
+    system.pause(START_PAUSE << 2)
+    assert gaps(STARTS_MAX) == [1 << each for each in range(STARTS_MAX)]
+    assert system.source.state is State.GIVEN_UP
 
 
 @pytest.mark.parametrize("hardware", [(), (Slot(3), Slot(4))])
