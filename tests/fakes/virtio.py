@@ -46,7 +46,7 @@ class Lies:
     magic: int = virtio.MAGIC
     version: int = virtio.VERSION
     device_id: int | None = None
-    drops_features_ok: bool = False
+    drops_features_ok: bool = False  # and takes DRIVER_OK all the same
     never_resets: bool = False
     queue_in_use: bool = False
     does_not_start: bool = False
@@ -166,7 +166,8 @@ class FakeVirtio:
             self.pending.clear()
             self.seen = self.used = 0
             self.resetting_until = self.now + self.reset_delay
-        if value & virtio.FEATURES_OK and self.lies.drops_features_ok:
+        agreeing = value & (virtio.FEATURES_OK | virtio.DRIVER_OK) == virtio.FEATURES_OK
+        if agreeing and self.lies.drops_features_ok:
             self.registers[virtio.STATUS] = value & ~virtio.FEATURES_OK
         if value & virtio.DRIVER_OK and self.lies.does_not_start:
             self.registers[virtio.STATUS] = value | virtio.NEEDS_RESET

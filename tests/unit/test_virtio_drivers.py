@@ -34,7 +34,7 @@ from nexus.drivers.virtio import (
     Identity,
 )
 from nexus.drivers.virtio_block import DATA_PAGES_MAX, FLUSH_FEATURE, READ_ONLY_FEATURE
-from tests.fakes.virtio import SLOT, START, FakeDisk, FakeEntropy, FakeVirtio, Lies, drive
+from tests.fakes.virtio import SLOT, START, FakeDisk, FakeEntropy, FakeVirtio, Lies, Request, drive
 
 UP = [0, ACKNOWLEDGE, ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER | FEATURES_OK]
 LATER = Nanos(START + REQUEST_MAX)
@@ -106,6 +106,15 @@ def test_a_device_that_does_not_negotiate_is_marked_failed(options: dict[str, An
     assert device.requests == []
 
 
+def test_a_device_that_does_not_agree_is_given_up_before_it_could_be_started() -> None:
+    device = FakeEntropy(lies=Lies(drops_features_ok=True))
+
+    assert fault_of(lambda: entropy(device)) is Fault.REFUSED
+
+    assert device.statuses == [*UP, ACKNOWLEDGE | DRIVER | FAILED]
+    assert QUEUE_READY not in {offset for offset, _ in device.written}, "it has no queue"
+
+
 def test_a_reset_that_takes_its_time_is_waited_for() -> None:
     device = FakeEntropy(reset_delay=10_000_000)
 
@@ -144,6 +153,42 @@ def test_no_drawn_byte_stays_in_the_memory_of_the_device() -> None:
     drawn = drive(driver.draw(64, LATER), device)
 
     assert drawn == bytes(range(64))
+    assert device.memory[PAGE_SIZE:] == bytes(len(device.memory) - PAGE_SIZE)
+
+
+def test_what_a_device_left_behind_its_reset_is_no_part_of_a_delivery() -> None:
+    class Untidy(FakeEntropy):
+        """Writes once more when it was reset, and says it wrote more than it does."""
+
+        def _on_status(self, value: int) -> None:
+            super()._on_status(value)
+            if value == RUNNING:
+                self.memory[PAGE_SIZE : 2 * PAGE_SIZE] = PAGE_SIZE * b"\xa5"
+
+        def act(self, request: Request) -> int:
+            self.scatter(request, bytes(range(1, 5)))
+            return request.room
+
+    device = Untidy()
+    driver = entropy(device)
+    first = drive(driver.draw(32, LATER), device)
+    device.lies = Lies(never_completes=True)
+    assert fault_of(lambda: drive(driver.draw(32, LATER), device)) is Fault.TIMED_OUT
+    device.lies = Lies()
+    second = drive(driver.draw(32, Nanos(device.now + DRAW_MAX)), device)
+
+    assert driver.resets == 1
+    assert first == second == bytes(range(1, 5)) + bytes(28)
+
+
+@pytest.mark.parametrize("lies", [Lies(length=lambda size: size + 1), Lies(id_offset=1)])
+def test_a_delivery_that_is_not_believed_is_wiped_as_well(lies: Lies) -> None:
+    device = FakeEntropy()
+    driver = entropy(device)
+    device.lies = lies
+
+    assert fault_of(lambda: drive(driver.draw(64, LATER), device)) is Fault.IO
+    assert device.drawn == 64
     assert device.memory[PAGE_SIZE:] == bytes(len(device.memory) - PAGE_SIZE)
 
 
