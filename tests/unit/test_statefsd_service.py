@@ -22,7 +22,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.ipc import Answer, Exchange, Refused
-from nexus.kernel.sim.disk import Disk, DiskFaults, Failure, Operation
+from nexus.kernel.sim.disk import NOTHING, Disk, DiskFaults, Failure, Operation
 from nexus.protocols.init import PROOF_CONTROL
 from nexus.protocols.meta import GetStatus, Health, Healthy, MetaStatus, ServiceStatus, Stop
 from nexus.protocols.statefsd import (
@@ -589,6 +589,24 @@ def test_nobody_sees_a_change_before_it_is_written() -> None:
     assert system.service.facts()["groups_total"] >= 2
 
 
+@pytest.mark.parametrize(
+    ("changed", "question"), [(K, Get(K)), (b"/state/t/b", ls(b"/state/t/"))], ids=["read", "list"]
+)
+def test_nobody_sees_a_change_that_the_device_refuses(
+    changed: bytes, question: Request[Any]
+) -> None:
+    system = System()
+    _, old = system.ask(put(K, b"kept"), question)  # what is decided is not asked again, which
+    asked = len(system.gate.asked)  # would write the group before it is looked at
+    nth = system.disk.done[Operation.WRITE] + 1
+    system.disk.faults = failing(Operation.WRITE, nth)
+
+    outcomes = system.together(put(changed, b"new", A), question)
+
+    assert outcomes == [Refused(StatefsdStatus.IO_ERROR), old]
+    assert len(system.gate.asked) == asked
+
+
 def test_a_change_does_not_wait_for_a_question_about_somebody_else() -> None:
     system = System(rights={ME: [WRITE_RIGHT]})
     groups: list[int] = []
@@ -728,6 +746,20 @@ def test_an_orderly_end_makes_everything_accepted_durable() -> None:
 
     cut = System(Disk(BLOCKS, system.disk.durable_image()))
     assert cut.one(Get(K)).value == b"1"
+
+
+def test_the_end_writes_what_is_staged_and_answers_who_waits() -> None:
+    system = System()
+    keys = [b"/state/t/%d" % number for number in range(3)]
+    _ = system.one(put(K))
+    writes = system.device.writes
+
+    *stored, _ = system.together(*[put(key, key, A) for key in keys], Stop())
+
+    assert stored == [Stored(number, durable=True, repeated=False) for number in (2, 3, 4)]
+    assert system.device.writes > writes
+    cut = System(system.disk.survivors(NOTHING))
+    assert [each.value for each in cut.ask(*[Get(key) for key in keys])] == keys
 
 
 # ------------------------------------------------------------------ a device in trouble

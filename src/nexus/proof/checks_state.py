@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from nexus.abi import HardwareKind
+from nexus.abi import HardwareKind, service_id
 from nexus.init.grants import MMIO_RIGHTS
 from nexus.proof.checks import healthy
 from nexus.proof.checks_devices import granted
@@ -18,6 +18,7 @@ from nexus.services.selftest.state_rungs import (
     BULK_KEY,
     CUT_LINE,
     FIRST_KEYS,
+    FOREIGN_KEY,
     KEPT_KEY,
     KEYSTORE_AREA,
     PUT_KEY,
@@ -103,7 +104,9 @@ def statefs_put(_case: Case, trace: Trace, line: Line) -> None:
 
 
 def unauthorized(case: Case, trace: Trace, line: Line) -> None:
-    """#101: there is something that was not listed."""
+    """#101: statefsd's record names path and client, and there is something that was not listed."""
+    client = f"0x{service_id(SELFTEST):016x}"
+    demand_equal(line.evidence["denial"], [FOREIGN_KEY.decode(), client], "path and client denied")
     hidden = [key for key in left_of(trace).records if key.startswith(KEYSTORE_AREA.encode())]
     if "keystored" in case.plan.by_name:
         demand(hidden, "the key store's area is empty: nothing could be listed")

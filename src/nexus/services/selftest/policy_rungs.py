@@ -181,18 +181,22 @@ async def _audit_by_number(climb: Climb, decision: Decision) -> Record:
 
 
 async def audits_of(climb: Climb, key: str, value: str, *, subject: str) -> list[Record]:
-    """The audit records with that field about `subject`, at least one; they come after the
-    answer."""
+    """The audit records with that field about `subject`, at least one."""
+    return await records_about(climb, key, value, ("subject", subject))
+
+
+async def records_about(climb: Climb, key: str, value: str, about: tuple[str, str]) -> list[Record]:
+    """The records with both fields, at least one; they may come after the answer."""
     budget = RetryBudget(
         attempts_max=AUDIT_POLLS_MAX, backoff=AUDIT_PAUSE, deadline=await climb.ahead(CALL_WAIT)
     )
 
     async def look() -> list[Record]:
         found = await find(climb, key, value)
-        return [record for record in found if fields_of(record).get("subject") == subject]
+        return [record for record in found if about in fields_of(record).items()]
 
     found = await retry_until(look, lambda seen: not seen, budget, RetryTokens())
-    require(bool(found), f"no audit record with {key}={value} about {subject}")
+    require(bool(found), f"no record with {key}={value} about {about[1]}")
     return found
 
 

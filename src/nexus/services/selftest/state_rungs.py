@@ -43,7 +43,7 @@ from nexus.protocols.statefsd import (
 )
 from nexus.protocols.testsvc import UseState
 from nexus.services.selftest.climb import CALL_WAIT, Climb
-from nexus.services.selftest.policy_rungs import audits_of, fields_of, find
+from nexus.services.selftest.policy_rungs import audits_of, fields_of, find, records_about
 from nexus.services.selftest.rung import (
     Evidence,
     RungAbsent,
@@ -139,6 +139,8 @@ async def unauthorized_access(climb: Climb) -> Evidence:
 
     denied = await statefsd.call(Get(FOREIGN_KEY), await climb.ahead(CALL_WAIT))
     audit = await audits_of(climb, "target", KEYSTORE_AREA, subject=climb.boot.name)
+    client = f"0x{service_id(climb.boot.name):016x}"
+    denials = await records_about(climb, "path", FOREIGN_KEY.decode(), ("client", client))
     listed = await _all_keys(climb, statefsd)
     store = await climb.call(statefsd, GetStore())
 
@@ -154,9 +156,18 @@ async def unauthorized_access(climb: Climb) -> Evidence:
     }
     expect({name: fields.get(name) for name in wanted}, wanted, "the audit record")
     expect(audit[0].service, service_id("policyd"), "sender of the audit record")
+    told = fields_of(denials[0])
+    expect(denials[0].text, "access denied", "statefsd's record")
+    expect(denials[0].service, service_id("statefsd"), "sender of statefsd's record")
+    expect(told.get("right"), "statefs.keystore", "right in statefsd's record")
     seen = [key for key in listed if key.startswith(KEYSTORE_AREA.encode())]
     expect(seen, [], "key-store paths in a list of /state/")
-    return {"record": audit[0].record, "listed": len(listed), "keys": store.keys}
+    return {
+        "record": audit[0].record,
+        "denial": [told.get("path"), told.get("client")],
+        "listed": len(listed),
+        "keys": store.keys,
+    }
 
 
 async def _all_keys(climb: Climb, statefsd: "Client") -> list[bytes]:
