@@ -40,11 +40,13 @@ from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.journal import (
     NO_BLOCK,
     Place,
+    Reader,
     encode_commit,
     encode_entry,
 )
 from nexus.services.statefsd.engine.limits import area_of
 from nexus.services.statefsd.engine.record import Kind, encode_record
+from nexus.services.statefsd.engine.store import BLANK_SIZE
 
 BLOCKS = 256
 WIDE = Quota(size=1 << 30, keys=1 << 20)
@@ -498,6 +500,18 @@ def test_content_behind_a_blank_beginning_is_not_formatted_over(offset: int) -> 
         _ = opened(disk)
 
 
+def test_one_byte_in_the_last_block_of_a_large_disk_is_not_formatted_over() -> None:
+    count = 3 * BLANK_SIZE // BLOCK_SIZE  # the looks at its two ends do not meet
+    disk = Disk(count)
+    disk.rot(count * BLOCK_SIZE - 1)
+    before = disk.image()
+
+    with pytest.raises(Unopenable, match="something else"):
+        _ = opened(disk)
+
+    assert disk.image() == before
+
+
 def test_a_newer_format_is_refused_with_its_version() -> None:
     disk = Disk(BLOCKS)
     _ = opened(disk)
@@ -611,6 +625,23 @@ FOREIGN = [
     b"/state/../x",
     b"/state/" + b"a" * 49 + b"/x",
 ]
+
+
+def test_a_stale_commit_is_not_taken_for_one_of_its_number_that_is_damaged() -> None:
+    """The commits of epoch 2 are gone from the ring, and with them what says that epoch 1's with
+    the same numbers are none of the journal: only the chain tells this one, where a checkpoint
+    made the journal begin."""
+    record = encode_record(11, 1, Kind.PUT, key(1), b"stale")
+    entry = encode_entry(len(record), crc32c(key(1)))
+
+    def read(chain: int) -> list[tuple[int, bytes, bool]]:
+        data, _, _ = encode_commit(0, Place(NO_BLOCK, 0, 77), 1, 11, 11, 10, [record], [entry])
+        ring = data.ljust(16 * BLOCK_SIZE, b"\0")
+        replay = Reader(ring, 0, block=0, chain=chain, sequence=10, epoch=3, epoch_first=12).read()
+        return [(each.sequence, each.value, each.lost is not None) for each in replay.records]
+
+    assert read(77) == [(11, b"stale", False)], "the chain is all that is wrong with it"
+    assert read(78) == [(11, b"", True)]
 
 
 @pytest.mark.parametrize("name", FOREIGN)

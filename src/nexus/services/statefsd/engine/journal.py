@@ -240,6 +240,7 @@ class Reader:
         headers = headers_of(ring)
         self._replay.epoch_max = max((each.epoch for each in headers), default=0)
         current = without_stale(headers, epoch, epoch_first)
+        self._whole_at = {each.block for each in headers}
         self._by_block = {each.block: each for each in current}
         self._later = sorted(current, key=lambda each: (each.first, -each.epoch))
         self._firsts = [each.first for each in self._later]
@@ -280,6 +281,13 @@ class Reader:
         return seal
 
     def _follows(self, header: Header) -> bool:
+        """Whether it is the next commit.
+
+        Behind a commit that was read, its epoch and the number of its first record say so. Where
+        a checkpoint made the journal begin no epoch is known: a commit that was dropped at an
+        earlier opening has the right number too when the one written instead of it is damaged
+        with all of its epoch. The chain tells them apart.
+        """
         return (
             header.first == self._expected
             and header.epoch >= self._epoch
@@ -354,9 +362,15 @@ class Reader:
         return payload, block, first, records
 
     def _walk_gap(self, end: int) -> None:
-        """Neither header nor footer: the records from the gap's beginning, one behind the other."""
+        """Neither header nor footer: the records from the gap's beginning, one behind the other.
+
+        A whole header there is another commit's, and so are the records behind it.
+        """
         self._replay.damaged = True
         block = self._replay.head
+        if block in self._whole_at:
+            self._lose_range(self._expected, end, block)
+            return
         ring_blocks = len(self._ring) // BLOCK_SIZE
         following = (each.block for each in self._later if each.block > block)
         payload = self._unframed(block, min(following, default=ring_blocks) - block)
