@@ -240,7 +240,8 @@ def targets_table(targets: Iterable[Target]) -> list[str]:
                 f"{_number(spread.median, digits)} "
                 f"[{_number(spread.least, digits)} to {_number(spread.most, digits)}]"
             )
-        bound = _number(target.bound, 0 if digits == 0 else 1)
+        needed = 1 if round(target.bound, 1) == target.bound else 2  # 1.15 is not 1.1
+        bound = _number(target.bound, min(digits, needed))
         rows.append((target.name, f"{sign} {bound}{target.unit}", measured, target.outcome.value))
     return _table(("target", "bound", "measured: median [range]", "verdict"), rows)
 

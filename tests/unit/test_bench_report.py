@@ -3,9 +3,10 @@
 from typing import Final
 
 import msgspec
+import pytest
 
 from bench.pairing import Spread
-from bench.report import Machine, Report, SimResult, Target, refreshed, render
+from bench.report import Machine, Report, SimResult, Target, refreshed, render, targets_table
 
 HERE: Final = Machine(system="here", cpu_count=2, python="3.11", packages={}, load=0.0)
 
@@ -44,3 +45,13 @@ def test_a_part_that_did_not_run_leaves_the_former_section_and_adds_no_other() -
     assert "1 111" in page
     assert "Measured apart" not in page
     assert "| new |" in page
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"),
+    [(1.15, "1.15"), (0.05, "0.05"), (10.0, "10.0"), (1.4, "1.4"), (1500.0, "1 500")],
+)
+def test_a_bound_is_shown_as_it_is_and_not_rounded(bound: float, shown: str) -> None:
+    row = targets_table([Target("ours", bound, at_most=True, measured=Spread.of([1.0]))])[-1]
+
+    assert row.split("|")[2].strip() == f"at most {shown}"
