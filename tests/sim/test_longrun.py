@@ -3,7 +3,7 @@
 import pytest
 
 from nexus.proof import longrun
-from nexus.services.statefsd.engine import Store
+from nexus.services.statefsd.engine import Store, checkpoint
 
 
 def test_many_puts_stay_within_disk_and_memory() -> None:
@@ -11,7 +11,9 @@ def test_many_puts_stay_within_disk_and_memory() -> None:
 
     assert found.problem is None
     assert found.compactions > 20
-    assert found.blocks_used <= found.blocks == 1024
+    assert found.step_writes == longrun.STEP_WRITES_MAX
+    assert found.step_size <= longrun.STEP_SIZE_MAX
+    assert 500 * longrun.VALUE_SIZE < found.checkpoint <= 256 * 1024
     assert found.memory < 2 * 1024 * 1024
 
 
@@ -31,3 +33,22 @@ def test_a_store_that_forgets_is_found(
     assert longrun.main(["--puts", "2000"]) == 1
     shown = capsys.readouterr().out
     assert "is not what was put last" in shown or "keys, 0 lost" in shown
+
+
+def test_a_step_that_writes_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "STEP_RECORDS", 1 << 20)
+    monkeypatch.setattr(checkpoint, "STEP_SIZE", 1 << 20)
+
+    found = longrun.run(8_000, keys=2_000, disk_size=1024 * 1024)
+
+    assert found.step_size > longrun.STEP_SIZE_MAX
+    assert found.problem is not None
+    assert found.problem.startswith(f"a step of {found.step_size} bytes")
+
+
+def test_a_checkpoint_that_takes_too_much_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "memory", 512 * 1024)
+
+    found = longrun.run(200, keys=50, disk_size=512 * 1024)
+
+    assert found.problem == "a checkpoint of 524288 bytes in memory"

@@ -1,8 +1,9 @@
 """The long run of the store: a million puts over ten thousand keys, within its declared budget.
 
 The budget is the device's size: nothing is written outside it by construction, so what is shown is
-that the store never comes to a stop in it, that memory stays within what is declared, that no
-single step of tidying up writes more than its bound, and that everything is there at the end.
+that the store never comes to a stop in it, that its checkpoint in memory stays within its share of
+the disk all the way, that no single step of tidying up writes more than its bound, that an opening
+with two checkpoints stays within the declared memory, and that everything is there at the end.
 """
 
 import argparse
@@ -22,6 +23,9 @@ KEYS: Final = 10_000
 VALUE_SIZE: Final = 64  # bytes
 DISK_SIZE: Final = 8 * 1024 * 1024  # bytes: the declared budget of the disk
 MEMORY_MAX: Final = 32 * 1024 * 1024  # bytes: two checkpoints, a ring of changes, the disk's model
+STEP_SIZE_MAX: Final = 65 * 1024  # bytes of one maintain(): 64 KiB, and a last record beyond them
+STEP_WRITES_MAX: Final = 4  # of one maintain(): both copies of a checkpoint's meta, two superblocks
+CHECKPOINT_SHARE: Final = 2  # the disk has room for two, so one in memory is at most its half
 GROUP: Final = 16
 SEED: Final = 1
 LIMITS: Final = StoreLimits(
@@ -42,7 +46,10 @@ class LongRun(NamedTuple):
     compactions: int
     blocks_used: int  # of the disk, highest
     blocks: int
-    memory: int  # bytes of Python objects at most, the disk's model not counted
+    step_size: int  # bytes that one maintain() wrote at most
+    step_writes: int  # device writes of one maintain() at most
+    checkpoint: int  # bytes of the checkpoint in memory, highest while it ran
+    memory: int  # bytes of Python objects of an opening at most, the disk's model not counted
     problem: str | None
 
     @property
@@ -50,16 +57,42 @@ class LongRun(NamedTuple):
         """In one line."""
         return (
             f"{self.puts} puts over {KEYS} keys, {self.compactions} checkpoints: "
-            f"{self.blocks_used} of {self.blocks} blocks, {self.memory >> 10} KiB of memory: "
+            f"{self.blocks_used} of {self.blocks} blocks; a step wrote at most "
+            f"{self.step_size} bytes in {self.step_writes} writes; "
+            f"{self.checkpoint >> 10} KiB of checkpoint while it ran, "
+            f"{self.memory >> 10} KiB of memory to open it again: "
             f"{self.problem or 'everything is there'}"
         )
+
+
+class Counted(DiskDevice):
+    """What was written since `begin`."""
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__(disk)
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from nothing."""
+        self.size = 0
+        self.writes = 0
+
+    async def write(
+        self, block: int, data: bytes | bytearray | memoryview, *, durable: bool = False
+    ) -> None:
+        """Count, then write."""
+        self.size += len(data)
+        self.writes += 1
+        await super().write(block, data, durable=durable)
 
 
 def run(puts: int = PUTS, *, keys: int = KEYS, disk_size: int = DISK_SIZE) -> LongRun:
     """Put, and look at the end."""
     source = Random(SEED)  # noqa: S311 (a workload, no keys)
     disk = Disk(disk_size // BLOCK_SIZE)
-    store = finished(Store.open(DiskDevice(disk), LIMITS))
+    device = Counted(disk)
+    store = finished(Store.open(device, LIMITS))
+    step_size = step_writes = checkpoint = 0
     latest: dict[int, int] = {}
     for number in range(puts):
         key = source.randrange(keys)
@@ -67,7 +100,11 @@ def run(puts: int = PUTS, *, keys: int = KEYS, disk_size: int = DISK_SIZE) -> Lo
         latest[key] = number
         if number % GROUP == GROUP - 1:
             finished(store.commit(True))
+            device.begin()
             _ = finished(store.maintain())
+            step_size = max(step_size, device.size)
+            step_writes = max(step_writes, device.writes)
+            checkpoint = max(checkpoint, store.memory)
     finished(store.close())
     compactions = store.compactions
     del store
@@ -83,6 +120,10 @@ def run(puts: int = PUTS, *, keys: int = KEYS, disk_size: int = DISK_SIZE) -> Lo
     problem = None
     if memory > MEMORY_MAX:
         problem = f"{memory} bytes of memory"
+    if checkpoint > disk_size // CHECKPOINT_SHARE:
+        problem = f"a checkpoint of {checkpoint} bytes in memory"
+    if step_size > STEP_SIZE_MAX or step_writes > STEP_WRITES_MAX:
+        problem = f"a step of {step_size} bytes, or of {step_writes} writes"
     for key, number in latest.items():
         entry = finished(again.get(_key(key)))
         if entry is None or entry.value != _value(number):
@@ -90,7 +131,17 @@ def run(puts: int = PUTS, *, keys: int = KEYS, disk_size: int = DISK_SIZE) -> Lo
     if again.key_count != len(latest) or again.lost_count:
         problem = f"{again.key_count} keys, {again.lost_count} lost"
     used = sum(1 for block in range(disk.block_count) if disk.read(block, 1).strip(b"\0"))
-    return LongRun(puts, compactions, used, disk.block_count, memory, problem)
+    return LongRun(
+        puts=puts,
+        compactions=compactions,
+        blocks_used=used,
+        blocks=disk.block_count,
+        step_size=step_size,
+        step_writes=step_writes,
+        checkpoint=checkpoint,
+        memory=memory,
+        problem=problem,
+    )
 
 
 def _key(number: int) -> bytes:
