@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -10,8 +11,10 @@ from nexus.abi import BLOCK_SIZE, PAGE_SIZE, Event, EventKind, HardwareKind, ser
 from nexus.init.grants import MMIO_RIGHTS
 from nexus.kernel.core import VIRTIO_MAGIC, VIRTIO_VERSION, WINDOW_SIZE, Hardware
 from nexus.kernel.sim.bus import BUS_BASE
+from nexus.kernel.sim.chance import Chance
 from nexus.kernel.sim.virtio import FEATURE_VERSION_1
 from nexus.proof.checks import healthy, hex_of, measured, of_init
+from nexus.proof.leaks import Leaks
 from nexus.proof.trace import Line, Trace
 from nexus.proof.verdict import Case, Check, demand, demand_equal
 from nexus.protocols.ladder import SELFTEST, Ground
@@ -165,7 +168,13 @@ def rngd_policy_allow(_case: Case, trace: Trace, line: Line) -> None:
 
 
 def entropy_drawn(case: Case, trace: Trace, line: Line) -> None:
-    """#98: the source's own count covers what was given, and the bytes are in no record."""
+    """#98: the source's own count covers what was given, and the bytes are in no record.
+
+    In the simulator the draws are known, as the device's stream is a function of the seed: they
+    are looked for in every form that nexus.proof.leaks knows. Elsewhere there are their digests
+    alone, and what `_shown` sees is looked at: whole draws as lowercase hexadecimal digits. A
+    piece of one, raw bytes or base64 would not be found there.
+    """
     evidence = line.evidence
     demand_equal(evidence["given"], 2 * DRAW_SIZE, "bytes given")
     if case.scope.ground is Ground.SIM:
@@ -180,16 +189,52 @@ def entropy_drawn(case: Case, trace: Trace, line: Line) -> None:
         demand(counted >= 2 * DRAW_SIZE, "rngd has counted too few")
     digests = set(evidence["digests"])
     demand_equal(len(digests), 2, "different draws")
+    if case.scope.ground is Ground.SIM:
+        draws = _draws(digests, delivered(case, trace, line))
+        demand_equal(len(draws), 2, "draws that the entropy device delivered")
+        found = Leaks(draws).among(_told(trace))
+        demand(not found, f"a draw stands in the clear in {', '.join(sorted(found))}")
     shown = digests & {hashlib.sha256(each).hexdigest() for each in _shown(trace)}
     demand(not shown, "a draw stands in the clear in the events or the output")
 
 
+def delivered(case: Case, trace: Trace, line: Line) -> Iterator[bytes]:
+    """What a simulated entropy device delivered up to a line: its stream is a function of the seed
+    of the boot, cut as its own record says. The bytes themselves are in no record."""
+    (name,) = (grant.name for grant in case.plan.by_name["rngd"].grants.hardware)
+    stream = Chance(trace.seed).of_device(name)
+    for at, event in trace.of_kind(EventKind.DEVICE):
+        if at > line.place:
+            return
+        if (event.fields["name"], event.fields["what"]) == (name, "draw"):
+            size = event.fields["size"]
+            assert isinstance(size, int), "the device counts bytes"
+            yield stream.randbytes(size)
+
+
+def _draws(digests: AbstractSet[str], chunks: Iterable[bytes]) -> dict[str, bytes]:
+    """The draws with these digests, by digest, out of what a device delivered."""
+    return {
+        digest: draw
+        for chunk in chunks
+        for start in range(len(chunk) - DRAW_SIZE + 1)
+        if (digest := hashlib.sha256(draw := chunk[start : start + DRAW_SIZE]).hexdigest())
+        in digests
+    }
+
+
+def _told(trace: Trace) -> Iterator[tuple[str, bytes]]:
+    """What a boot has left behind in words."""
+    yield "the events", "\n".join(str(event.fields) for event in trace.events).encode()
+    yield "the output", trace.output.encode()
+
+
 def _shown(trace: Trace) -> Iterator[bytes]:
-    """Whatever 32 bytes stand as hexadecimal digits in what a boot has left behind."""
+    """Whatever 32 bytes stand as lowercase hexadecimal digits, in a row, in what a boot has left
+    behind. No other form is seen."""
     seen: set[str] = set()
-    texts = (str(event.fields) for event in trace.events)
-    for text in (*texts, trace.output):
-        for run in HEX_RUN.findall(text):
+    for _, text in _told(trace):
+        for run in HEX_RUN.findall(text.decode()):
             if run in seen:
                 continue
             seen.add(run)

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from nexus.abi import EventKind, SecretBackend, service_id
 from nexus.init.grants import SECRET_RIGHTS
-from nexus.kernel.sim.chance import Chance
 from nexus.proof.checks import KILLED, NOTICE_MARGIN, healthy, measured, of_init
+from nexus.proof.checks_devices import delivered
 from nexus.proof.checks_state import kept_of, left_of, said_in
 from nexus.proof.leaks import Leaks
 from nexus.proof.remains import Remains
@@ -408,22 +408,8 @@ def device_key(case: Case, trace: Trace, line: Line) -> None:
     wrapped = _wrapping(left_of(trace))
     demand_equal(wrapped.device, _public_key(seed), "public key beside the wrapping key")
     if case.scope.ground is Ground.SIM:
-        drawn = list(_delivered(case, trace, line))
+        drawn = list(delivered(case, trace, line))
         demand(any(seed in each for each in drawn), "the entropy device never delivered this seed")
-
-
-def _delivered(case: Case, trace: Trace, line: Line) -> Iterator[bytes]:
-    """What a simulated entropy device delivered up to a line: its stream is a function of the seed
-    of the boot, cut as its own record says. The bytes themselves are in no record."""
-    (name,) = (grant.name for grant in case.plan.by_name["rngd"].grants.hardware)
-    stream = Chance(trace.seed).of_device(name)
-    for at, event in trace.of_kind(EventKind.DEVICE):
-        if at > line.place:
-            return
-        if (event.fields["name"], event.fields["what"]) == (name, "draw"):
-            size = event.fields["size"]
-            assert isinstance(size, int), "the device counts bytes"
-            yield stream.randbytes(size)
 
 
 def export_rejected(case: Case, trace: Trace, line: Line) -> None:
