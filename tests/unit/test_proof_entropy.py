@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from nexus.abi import Event, EventKind, HardwareKind
+from nexus.abi import Event, EventKind, HardwareKind, Nanos, Pid
 from nexus.kernel.sim.chance import Chance
 from nexus.proof.checks_devices import DRAW_SIZE, entropy_drawn
 from nexus.proof.trace import Trace
@@ -36,8 +36,8 @@ def _check(*, said: str = "", output: str = "", seed: int = SEED) -> None:
     )
     draw = {"name": "rng", "what": "draw", "size": 3 * DRAW_SIZE}
     events = [
-        Event(time=1, kind=EventKind.DEVICE, pid=5, fields=draw),
-        Event(time=2, kind=EventKind.DEVICE, pid=5, fields={"name": "x", "what": said}),
+        Event(Nanos(1), EventKind.DEVICE, Pid(5), fields=draw),
+        Event(Nanos(2), EventKind.DEVICE, Pid(5), fields={"name": "x", "what": said}),
     ]
     entropy_drawn(case, Trace(events=events, output=output, seed=seed), line)
 

@@ -679,6 +679,7 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
     yield "The same command writes [fuzz.txt](fuzz.txt): mutated frames against every decoder, and"
     yield "[saboteurs-sim.txt](saboteurs-sim.txt), [saboteurs-linux.txt](saboteurs-linux.txt): a"
     yield "planted fault for each rung of the ladder, and that it turns red."
+    yield "[longrun.txt](longrun.txt): a million puts into the store."
     yield ""
     yield f"**{verdict}**: {campaign.seeds} seeds with faults, then a sweep of "
     yield f"{campaign.sweep_rows} failures of a task's trap in {campaign.sweep_runs} runs "
