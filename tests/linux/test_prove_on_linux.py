@@ -15,7 +15,7 @@ from nexus.protocols.ladder import Ground, Phase, rung
 
 SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 FIRST_BOOT = tuple(Phase)[: tuple(Phase).index(Phase.STATE)]
-SABOTEURS = (2, 63, 64, 66, 68, 95, 103, 104, 106)
+SABOTEURS = (2, 63, 68, 95, 104, 106)
 
 pytestmark = [pytest.mark.linux, pytest.mark.slow]
 
