@@ -1,11 +1,15 @@
 """What every test shares: the hypothesis profiles, and assertions that tell what they compared."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("nexus.testing")  # the suite we ship is tests too
+
+# A shell starts what runs in the background with SIGINT ignored, and every child inherits that.
+_ = signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "ci",
