@@ -256,7 +256,7 @@ class Reader:
     def read(self) -> Replay:
         """Everything up to the end."""
         replay = self._replay
-        while True:
+        while True:  # ends: every turn takes blocks of _room, which is the ring's size
             header = self._next() or self._resync()
             if header is None or not header.record_count:  # the next commit goes over a seal
                 break

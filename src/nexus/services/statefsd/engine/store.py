@@ -486,7 +486,7 @@ class Store:
         found: list[bytes] = []
         start = prefix if not after or after < prefix else after + b"\0"
         seen: dict[bytes, bool] = {}
-        while True:
+        while True:  # ends: every turn begins behind the area before
             for key in self._ordered(start):
                 if not key.startswith(prefix):
                     return found, False
@@ -967,7 +967,7 @@ class Store:
         hashes = {**self._hashes, **staged}
         requests, lost = self.limits.requests_kept, self.lost
         forgotten, ids = self.forgotten, self._requests.count
-        while True:
+        while True:  # ends: every turn has fewer of something to keep
             clients = self._requests.packed(requests)
             meta = msgspec.msgpack.encode(
                 Meta(
