@@ -60,12 +60,12 @@ class Told:
     def check(self) -> None:
         """Compare, as the verdict does."""
         case = dataclasses.replace(self.case, boots=tuple(self.traces))
-        trace = self.traces[self.boot]
-        EVERY_CHECK[self.number](case, trace, self._line(trace))
+        EVERY_CHECK[self.number](case, self.traces[self.boot], self.line())
 
-    def _line(self, trace: Trace) -> Line:
+    def line(self) -> Line:
+        """The rung's own line, in its own boot."""
         marker = rung(self.number).marker
-        return next(line for line in trace.lines if line.text == marker)
+        return next(line for line in self.traces[self.boot].lines if line.text == marker)
 
 
 def _changed(event: Event, text: str, change: Change) -> Event:

@@ -2,17 +2,21 @@
 evidence passes, and each way to lie in one place is found."""
 
 import dataclasses
+import hashlib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nexus.abi import Event, EventKind
+from nexus.proof.checks_devices import delivered
 from nexus.proof.prove import Outcome, prove
 from nexus.proof.remains import Remains
 from nexus.proof.request import Request
 from nexus.proof.verdict import Mismatch
 from nexus.protocols.ladder import Ground
+from nexus.services.selftest.random_rungs import DRAW_SIZE
 from nexus.services.selftest.state_rungs import BULK_KEY, FIRST_KEYS, KEPT_KEY, PUT_KEY, VICTIM_KEY
 from tests.fakes.told import Change, ChangeLeft, Told
 
@@ -177,16 +181,42 @@ def test_a_boot_without_its_power_cut_is_found(outcome: Outcome) -> None:
         told.check()
 
 
-def test_a_drawn_byte_string_in_the_output_is_found(outcome: Outcome) -> None:
-    import hashlib
-
+def _draw(outcome: Outcome) -> bytes:
+    """32 bytes that selftest was given in the first boot."""
     told = Told(outcome, 98)
-    drawn = bytes(range(32))
-    digest = hashlib.sha256(drawn).hexdigest()
-    told.say(lambda e: e.update(digests=[e["digests"][0], digest]))
-    told.put(0, dataclasses.replace(told.traces[0], output=f"oops: f{drawn.hex()}"))
+    trace, line = told.traces[0], told.line()
+    digests = set(line.evidence["digests"])
+    for chunk in delivered(told.case, trace, line):
+        for start in range(len(chunk) - DRAW_SIZE + 1):
+            draw = chunk[start : start + DRAW_SIZE]
+            if hashlib.sha256(draw).hexdigest() in digests:
+                return draw
+    raise AssertionError("the device delivered nothing of it")
 
-    with pytest.raises(Mismatch, match="in the clear"):
+
+@pytest.mark.parametrize(
+    "form",
+    [bytes.hex, lambda draw: draw[4:20].hex().upper(), lambda draw: b64encode(draw).decode()],
+)
+def test_a_drawn_byte_string_in_the_output_is_found(
+    outcome: Outcome, form: Callable[[bytes], str]
+) -> None:
+    told = Told(outcome, 98)
+
+    leak = f"oops: f{form(_draw(outcome))}"
+    told.put(0, dataclasses.replace(told.traces[0], output=leak))
+
+    with pytest.raises(Mismatch, match="in the clear in the output"):
+        told.check()
+
+
+def test_a_draw_that_the_device_never_delivered_is_found(outcome: Outcome) -> None:
+    told = Told(outcome, 98)
+
+    digest = hashlib.sha256(bytes(range(32))).hexdigest()
+    told.say(lambda e: e.update(digests=[e["digests"][0], digest]))
+
+    with pytest.raises(Mismatch, match="the entropy device delivered: 1, expected 2"):
         told.check()
 
 
