@@ -188,6 +188,21 @@ class RegisterWindow(Protocol):
         ...
 
 
+class Clock(Protocol):
+    """The kernel's clocks without a trap, as Linux's vDSO gives them: for time stamps, not waits.
+
+    On the simulated kernel both stand still while a task runs from one trap to the next.
+    """
+
+    def monotonic(self) -> Nanos:
+        """The clock that Now reads."""
+        ...
+
+    def wall(self) -> int:
+        """Nanoseconds since 1970-01-01 UTC, as the machine has it. It may be set, also back."""
+        ...
+
+
 class DmaArea(NamedTuple):
     """Memory that a device reads and writes: DMA_PAGES pages, zeroed before the first owner.
 
@@ -341,7 +356,7 @@ class Send(Trap[None]):
     With `move` that capability leaves the sender when the send succeeds, and only then.
     A link that is unused and held under one slot moves as it is; otherwise a link derived from
     it (same terms, no delegations) moves and the slot is emptied. VMOs move with MAP only and
-    must be sealed. Endpoints and MANAGE do not move.
+    must be sealed or shared. Endpoints and MANAGE do not move.
     Rights: SEND on `slot`; SEND or MAP on `move`.
     Refuses: QueueFull (depth), NoSpace (bytes; delegations), TimedOut (no room before a deadline
     other than NO_WAIT), NoSuchEndpoint, InvalidArgument (size, kind, moving a link over itself),
@@ -505,13 +520,59 @@ class VmoSeal(Trap[None]):
 class VmoMap(Trap[memoryview]):
     """The content of a sealed VMO, read only. The mapping ends when the view is released.
 
-    Rights: MAP. Refuses: PermissionDenied (not sealed), InvalidArgument (not a VMO).
+    Rights: MAP. Refuses: PermissionDenied (not sealed, which a shared one never is),
+    InvalidArgument (not a VMO).
     """
 
     __slots__ = ("slot",)
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+
+
+class VmoShare(Trap[memoryview]):
+    """Make an unsealed VMO living memory: its length is fixed for ever, and this view is the one
+    way to write into it, for the task that has it and as long as that lives. Rights: MANAGE.
+
+    A shared VMO moves as a sealed one does, with MAP only; who gets it can look at it (VmoWatch)
+    and finds what is there when it looks, also after the writer has ended. It is no bulk data:
+    VmoMap refuses it. Refuses: PermissionDenied once sealed or shared, InvalidArgument (no VMO).
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class VmoWatch(Trap[memoryview]):
+    """The content of a shared VMO, read only, as it changes; its length cannot. The mapping ends
+    when the view is released; the slot may be closed before that.
+
+    Whoever shared it may write at any moment, anything: copy first, then check the copy.
+    Rights: MAP. Refuses: PermissionDenied (not shared), InvalidArgument (not a VMO).
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class Fence(Trap[None]):
+    """A memory barrier on every CPU that runs a task: what a task wrote before the barrier is seen
+    by what the caller reads after it, and nothing the caller reads after it is older.
+
+    The writer needs none of its own. On linux membarrier(2); Unsupported where that is absent.
+    """
+
+    __slots__ = ()
+
+
+class ClockMap(Trap[Clock]):
+    """The clocks, to be read without a trap from now on."""
+
+    __slots__ = ()
 
 
 class Spawn(Trap[Spawned]):

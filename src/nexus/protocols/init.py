@@ -18,14 +18,15 @@ from nexus.abi import (
     TASKS_MAX,
     QosClass,
 )
-from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, Fact
+from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, SETTINGS_SIZE_MAX, Fact
 from nexus.protocols.policy import POLICY_SIZE_MAX
 from nexus.wire import I64, U8, U16, U32, U64, Blob, List, Message, Protocol, Request, Text
 
 REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
 PROOF_CONTROL: Final = "proof.control"  # AwaitReady, and what the next two allow
 SYSTEM_OBSERVE: Final = "system.observe"  # the Get requests
-SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, LeaveSafeMode
+SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, LeaveSafeMode, ReloadSettings
+PROC_SPAWN: Final = "proc.spawn"  # Launch, AwaitEnd, EndTask
 INIT_SLOTS_SPARE: Final = 8  # of init's table: endpoint, inbox, and capabilities on their way
 SERVICES_MAX: Final = (SLOTS_MAX - INIT_SLOTS_SPARE) // 2  # init holds two links per service
 LINK_ROWS_MAX: Final = 24  # rows of one answer to GetLinks; it fits a control link
@@ -47,6 +48,11 @@ class InitStatus(IntEnum):
     ROUTE_DOWN = 18  # it is not up now; asking again later is harmless
     BAD_POLICY = 19  # what was given is no policy, or names a service that is not in the plan
     NOT_IN_SAFE_MODE = 20
+    NOT_ON_DEMAND = 21  # no service of that name is started on demand
+    RUNS = 22  # an instance of it runs
+    SPAWN_REFUSED = 23  # the reason is in its ServiceRecord
+    NO_SUCH_CHILD = 24
+    BAD_SYSTEM_FILE = 25  # the file as it is now is no system, or another system
 
 
 class TaskState(IntEnum):
@@ -354,6 +360,70 @@ class LeaveSafeMode(Request[SafeModeLeft], op=14, idempotent=True, refuses=InitS
     """Forget the crashes and start what safe mode left out. *Refuses*: NOT_IN_SAFE_MODE."""
 
 
+class Launched(Message):
+    """The task that was started, and the digest of its program as the plan has it."""
+
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+    digest: Annotated[str, Text(size_max=64)]
+
+
+class Launch(Request[Launched], op=15, idempotent=False, refuses=InitStatus):
+    """Start the service `name`, which is `start = "demand"` and `by` the caller. `settings` is
+    MessagePack of a table that is added to its own settings. Needs PROC_SPAWN.
+
+    *Refuses*: ROUTE_NOT_FOUND, NOT_ON_DEMAND, RUNS, SPAWN_REFUSED.
+    """
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    settings: Annotated[bytes, Blob(size_max=SETTINGS_SIZE_MAX)]
+
+
+class TaskEnded(Message):
+    """How a launched task ended, once it is reaped. Times are the kernel's clock."""
+
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+    code: Annotated[int, I64()]
+    signal: Annotated[int, U16()]
+    started: Annotated[int, U64()]
+    ended: Annotated[int, U64()]
+
+
+class AwaitEnd(Request[TaskEnded], op=16, idempotent=True, refuses=InitStatus):
+    """Answered when that instance of `name` has ended and is reaped. Needs PROC_SPAWN.
+
+    *Refuses*: NO_SUCH_CHILD; BUSY when too many answers wait.
+    """
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    generation: Annotated[int, U32()]
+
+
+class Ending(Message):
+    """The task is being ended, as SIGKILL does."""
+
+
+class EndTask(Request[Ending], op=17, idempotent=True, refuses=InitStatus):
+    """End that instance of `name`, a launched one. Needs PROC_SPAWN. *Refuses*: NO_SUCH_CHILD."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    generation: Annotated[int, U32()]
+
+
+class Reloading(Message):
+    """The system file was read again: so many services are told of new settings, so many others
+    have changed otherwise, which takes a restart of the system."""
+
+    told: Annotated[int, U16()]
+    ignored: Annotated[int, U16()]
+
+
+class ReloadSettings(Request[Reloading], op=18, idempotent=True, refuses=InitStatus):
+    """Read the system file again and give services their changed settings (meta.Configure). Needs
+    SYSTEM_CONTROL. *Refuses*: BAD_SYSTEM_FILE."""
+
+
 InitRequest: TypeAlias = (
     Route
     | AwaitReady
@@ -369,11 +439,15 @@ InitRequest: TypeAlias = (
     | SetPolicy
     | GetSystem
     | LeaveSafeMode
+    | Launch
+    | AwaitEnd
+    | EndTask
+    | ReloadSettings
 )
 PROTOCOL: Final = Protocol(
     "init",
     number=1,
-    version=3,
+    version=4,
     requests=(
         Route,
         AwaitReady,
@@ -389,5 +463,9 @@ PROTOCOL: Final = Protocol(
         SetPolicy,
         GetSystem,
         LeaveSafeMode,
+        Launch,
+        AwaitEnd,
+        EndTask,
+        ReloadSettings,
     ),
 )

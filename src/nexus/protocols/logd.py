@@ -1,19 +1,24 @@
-"""logd protocol: append a record, read records back by id, ask what was lost.
+"""logd protocol: open a stream, append a record, read records back, follow them, ask what was lost.
 
-The sender of a record is what the kernel stamped on the request; a field that claims an identity
-is refused. Nobody reads without the right `log.read`.
+The fast way: a task shares its log ring once (OpenStream) and rings a doorbell (Drain) when there
+is something in it; a record is a store into its own memory (nexus.telemetry.ring), and is still
+there when the task has died. The message way is Append. The sender of a record is what the kernel
+stamped on the request that opened the stream or brought the record; a field that claims an
+identity is refused. Nobody reads without the right `log.read`.
 """
 
 from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
 
-from nexus.wire import U8, U16, U32, U64, List, Message, Protocol, Request, Text
+from nexus.wire import U8, U16, U32, U64, Blob, List, Message, Protocol, Request, Text
 
 SCOPE_SIZE_MAX: Final = 64  # bytes of UTF-8 a record may have (services.md 1.3)
 TEXT_SIZE_MAX: Final = 256  # bytes of UTF-8 of the message
 FIELDS_SIZE_MAX: Final = 512  # bytes: of each field its key and value and 2 more
 RATE_WINDOW_NS: Final = 1_000_000_000
 RATE_MAX: Final = 24  # accepted records of one sender inside the window
+TRACE_SIZE: Final = 16  # bytes; W3C
+SPAN_SIZE: Final = 8  # bytes
 LOG_READ: Final = "log.read"  # the right that Query needs
 
 # What a request may carry at all. Larger than what a record may have, so that one just over the
@@ -25,6 +30,9 @@ VALUE_WIRE_MAX: Final = 2048  # a record may have FIELDS_SIZE_MAX bytes, escaped
 FIELDS_MAX: Final = 16  # fields of one record
 KEY_PATTERN: Final = r"^[a-z0-9_.-]+\Z"  # others are INVALID_ARGS (services.md 1.7)
 ESCAPE_GROWTH_MAX: Final = 4  # characters that stand for one byte of a control character: \x0a
+RING_SIZE_MAX: Final = 256 * 1024  # bytes; a burst of about 2000 lines
+STREAMS_MAX: Final = 64  # rings that are drained; one per service
+FOLLOWERS_MAX: Final = 8  # requests that wait for a record
 PAGE_MAX: Final = 16  # records of one answer to Query; fewer when they are large
 SENDER_ROWS_MAX: Final = 64  # senders counted one by one; the least recently heard one gives way
 
@@ -77,11 +85,22 @@ class Append(Request[Appended], op=1, idempotent=False, refuses=LogdStatus):
 
 
 class Record(Message):
-    """A record as it is kept: `at` is logd's clock (ns), strictly increasing; `service`, `pid` and
-    `generation` are the kernel's word about the sender. Control characters are shown escaped."""
+    """A record as it is kept: `service`, `pid` and `generation` are the kernel's word about the
+    sender. Control characters are shown escaped.
+
+    `record` counts from 1 in a boot, `boot` is the boot's number. `at` is when logd took it in (the
+    kernel's clock, ns, strictly increasing); `written` is what the sender says of the same clock,
+    0 if nothing; `wall` is `at` in ns since 1970. `trace` and `span` are the sender's, empty if
+    it served nobody's call.
+    """
 
     record: Annotated[int, U64()]
+    boot: Annotated[int, U32()]
     at: Annotated[int, U64()]
+    written: Annotated[int, U64()]
+    wall: Annotated[int, U64()]
+    trace: Annotated[bytes, Blob(size_max=TRACE_SIZE)]
+    span: Annotated[bytes, Blob(size_max=SPAN_SIZE)]
     level: Level
     service: Annotated[int, U64()]
     pid: Annotated[int, U32()]
@@ -105,19 +124,88 @@ class Records(Message):
     records: Annotated[list[Record], List(count_max=PAGE_MAX)]
 
 
+class Filter(Message):
+    """Which records: `level` or more important; `service`, `pid` and `generation` unless 0; the
+    trace unless empty; with a field `key` = `value` unless `key` is empty; with `text` in its text
+    unless that is empty; taken in at `since` (ns since 1970) or later and before `until`, unless 0.
+    """
+
+    level: Level
+    service: Annotated[int, U64()]
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+    trace: Annotated[bytes, Blob(size_max=TRACE_SIZE)]
+    key: Annotated[str, Text(size_max=KEY_WIRE_MAX)]
+    value: Annotated[str, Text(size_max=VALUE_WIRE_MAX)]
+    text: Annotated[str, Text(size_max=TEXT_WIRE_MAX)]
+    since: Annotated[int, U64()]
+    until: Annotated[int, U64()]
+
+
 class Query(Request[Records], op=2, idempotent=True):
-    """Records with id >= `since` that match: `level` or more important, `service` unless 0, and a
-    field `key` = `value` unless `key` is empty. Needs the right log.read, else DENIED.
+    """Records of boot `boot` with id >= `since` that match. An earlier boot's are what is left of
+    its persisted tail. Needs the right log.read, else DENIED.
 
     At most `count` records, and at most as many as one message takes.
     """
 
+    boot: Annotated[int, U32()]
     since: Annotated[int, U64()]
     count: Annotated[int, U8(minimum=1, maximum=PAGE_MAX)]
-    level: Level
+    wanted: Filter
+
+
+class Follow(Request[Records], op=4, idempotent=True, refuses=LogdStatus):
+    """As Query of this boot, but answered when there is a record that matches; with an empty page
+    a little before the request's deadline if none came. Needs log.read.
+
+    *Refuses*: OVER_LIMIT (FOLLOWERS_MAX already wait).
+    """
+
+    since: Annotated[int, U64()]
+    count: Annotated[int, U8(minimum=1, maximum=PAGE_MAX)]
+    wanted: Filter
+
+
+class StreamOpened(Message):
+    """logd drains this ring from now on, from position `taken` (bytes) on."""
+
+    taken: Annotated[int, U64()]
+
+
+class OpenStream(Request[StreamOpened], op=5, idempotent=True, refuses=LogdStatus, moves=True):
+    """Drain my ring, the shared VMO that moves along, instead of an earlier one of this instance.
+
+    *Refuses*: INVALID_ARGS (no shared VMO, no ring in it), OVER_LIMIT (larger than
+    RING_SIZE_MAX, more than STREAMS_MAX), RATE_LIMITED.
+    """
+
+    taken: Annotated[int, U64()]  # what an earlier logd has drained of it
+
+
+class Drained(Message):
+    """What became of the stream so far, in records: accepted + refused + overwritten = `sequence`,
+    which is how many the writer has written up to position `taken`."""
+
+    taken: Annotated[int, U64()]
+    sequence: Annotated[int, U64()]
+    accepted: Annotated[int, U64()]
+    refused: Annotated[int, U64()]
+    overwritten: Annotated[int, U64()]
+
+
+class Drain(Request[Drained], op=6, idempotent=True, refuses=LogdStatus):
+    """The doorbell: my ring holds something. *Refuses*: INVALID_ARGS (no stream is open)."""
+
+
+class LastRecords(Request[Records], op=7, idempotent=True):
+    """The last `count` records of one task, which may have died: its ring is drained first. Needs
+    log.read."""
+
     service: Annotated[int, U64()]
-    key: Annotated[str, Text(size_max=KEY_WIRE_MAX)]
-    value: Annotated[str, Text(size_max=VALUE_WIRE_MAX)]
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+    count: Annotated[int, U8(minimum=1, maximum=PAGE_MAX)]
 
 
 class SenderRow(Message):
@@ -132,6 +220,8 @@ class SenderRow(Message):
     over_limit: Annotated[int, U64()]
     rate_limited: Annotated[int, U64()]
     overwritten: Annotated[int, U64()]
+    unread: Annotated[int, U64()]  # overwritten in its ring before they were drained
+    damaged: Annotated[int, U64()]  # of its ring, that were no records
 
 
 class Stats(Message):
@@ -149,7 +239,16 @@ class Stats(Message):
     invalid_args: Annotated[int, U64()]
     over_limit: Annotated[int, U64()]
     rate_limited: Annotated[int, U64()]
+    unread: Annotated[int, U64()]
+    damaged: Annotated[int, U64()]
     denied: Annotated[int, U64()]
+    streams: Annotated[int, U16()]
+    tail_records: Annotated[int, U32()]  # of earlier boots and this one, that are persisted
+    tail_size: Annotated[int, U32()]
+    tail_written_today: Annotated[int, U64()]  # bytes
+    tail_written_max: Annotated[int, U64()]
+    tail_refused: Annotated[int, U64()]  # writes left out for the sake of the budget
+    tail_lost: Annotated[int, U64()]  # records of earlier boots that could not be read back
     senders: Annotated[int, U16()]
     rows: Annotated[list[SenderRow], List(count_max=SENDER_ROWS_MAX + 1)]
 
@@ -158,5 +257,10 @@ class GetStats(Request[Stats], op=3, idempotent=True):
     """The counters, with a row for each sender."""
 
 
-LogdRequest: TypeAlias = Append | Query | GetStats
-PROTOCOL: Final = Protocol("logd", number=7, version=1, requests=(Append, Query, GetStats))
+LogdRequest: TypeAlias = Append | Query | GetStats | Follow | OpenStream | Drain | LastRecords
+PROTOCOL: Final = Protocol(
+    "logd",
+    number=7,
+    version=2,
+    requests=(Append, Query, GetStats, Follow, OpenStream, Drain, LastRecords),
+)

@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
 
 from nexus.abi import Nanos
-from nexus.wire import I64, U16, U32, U64, List, Message, Protocol, Request, Text
+from nexus.wire import I64, U16, U32, U64, Blob, List, Message, Protocol, Request, Text
 
 DIGEST_SIZE: Final = 64  # characters of a SHA-256 in hexadecimal
 SENDERS_MAX: Final = 64  # senders counted one by one; the others share the row with service 0
@@ -17,6 +17,7 @@ STATUS_ROWS_MAX: Final = 64  # different statuses one service may refuse with
 FACTS_MAX: Final = 32  # named numbers one service may report
 FACT_NAME_SIZE_MAX: Final = 32  # characters
 FACT_NAME: Final = r"^[a-z][a-z0-9_]*\Z"  # it stands in evidence as it is: nothing to escape
+SETTINGS_SIZE_MAX: Final = 2048  # bytes; a control link has room for it
 COUNTERS_MAX: Final = 32  # fields of abi.TaskCounters (21), with room for new ones
 
 
@@ -27,6 +28,8 @@ class MetaStatus(IntEnum):
     """Why a runtime refuses. The numbers are wire format and are never reused."""
 
     NOT_READY = 16  # the service is up and does not yet do its work
+    BAD_SETTINGS = 17  # the new settings are not what it takes; the old ones are in force
+    NEEDS_RESTART = 18  # it cannot change these settings while it runs
 
 
 class Bound(Message):
@@ -114,5 +117,20 @@ class Stop(Request[Stopping], op=4, idempotent=True):
     """End with exit code 0. *Refuses*: DENIED to everybody but init."""
 
 
-MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop
-PROTOCOL: Final = Protocol("meta", number=0, version=2, requests=(Bind, Health, GetStatus, Stop))
+class Configured(Message):
+    """The new settings are in force."""
+
+
+class Configure(Request[Configured], op=5, idempotent=True, refuses=MetaStatus):
+    """Use these settings from now on: MessagePack of the table [service.NAME.settings].
+
+    *Refuses*: DENIED to everybody but init, BAD_SETTINGS, NEEDS_RESTART.
+    """
+
+    settings: Annotated[bytes, Blob(size_min=1, size_max=SETTINGS_SIZE_MAX)]
+
+
+MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop | Configure
+PROTOCOL: Final = Protocol(
+    "meta", number=0, version=3, requests=(Bind, Health, GetStatus, Stop, Configure)
+)
