@@ -142,6 +142,21 @@ class Filter(Message):
     until: Annotated[int, U64()]
 
 
+EVERY_RECORD: Final = Filter(
+    level=Level.TRACE,
+    service=0,
+    pid=0,
+    generation=0,
+    trace=b"",
+    key="",
+    value="",
+    text="",
+    since=0,
+    until=0,
+)
+"""What lets every record through; `msgspec.structs.replace` makes a stricter one of it."""
+
+
 class Query(Request[Records], op=2, idempotent=True):
     """Records of boot `boot` with id >= `since` that match. An earlier boot's are what is left of
     its persisted tail. Needs the right log.read, else DENIED.

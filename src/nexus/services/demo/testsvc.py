@@ -41,7 +41,7 @@ from nexus.protocols.init import GetPolicy, GetTasks, LeaveSafeMode, Restart, Sh
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import Get as KeyGet
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import Level, Query
+from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.protocols.statefsd import Durability
 from nexus.protocols.statefsd import Put as StatePut
@@ -113,8 +113,9 @@ ATTACKS: Mapping[str, RawAttack] = {}
 class Testsvc:
     """Serves nexus.protocols.testsvc. `uses` are the services its plan lets it ask for."""
 
-    def __init__(self, peers: Peers, uses: Collection[str] = ("timed",)) -> None:
+    def __init__(self, peers: Peers, uses: Collection[str] = ("timed",), boot: int = 0) -> None:
         self._peers = peers
+        self._boot = boot
         self._uses = uses
         self._held: dict[int, Deferred] = {}
         self.server: Server
@@ -230,7 +231,7 @@ class Testsvc:
         return SeenBy(seen.pid, seen.service, seen.generation)
 
     async def _read_log(self, call: Call) -> LogdAnswer:
-        oldest = Query(since=0, count=1, level=Level.TRACE, service=0, key="", value="")
+        oldest = Query(self._boot, 0, 1, EVERY_RECORD)
         answer = await self._over_given_link(call, "logd", LOGD, oldest)
         if isinstance(answer, CallFailure):
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
@@ -435,7 +436,7 @@ async def main(boot: BootImage) -> int:
     config = ServiceConfig.of(boot)
     peers = Peers(boot, config.trace_seed)
     uses = [name for name in PROTOCOLS if name in config.uses]
-    service = Testsvc(peers, uses)
+    service = Testsvc(peers, uses, config.boot)
     server = Server(service, PROTOCOL, boot, peers.caller)
     service.server = server
     until = Nanos(boot.now + CONNECT_BUDGET)

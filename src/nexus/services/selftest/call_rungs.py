@@ -34,7 +34,7 @@ from nexus.protocols.interactive import HoldAt, RegisterFor
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import Get as GetKey
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import Level, Query
+from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.meta import Bind, GetStatus, Health, Healthy, ServiceStatus
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import CheckFor
@@ -385,7 +385,7 @@ SAMPLES: Final[dict[str, Request[Any]]] = {
     "demo.testsvc": Hold(1),
     "demo.interactive": RegisterFor(1),
     "policyd": CheckFor(1, "proof.probe", ""),
-    "logd": Query(since=1, count=1, level=Level.TRACE, service=0, key="", value=""),
+    "logd": Query(1, 1, 1, EVERY_RECORD),
     "rngd": GetEntropy(1),
     "statefsd": GetCalls(1, 1),
     "keystored": GetKey(b"x"),

@@ -7,7 +7,7 @@ from nexus.ipc import RetryBudget, RetryTokens, retry_until
 from nexus.protocols.init import Account, GetResources, Resources
 from nexus.protocols.keystored import Get as GetKey
 from nexus.protocols.keystored import GetPublicKey
-from nexus.protocols.logd import Level, Query
+from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.meta import Fact
 from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
@@ -64,7 +64,7 @@ async def _use_all(climb: Climb) -> None:
     when it is next asked, and until then its old link is open. What they answer is not looked at.
     """
     uses: dict[str, tuple[Request[Any], ...]] = {
-        "logd": (Query(since=1, count=1, level=Level.TRACE, service=0, key="", value=""),),
+        "logd": (Query(climb.config.boot, 1, 1, EVERY_RECORD),),
         "rngd": (GetEntropy(1),),
         "statefsd": (Get(UNUSED_KEY),),
         "keystored": (GetPublicKey(), GetKey(UNUSED_NAME)),

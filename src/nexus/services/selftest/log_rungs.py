@@ -23,6 +23,7 @@ from nexus.protocols.logd import (
     RATE_MAX,
     RATE_WINDOW_NS,
     TEXT_SIZE_MAX,
+    EVERY_RECORD,
     Append,
     Appended,
     Field,
@@ -66,7 +67,7 @@ def _row(climb: Climb, stats: Stats, name: str | None = None) -> SenderRow:
     """The row of a sender, all zero if there is none."""
     wanted = service_id(climb.boot.name if name is None else name)
     rows = [row for row in stats.rows if row.service == wanted]
-    return rows[0] if rows else SenderRow(wanted, 0, 0, 0, 0, 0)
+    return rows[0] if rows else SenderRow(wanted, *[0] * (len(SenderRow.__struct_fields__) - 1))
 
 
 async def _status_of(climb: Climb, request: Append) -> str:
@@ -103,7 +104,7 @@ async def invalid_args(climb: Climb) -> Evidence:
 
 async def _between(climb: Climb, first: int, second: int) -> int:
     """How many records of other senders stand between two of ours."""
-    page = await climb.call(climb.client("logd"), _page(first + 1))
+    page = await climb.call(climb.client("logd"), _page(climb, first + 1))
     mine = climb.boot.service
     return sum(record.record < second and record.service != mine for record in page.records)
 
@@ -172,8 +173,8 @@ async def _after_policyd(climb: Climb, before: Stats) -> Stats:
 # ------------------------------------------------------------------ reading
 
 
-def _page(since: int, *, count: int = PAGE_MAX) -> Query:
-    return Query(since=since, count=count, level=Level.TRACE, service=0, key="", value="")
+def _page(climb: Climb, since: int, *, count: int = PAGE_MAX) -> Query:
+    return Query(climb.config.boot, since, count, EVERY_RECORD)
 
 
 async def log_query(climb: Climb) -> Evidence:
@@ -188,7 +189,7 @@ async def log_query(climb: Climb) -> Evidence:
         Appended,
         "acknowledgement",
     )
-    by_id = (await climb.call(logd, _page(kept.record, count=1))).records
+    by_id = (await climb.call(logd, _page(climb, kept.record, count=1))).records
     by_field = await find(climb, "token", token)
     targets = await _audited(climb)
     paged, count = await pages(climb, kept.record)

@@ -2,9 +2,11 @@
 
 from typing import Final
 
+import msgspec
+
 from nexus.abi import INIT_NAME, Nanos, Recv, Send, service_id
 from nexus.ipc import RetryBudget, RetryTokens, retry_until
-from nexus.protocols.logd import PAGE_MAX, Level, Query, Record
+from nexus.protocols.logd import EVERY_RECORD, PAGE_MAX, Query, Record
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import (
     Check,
@@ -159,9 +161,8 @@ async def pages(
     the number of pages, of which one may lead on and hold none."""
     found: list[Record] = []
     for count in range(1, PAGES_MAX + 1):
-        query = Query(
-            since=since, count=PAGE_MAX, level=Level.TRACE, service=service, key=key, value=value
-        )
+        wanted = msgspec.structs.replace(EVERY_RECORD, service=service, key=key, value=value)
+        query = Query(climb.config.boot, since, PAGE_MAX, wanted)
         page = await climb.call(climb.client("logd"), query)
         found += page.records
         if page.next > page.total:

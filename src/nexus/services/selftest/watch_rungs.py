@@ -4,7 +4,7 @@ from typing import Final
 
 from nexus.abi import Nanos, PolicyRead, PolicyWord
 from nexus.ipc import CallFailure, Refused, RetryBudget, RetryTokens, retry_until
-from nexus.protocols.logd import Level, Query
+from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.policyd import Check, GetCounts, Verdict
 from nexus.protocols.testsvc import Attack, AttackResult, Echo, Hang, TestsvcStatus
 from nexus.services.selftest.climb import (
@@ -60,7 +60,7 @@ async def _without_policyd(climb: Climb) -> Evidence:
     same, and what logd answered counts only if the page shows one absence before and after.
     """
     policyd = climb.client("policyd")
-    read = Query(since=1, count=1, level=Level.TRACE, service=0, key="", value="")
+    read = Query(climb.config.boot, 1, 1, EVERY_RECORD)
     before = await PolicyRead()
 
     killed = await climb.restart("policyd")
