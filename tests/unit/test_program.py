@@ -237,6 +237,9 @@ class SlowLog:
         self.flushes += 1
         _ = await SleepUntil(Nanos(await Now() + SECOND // 20))
 
+    def info(self, _text: str, **_fields: str) -> None:
+        """Another line that waits."""
+
 
 def test_a_reply_goes_out_before_the_lines_of_its_request() -> None:
     around = Around()

@@ -18,6 +18,9 @@ FACTS_MAX: Final = 32  # named numbers one service may report
 FACT_NAME_SIZE_MAX: Final = 32  # characters
 FACT_NAME: Final = r"^[a-z][a-z0-9_]*\Z"  # it stands in evidence as it is: nothing to escape
 SETTINGS_SIZE_MAX: Final = 2048  # bytes; a control link has room for it
+PROBE_SIZE_MAX: Final = 48  # characters that a log probe carries
+PROBE_PATTERN: Final = r"^[a-z0-9.-]+\Z"
+PROBES_MAX: Final = 16  # log probes of one instance: they are for a proof, and no source of records
 COUNTERS_MAX: Final = 32  # fields of abi.TaskCounters (21), with room for new ones
 
 
@@ -130,7 +133,20 @@ class Configure(Request[Configured], op=5, idempotent=True, refuses=MetaStatus):
     settings: Annotated[bytes, Blob(size_min=1, size_max=SETTINGS_SIZE_MAX)]
 
 
-MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop | Configure
+class Probed(Message):
+    """The record is written into the service's own log."""
+
+
+class LogProbe(Request[Probed], op=6, idempotent=False):
+    """Write one record with this token into your own log, as any other: level INFO, field `token`.
+
+    *Refuses*: BUSY without a log, and from the PROBES_MAX + 1st probe of this instance on.
+    """
+
+    token: Annotated[str, Text(size_min=1, size_max=PROBE_SIZE_MAX, pattern=PROBE_PATTERN)]
+
+
+MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop | Configure | LogProbe
 PROTOCOL: Final = Protocol(
-    "meta", number=0, version=3, requests=(Bind, Health, GetStatus, Stop, Configure)
+    "meta", number=0, version=3, requests=(Bind, Health, GetStatus, Stop, Configure, LogProbe)
 )

@@ -344,7 +344,7 @@ MetricsdRequest: TypeAlias = (
 )
 PROTOCOL: Final = Protocol(
     "metricsd",
-    number=11,
+    number=14,
     version=1,
     requests=(
         OpenPage,

@@ -47,13 +47,16 @@ from nexus.ipc import Caller, Peers, Spans
 from nexus.ipc.exchange import close_if_any
 from nexus.protocols.meta import (
     FACTS_MAX,
+    PROBES_MAX,
     Bind,
     Bound,
     Fact,
     GetStatus,
     Health,
     Healthy,
+    LogProbe,
     MetaStatus,
+    Probed,
     ServiceStatus,
     Stop,
     Stopping,
@@ -84,6 +87,7 @@ OWN_SLOTS: Final = 32  # of the table for the service itself, and one message on
 REMARKS_MAX: Final = 32  # refused calls remembered with their notes
 LOG_PAUSE_LEAST: Final = Nanos(5_000_000)  # ns between two looks after lines that wait
 LOG_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
+PROBE_TEXT: Final = "log probe"  # of the record that a probe asks for
 DEADLINE: Final = struct.Struct(f"<{DEADLINE_OFFSET}xQ")
 INIT: Final = service_id(INIT_NAME)
 
@@ -119,7 +123,8 @@ class Hooks(NamedTuple):
 
 
 class Log(Protocol):
-    """What the runtime needs of nexus.log.Logger: to be driven in the task's idle moments."""
+    """What the runtime needs of nexus.log.Logger: to be driven in the task's idle moments, and to
+    be written into when a log probe comes."""
 
     @property
     def due(self) -> bool:
@@ -127,6 +132,9 @@ class Log(Protocol):
 
     async def flush(self) -> None:
         """Send and take what can be without waiting."""
+
+    def info(self, text: str, **fields: str) -> None:
+        """Write one line."""
 
 
 class Remark(NamedTuple):
@@ -178,6 +186,7 @@ class Server:
         self._call = Call(self._caller.spans, self._post)
         assert not sources or self._hooks.on_other is not None, "further sources need on_other"
         self._trap = ReplyRecv((boot.endpoint, *sources), NEVER)
+        self._probes = 0  # log probes answered
         self._announced = False
         self._echoed = 0  # nonce of init's Bind, told with the line that we are ready
         self._announcing = False
@@ -612,7 +621,7 @@ class Server:
 
     # ------------------------------------------------------------------ meta
 
-    async def _handle_meta(self, call: Call, request: Health | GetStatus | Stop) -> Any:
+    async def _handle_meta(self, call: Call, request: Health | GetStatus | Stop | LogProbe) -> Any:
         match request:
             case Health():
                 return self._health(call)
@@ -620,6 +629,8 @@ class Server:
                 return await self._status()
             case Stop():
                 return self._stop(call)
+            case LogProbe():
+                return self._log_probe(call, request)
 
     def _health(self, call: Call) -> Healthy:
         if self.starting or (self._hooks.ready is not None and not self._hooks.ready()):
@@ -633,6 +644,13 @@ class Server:
             raise call.refuse(ReplyStatus.DENIED)
         self.stopping = True
         return Stopping()
+
+    def _log_probe(self, call: Call, request: LogProbe) -> Probed:
+        if self._log is None or self._probes >= PROBES_MAX:
+            raise call.refuse(ReplyStatus.BUSY)
+        self._probes += 1
+        self._log.info(PROBE_TEXT, token=request.token)
+        return Probed()
 
     async def _status(self) -> ServiceStatus:
         account = self.account
