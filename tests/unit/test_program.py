@@ -237,7 +237,7 @@ class SlowLog:
         self.flushes += 1
         _ = await SleepUntil(Nanos(await Now() + SECOND // 20))
 
-    def info(self, _text: str, **_fields: str) -> None:
+    def info(self, text: str, *, token: str) -> None:
         """Another line that waits."""
 
 

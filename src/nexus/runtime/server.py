@@ -133,7 +133,7 @@ class Log(Protocol):
     async def flush(self) -> None:
         """Send and take what can be without waiting."""
 
-    def info(self, text: str, /, **fields: str) -> None:
+    def info(self, text: str, *, token: str) -> None:
         """Write one line."""
 
 
