@@ -15,8 +15,8 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from time import monotonic_ns
-from typing import Any, Final, NoReturn, Protocol
+from time import monotonic_ns, time_ns
+from typing import Any, Final, NoReturn, Protocol, cast
 
 from nexus.abi import (
     INIT_NAME,
@@ -45,6 +45,8 @@ from nexus.abi import (
     CapInfo,
     CapKind,
     CapQuery,
+    Clock,
+    ClockMap,
     ConsoleWrite,
     DeviceDma,
     DeviceInfo,
@@ -57,6 +59,7 @@ from nexus.abi import (
     EntropyDraw,
     EventKind,
     Exit,
+    Fence,
     Kill,
     LinkCreate,
     LinkId,
@@ -101,6 +104,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     Wait,
     service_id,
@@ -153,10 +158,15 @@ from nexus.kernel.linux.identity import (
     unpack_policy,
 )
 from nexus.kernel.linux.native import (
+    F_SEAL_FUTURE_WRITE,
+    MEMBARRIER_GLOBAL_EXPEDITED,
+    MEMBARRIER_REGISTER_GLOBAL_EXPEDITED,
     MSG_CMSG_CLOEXEC,
     SO_COOKIE,
     SO_PEEK_OFF,
     map_read_only,
+    map_writable,
+    membarrier,
     timerfd,
     timerfd_arm,
 )
@@ -212,6 +222,10 @@ DONT_WAIT: Final = int(socket.MSG_DONTWAIT)
 CLEAN: Final = MSG_CMSG_CLOEXEC  # what the kernel reports about a whole message
 
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# Of living memory: its length is fixed, nobody maps it to write any more, and so it stays.
+SHARED_SEALS: Final = (
+    F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+)
 DESCRIPTOR: Final = struct.Struct("=i")
 
 # What a send to a peer that closed or died may say.
@@ -263,6 +277,16 @@ class Port(Protocol):
         """Hand over recorded traps before a wait."""
 
 
+class MappedClock:
+    """Linux's clocks, which CPython reads without a system call where there is a vDSO."""
+
+    __slots__ = ("monotonic", "wall")
+
+    def __init__(self) -> None:
+        self.monotonic = cast(Callable[[], Nanos], monotonic_ns)
+        self.wall: Callable[[], int] = time_ns
+
+
 class Exited(Exception):
     """The task has ended: an exit code, or the signal that ended it."""
 
@@ -291,6 +315,7 @@ class Driver:
         "_careful",
         "_cells",
         "_epoch",
+        "_fences",
         "_fired",
         "_idle",
         "_next_link",
@@ -379,6 +404,7 @@ class Driver:
         self._refused = {"identity": 0, "several_caps": 0, "oversize": 0, "excess_link": 0}
         self._vmo_size = 0
         self._viewed: list[Vmo] = []  # no slot holds them any more, a view does
+        self._fences = self._join_barriers()
         self.handlers = Handlers(
             {
                 ReplyRecv: self._reply_recv,
@@ -396,6 +422,10 @@ class Driver:
                 VmoWrite: self._vmo_write,
                 VmoSeal: self._vmo_seal,
                 VmoMap: self._vmo_map,
+                VmoShare: self._vmo_share,
+                VmoWatch: self._vmo_watch,
+                Fence: self._fence,
+                ClockMap: self._clock_map,
                 Spawn: self._root_only,
                 SpawnLastError: self._spawn_last_error,
                 Wait: self._root_only,
@@ -1115,10 +1145,14 @@ class Driver:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         except OSError:
             return None  # no memory object
+        sealed = seals & SEALS == SEALS
+        shared = not sealed and seals & SHARED_SEALS == SHARED_SEALS
         length = os.lseek(descriptor, 0, os.SEEK_END)
-        if seals & SEALS != SEALS or not 0 < length <= VMO_SIZE_MAX or length != page_round(length):
+        if not (sealed or shared) or not 0 < length <= VMO_SIZE_MAX or length != page_round(length):
             return None
-        return Vmo(descriptor, length, sealed=True)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+            return None  # nothing maps it
+        return Vmo(descriptor, length, sealed=sealed, shared=shared)
 
     # ------------------------------------------------------------------ the kernel's own frames
 
@@ -1442,7 +1476,7 @@ class Driver:
         if named is link:
             raise AbiError(Status.INVALID_ARGUMENT, "a link does not move over itself")
         _ = moved(_kind(named), held.rights)
-        if isinstance(named, Vmo) and not named.sealed:
+        if isinstance(named, Vmo) and not (named.sealed or named.shared):
             raise AbiError(Status.PERMISSION_DENIED, "an unsealed VMO does not move")
         self._await_room(link, len(data), deadline)
         if isinstance(named, Vmo):
@@ -1698,7 +1732,7 @@ class Driver:
         descriptor = os.memfd_create("nexus-vmo", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, length)
-            vmo = Vmo(descriptor, length, sealed=False)
+            vmo = Vmo(descriptor, length)
             slot = self.put(vmo, Rights.MAP | Rights.MANAGE, asked=trap.size)
         except (AbiError, OSError):
             os.close(descriptor)
@@ -1715,8 +1749,8 @@ class Driver:
     def _vmo_write(self, trap: VmoWrite) -> None:
         vmo = self._vmo(trap.slot)
         _ = self.table.require(trap.slot, Rights.MANAGE)
-        if vmo.sealed:
-            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed")
+        if vmo.sealed or vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed, or shared")
         if trap.offset < 0 or trap.offset + len(trap.data) > vmo.length:
             raise AbiError(Status.INVALID_ARGUMENT, f"outside the {vmo.length} bytes")
         rest, offset = memoryview(trap.data), trap.offset
@@ -1727,6 +1761,8 @@ class Driver:
     def _vmo_seal(self, trap: VmoSeal) -> None:
         vmo = self._vmo(trap.slot)
         _ = self.table.require(trap.slot, Rights.MANAGE)
+        if vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "a shared VMO may change for ever")
         if not vmo.sealed:
             _ = fcntl.fcntl(vmo.descriptor, fcntl.F_ADD_SEALS, SEALS)
             vmo.sealed = True
@@ -1739,6 +1775,43 @@ class Driver:
         view = map_read_only(vmo.descriptor, vmo.length, lambda: self._view_ended(vmo))
         vmo.views += 1
         return view
+
+    def _vmo_share(self, trap: VmoShare) -> memoryview:
+        vmo = self._vmo(trap.slot)
+        _ = self.table.require(trap.slot, Rights.MANAGE)
+        if vmo.sealed or vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed, or shared")
+        view = map_writable(vmo.descriptor, vmo.length, lambda: self._view_ended(vmo))
+        vmo.views += 1
+        # After the mapping, the last that may be written: without the seals there is no view.
+        _ = fcntl.fcntl(vmo.descriptor, fcntl.F_ADD_SEALS, SHARED_SEALS)
+        vmo.shared = True
+        return view
+
+    def _vmo_watch(self, trap: VmoWatch) -> memoryview:
+        vmo = self._vmo(trap.slot)
+        _ = self.table.require(trap.slot, Rights.MAP)
+        if not vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is not shared")
+        view = map_read_only(vmo.descriptor, vmo.length, lambda: self._view_ended(vmo))
+        vmo.views += 1
+        return view
+
+    def _join_barriers(self) -> bool:
+        """Let the fences of others reach this process; False where Linux has none."""
+        try:
+            _ = membarrier(MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)
+        except OSError:
+            return False
+        return True
+
+    def _fence(self, trap: Fence) -> None:  # noqa: ARG002
+        if not self._fences:
+            raise AbiError(Status.UNSUPPORTED, "there is no expedited membarrier")
+        _ = membarrier(MEMBARRIER_GLOBAL_EXPEDITED)
+
+    def _clock_map(self, trap: ClockMap) -> Clock:  # noqa: ARG002
+        return MappedClock()
 
     def _view_ended(self, vmo: Vmo) -> None:
         """A mapping is gone; the last one of an object without a slot gives its pages back."""

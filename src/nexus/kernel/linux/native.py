@@ -30,6 +30,11 @@ CLONE_NEWUTS: Final = 0x0400_0000
 CLONE_NEWIPC: Final = 0x0800_0000
 CLONE_NEWNET: Final = 0x4000_0000
 
+# include/uapi/linux/membarrier.h
+MEMBARRIER_QUERY: Final = 0
+MEMBARRIER_GLOBAL_EXPEDITED: Final = 1 << 1
+MEMBARRIER_REGISTER_GLOBAL_EXPEDITED: Final = 1 << 2
+
 # include/uapi/linux/fcntl.h: not named in fcntl before 3.14
 F_SEAL_FUTURE_WRITE: Final = 0x10
 
@@ -54,6 +59,7 @@ NR_LANDLOCK_ADD_RULE: Final = 445
 NR_LANDLOCK_RESTRICT_SELF: Final = 446
 
 MACHINE: Final = platform.machine()
+NR_MEMBARRIER: Final = 324 if MACHINE == "x86_64" else 283  # else the generic table's
 
 CAP_DAC_READ_SEARCH: Final = 2  # include/uapi/linux/capability.h
 _CAPABILITY_VERSION_3: Final = 0x2008_0522
@@ -75,6 +81,9 @@ _mmap.argtypes = (
 _munmap: Final = LIBC.munmap
 _munmap.restype = ctypes.c_int
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_madvise: Final = LIBC.madvise
+_madvise.restype = ctypes.c_int
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _timerfd_settime: Final = LIBC.timerfd_settime
 _timerfd_settime.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -95,6 +104,11 @@ def prctl(option: int, value: int, third: int = 0) -> int:
 def syscall(number: int, *arguments: object) -> int:
     """A system call by number."""
     return _checked(LIBC.syscall(number, *arguments), f"syscall {number}")
+
+
+def membarrier(command: int) -> int:
+    """membarrier(2)."""
+    return syscall(NR_MEMBARRIER, ctypes.c_int(command), ctypes.c_uint(0), ctypes.c_int(0))
 
 
 def close_descriptors_except(keep: tuple[int, ...]) -> None:
@@ -184,16 +198,22 @@ def signalfd(numbers: Iterable[int]) -> int:
 
 
 class _Mapping:
-    """Unmaps when the array that lies over the mapping is no longer referred to."""
+    """Unmaps when the array that lies over the mapping is no longer referred to.
 
-    __slots__ = ("address", "ended", "length")
+    A mapping is of the process that made it: a child of a fork has not got it.
+    """
+
+    __slots__ = ("address", "ended", "length", "pid")
 
     def __init__(self, address: int, length: int, ended: Callable[[], None] | None) -> None:
         self.address = address
         self.length = length
         self.ended = ended
+        self.pid = os.getpid()
 
     def __del__(self) -> None:
+        if os.getpid() != self.pid:
+            return  # something else may stand at this address by now
         _ = _munmap(self.address, self.length)
         if self.ended is not None:
             self.ended()
@@ -211,6 +231,13 @@ def map_read_only(
     return memoryview(array).toreadonly().cast("B")
 
 
+def map_writable(descriptor: int, length: int, ended: Callable[[], None]) -> memoryview:
+    """A shared mapping of a descriptor that may be written, as bytes; it ends as one that is
+    read only does."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    return memoryview(_map(descriptor, length, 0, protection, ended)).cast("B")
+
+
 def map_shared(descriptor: int, length: int, offset: int) -> "ctypes.Array[ctypes.c_ubyte]":
     """A shared mapping of a descriptor that may be written, unmapped when the array and all that
     was made from it are let go."""
@@ -224,6 +251,10 @@ def _map(
     if address is None or address == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap: {os.strerror(number)}")
+    if _madvise(address, length, mmap.MADV_DONTFORK) < 0:
+        number = ctypes.get_errno()
+        _ = _munmap(address, length)
+        raise OSError(number, f"madvise: {os.strerror(number)}")
     array = (ctypes.c_ubyte * length).from_address(address)
     array.mapping = _Mapping(address, length, ended)  # type: ignore[attr-defined]
     return array

@@ -19,6 +19,7 @@ KERNEL_FRAME: Final = 1 << 21  # counts neither as a message nor as bytes
 SIZE_MASK: Final = WITH_CAP - 1
 
 EPOLL_IN: Final = select.EPOLLIN
+EPOLL_OUT: Final = select.EPOLLOUT
 
 Receive = Callable[[int, int, int], tuple[bytes, list[tuple[int, int, bytes]], int, Any]]
 """recvmsg(2) of a link: sizes of the message and of its ancillary data, flags."""
@@ -242,12 +243,15 @@ class Endpoint:
 class Vmo:
     """A memory object: a memfd of whole pages. It is charged while a slot or a view holds it."""
 
-    __slots__ = ("descriptor", "length", "sealed", "views")
+    __slots__ = ("descriptor", "length", "sealed", "shared", "views")
 
-    def __init__(self, descriptor: int, length: int, *, sealed: bool) -> None:
+    def __init__(
+        self, descriptor: int, length: int, *, sealed: bool = False, shared: bool = False
+    ) -> None:
         self.descriptor = descriptor  # -1 once no slot holds it
         self.length = length  # bytes
         self.sealed = sealed
+        self.shared = shared  # living memory: one writable mapping, and it is never sealed
         self.views = 0  # mappings that are still out
 
 

@@ -16,7 +16,16 @@ from functools import cache
 from typing import Final, NamedTuple
 
 from nexus.abi import Grants, HardwareKind, SecretBackend
-from nexus.kernel.linux.native import LIBC, MACHINE, PR_SET_NO_NEW_PRIVS, SIOCINQ, SIOCOUTQ, prctl
+from nexus.kernel.linux.native import (
+    LIBC,
+    MACHINE,
+    MEMBARRIER_GLOBAL_EXPEDITED,
+    MEMBARRIER_REGISTER_GLOBAL_EXPEDITED,
+    PR_SET_NO_NEW_PRIVS,
+    SIOCINQ,
+    SIOCOUTQ,
+    prctl,
+)
 from nexus.kernel.linux.secrets import KEYCTL_READ, KEYCTL_UPDATE, NO_SECRET, Secret
 
 
@@ -162,6 +171,7 @@ UNLINKAT: Final = (263, 35)
 RENAMEAT: Final = (264, 38)
 RENAMEAT2: Final = (316, 276)  # what a C library takes where there is no renameat
 KEYCTL: Final = (250, 219)
+MEMBARRIER: Final = (324, 283)
 
 AF_UNIX: Final = 1
 AF_INET: Final = 2
@@ -185,6 +195,8 @@ DEVICE_IOCTLS_REFUSED: Final = (0x8901, 0x8902, 0x5452, 0x5412, 0x540E)
 # CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID: what
 # pthread_create asks for, with CLONE_DETACHED in musl. Nothing less is a thread of this process.
 THREAD_FLAGS: Final = (0x3D_0F00, 0x7D_0F00)
+# A barrier among those who asked for it, and to ask for it. Not the others: they stop every CPU.
+MEMBARRIERS: Final = (MEMBARRIER_GLOBAL_EXPEDITED, MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)
 # F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS, F_GET_SEALS: none makes a descriptor.
 FCNTLS: Final = (1, 2, 3, 1033, 1034)
 PROT_EXEC: Final = 4
@@ -377,6 +389,7 @@ def _limited(
         (SETSOCKOPT, _tcp_option() if tcp else _option()),
         (IOCTL, _none_of(1, DEVICE_IOCTLS_REFUSED) if grants.devices else _one_of(1, ioctls)),
         (FCNTL, _one_of(1, FCNTLS)),
+        (MEMBARRIER, _one_of(0, MEMBARRIERS)),
         (CLONE3, [(RETURN, 0, 0, NO_SUCH_CALL)]),
     ]
     executable: list[Instruction] = [(RETURN, 0, 0, ALLOW)]

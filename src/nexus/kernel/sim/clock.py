@@ -8,6 +8,8 @@ from nexus.abi import NEVER, Nanos
 from nexus.kernel.sim.objects import DEAD, FIRST_WAIT, LAST_WAIT, Task
 
 TIMERS_SLACK: Final = 1_024  # stale entries tolerated before the heap is rebuilt
+WALL_START: Final = 1_767_225_600_000_000_000  # ns since 1970: 2026-01-01, a run's first boot
+BOOT_GAP: Final = Nanos(1_000_000_000)  # ns from the end of a boot to the start of the next
 
 Expiry = tuple[Nanos, int, "Task | Callable[[], None]"]
 
@@ -79,6 +81,24 @@ class Clock:
         if 2 * len(kept) <= len(self.timers):
             self.timers[:] = kept
             heapify(self.timers)
+
+
+class MappedClock:
+    """The clocks as a task reads them without a trap."""
+
+    __slots__ = ("_clock", "_wall_ahead")
+
+    def __init__(self, clock: Clock, wall_start: int) -> None:
+        self._clock = clock
+        self._wall_ahead = wall_start - clock.now  # nanoseconds
+
+    def monotonic(self) -> Nanos:
+        """Virtual time."""
+        return self._clock.now
+
+    def wall(self) -> int:
+        """Virtual time, on from what the machine's clock said at the start."""
+        return self._clock.now + self._wall_ahead
 
 
 def _counts(entry: Expiry) -> bool:

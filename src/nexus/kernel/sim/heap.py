@@ -24,7 +24,7 @@ from nexus.kernel.core import (
     Held,
     page_round,
 )
-from nexus.kernel.sim.objects import Connection, KernelObject, Link, Port, Task, Vmo
+from nexus.kernel.sim.objects import Connection, KernelObject, Link, LiveViews, Port, Task, Vmo
 
 VMO_RIGHTS: Final = Rights.MAP | Rights.MANAGE
 TASK_CHARGE: Final = TASK_SIZE + WAITER_SIZE + TIMER_SIZE
@@ -173,18 +173,29 @@ class Heap:
             if vmo.mapped_first is None:
                 vmo.mapped_first = task
             mapped = task.maps[id(vmo)] = (vmo, data)
+        assert isinstance(mapped[1], bytearray), "a sealed object is not shared"
         return memoryview(mapped[1]).toreadonly()
+
+    def view_vmo(self, task: Task, vmo: Vmo) -> memoryview:
+        """A view of a shared object that may be written, for its writer and to be narrowed."""
+        self.sweep(task)
+        mapped = task.maps.get(id(vmo))
+        if mapped is None:
+            vmo.viewers += 1
+            mapped = task.maps[id(vmo)] = (vmo, LiveViews(vmo.data))
+        assert isinstance(mapped[1], LiveViews), "a shared object is not sealed"
+        return mapped[1].view()
 
     def is_mapped(self, task: Task, vmo: Vmo) -> bool:
         """Whether a view of the object is still out in this task."""
         mapped = task.maps.get(id(vmo))
         if mapped is None:
             return False
-        if _has_views(mapped[1]):
+        views = mapped[1]
+        if views.out if isinstance(views, LiveViews) else _has_views(views):
             return True
         del task.maps[id(vmo)]
-        if vmo.mapped_first is task:
-            vmo.mapped_first = None
+        _unmap(task, vmo)
         return False
 
     def sweep(self, task: Task) -> None:
@@ -196,15 +207,15 @@ class Heap:
 
     def free_if_unused(self, vmo: Vmo) -> None:
         """Give a memory object's pages back if no table, message or view holds it."""
-        if vmo.references == 0 and vmo.mapped_first is None and not vmo.freed:
+        viewed = vmo.mapped_first is not None or vmo.viewers
+        if vmo.references == 0 and not viewed and not vmo.freed:
             vmo.freed = True
             self.account.refund(vmo.cost)
 
     def forget_maps(self, task: Task) -> None:
         """Drop a dead task's mappings: its views are gone with it."""
         for vmo, _ in list(task.maps.values()):
-            if vmo.mapped_first is task:
-                vmo.mapped_first = None
+            _unmap(task, vmo)
             self.free_if_unused(vmo)
         task.maps.clear()
 
@@ -260,6 +271,13 @@ def port_size(port: Port) -> int:
     """What a port and its connections cost the heap."""
     connections = [link for link in port.links.values() if isinstance(link, Connection)]
     return port.cost + sum(connection_size(each) for each in connections)
+
+
+def _unmap(task: Task, vmo: Vmo) -> None:
+    if vmo.shared:
+        vmo.viewers -= 1
+    elif vmo.mapped_first is task:
+        vmo.mapped_first = None
 
 
 def _has_views(data: bytearray) -> bool:

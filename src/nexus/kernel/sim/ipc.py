@@ -414,7 +414,7 @@ class Ipc:
         if object_ is over:
             raise AbiError(Status.INVALID_ARGUMENT, "a link does not move over itself")
         _ = moved(object_.kind, held.rights)
-        if isinstance(object_, Vmo) and not object_.sealed:
+        if isinstance(object_, Vmo) and not (object_.sealed or object_.shared):
             raise AbiError(Status.PERMISSION_DENIED, "an unsealed VMO does not move")
         return held
 

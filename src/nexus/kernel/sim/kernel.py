@@ -38,6 +38,7 @@ from nexus.abi import (
     CapDerive,
     CapInfo,
     CapQuery,
+    ClockMap,
     ConsoleWrite,
     DeviceDma,
     DeviceInfo,
@@ -52,6 +53,7 @@ from nexus.abi import (
     EventKind,
     Exit,
     ExitInfo,
+    Fence,
     Grants,
     Kill,
     LinkCreate,
@@ -101,6 +103,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     Wait,
     service_id,
@@ -138,7 +142,7 @@ from nexus.kernel.core import (
 from nexus.kernel.sim import log
 from nexus.kernel.sim.bus import Bus
 from nexus.kernel.sim.chance import Chance
-from nexus.kernel.sim.clock import Clock
+from nexus.kernel.sim.clock import BOOT_GAP, WALL_START, Clock, MappedClock
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.faults import FaultPoint, Faults
 from nexus.kernel.sim.heap import TASK_CHARGE, Heap
@@ -198,6 +202,10 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
     VmoWrite,
     VmoSeal,
     VmoMap,
+    VmoShare,
+    VmoWatch,
+    Fence,
+    ClockMap,
     Spawn,
     SpawnLastError,
     Wait,
@@ -252,6 +260,8 @@ class SimKernel:
     `hardware` is the bus map; those named in `kernel_driven` have no registers, as on linux.
     `disks` are in its block devices, blank ones where none is given. What is left after the run,
     however it ended, stands in `bus.disks`, `boot_memory` and `secrets.kept`.
+    `wall_start` is what the machine's clock says at the start: for a later boot, what `next_wall`
+    was after the earlier one.
     """
 
     def __init__(
@@ -273,6 +283,7 @@ class SimKernel:
         disks: Mapping[str, Disk] | None = None,
         kernel_driven: Collection[str] = (),
         secrets: Mapping[tuple[str, SecretBackend], bytes] | None = None,
+        wall_start: int = WALL_START,
     ) -> None:
         self.programs: Programs = programs
         self.seed = seed
@@ -285,6 +296,7 @@ class SimKernel:
         self.event_log = EventLog((*(trap.__name__ for trap in TRAPS), "Start"))
         self.chance = Chance(seed)
         self.clock = Clock(Nanos(self.chance.start), self._wake)
+        self.mapped_clock = MappedClock(self.clock, wall_start)
         self.heap = Heap(self._report_heap, heap_size)
         self.scheduler, self.ipc = self._make_parts(cpu_count)
         self.ports = Ports(self.ipc, self._report_refused, uid)
@@ -345,6 +357,11 @@ class SimKernel:
     def now(self) -> Nanos:
         """The virtual clock. It starts at a large seeded time."""
         return self.clock.now
+
+    @property
+    def next_wall(self) -> int:
+        """What the machine's clock says when it boots again, in nanoseconds since 1970."""
+        return self.mapped_clock.wall() + BOOT_GAP
 
     def run(self, root: Program, argument: bytes, *, until: Nanos) -> ExitInfo:
         """Drive everything to the root task's exit. Other tasks are then killed.
@@ -1004,6 +1021,10 @@ class SimKernel:
             VmoWrite: self._vmo_write,
             VmoSeal: self._vmo_seal,
             VmoMap: self._vmo_map,
+            VmoShare: self._vmo_share,
+            VmoWatch: self._vmo_watch,
+            Fence: self._fence,
+            ClockMap: self._clock_map,
             Spawn: self._spawn,
             SpawnLastError: self._spawn_last_error,
             Wait: self._wait,
@@ -1186,21 +1207,43 @@ class SimKernel:
 
     def _vmo_write(self, task: Task, trap: VmoWrite) -> None:
         vmo = self._vmo(task, trap.slot, Rights.MANAGE)
-        if vmo.sealed:
-            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed")
+        if vmo.sealed or vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed, or shared")
         end = trap.offset + len(trap.data)
         if trap.offset < 0 or end > vmo.cost:
             raise AbiError(Status.INVALID_ARGUMENT, f"bytes {trap.offset} to {end} of {vmo.cost}")
         vmo.data[trap.offset : end] = trap.data
 
     def _vmo_seal(self, task: Task, trap: VmoSeal) -> None:
-        self._vmo(task, trap.slot, Rights.MANAGE).sealed = True
+        vmo = self._vmo(task, trap.slot, Rights.MANAGE)
+        if vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "a shared VMO may change for ever")
+        vmo.sealed = True
 
     def _vmo_map(self, task: Task, trap: VmoMap) -> memoryview:
         vmo = self._vmo(task, trap.slot, Rights.MAP)
         if not vmo.sealed:
             raise AbiError(Status.PERMISSION_DENIED, "only a sealed VMO is mapped")
         return self.heap.map_vmo(task, vmo)
+
+    def _vmo_share(self, task: Task, trap: VmoShare) -> memoryview:
+        vmo = self._vmo(task, trap.slot, Rights.MANAGE)
+        if vmo.sealed or vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "the VMO is sealed, or shared")
+        vmo.shared = True
+        return self.heap.view_vmo(task, vmo)
+
+    def _vmo_watch(self, task: Task, trap: VmoWatch) -> memoryview:
+        vmo = self._vmo(task, trap.slot, Rights.MAP)
+        if not vmo.shared:
+            raise AbiError(Status.PERMISSION_DENIED, "only a shared VMO is watched")
+        return self.heap.view_vmo(task, vmo).toreadonly()
+
+    def _fence(self, task: Task, trap: Fence) -> None:
+        """One step of one task at a time: what is written is seen."""
+
+    def _clock_map(self, task: Task, trap: ClockMap) -> MappedClock:  # noqa: ARG002
+        return self.mapped_clock
 
     def _vmo(self, task: Task, slot: Slot, right: Rights) -> Vmo:
         object_ = task.table.get(slot).object

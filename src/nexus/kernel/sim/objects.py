@@ -1,5 +1,7 @@
 """What the simulated kernel keeps: tasks, endpoints, links, memory objects, CPUs."""
 
+import ctypes
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
@@ -167,7 +169,16 @@ class Connection(Link):
 class Vmo:
     """A memory object. `references` counts tables and queued messages that hold it."""
 
-    __slots__ = ("cost", "data", "freed", "mapped_first", "references", "sealed")
+    __slots__ = (
+        "cost",
+        "data",
+        "freed",
+        "mapped_first",
+        "references",
+        "sealed",
+        "shared",
+        "viewers",
+    )
 
     kind: Final = CapKind.VMO
 
@@ -175,9 +186,37 @@ class Vmo:
         self.data = bytearray(length)
         self.cost = length
         self.sealed = False
+        self.shared = False  # living memory: one writable view, and it is never sealed
         self.freed = False
         self.references = 0
         self.mapped_first: Task | None = None  # the task whose views are views of `data` itself
+        self.viewers = 0  # tasks that view it as it changes
+
+
+class LiveViews:
+    """One task's views of a shared object: of its very bytes, yet told apart from others'.
+
+    They are views of one array over the object's bytes, which lives as long as one of them.
+    """
+
+    __slots__ = ("_array", "_data")
+
+    def __init__(self, data: bytearray) -> None:
+        self._data = data
+        self._array: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
+
+    def view(self) -> memoryview:
+        """One more view, which may be written."""
+        array = None if self._array is None else self._array()
+        if array is None:
+            array = (ctypes.c_ubyte * len(self._data)).from_buffer(self._data)
+            self._array = weakref.ref(array)
+        return memoryview(array).cast("B")
+
+    @property
+    def out(self) -> bool:
+        """Whether a view has not been released."""
+        return self._array is not None and self._array() is not None
 
 
 class Device:
@@ -287,7 +326,7 @@ class Task:
         self.ports: dict[Slot, Port] = {}  # own ones, by their slot
         self.devices: list[Device] = []  # held, in the order of the grants, whatever the slots say
         self.secret = SecretBackend.NONE  # where its own is kept
-        self.maps: dict[int, tuple[Vmo, bytearray]] = {}  # by id of the VMO: views still out
+        self.maps: dict[int, tuple[Vmo, bytearray | LiveViews]] = {}  # by id: views still out
         self.coroutine: Coroutine[Trap[Any], Any, int | None] | None = None
         self.send: Callable[[Any], Any] = _not_started
         self.throw: Callable[[BaseException], Any] = _not_started
