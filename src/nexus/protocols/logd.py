@@ -195,7 +195,8 @@ class OpenStream(Request[StreamOpened], op=5, idempotent=True, refuses=LogdStatu
     RING_SIZE_MAX, more than STREAMS_MAX), RATE_LIMITED.
     """
 
-    taken: Annotated[int, U64()]  # what an earlier logd has drained of it
+    taken: Annotated[int, U64()]  # what an earlier logd has drained of it: `taken` and `sequence`
+    sequence: Annotated[int, U64()]  # of its last Drained; both 0 for a new ring
 
 
 class Drained(Message):

@@ -1,0 +1,284 @@
+"""A page of living memory: words that are series, spans that are open, spans that have ended.
+
+    header    8 words: magic | size | overflow | slotless | 4 free
+    words     a quarter of the page: u64 cells, handed out by the reader's owner
+    slots     a quarter: open spans, each begin-number u64, size u32, crc32 u32, payload
+    spans     the rest: a ring (nexus.telemetry.ring) of spans that have ended
+
+A counter or gauge is one word, which is stored and read whole. A histogram is a group: a sequence
+word, count, sum, and a word per bucket. The writer makes the sequence odd, stores the others, and
+makes it even, two more than before.
+
+A group is read in two steps with a barrier before each (mark, Fence, copy, Fence, settle). What the
+copy has is accepted if the sequence was even at the mark and is the same after the second barrier:
+the first barrier shows everything that was stored before the marked sequence was, the second one
+shows the odd sequence of whoever stored into the copy. Otherwise the former value stands. The
+barriers are the reader's alone (abi.Fence): they hold on the writer's CPU too.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+from zlib import crc32
+
+from nexus.telemetry.ring import RING_SIZE_MIN, SEED_MASK, NoRing, RingReader, RingWriter
+
+PAGE_VERSION: Final = 1
+PAGE_MAGIC: Final = int.from_bytes(b"NXPAGE\0" + bytes([PAGE_VERSION]), "little")
+WORD_SIZE: Final = 8  # bytes
+HEADER_WORDS: Final = 8
+HEADER_SIZE: Final = HEADER_WORDS * WORD_SIZE  # bytes
+SLOT_SIZE: Final = 320  # bytes; name, attributes and ids of a span at their limits fit
+SLOT: Final = struct.Struct("<QII")  # number (0: free), size, crc32 seeded with the number
+SPAN_SLOT_PAYLOAD_MAX: Final = SLOT_SIZE - SLOT.size
+PAGE_SIZE_MIN: Final = 4096  # bytes
+WORD_MAX: Final = (1 << 63) - 1  # a counter stays there; a gauge's largest value
+PASSES_MAX: Final = 4  # over a page, until a group that was never still is given up for now
+
+MAGIC_WORD: Final = 0
+SIZE_WORD: Final = 1
+OVERFLOW_WORD: Final = 2
+SLOTLESS_WORD: Final = 3
+
+SEQUENCE: Final = 0  # words of a group, in their order
+COUNT: Final = 1
+SUM: Final = 2
+BUCKETS: Final = 3
+GROUP_WORDS_MIN: Final = BUCKETS + 1
+GROUP_WORDS_MAX: Final = BUCKETS + 17
+
+_pack = SLOT.pack
+
+
+class NoPage(Exception):
+    """The memory holds no page of this version; the text says why."""
+
+
+class Shape(NamedTuple):
+    """Where the parts of a page of one size lie (bytes)."""
+
+    words: int  # how many
+    slots_at: int
+    slots: int  # how many
+    spans_at: int
+
+
+def page_shape(size: int) -> Shape:
+    """The parts of a page of `size` bytes; the same for writer and reader, and not negotiable."""
+    assert size >= PAGE_SIZE_MIN
+    words = (size // 4 - HEADER_SIZE) // WORD_SIZE
+    slots_at = HEADER_SIZE + words * WORD_SIZE
+    slots = size // 4 // SLOT_SIZE
+    return Shape(words, slots_at, slots, slots_at + (slots * SLOT_SIZE + 63) // 64 * 64)
+
+
+assert page_shape(PAGE_SIZE_MIN).spans_at + RING_SIZE_MIN <= PAGE_SIZE_MIN
+
+
+class PageWriter:
+    """Makes a page in `view`. `words` are its cells, `signed` the same cells for gauges."""
+
+    __slots__ = ("_free", "_header", "_number", "_slots", "_starts", "signed", "spans", "words")
+
+    def __init__(self, view: memoryview) -> None:
+        shape = page_shape(len(view))
+        self._header = view[:HEADER_SIZE].cast("Q")
+        self.words = view[HEADER_SIZE : shape.slots_at].cast("Q")
+        self.signed = view[HEADER_SIZE : shape.slots_at].cast("q")
+        self._slots = view[shape.slots_at : shape.slots_at + shape.slots * SLOT_SIZE]
+        self._starts = self._slots.cast("Q")
+        self._free = [each * SLOT_SIZE for each in reversed(range(shape.slots))]
+        self._number = 0
+        for index in range(HEADER_WORDS):
+            self._header[index] = 0
+        self._slots[:] = bytes(len(self._slots))
+        self.clear()
+        self.spans = RingWriter(view[shape.spans_at :])
+        self._header[SIZE_WORD] = len(view)
+        self._header[MAGIC_WORD] = PAGE_MAGIC
+
+    def clear(self) -> None:
+        """Make all words zero: they are handed out anew."""
+        for index in range(len(self.words)):
+            self.words[index] = 0
+
+    @property
+    def overflow(self) -> int:
+        """Updates of series that were refused."""
+        return self._header[OVERFLOW_WORD]
+
+    def count_overflow(self) -> None:
+        """An update belongs to no series, as its series was refused."""
+        self._header[OVERFLOW_WORD] += 1
+
+    def open_span(self, payload: bytes) -> int:
+        """Show an open span; the slot it has until close_span, or -1 if there is none for it."""
+        size = len(payload)
+        if not self._free or size > SPAN_SLOT_PAYLOAD_MAX:
+            self._header[SLOTLESS_WORD] += 1
+            return -1
+        at = self._free.pop()
+        self._number = number = self._number + 1
+        check = crc32(payload, number & SEED_MASK)
+        self._slots[at : at + SLOT.size + size] = _pack(number, size, check) + payload
+        return at
+
+    def close_span(self, slot: int, payload: bytes) -> None:
+        """The span has ended: it goes to the ring, and its slot is free."""
+        self.spans.put(payload)
+        if slot >= 0:
+            self._starts[slot // WORD_SIZE] = 0
+            self._free.append(slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A histogram as it was last read whole."""
+
+    count: int
+    sum: int
+    buckets: list[int]
+
+
+class PageReader:
+    """Reads the page in `view`. Its owner hands out the words with `allot`; a group is a histogram.
+
+    One pass over the page: mark(), a barrier, copy(), a barrier, settle(). Again, up to PASSES_MAX
+    times, while settle() says that groups were torn; then give_up().
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        if len(view) < PAGE_SIZE_MIN:
+            raise NoPage(f"{len(view)} bytes are too few for a page")
+        shape = page_shape(len(view))
+        self._header = view[:HEADER_SIZE].cast("Q")
+        if self._header[MAGIC_WORD] != PAGE_MAGIC:
+            raise NoPage("it does not begin as a page of this version does")
+        if self._header[SIZE_WORD] != len(view):
+            raise NoPage("its size is not that of its memory")
+        self._words = view[HEADER_SIZE : shape.slots_at].cast("Q")
+        self._slots = view[shape.slots_at : shape.slots_at + shape.slots * SLOT_SIZE]
+        try:
+            self.spans = RingReader(view[shape.spans_at :])
+        except NoRing as fault:
+            raise NoPage(f"its spans: {fault}") from fault
+        self.torn = 0  # groups that had to be read again
+        self.given_up = 0  # groups whose former value stands, as no pass saw them still
+        self.inconsistent = 0  # groups that were still, and whose buckets are not their count
+        self._allotted = 0
+        self._values: list[int] = []  # of the words, as copied last
+        self._groups: dict[int, int] = {}  # first word of a group: how many it has
+        self._kept: dict[int, Group] = {}
+        self._torn: list[int] = []  # groups that this round has not accepted yet
+        self._marks: dict[int, int] = {}
+
+    # ------------------------------------------------------------------ words
+
+    @property
+    def room(self) -> int:
+        """Words that are not handed out."""
+        return len(self._words) - self._allotted
+
+    def allot(self) -> int | None:
+        """A word for a counter or a gauge, or None if there is none left."""
+        return self._take(1)
+
+    def allot_group(self, buckets: int) -> int | None:
+        """The first word of a histogram with that many buckets, or None if there is no room."""
+        assert 1 <= buckets <= GROUP_WORDS_MAX - BUCKETS
+        first = self._take(BUCKETS + buckets)
+        if first is not None:
+            self._groups[first] = buckets
+            self._kept[first] = Group(0, 0, [0] * buckets)
+        return first
+
+    def _take(self, count: int) -> int | None:
+        if count > self.room:
+            return None
+        first, self._allotted = self._allotted, self._allotted + count
+        self._values.extend([0] * count)
+        return first
+
+    def counter(self, word: int) -> int:
+        """The value at the last copy; never more than a counter can have."""
+        return min(self._values[word], WORD_MAX)
+
+    def gauge(self, word: int) -> int:
+        """The signed value at the last copy."""
+        value = self._values[word]
+        return value if value <= WORD_MAX else value - (1 << 64)
+
+    def group(self, word: int) -> Group:
+        """The histogram as it was last read whole."""
+        return self._kept[word]
+
+    @property
+    def stray(self) -> int:
+        """Words that belong to no series and are not zero, now."""
+        return sum(1 for each in self._words[self._allotted :].tolist() if each)
+
+    @property
+    def overflow(self) -> int:
+        """Updates of refused series, as the writer says."""
+        return min(self._header[OVERFLOW_WORD], WORD_MAX)
+
+    @property
+    def slotless(self) -> int:
+        """Spans that were open without a slot, as the writer says."""
+        return min(self._header[SLOTLESS_WORD], WORD_MAX)
+
+    # ------------------------------------------------------------------ a pass
+
+    def begin(self) -> None:
+        """A new round: every group is to be read."""
+        self._torn = list(self._groups)
+
+    def mark(self) -> None:
+        """First step: the sequences of the groups that are to be read."""
+        words = self._words
+        self._marks = {first: words[first + SEQUENCE] for first in self._torn}
+
+    def copy(self) -> None:
+        """Second step, after a barrier: all words that were handed out."""
+        self._values = self._words[: self._allotted].tolist()
+
+    def settle(self) -> bool:
+        """Third step, after another barrier: accept what stood still; whether groups are torn."""
+        words = self._words
+        torn = []
+        for first, sequence in self._marks.items():
+            if sequence & 1 or words[first + SEQUENCE] != sequence:
+                torn.append(first)
+            else:
+                self._accept(first)
+        self.torn += len(torn)
+        self._torn = torn
+        return bool(torn)
+
+    def give_up(self) -> None:
+        """What is still torn keeps its former value until the next round."""
+        self.given_up += len(self._torn)
+        self._torn = []
+
+    def _accept(self, first: int) -> None:
+        values = self._values
+        count = values[first + COUNT]
+        buckets = values[first + BUCKETS : first + BUCKETS + self._groups[first]]
+        if count > WORD_MAX or sum(buckets) != count:
+            self.inconsistent += 1
+            return
+        self._kept[first] = Group(count, min(values[first + SUM], WORD_MAX), buckets)
+
+    # ------------------------------------------------------------------ spans
+
+    def open_spans(self) -> list[bytes]:
+        """The payloads of the spans that are open now, in the order of their slots."""
+        found: list[bytes] = []
+        for at in range(0, len(self._slots), SLOT_SIZE):
+            number, size, check = SLOT.unpack_from(bytes(self._slots[at : at + SLOT.size]))
+            if number == 0 or size > SPAN_SLOT_PAYLOAD_MAX:
+                continue
+            payload = bytes(self._slots[at + SLOT.size : at + SLOT.size + size])
+            if crc32(payload, number & SEED_MASK) == check:
+                found.append(payload)
+        return found
