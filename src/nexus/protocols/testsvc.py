@@ -243,6 +243,24 @@ class UseKeys(Request[Answered], op=16, idempotent=False, refuses=TestsvcStatus)
     name: Annotated[bytes, Blob(size_max=64, size_min=1)]
 
 
+class AskExecd(Request[Answered], op=17, idempotent=False, refuses=TestsvcStatus, moves=True):
+    """The request carries a SEND link to execd; ask execd over it for its programs."""
+
+
+class Written(Message):
+    """The line stands in demo.testsvc's own log, and nobody has been told."""
+
+
+class LastWords(Request[Written], op=18, idempotent=False, refuses=TestsvcStatus):
+    """Write a line with the field `token` into your own log, answer, and do nothing from then on:
+    no doorbell is rung for it, and no further request served.
+
+    *Refuses*: SESSION_BROKEN (it has no way to logd).
+    """
+
+    token: Annotated[str, Text(size_min=1, size_max=48)]
+
+
 TestsvcRequest: TypeAlias = (
     Echo
     | Hold
@@ -260,11 +278,13 @@ TestsvcRequest: TypeAlias = (
     | AskInit
     | UseState
     | UseKeys
+    | AskExecd
+    | LastWords
 )
 PROTOCOL: Final = Protocol(
     "testsvc",
     number=3,
-    version=4,
+    version=5,
     requests=(
         Echo,
         Hold,
@@ -282,5 +302,7 @@ PROTOCOL: Final = Protocol(
         AskInit,
         UseState,
         UseKeys,
+        AskExecd,
+        LastWords,
     ),
 )

@@ -37,11 +37,14 @@ from nexus.ipc import (
     RetryBudget,
     call_until,
 )
+from nexus.log import LOGD_NAME, Logger
+from nexus.protocols.execd import PROTOCOL as EXECD
+from nexus.protocols.execd import GetPrograms
 from nexus.protocols.init import GetPolicy, GetTasks, LeaveSafeMode, Restart, Shutdown
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import Get as KeyGet
-from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import EVERY_RECORD, Query
+from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.protocols.statefsd import Durability
 from nexus.protocols.statefsd import Put as StatePut
@@ -50,6 +53,7 @@ from nexus.protocols.testsvc import (
     PROTOCOL,
     Answered,
     AskedInit,
+    AskExecd,
     AskInit,
     Attack,
     AttackResult,
@@ -64,6 +68,7 @@ from nexus.protocols.testsvc import (
     Hang,
     Hold,
     Hung,
+    LastWords,
     LogdAnswer,
     Place,
     Placed,
@@ -80,6 +85,7 @@ from nexus.protocols.testsvc import (
     UseKeys,
     UseLink,
     UseState,
+    Written,
 )
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
@@ -101,6 +107,8 @@ PROTOCOLS: Final[Mapping[str, WireProtocol]] = {
     "statefsd": STATEFSD,
     "keystored": KEYSTORED,
 }
+LAST_WORDS: Final = "last words"  # the text of the line; its token is what is looked for
+SILENCE: Final = Nanos(60_000_000_000)  # ns behind them; whoever asked ends this task before
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
 MILLISECOND: Final = 1_000_000  # ns
 
@@ -118,6 +126,7 @@ class Testsvc:
         self._boot = boot
         self._uses = uses
         self._held: dict[int, Deferred] = {}
+        self.log: Logger | None = None  # where its plan gives it a way to logd
         self.server: Server
         self.clients: dict[str, Client] = {}
 
@@ -175,6 +184,10 @@ class Testsvc:
                 return await self._use(call, "statefsd", put)
             case UseKeys():
                 return await self._use(call, "keystored", KeyGet(request.name))
+            case AskExecd():
+                return await self._ask_execd(call)
+            case LastWords():
+                return await self._last_words(call, request)
             case _:
                 assert_never(request)
 
@@ -238,6 +251,22 @@ class Testsvc:
         if isinstance(answer, Refused):
             return LogdAnswer(int(answer.status), 0)
         return LogdAnswer(int(ReplyStatus.OK), len(answer.records))
+
+    async def _ask_execd(self, call: Call) -> Answered:
+        answer = await self._over_given_link(call, "execd", EXECD, GetPrograms(0))
+        if isinstance(answer, CallFailure):
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        return Answered(int(answer.status if isinstance(answer, Refused) else ReplyStatus.OK))
+
+    async def _last_words(self, call: Call, request: LastWords) -> Deferred:
+        if self.log is None:
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        answer = call.defer()
+        self.log.info(LAST_WORDS, token=request.token)
+        answer.reply(Written())
+        await self.server.send_given()
+        _ = await SleepUntil(Nanos(call.now + SILENCE))  # in which the log is not flushed
+        return answer
 
     async def _over_given_link(
         self, call: Call, name: str, protocol: WireProtocol, request: Request[ReplyT]
@@ -437,7 +466,10 @@ async def main(boot: BootImage) -> int:
     peers = Peers(boot, config.trace_seed)
     uses = [name for name in PROTOCOLS if name in config.uses]
     service = Testsvc(peers, uses, config.boot)
-    server = Server(service, PROTOCOL, boot, peers.caller)
+    if LOGD_NAME in config.uses:
+        service.log = Logger(peers, config.uses)
+        service.log.info("started", generation=boot.generation)
+    server = Server(service, PROTOCOL, boot, peers.caller, log=service.log)
     service.server = server
     until = Nanos(boot.now + CONNECT_BUDGET)
     _ = await server.step(until)
