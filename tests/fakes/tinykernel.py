@@ -24,8 +24,10 @@ from nexus.abi import (
     CapInfo,
     CapKind,
     CapQuery,
+    ClockMap,
     ConsoleWrite,
     EndpointCreate,
+    Fence,
     LinkCreate,
     LinkId,
     LinkTerms,
@@ -57,6 +59,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     service_id,
 )
@@ -64,10 +68,11 @@ from nexus.abi import (
 
 @dataclass(eq=False)
 class Vmo:
-    """Bytes, until sealed."""
+    """Bytes, until sealed; or shared, and then living memory for ever."""
 
     data: bytearray
     sealed: bool = False
+    shared: bool = False
 
 
 @dataclass(eq=False)
@@ -132,6 +137,21 @@ class Task:
         if rights not in cap.rights:
             raise AbiError(Status.PERMISSION_DENIED, f"slot {slot}")
         return cap.target
+
+
+class TinyClock:
+    """The kernel's clock, and a machine's that began at 1970 with it."""
+
+    def __init__(self, kernel: "TinyKernel") -> None:
+        self._kernel = kernel
+
+    def monotonic(self) -> Nanos:
+        """What Now gives."""
+        return self._kernel.now
+
+    def wall(self) -> int:
+        """The same."""
+        return self._kernel.now
 
 
 class Blocked(Exception):
@@ -306,7 +326,8 @@ class TinyKernel:
                 return NewLink(slot, task.table[slot].target.id)
             case CapClone():
                 cap = task.table[trap.slot]
-                cap.target.slots += 1
+                if isinstance(cap.target, Link):
+                    cap.target.slots += 1
                 return task.put(Cap(cap.target, cap.rights))
             case CapClose():
                 return self.close(task, trap.slot)
@@ -318,16 +339,36 @@ class TinyKernel:
                 return task.put(Cap(Vmo(bytearray(pages)), Rights.MAP | Rights.MANAGE))
             case VmoWrite():
                 vmo = task.get(trap.slot, Rights.MANAGE)
+                if vmo.sealed or vmo.shared:
+                    raise AbiError(Status.PERMISSION_DENIED)
                 vmo.data[trap.offset : trap.offset + len(trap.data)] = trap.data
                 return None
             case VmoSeal():
-                task.get(trap.slot, Rights.MANAGE).sealed = True
+                vmo = task.get(trap.slot, Rights.MANAGE)
+                if vmo.shared:
+                    raise AbiError(Status.PERMISSION_DENIED)
+                vmo.sealed = True
                 return None
             case VmoMap():
                 vmo = task.get(trap.slot, Rights.MAP)
                 if not vmo.sealed:
                     raise AbiError(Status.PERMISSION_DENIED)
                 return memoryview(bytes(vmo.data))
+            case VmoShare():
+                vmo = task.get(trap.slot, Rights.MANAGE)
+                if vmo.sealed or vmo.shared:
+                    raise AbiError(Status.PERMISSION_DENIED)
+                vmo.shared = True
+                return memoryview(vmo.data)
+            case VmoWatch():
+                vmo = task.get(trap.slot, Rights.MAP)
+                if not vmo.shared:
+                    raise AbiError(Status.PERMISSION_DENIED)
+                return memoryview(vmo.data).toreadonly()
+            case Fence():
+                return None
+            case ClockMap():
+                return TinyClock(self)
             case Now():
                 return self.now
             case SleepUntil():
@@ -395,6 +436,8 @@ class TinyKernel:
         moved = None
         if move is not None:
             held = task.table[move]
+            if isinstance(held.target, Vmo) and not (held.target.sealed or held.target.shared):
+                raise AbiError(Status.PERMISSION_DENIED)
             moved = Cap(held.target, held.rights & (Rights.SEND | Rights.MAP))
             del task.table[move]
         link.queue.append((bytes(data), task.sender, moved))

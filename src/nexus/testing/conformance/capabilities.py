@@ -27,6 +27,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
 )
 from nexus.testing.conformance.steps import (
@@ -92,6 +94,8 @@ def _traps_on(slot: Slot, endpoint: Slot) -> tuple[Trap[Any], ...]:
         VmoWrite(slot, 0, b"x"),
         VmoSeal(slot),
         VmoMap(slot),
+        VmoShare(slot),
+        VmoWatch(slot),
     )
 
 
