@@ -17,6 +17,7 @@ from typing import Any, Final
 from nexus.abi import Message, Nanos
 from nexus.init.record import Record
 from nexus.ipc import NonceGen, Spans
+from nexus.protocols.execd import PROTOCOL as EXECD
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.wire import (
@@ -35,7 +36,7 @@ from nexus.wire import (
 )
 
 NONCE_START: Final = 1
-SPOKEN: Final = (META, POLICYD)  # what init asks in: everybody, and the policy service
+SPOKEN: Final = (META, POLICYD, EXECD)  # what init asks in: everybody, and the two that it tells
 
 Done = Callable[[Any, int], Awaitable[None]]
 """Called once, with the reply and the nonce; the reply is None if there is none to use."""

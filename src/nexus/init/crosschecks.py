@@ -27,6 +27,7 @@ CORE_STAGE: Final = 1
 REST_STAGE: Final = 2
 RESERVED_NAMES: Final = (KERNEL_NAME, INIT_NAME)  # they send messages too
 POLICYD_PROGRAM: Final = "policyd"  # the service that runs it is the policy service
+EXECD_PROGRAM: Final = "execd"  # the service that runs it starts others
 
 
 def stage_of(service: Service) -> int:
@@ -208,6 +209,44 @@ def _check_disk(system: System, service: Service, source: ProgramSource) -> None
     if fault is not None:
         expected = f'a disk and settings that "{source.name}" can use'
         raise system.wrong((*service.path, "hardware"), expected, fault)
+
+
+def check_starters(system: System) -> None:
+    """What starts on demand has somebody who starts it, and is not what others begin with."""
+    services = {service.name: service for service in system.services}
+    for service in system.services:
+        if not service.by:
+            continue
+        starter = services.get(service.by)
+        if starter is None or starter.program != EXECD_PROGRAM or starter.by:
+            listed = ", ".join(each.name for each in system.services if _starts_others(each))
+            raise system.wrong(
+                (*service.path, "by"),
+                f'a service that runs "{EXECD_PROGRAM}" ({listed or "none"})',
+                f'"{service.by}"',
+            )
+        if is_safe(service) and not is_safe(starter):
+            raise system.wrong(
+                (*service.path, "by"),
+                f'"{service.by}" to be safe as "{service.name}" is, which it starts',
+                "that it is not",
+            )
+        if service.program == POLICYD_PROGRAM:
+            raise system.wrong(
+                (*service.path, "start"),
+                "the policy service to start before all others",
+                '"demand"',
+            )
+        if system.ends_with == service.name:
+            raise system.wrong(
+                ("system", "ends_with"),
+                "the name of a service that starts with the system",
+                f'"{service.name}", which "{service.by}" starts',
+            )
+
+
+def _starts_others(service: Service) -> bool:
+    return service.program == EXECD_PROGRAM and not service.by
 
 
 def check_waits(system: System) -> None:

@@ -33,6 +33,7 @@ from nexus.protocols.init import (
     AUDIT_LINE_SIZE_MAX,
     AUDIT_ROWS_MAX,
     LINK_ROWS_MAX,
+    PROC_SPAWN,
     PROOF_CONTROL,
     PROTOCOL,
     REASON_TEXT_SIZE_MAX,
@@ -42,7 +43,10 @@ from nexus.protocols.init import (
     Account,
     AuditRows,
     AwaitReady,
+    Ending,
+    EndTask,
     GetAudit,
+    GetLaunched,
     GetLinks,
     GetPolicy,
     GetResources,
@@ -52,12 +56,16 @@ from nexus.protocols.init import (
     GetTasks,
     InitRequest,
     InitStatus,
+    Launch,
     LeaveSafeMode,
     LinkRow,
     LinkRows,
+    Noted,
+    NoteDenied,
     PolicyGiven,
     PolicyTaken,
     Ready,
+    ReloadSettings,
     Resources,
     Restart,
     Restarting,
@@ -140,6 +148,27 @@ class Held:
     due: Nanos | None
 
 
+class Later:
+    """An answer that is given later, exactly once, if its caller is still the same instance."""
+
+    def __init__(self, desk: "Desk", record: Record, header: bytes) -> None:
+        self._desk = desk
+        self._record = record
+        self._generation = record.generation
+        self._header = header
+
+    async def give(self, reply: object) -> None:
+        """Answer the request."""
+        await self._end(answer(self._header, ReplyStatus.OK, encode(reply)))
+
+    async def refuse(self, status: IntEnum) -> None:
+        """Refuse the request."""
+        await self._end(answer(self._header, status))
+
+    async def _end(self, frame: bytes | bytearray) -> None:
+        await self._desk.on_later(self, self._record, self._generation, frame)
+
+
 def rights_for(request: InitRequest) -> tuple[str, ...]:
     """The rights of which a request needs one; Route needs none."""
     match request:
@@ -149,7 +178,9 @@ def rights_for(request: InitRequest) -> tuple[str, ...]:
             return (PROOF_CONTROL,)
         case GetPolicy() | SetPolicy():
             return (AUTHORITY,)
-        case Restart() | Shutdown() | LeaveSafeMode():
+        case Launch() | NoteDenied() | EndTask() | GetLaunched():
+            return (PROC_SPAWN,)
+        case Restart() | Shutdown() | LeaveSafeMode() | ReloadSettings():
             return (SYSTEM_CONTROL, PROOF_CONTROL)
         case _:
             return (SYSTEM_OBSERVE, PROOF_CONTROL)
@@ -159,6 +190,8 @@ def target_of(request: InitRequest) -> str:
     """What a right must be bound to, if it is: the service that is asked about."""
     match request:
         case GetService() | GetResources() | GetRouteCounts() | Restart():
+            return request.name
+        case Launch() | NoteDenied() | EndTask():
             return request.name
         case _:
             return ""
@@ -170,6 +203,7 @@ class Desk:
     def __init__(self, init: "Supervisor") -> None:
         self._init = init
         self._held: list[Held] = []
+        self._later: set[Later] = set()
         self.foreign = 0  # requests whose sender is not the instance of that control link
         self.unanswerable = 0  # requests with no way back
         self.lost = 0  # answers whose caller had no room or was gone
@@ -388,7 +422,7 @@ class Desk:
                 tally.denied += 1
             case InitStatus.ROUTE_DOWN:
                 tally.down += 1
-            case InitStatus.BAD_POLICY | InitStatus.NOT_IN_SAFE_MODE:
+            case _:
                 raise AssertionError("no route is refused with it")
 
     # ------------------------------------------------------------------ the other requests
@@ -436,8 +470,57 @@ class Desk:
                 if not self._init.is_safe or self._init.is_going_down:
                     raise Refused(InitStatus.NOT_IN_SAFE_MODE)
                 return SafeModeLeft(services=await self._init.leave_safe_mode())
+            case Launch():
+                self._check_launch(record, request.name)
+                later = self._defer(record, message)
+                await self._init.launches.launch(self._known(request.name), request, later)
+                return None
+            case NoteDenied():
+                self._check_launch(record, request.name)
+                self._init.launches.note_denied(self._known(request.name))
+                return Noted()
+            case EndTask():
+                return await self._end_task(record, request)
+            case GetLaunched():
+                return self._init.launches.rows(record)
+            case ReloadSettings():
+                raise Refused(ReplyStatus.UNSUPPORTED)
             case _:
                 assert_never(request)
+
+    # ------------------------------------------------------------------ services on demand
+
+    def _check_launch(self, record: Record, name: str) -> None:
+        refusal = self._init.launches.refusal(record, self.find(name))
+        if refusal is not None:
+            raise Refused(refusal)
+
+    async def _end_task(self, record: Record, request: EndTask) -> Ending:
+        if self._init.launches.refusal(record, self.find(request.name)) is not None:
+            raise Refused(InitStatus.NO_SUCH_CHILD)
+        refusal = await self._init.launches.end(self._known(request.name), request)
+        if refusal is not None:
+            raise Refused(refusal)
+        return Ending()
+
+    def _defer(self, record: Record, message: Message) -> Later:
+        """Answer later, as far as there is room for answers that wait."""
+        if len(self._later) >= HELD_MAX or message.cap is not None:
+            raise Refused(ReplyStatus.BUSY)
+        later = Later(self, record, message.data[:HEADER_SIZE])
+        self._later.add(later)
+        return later
+
+    async def on_later(
+        self, later: Later, record: Record, generation: int, frame: bytes | bytearray
+    ) -> None:
+        """A deferred answer is given."""
+        assert later in self._later, "a deferred answer is given once"
+        self._later.remove(later)
+        if record.replies is None or record.generation != generation:
+            self.lost += 1
+            return
+        _ = await self._send(record.replies, frame)
 
     def _known(self, name: str) -> Record:
         record = self._init.records.get(name)

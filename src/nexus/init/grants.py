@@ -164,6 +164,8 @@ class Grants:
             record.state = TaskState.FAILED
             record.reason = Reason.DENIED
             await self._say_not_started(record, denied)
+            if await self._init.launches.on_no_start(record):
+                self._init.launches.note_denied(record)
         elif any(each.allowed is None for each in deciding.decided):
             open_rows = [each.row for each in deciding.decided if each.allowed is None]
             await self._say_not_started(record, open_rows, reason=Reason.UNDECIDED)

@@ -89,6 +89,8 @@ class Groups:
         One that policyd did not decide says nothing against the service and is not counted.
         """
         record.reason = reason
+        if await self._init.launches.on_no_start(record):
+            return
         delay = self._next_delay(record, NO_DELAY)
         group = self._by_member[record.name]
         if reason is Reason.SPAWN and group.is_exceeded_by(self._init.now):

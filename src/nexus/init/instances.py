@@ -81,7 +81,8 @@ class Instances:
         )
         memory = self._init.memory
         seed = await Entropy(TRACE_SEED_SIZE)
-        record.argument = config_of(planned, seed, memory.boot, memory.boot_id).encoded()
+        config = config_of(planned, seed, memory.boot, memory.boot_id, record.launch)
+        record.argument = config.encoded()
         try:
             spawned = await Spawn(
                 SpawnSpec(
@@ -113,6 +114,7 @@ class Instances:
         record.begin_instance(spawned, self._init.now)
         record.hardware = tuple(each.name for each in found.grants.hardware)
         self._by_control[spawned.link] = record
+        await self._init.launches.on_started(record)
         await self._bind(record)
 
     async def _bind(self, record: Record) -> None:

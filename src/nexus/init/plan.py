@@ -38,6 +38,7 @@ from nexus.init.crosschecks import (
     check_path,
     check_policyd,
     check_programs,
+    check_starters,
     check_waits,
     in_order,
     is_safe,
@@ -63,6 +64,8 @@ from nexus.init.system import (
     BACKOFF_MAX_DEFAULT,
     BACKOFF_RESET_DEFAULT,
     HEALTH_DEADLINE_DEFAULT,
+    LOG_RING_DEFAULT,
+    METRICS_PAGE_DEFAULT,
     OWN_RESTARTS,
     OWN_WITHIN,
     POLICY_STALE_DEFAULT,
@@ -122,7 +125,9 @@ class PlannedService:
     `reserved_size` bytes of its `owner_size` belong to planned links; `slots` is what its
     capability table needs; `delegations` is how many links init may derive into its endpoint.
     `stage` is POLICY_STAGE, CORE_STAGE or REST_STAGE; `probe_every` 0 is the first probe only.
-    `entry` is empty for the programs Nexus has.
+    `entry` is empty for the programs Nexus has; `by` is the service that starts it on demand, empty
+    for one that starts with the system; `starts` are those that it starts itself, with the digests
+    of their programs.
     """
 
     name: str
@@ -158,6 +163,10 @@ class PlannedService:
     double: str = ""
     ordinary: bool = False
     memory: int = MEMORY_SIZE_DEFAULT
+    by: str = ""
+    starts: tuple[tuple[str, str], ...] = ()
+    log_ring: int = LOG_RING_DEFAULT
+    metrics_page: int = METRICS_PAGE_DEFAULT
 
     @property
     def posts(self) -> tuple[str, ...]:
@@ -292,8 +301,9 @@ def make_plan(system: System) -> Plan:
     check_policyd(system, policyd, sources)
     check_grants(system)
     check_hardware(system, sources)
+    check_starters(system)
     services = tuple(
-        _service(system, service, sources[service.name], links[service.name], into[service.name])
+        _service(system, service, sources, links[service.name], into[service.name])
         for service in in_order(system)
     )
     root_size = (2 * len(services) + ROOT_LINKS_SPARE) * CONTROL_LINK_SIZE
@@ -457,10 +467,11 @@ def _link(
 def _service(
     system: System,
     service: Service,
-    source: ProgramSource,
+    sources: Mapping[str, ProgramSource],
     uses: tuple[PlannedLink, ...],
     into: list[PlannedLink],
 ) -> PlannedService:
+    source = sources[service.name]
     if service.cpu is not None and service.cpu >= system.smp:
         raise system.wrong(
             (*service.path, "cpu"),
@@ -491,7 +502,7 @@ def _service(
         name=service.name,
         service=service_id(service.name),
         program=source.name,
-        program_digest=own_digest(source) if source.entry else program_digest(source.module),
+        program_digest=_digest(source),
         qos=service.qos,
         cpu=service.cpu,
         budget=service.budget,
@@ -521,7 +532,19 @@ def _service(
         double=service.double,
         ordinary=service.ordinary,
         memory=service.memory,
+        by=service.by,
+        starts=tuple(
+            (other.name, _digest(sources[other.name]))
+            for other in system.services
+            if other.by == service.name
+        ),
+        log_ring=service.log_ring,
+        metrics_page=service.metrics_page,
     )
+
+
+def _digest(source: ProgramSource) -> str:
+    return own_digest(source) if source.entry else program_digest(source.module)
 
 
 def reserved_size(uses: tuple[PlannedLink, ...], into: list[PlannedLink]) -> int:

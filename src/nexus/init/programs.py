@@ -104,7 +104,15 @@ _SOURCES: Final = (
         disk_check="nexus.services.statefsd.config",
     ),
     _nexus_own("keystored", asks_policy=True, keeps_secret=True),
+    _nexus_own("execd", asks_policy=True),
     _nexus_own("demo.testsvc"),
+    _nexus_own("demo.hello"),
+    ProgramSource(name="demo.exit0", module="nexus.services.demo.exit0"),
+    ProgramSource(
+        name="demo.exit42",
+        module="nexus.services.demo.exit42",
+        protocols=("nexus.protocols.hello",),  # spoken by no one: it has ended before
+    ),
     ProgramSource(
         name="demo.interactive",
         module="nexus.services.demo.interactive",
@@ -190,6 +198,15 @@ def own_digest(source: ProgramSource) -> str:
     with _importing(source.path):
         specs = [importlib.util.find_spec(name) for name in around]
     return _digest([spec for spec in specs if spec is not None])
+
+
+def measured(source: ProgramSource) -> str:
+    """The digest of the program's files as they are now; "" if one is gone."""
+    importlib.invalidate_caches()
+    try:
+        return own_digest(source) if source.entry else program_digest.__wrapped__(source.module)
+    except OSError:
+        return ""
 
 
 def _digest(specs: list[ModuleSpec]) -> str:

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     UNDECIDED = "undecided"  # policyd did not say whether its grants are allowed
     DEVICE = "device"  # one of its devices is not there, or not what the bus map says
     SPAWN = "spawn refused"
+    ENDED = "ended"  # EndTask
 
 
 UNCOUNTED: Final = frozenset({Reason.ASKED, Reason.POLICY, Reason.REVOKED})

@@ -1,8 +1,9 @@
 """What init keeps of each service, from one instance to the next."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
 
 from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, Spawned, SpawnReason
 from nexus.init.plan import PlannedService
@@ -32,6 +33,20 @@ class Exit:
 
     info: ExitInfo
     died: Nanos
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """For whom a service was started on demand, and how.
+
+    `settings` are added to its own; with `restarts` it is started again when it crashes;
+    `generation` is its first instance, 0 before that has started.
+    """
+
+    requester: str
+    settings: Mapping[str, Any]
+    restarts: bool
+    generation: int = 0
 
 
 @dataclass(slots=True)
@@ -76,6 +91,7 @@ class Record:
     spawn_refused: int = 0
     spawn_reason: SpawnReason = SpawnReason.NONE
     last_exit: Exit | None = None
+    launch: Launch | None = None  # of a service on demand, until it has ended for good
     routes: RouteTally = field(default_factory=RouteTally)
     at_ready: Account = NO_ACCOUNT
 
@@ -83,6 +99,11 @@ class Record:
     def name(self) -> str:
         """The name of the service."""
         return self.planned.name
+
+    @property
+    def is_demanded(self) -> bool:
+        """Whether it starts on demand: nobody waits for it, and it may end."""
+        return bool(self.planned.by)
 
     @property
     def lives(self) -> bool:
@@ -128,18 +149,30 @@ class Record:
         )
 
 
-_OUT: Final = (TaskState.STOPPED, TaskState.FAILED, TaskState.LEFT_OUT)
+_OUT: Final = (TaskState.STOPPED, TaskState.FAILED, TaskState.LEFT_OUT, TaskState.ON_DEMAND)
+
+
+def resting_state(planned: PlannedService) -> TaskState:
+    """What a service is that could be started and has not been."""
+    return TaskState.ON_DEMAND if planned.by else TaskState.WAITING
 
 
 def config_of(
-    planned: PlannedService, trace_seed: bytes, boot: int, boot_id: bytes
+    planned: PlannedService,
+    trace_seed: bytes,
+    boot: int,
+    boot_id: bytes,
+    launch: Launch | None = None,
 ) -> ServiceConfig:
     """What a service is told when it starts."""
     return ServiceConfig(
         uses=[link.server for link in planned.uses],
         posts=list(planned.posts),
-        settings=dict(planned.settings),
+        settings={**dict(planned.settings), **({} if launch is None else launch.settings)},
         trace_seed=trace_seed,
         boot=boot,
         boot_id=boot_id,
+        starts=dict(planned.starts),
+        log_ring=planned.log_ring,
+        metrics_page=planned.metrics_page,
     )

@@ -10,9 +10,10 @@ yet is a row in `Asking`, and what has to happen later is a time in a `Record`.
 
 This module has the loop and what concerns the system as a whole. Each rule has its own: whose
 turn it is `stages`, whether it may have what the plan grants `grants`, and whether the machine has
-that `bus`, how an instance begins and ends `instances`, whether it is well `watch`, what follows
-its end `groups`, how it is stopped `stops`, what outlives the boot `memory`, which policy is in
-force `authority`, what the system holds once it is ready `baseline`.
+that `bus`, how an instance begins and ends `instances`, what is started on demand `launches`,
+whether it is well `watch`, what follows its end `groups` and who is told of it `reports`, how it is
+stopped `stops`, what outlives the boot `memory`, which policy is in force `authority`, what the
+system holds once it is ready `baseline`.
 """
 
 from collections import deque
@@ -51,14 +52,16 @@ from nexus.init.desk import Desk
 from nexus.init.grants import Grants
 from nexus.init.groups import Groups
 from nexus.init.instances import NOT_NOW, Instances
+from nexus.init.launches import Launches
 from nexus.init.links import LinkTable
 from nexus.init.memory import BootMemory
 from nexus.init.notifying import Notifier
 from nexus.init.plan import Plan, PlannedService
 from nexus.init.reasons import UNCOUNTED, Reason
-from nexus.init.record import Record
+from nexus.init.record import Record, resting_state
+from nexus.init.reports import Reports, action_of
 from nexus.init.stages import Stages
-from nexus.init.stops import SHUTDOWN_MAX, Stops
+from nexus.init.stops import SHUTDOWN_MAX, Stops, Wanted
 from nexus.init.watch import Watch
 from nexus.ipc import Spans
 from nexus.protocols.init import Account, SystemState, TaskState
@@ -90,7 +93,10 @@ class Supervisor:
         self.plan = plan
         self.cpu_count = cpu_count
         self.now = boot.now
-        self.records = {service.name: Record(planned=service) for service in plan.services}
+        self.records = {
+            service.name: Record(planned=service, state=resting_state(service))
+            for service in plan.services
+        }
         self.links = LinkTable(plan)
         self.ready_at: Nanos | None = None
         self.audit: deque[str] = deque(maxlen=AUDIT_KEPT_MAX)
@@ -112,6 +118,8 @@ class Supervisor:
         self.authority = Authority(self, plan.policy)
         self.grants = Grants(self)
         self.bus = Bus(self)
+        self.launches = Launches(self)
+        self.reports = Reports(self)
         self.stages = Stages(self)
         self.watch = Watch(self)
         self.groups = Groups(self)
@@ -165,8 +173,13 @@ class Supervisor:
         return planned.cpu
 
     def is_ready(self) -> bool:
-        """Whether every service is up and every planned link exists; in safe mode, of the rest."""
-        out = {name for name, each in self.records.items() if each.state is TaskState.LEFT_OUT}
+        """Whether every service is up and every planned link exists: of those that start with the
+        system, and in safe mode of those that run then."""
+        out = {
+            name
+            for name, each in self.records.items()
+            if each.is_demanded or each.state is TaskState.LEFT_OUT
+        }
         missing = [
             row
             for row in self.links.missing()
@@ -224,8 +237,16 @@ class Supervisor:
 
     async def on_exit(self, record: Record, info: ExitInfo) -> None:
         """What an exit leads to: nothing, the end of the system, or another start."""
-        is_bad = bool(info.code or info.signal)
         wanted = self.stops.of(record)
+        await self._on_exit(record, info, wanted)
+        action = action_of(
+            record, is_going_down=self.is_going_down, is_safe=self.is_safe, now=self.now
+        )
+        self.reports.on_end(record, info, wanted=wanted is not None, action=action)
+        await self.reports.on_time()
+
+    async def _on_exit(self, record: Record, info: ExitInfo, wanted: Wanted | None) -> None:
+        is_bad = bool(info.code or info.signal)
         if self.is_going_down or (wanted is None and not self.may_restart(record)):
             record.state = TaskState.STOPPED
             if is_bad and record.reason not in UNCOUNTED:
@@ -244,10 +265,14 @@ class Supervisor:
         if wanted is not None:
             record.state = wanted.state
             record.restarts += wanted.state is TaskState.BACKING_OFF
+            record.launch = None  # what is stopped on demand is started anew by who wants it
             return
         if record.reason not in UNCOUNTED:
             self.memory.on_end(record.name, record.reason, info.code, info.signal)
-        await self.groups.on_end(record)
+        if record.is_demanded:
+            await self.launches.on_end(record, crashed=is_bad)
+        else:
+            await self.groups.on_end(record)
 
     async def restart(self, record: Record) -> None:
         """Kill the running instance because somebody asked for it."""
@@ -286,7 +311,9 @@ class Supervisor:
             for record in self.records.values()
             if record.state is TaskState.LEFT_OUT or self.stops.is_stopping(record)
         ]
-        self.stops.begin(records, TaskState.WAITING, Reason.SAFE)
+        for state in (TaskState.WAITING, TaskState.ON_DEMAND):
+            ready = [each for each in records if resting_state(each.planned) is state]
+            self.stops.begin(ready, state, Reason.SAFE)
         for record in records:
             record.first_started = None
             record.is_settled = False
@@ -347,6 +374,7 @@ class Supervisor:
             lost=self.desk.lost,
             lines_lost=self.console.lost,
             memory_failed=self.memory.failed,
+            reports_lost=self.reports.lost,
         )
         return EXIT_DIRTY if self.dirty else EXIT_CLEAN
 
@@ -381,6 +409,7 @@ class Supervisor:
             self.desk.next_time(),
             self.memory.next_time(),
             self.notifier.next_time(),
+            self.reports.next_time(),
             self.asking.next_time(),
         )
         times += [time for time in own if time is not None]
@@ -402,6 +431,8 @@ class Supervisor:
         await self.baseline.on_time()
         await self.desk.on_time()
         await self.notifier.on_time()
+        await self.launches.on_time()
+        await self.reports.on_time()
 
     async def _look_after(self, record: Record) -> None:
         if record.due is not None and self.now >= record.due:

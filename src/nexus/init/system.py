@@ -25,6 +25,7 @@ from nexus.abi import (
     MEMORY_SIZE_DEFAULT,
     MEMORY_SIZE_MAX,
     OWNER_SIZE_DEFAULT,
+    PAGE_SIZE,
     PORTS_MAX,
     SERVICE_NAME_SIZE_MAX,
     THREADS_MAX,
@@ -68,6 +69,7 @@ from nexus.kernel.core.budget import BOOT_BUDGET_SIZE
 from nexus.kernel.core.hardware import Hardware
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
 from nexus.protocols.init import DELEGATIONS_MAX, SERVICES_MAX
+from nexus.protocols.logd import RING_SIZE_MAX
 from nexus.protocols.policy import BOUND, RIGHT_PATTERN, RIGHT_SIZE_MAX, TARGET_SIZE_MAX
 
 FILE_SIZE_MAX: Final = 256 * 1024  # bytes; a device of 44 services needs a tenth
@@ -116,6 +118,9 @@ DISK_MEMORY: Final = 3
 LISTEN_ADDRESS: Final = "127.0.0.1"
 ENTRY_SIZE_MAX: Final = 128  # characters
 GROUPS_MAX: Final = SERVICES_MAX
+LOG_RING_DEFAULT: Final = 64 * 1024  # bytes; a burst of about 500 lines
+METRICS_PAGE_DEFAULT: Final = 32 * 1024  # bytes; a few hundred series and the latest spans
+METRICS_PAGE_MAX: Final = 256 * 1024  # bytes
 
 NAME: Final = Word(
     pattern=r"[a-z][a-z0-9]*([.-][a-z0-9]+)*",
@@ -389,6 +394,24 @@ SERVICE: Final = Table(
             kind=duration(Nanos(1_000_000), HEALTH_DEADLINE_MAX, "1s"),
             doc="time it has to end when the system shuts down",
         ),
+        "start": Key(
+            kind=Choice(words=("boot", "demand")),
+            doc="when it starts: with the system, or when the service `by` is asked to start it;"
+            " default boot",
+        ),
+        "by": Key(
+            kind=NAME,
+            doc='the service that starts it: one that runs execd; needs start = "demand"',
+        ),
+        "log_ring": Key(
+            kind=size(PAGE_SIZE, RING_SIZE_MAX, "64KiB"),
+            doc="bytes of memory that its lines wait in for logd; default 64KiB",
+        ),
+        "metrics_page": Key(
+            kind=size(PAGE_SIZE, METRICS_PAGE_MAX, "32KiB"),
+            doc="bytes of memory that its series and spans are in, if it uses metricsd; default"
+            " 32KiB",
+        ),
         "settings": Key(
             kind=MapOf(
                 key=_SETTING, item=Scalar(text_size_max=SETTING_SIZE_MAX), count_max=SETTINGS_MAX
@@ -548,7 +571,8 @@ class Service:
     """One service as the file declares it, defaults filled in.
 
     `program` is empty for a service with an `entry` of its own, and the other way round; an
-    absent `group` is one of its own; `probe_every` and `probe_answer` None are left to the plan.
+    absent `group` is one of its own; `probe_every` and `probe_answer` None are left to the plan; `by`
+    is empty for a service that starts with the system.
     """
 
     name: str
@@ -579,6 +603,9 @@ class Service:
     late_max: int
     stop_max: Nanos
     settings: tuple[tuple[str, str | int | bool], ...]
+    by: str
+    log_ring: int
+    metrics_page: int
     path: KeyPath
 
 
@@ -794,8 +821,25 @@ def _service(
         late_max=health.get("late_max", 0),
         stop_max=Nanos(entry.get("stop", STOP_DEFAULT)),
         settings=tuple(sorted(entry.get("settings", {}).items())),
+        by=_starter(entry, path),
+        log_ring=entry.get("log_ring", LOG_RING_DEFAULT),
+        metrics_page=entry.get("metrics_page", METRICS_PAGE_DEFAULT),
         path=path,
     )
+
+
+def _starter(entry: Mapping[str, Any], path: KeyPath) -> str:
+    """Who starts it on demand; empty for a service that starts with the system."""
+    demand = entry.get("start") == "demand"
+    if demand and "by" not in entry:
+        raise WrongKey(path, 'the key "by" beside start = "demand"', "none")
+    if not demand and "by" in entry:
+        raise MisplacedKey(path, "by", 'start = "demand" beside "by"', '"boot"')
+    for key in ("group", "stage"):
+        if demand and key in entry:
+            raise MisplacedKey(path, key, f'no "{key}" beside start = "demand"', f'"{entry[key]}"')
+    starter: str = entry.get("by", "")
+    return starter
 
 
 def memory_of(grants: Grants, hardware: Mapping[str, Hardware]) -> int:

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Annotated, Final, TypeAlias
 
 from nexus.abi import SERVICE_NAME_SIZE_MAX
-from nexus.wire import I64, U8, U16, U32, U64, List, Message, Protocol, Request, Text
+from nexus.wire import I64, U8, U16, U32, U64, Bool, List, Message, Protocol, Request, Text
 
 PROC_SPAWN: Final = "proc.spawn"  # the right that Exec needs, with the program as its target
 CRASH_READ: Final = "crash.read"  # the right that the reports need
@@ -104,7 +104,8 @@ class Reported(Message):
 class ReportExit(Request[Reported], op=3, idempotent=True, refuses=ExecdStatus):
     """A task has ended. Only its parent may say so, which is init: else DENIED.
 
-    `started` and `ended` are the kernel's clock, `action` what was done about it.
+    `started` and `ended` are the kernel's clock, `reason` is init's word for why it ended, `action`
+    what was done about it. `lost` ends so far could not be reported at all.
     """
 
     name: Annotated[str, Text(size_min=1, size_max=SERVICE_NAME_SIZE_MAX)]
@@ -117,6 +118,8 @@ class ReportExit(Request[Reported], op=3, idempotent=True, refuses=ExecdStatus):
     digest: Annotated[str, Text(size_max=DIGEST_SIZE)]
     reason: Annotated[str, Text(size_max=32)]
     action: Annotated[str, Text(size_max=WHY_SIZE_MAX)]
+    asked: Annotated[bool, Bool()]  # somebody wanted it to end: it is no crash
+    lost: Annotated[int, U32()]
 
 
 class ProgramRow(Message):
@@ -196,7 +199,7 @@ class Report(Message):
     spans: Annotated[list[LastSpan], List(count_max=LAST_SPANS_MAX)]
     traceback: Annotated[str, Text(size_max=TRACEBACK_SIZE_MAX)]
     trace: Annotated[str, Text(size_max=32)]
-    kept: bool
+    kept: Annotated[bool, Bool()]
 
 
 class GetReport(Request[Report], op=6, idempotent=True, refuses=ExecdStatus):

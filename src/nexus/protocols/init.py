@@ -20,13 +20,13 @@ from nexus.abi import (
 )
 from nexus.protocols.meta import COUNTERS_MAX, FACTS_MAX, SETTINGS_SIZE_MAX, Fact
 from nexus.protocols.policy import POLICY_SIZE_MAX
-from nexus.wire import I64, U8, U16, U32, U64, Blob, List, Message, Protocol, Request, Text
+from nexus.wire import I64, U8, U16, U32, U64, Blob, Bool, List, Message, Protocol, Request, Text
 
 REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
 PROOF_CONTROL: Final = "proof.control"  # AwaitReady, and what the next two allow
 SYSTEM_OBSERVE: Final = "system.observe"  # the Get requests
 SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, LeaveSafeMode, ReloadSettings
-PROC_SPAWN: Final = "proc.spawn"  # Launch, AwaitEnd, EndTask
+PROC_SPAWN: Final = "proc.spawn"  # Launch, NoteDenied, EndTask, GetLaunched
 INIT_SLOTS_SPARE: Final = 8  # of init's table: endpoint, inbox, and capabilities on their way
 SERVICES_MAX: Final = (SLOTS_MAX - INIT_SLOTS_SPARE) // 2  # init holds two links per service
 LINK_ROWS_MAX: Final = 24  # rows of one answer to GetLinks; it fits a control link
@@ -53,6 +53,7 @@ class InitStatus(IntEnum):
     SPAWN_REFUSED = 23  # the reason is in its ServiceRecord
     NO_SUCH_CHILD = 24
     BAD_SYSTEM_FILE = 25  # the file as it is now is no system, or another system
+    BAD_PROGRAM = 26  # its files are not, or no longer, those of the checked plan
 
 
 class TaskState(IntEnum):
@@ -65,6 +66,7 @@ class TaskState(IntEnum):
     STOPPED = 4  # ended for good: the system is going down, or it ends with this service
     FAILED = 5  # given up: it ended more often than its restart intensity allows
     LEFT_OUT = 6  # not started: the system is in safe mode and this service is not marked `safe`
+    ON_DEMAND = 7  # no instance: it is started when the service says so that its entry names
 
 
 class Health(IntEnum):
@@ -361,7 +363,7 @@ class LeaveSafeMode(Request[SafeModeLeft], op=14, idempotent=True, refuses=InitS
 
 
 class Launched(Message):
-    """The task that was started, and the digest of its program as the plan has it."""
+    """The task that was started, by the digest that its program's files have now."""
 
     pid: Annotated[int, U32()]
     generation: Annotated[int, U32()]
@@ -369,43 +371,47 @@ class Launched(Message):
 
 
 class Launch(Request[Launched], op=15, idempotent=False, refuses=InitStatus):
-    """Start the service `name`, which is `start = "demand"` and `by` the caller. `settings` is
-    MessagePack of a table that is added to its own settings. Needs PROC_SPAWN.
+    """Start the service `name`, which is `start = "demand"` and `by` the caller, for `requester`.
 
-    *Refuses*: ROUTE_NOT_FOUND, NOT_ON_DEMAND, RUNS, SPAWN_REFUSED.
+    Its program has the digest `digest`, in the plan and in its files as they are now. `settings` is
+    MessagePack of a table that is added to its own settings. With `restarts` it is started again
+    when it crashes, as its entry says. Needs PROC_SPAWN for `name`, and policyd's EXEC of
+    `requester`: else DENIED.
+
+    *Refuses*: ROUTE_NOT_FOUND, NOT_ON_DEMAND, RUNS, BAD_PROGRAM, SPAWN_REFUSED; BUSY when too many
+    answers wait.
     """
 
     name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    requester: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    digest: Annotated[str, Text(size_max=64)]
     settings: Annotated[bytes, Blob(size_max=SETTINGS_SIZE_MAX)]
+    restarts: Annotated[bool, Bool()]
 
 
-class TaskEnded(Message):
-    """How a launched task ended, once it is reaped. Times are the kernel's clock."""
-
-    pid: Annotated[int, U32()]
-    generation: Annotated[int, U32()]
-    code: Annotated[int, I64()]
-    signal: Annotated[int, U16()]
-    started: Annotated[int, U64()]
-    ended: Annotated[int, U64()]
+class Noted(Message):
+    """The service's record says so."""
 
 
-class AwaitEnd(Request[TaskEnded], op=16, idempotent=True, refuses=InitStatus):
-    """Answered when that instance of `name` has ended and is reaped. Needs PROC_SPAWN.
+class NoteDenied(Request[Noted], op=16, idempotent=True, refuses=InitStatus):
+    """Somebody may not have the service `name` started: its record says so, as of a refused spawn.
 
-    *Refuses*: NO_SUCH_CHILD; BUSY when too many answers wait.
+    Needs PROC_SPAWN for `name`. *Refuses*: ROUTE_NOT_FOUND, NOT_ON_DEMAND.
     """
 
     name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
-    generation: Annotated[int, U32()]
 
 
 class Ending(Message):
-    """The task is being ended, as SIGKILL does."""
+    """The task is being ended, as SIGKILL does, or is not started again."""
 
 
 class EndTask(Request[Ending], op=17, idempotent=True, refuses=InitStatus):
-    """End that instance of `name`, a launched one. Needs PROC_SPAWN. *Refuses*: NO_SUCH_CHILD."""
+    """End the launched service `name`: the instance that runs, if it is `generation` or was started
+    in its place, and it is not started again. Needs PROC_SPAWN for `name`.
+
+    *Refuses*: NO_SUCH_CHILD.
+    """
 
     name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
     generation: Annotated[int, U32()]
@@ -424,6 +430,26 @@ class ReloadSettings(Request[Reloading], op=18, idempotent=True, refuses=InitSta
     SYSTEM_CONTROL. *Refuses*: BAD_SYSTEM_FILE."""
 
 
+class LaunchedRow(Message):
+    """A launched service that runs, or is about to be started again; `generation` is the launched
+    one, `pid` the present one's or 0."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    requester: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
+    pid: Annotated[int, U32()]
+    generation: Annotated[int, U32()]
+
+
+class LaunchedRows(Message):
+    """Every launched service that the caller started and that has not ended for good."""
+
+    rows: Annotated[list[LaunchedRow], List(count_max=SERVICES_MAX)]
+
+
+class GetLaunched(Request[LaunchedRows], op=19, idempotent=True):
+    """Whom have I started? Asked by a starter that was restarted itself. Needs PROC_SPAWN."""
+
+
 InitRequest: TypeAlias = (
     Route
     | AwaitReady
@@ -440,9 +466,10 @@ InitRequest: TypeAlias = (
     | GetSystem
     | LeaveSafeMode
     | Launch
-    | AwaitEnd
+    | NoteDenied
     | EndTask
     | ReloadSettings
+    | GetLaunched
 )
 PROTOCOL: Final = Protocol(
     "init",
@@ -464,8 +491,9 @@ PROTOCOL: Final = Protocol(
         GetSystem,
         LeaveSafeMode,
         Launch,
-        AwaitEnd,
+        NoteDenied,
         EndTask,
         ReloadSettings,
+        GetLaunched,
     ),
 )

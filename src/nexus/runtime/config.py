@@ -19,7 +19,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     declares with `sync = false` so that no cycle of waiting can be; `settings` are its own values;
     `trace_seed` makes its trace and span ids. `boot` is the number of this boot, 0 for the first
     and for every boot of a system that keeps nothing; `boot_id` is random, and says which boot it
-    is.
+    is. `starts` are the services that it may have started, with the digests of their programs;
+    `log_ring` and `metrics_page` are the bytes of its ring for lines and of its page of series.
     """
 
     uses: list[str]
@@ -28,6 +29,9 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     trace_seed: bytes
     boot: int = 0
     boot_id: bytes = bytes(BOOT_ID_SIZE)
+    starts: dict[str, str] = {}
+    log_ring: int = 64 * 1024
+    metrics_page: int = 32 * 1024
 
     @classmethod
     def of(cls, boot: BootImage) -> "ServiceConfig":

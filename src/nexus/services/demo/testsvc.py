@@ -107,7 +107,7 @@ PROTOCOLS: Final[Mapping[str, WireProtocol]] = {
     "statefsd": STATEFSD,
     "keystored": KEYSTORED,
 }
-LAST_WORDS: Final = "last words"  # the text of the line; its token is what is looked for
+LAST_WORDS: Final = "last words"  # how the line begins; its token follows
 SILENCE: Final = Nanos(60_000_000_000)  # ns behind them; whoever asked ends this task before
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
 MILLISECOND: Final = 1_000_000  # ns
@@ -262,7 +262,8 @@ class Testsvc:
         if self.log is None:
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
         answer = call.defer()
-        self.log.info(LAST_WORDS, token=request.token)
+        words = f"{LAST_WORDS} {request.token}"
+        self.log.info(words, token=request.token)
         answer.reply(Written())
         await self.server.send_given()
         _ = await SleepUntil(Nanos(call.now + SILENCE))  # in which the log is not flushed
