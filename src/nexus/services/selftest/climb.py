@@ -35,6 +35,8 @@ from nexus.ipc import (
     Started,
     retry_until,
 )
+from nexus.protocols.execd import Ended
+from nexus.protocols.execd import Started as Child
 from nexus.protocols.init import (
     AuditRows,
     GetAudit,
@@ -55,6 +57,7 @@ from nexus.protocols.init import (
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.testsvc import RawSession, SessionDone, SessionStep, Step
 from nexus.runtime import ServiceConfig
+from nexus.services.selftest.own_memory import OwnPage, OwnRing
 from nexus.services.selftest.rung import RungFailed, expect, status_of_trap
 from nexus.wire import Request
 
@@ -91,6 +94,11 @@ class Climb:
         self.peers = peers
         self.control = control
         self.clients: dict[str, Client] = {}
+        self.own_ring: OwnRing | None = None
+        self.own_page: OwnPage | None = None
+        self.services: frozenset[str] = frozenset()  # of the system, on demand or not
+        self.children: dict[str, Child] = {}  # started by execd for this client, the latest by name
+        self.ends: dict[str, Ended] = {}  # how those ended that were waited for
         self.held_at_ready: dict[str, int] = {}
         self.planned: list[int] = []
         self.passed: list[int] = []
@@ -99,6 +107,18 @@ class Climb:
     def client(self, name: str) -> Client:
         """The client of a service of this system."""
         return self.clients[name]
+
+    @property
+    def ring(self) -> OwnRing:
+        """The log ring of this task, in a system with logd."""
+        assert self.own_ring is not None, "made when logd was found"
+        return self.own_ring
+
+    @property
+    def page(self) -> OwnPage:
+        """The metrics page of this task, in a system with metricsd."""
+        assert self.own_page is not None, "made when metricsd was found"
+        return self.own_page
 
     @property
     def timed(self) -> Client:

@@ -13,6 +13,8 @@ from nexus.abi import (
     TaskStats,
 )
 from nexus.ipc import Client, Exchange, Peers, RetryBudget
+from nexus.protocols.execd import PROTOCOL as EXECD
+from nexus.protocols.exportd import PROTOCOL as EXPORTD
 from nexus.protocols.init import AwaitReady, Ready
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
@@ -20,6 +22,10 @@ from nexus.protocols.ladder import SELFTEST, boot_of, last_boot
 from nexus.protocols.ladder import Rung as Row
 from nexus.protocols.ladder import rung as row_of
 from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.logd import StreamOpened
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
+from nexus.protocols.metricsd import PageOpened
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
@@ -28,6 +34,16 @@ from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.runtime import Call, Server, ServiceConfig
 from nexus.services.selftest.climb import Climb
 from nexus.services.selftest.end_rungs import held
+from nexus.services.selftest.exec_rungs import ON_DEMAND
+from nexus.services.selftest.own_memory import (
+    PAGE_SIZE,
+    RING_SIZE,
+    OwnPage,
+    OwnRing,
+    open_page,
+    open_stream,
+    shared,
+)
 from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, RungAbsent, RungFailed
 from nexus.services.selftest.rungs import RUNGS
 from nexus.wire import Protocol, ReplyStatus
@@ -47,6 +63,10 @@ PROTOCOLS: Final[dict[str, Protocol]] = {
     "rngd": RNGD,
     "statefsd": STATEFSD,
     "keystored": KEYSTORED,
+    "metricsd": METRICSD,
+    "metricsd": METRICSD,
+    "execd": EXECD,
+    "exportd": EXPORTD,
 }
 
 
@@ -72,7 +92,7 @@ async def main(boot: BootImage) -> int:
     started = await climb.control.start(AwaitReady(), until)
     # The answer to a later question on that link: init knows that we wait, and asks nothing
     # after the health probe that we would have to serve while we climb.
-    _ = await climb.tasks()
+    climb.services = frozenset(row.name for row in (await climb.tasks()).rows)
     _ = await server.step(until)
     ready = await climb.control.finish(started)
     if not isinstance(ready, Ready):
@@ -85,18 +105,33 @@ async def main(boot: BootImage) -> int:
 async def _connect(
     boot: BootImage, config: ServiceConfig, peers: Peers, until: Nanos
 ) -> Climb | str:
-    """The clients of all planned uses, or why one is missing."""
+    """The clients of all planned uses that start with the system, or why one is missing."""
     control = await peers.control(until)
     if not isinstance(control, Exchange):
         return f"no link to init: {control!r}"
     climb = Climb(boot, config, peers, control)
     budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
-    for name in config.uses:
+    for name in (each for each in config.uses if each not in ON_DEMAND):
         client = await peers.connect(name, PROTOCOLS[name], budget)
         if not isinstance(client, Client):
             return f"no link to {name}: {client!r}"
         climb.clients[name] = client
-    return climb
+    return await _share(climb, until) or climb
+
+
+async def _share(climb: Climb, until: Nanos) -> str:
+    """Have logd drain a ring of ours and metricsd read a page; what went wrong, or nothing."""
+    if "logd" in climb.clients:
+        ring = climb.own_ring = OwnRing(await shared(RING_SIZE))
+        opened = await open_stream(climb.client("logd"), ring.memory, until)
+        if not isinstance(opened, StreamOpened):
+            return f"logd does not drain our ring: {opened!r}"
+    if "metricsd" in climb.clients:
+        page = climb.own_page = OwnPage(await shared(PAGE_SIZE))
+        read = await open_page(climb.client("metricsd"), page.memory, until)
+        if not isinstance(read, PageOpened):
+            return f"metricsd does not read our page: {read!r}"
+    return ""
 
 
 async def _climb(climb: Climb) -> int:
@@ -123,7 +158,7 @@ def _boot_of(rung: Rung, last: int) -> int:
 
 
 def _is_in_system(row: Row, climb: Climb) -> bool:
-    return all(name in climb.clients for name in row.services if name != SELFTEST)
+    return climb.services.issuperset(row.services)
 
 
 async def _holds(climb: Climb, rung: Rung) -> bool:

@@ -16,6 +16,22 @@ from nexus.services.selftest.decision_rungs import (
 )
 from nexus.services.selftest.device_rungs import cap_query_mmio, mmio_map
 from nexus.services.selftest.end_rungs import end, no_resource_left_behind
+from nexus.services.selftest.exec_rungs import (
+    child_exit,
+    child_exit0,
+    child_exit42,
+    child_exited,
+    child_hello,
+    crash_line,
+    crash_report,
+    exec_denied,
+    exec_elf,
+    execd_malformed,
+    last_words,
+    load,
+    program_table,
+    routing_execd,
+)
 from nexus.services.selftest.identity_rungs import (
     cap_move_reply,
     forged_identity,
@@ -76,8 +92,10 @@ from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
 RUNGS: Final = (
     Rung(35, opening_read, stated=True),
+    Rung(37, program_table, stated=True),
     Rung(52, routing_keystored),
     Rung(53, routing_policyd),
+    Rung(55, routing_execd),
     Rung(56, routing),
     Rung(57, payload_roundtrip),
     Rung(58, loopback),
@@ -106,6 +124,17 @@ RUNGS: Final = (
     Rung(81, deny_reasons),
     Rung(82, subject_normalization),
     Rung(83, generation),
+    Rung(84, load, stated=True),
+    Rung(85, child_hello, stated=True),
+    Rung(86, exec_elf),
+    Rung(87, child_exit0, stated=True),
+    Rung(88, child_exited, stated=True),
+    Rung(89, child_exit),
+    Rung(90, child_exit42, stated=True),
+    Rung(91, crash_line, stated=True),
+    Rung(92, crash_report),
+    Rung(93, exec_denied),
+    Rung(94, execd_malformed),
     Rung(95, sandbox_escape),
     Rung(96, watchdog_restart),
     Rung(97, rng_policy_allow, stated=True),
@@ -128,6 +157,7 @@ RUNGS: Final = (
     Rung(113, rate_limited, stated=True),
     Rung(116, log_query),
     Rung(117, sink_logd),
+    Rung(129, last_words),
     Rung(139, mmio_policy_deny),
     Rung(140, mmio_map),
     Rung(141, cap_query_mmio),
