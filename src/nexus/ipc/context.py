@@ -1,16 +1,19 @@
 """W3C trace context as the frame header carries it: a trace id and the caller's span id."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+from nexus.abi import service_id
 
 TRACE_SIZE: Final = 16  # bytes
 SPAN_SIZE: Final = 8  # bytes
-SPAN_MASK: Final = (1 << 64) - 1
+MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service id
+COUNT_MASK: Final = (1 << 32) - 1
+TRACE_MASK: Final = (1 << 128) - 1
+NO_SPAN: Final = bytes(SPAN_SIZE)  # as a parent: the span is the first of its trace
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """The trace a call belongs to and the span that makes it. Neither is all zeros (W3C)."""
 
     trace: bytes
@@ -23,26 +26,31 @@ class Context:
 
 
 class Spans:
-    """Makes the trace and span ids of one task, the same ones for the same seed."""
+    """Makes the trace and span ids of one task, the same ones for the same seed.
 
-    __slots__ = ("_count", "_first", "root")
+    The first bytes of a span id name the service that made it, as its id does, so that nobody can
+    end another's span. The others count from a number that no other start of the service has but
+    by a chance of 1 to 4 billion.
+    """
+
+    __slots__ = ("_count", "_maker", "_trace", "root")
 
     def __init__(self, seed: bytes, name: str, generation: int) -> None:
         material = hashlib.sha256(b"%b|%b|%d" % (seed, name.encode(), generation)).digest()
-        self._first = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + SPAN_SIZE], "little")
-        self._count = 0
-        self.root = Context(_not_zero(material[:TRACE_SIZE]), self.next_span())
+        self._maker = (service_id(name) & COUNT_MASK).to_bytes(MAKER_SIZE, "little")
+        self._count = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + MAKER_SIZE], "little")
+        self._trace = int.from_bytes(material[:TRACE_SIZE], "little")
+        self.root = Context(self.next_trace(), self.next_span())
 
     def next_span(self) -> bytes:
         """A span id that this task has not used before."""
-        self._count += 1
-        return _not_zero(((self._first + self._count) & SPAN_MASK).to_bytes(SPAN_SIZE, "little"))
+        self._count = count = self._count % COUNT_MASK + 1
+        return self._maker + count.to_bytes(MAKER_SIZE, "little")
 
-    def next_trace(self) -> Context:
-        """A new trace, begun here."""
-        span = self.next_span()
-        return Context(hashlib.sha256(self.root.trace + span).digest()[:TRACE_SIZE], span)
+    def next_trace(self) -> bytes:
+        """The id of a trace that is begun here."""
+        self._trace = number = self._trace % TRACE_MASK + 1
+        return number.to_bytes(TRACE_SIZE, "little")
 
 
-def _not_zero(number: bytes) -> bytes:
-    return number if any(number) else b"\1" * len(number)
+assert MAKER_SIZE + MAKER_SIZE == SPAN_SIZE

@@ -261,16 +261,21 @@ class Exchange:
         return Answer(reply, message.cap)
 
     async def post(
-        self, request: Request[Any], deadline: Nanos, taker: Taker
+        self,
+        request: Request[Any],
+        deadline: Nanos,
+        taker: Taker,
+        *,
+        move: Slot | None = None,
     ) -> Pending | Refused | CallFailure:
         """Send one request without waiting, for room or for its answer; `taker` gets the answer.
 
         Without a Pending nothing was sent and the taker hears nothing: Refused BUSY if there is no
-        room, a CallFailure if there is no peer.
+        room, a CallFailure if there is no peer. Then `move` stays as well.
         """
         if not self.peer.alive:
             return Closed()
-        return await self._send_now(self.peer, request, deadline, taker)
+        return await self._send_now(self.peer, request, deadline, taker, move)
 
     async def _send_now(
         self,

@@ -61,9 +61,15 @@ class OneShots(Exchange):
         return True
 
     async def post(
-        self, request: Request[Any], deadline: Nanos, taker: Taker
+        self,
+        request: Request[Any],
+        deadline: Nanos,
+        taker: Taker,
+        *,
+        move: Slot | None = None,
     ) -> Pending | Refused | CallFailure:
         """As Exchange.post; BUSY also while as many answers are open as `reply` has delegations."""
+        assert move is None, "the way back is what moves with a one-shot"
         await self.take(WAYS_MAX)  # the end of a way back that has been used frees its delegation
         if not self.peer.alive:
             return Closed()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import Enum, IntEnum
 from typing import Any, Final, Generic, TypeVar
 
-from nexus.abi import Nanos
+from nexus.abi import Nanos, Slot
 from nexus.ipc.correlate import Pending
 from nexus.ipc.deadline import deadline_after
 from nexus.ipc.exchange import Exchange
@@ -70,8 +70,13 @@ class Poster(Generic[TagT]):
         """Posts that have no answer so far."""
         return len(self._open)
 
-    async def post(self, request: Request[Any], now: Nanos, tag: TagT) -> Posted:
-        """Take the answers that are there, TAKEN_MAX at most, and send `request`; never waits."""
+    async def post(
+        self, request: Request[Any], now: Nanos, tag: TagT, *, move: Slot | None = None
+    ) -> Posted:
+        """Take the answers that are there, TAKEN_MAX at most, and send `request`; never waits.
+
+        Unless it was SENT, `move` stays.
+        """
         await self.take(now)
         peer = self.exchange.peer
         if peer.alive and len(self._open) >= min(OUTSTANDING_MAX, peer.reply_terms.depth):
@@ -80,7 +85,8 @@ class Poster(Generic[TagT]):
         def taker(pending: Pending, outcome: object) -> None:
             self._end(pending, tag, outcome)
 
-        posted = await self.exchange.post(request, deadline_after(now, self.wait), taker)
+        until = deadline_after(now, self.wait)
+        posted = await self.exchange.post(request, until, taker, move=move)
         if isinstance(posted, Pending):
             self.sent += 1
             if self.exchange.is_in_flight(posted):  # else somebody has met its answer meanwhile
