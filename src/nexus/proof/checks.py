@@ -262,8 +262,10 @@ def hex_of(value: object) -> str:
 
 
 def system_ready(case: Case, trace: Trace, line: Line) -> None:
-    """#29: the links that exist are those of the plan, one by one, and the kernel made them."""
-    planned = sorted(_terms(link) for link in case.plan.links)
+    """#29: the links that exist are those of the plan, one by one, and the kernel made them. What
+    starts on demand has none yet."""
+    links = [link for link in case.plan.links if _starts_at_boot(case, link)]
+    planned = sorted(_terms(link) for link in links)
     existing = sorted(tuple(row[:5]) for row in line.evidence["links"])
     demand_equal(existing, planned, "links that exist")
     for row in line.evidence["links"]:
@@ -272,6 +274,7 @@ def system_ready(case: Case, trace: Trace, line: Line) -> None:
     wanted_grants = [
         [service.name, *wanted, "allow"]
         for service in case.plan.services
+        if not service.by
         for wanted in wanted_by(service)
     ]
     demand_equal(line.evidence["grants"], wanted_grants, "grants and their decisions")
@@ -279,9 +282,13 @@ def system_ready(case: Case, trace: Trace, line: Line) -> None:
         (str(event.fields["owner"]), int(event.fields["depth"]), int(event.fields["size"]))  # type: ignore[call-overload]
         for event in _before(trace, line, EventKind.LINK)
     ]
-    wanted = [(link.server, link.depth, link.size) for link in case.plan.links]
+    wanted = [(link.server, link.depth, link.size) for link in links]
     absent = _without(wanted, made)
     demand(not absent, f"the kernel made no link into {absent}")
+
+
+def _starts_at_boot(case: Case, link: PlannedLink) -> bool:
+    return not any(case.plan.by_name[name].by for name in (link.client, link.server))
 
 
 def _started_before(trace: Trace, line: Line, name: str) -> list[Event]:
@@ -537,7 +544,7 @@ def _nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
     accounts = line.evidence["accounts"]
     for name, account in accounts.items():
         demand_equal(account["now"], account["ready"], f"account of {name}, boot {trace.number}")
-    planned = {service.name for service in case.plan.services}
+    planned = {service.name for service in case.plan.services if not service.by}
     demand_equal(set(accounts), planned | {INIT_NAME}, "tasks with an account")
     if trace.ending.stopped or trace.ending.cut:
         return

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(**json.loads(argv[1]))
     die_with_parent(job.runner)
     try:
-        plant_fault_points(Ground(job.ground))
+        plant_fault_points(Ground(job.ground), job.boot)
         if job.saboteur is not None:
             find(job.saboteur, Ground(job.ground)).plant()
         booted = boot_scenario(job, sink) if job.scenario else boot_system(job, sink)

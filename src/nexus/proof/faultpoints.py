@@ -2,16 +2,24 @@
 
 Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages that are to arrive
 with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; rung 81
-asks policyd for a right from which it does not come back; and demo.testsvc gets its attacks by raw
-system calls on grounds that have them.
+asks policyd for a right from which it does not come back; rung 84 has execd start a program whose
+file has one byte changed; and demo.testsvc gets its attacks by raw system calls on grounds that have
+them.
 """
 
+# ruff: noqa: SLF001 (a fault point is inside)
+
+import importlib.util
 import socket
 import struct
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from nexus.abi import Nanos, Pid, SleepUntil
+from nexus.init import launches, programs
+from nexus.init.programs import ProgramSource
 from nexus.proof.escapes import escape
 from nexus.proof.hostile import foreign_credentials
 from nexus.proof.sabotage import replace
@@ -29,10 +37,12 @@ PID_NOBODY_HAS: Final = (1 << 22) + 1  # above the largest pid_max of Linux
 FORGED_PIDS: Final = {FORGED_SENDERS[0]: Pid(0), FORGED_SENDERS[1]: Pid(PID_NOBODY_HAS)}
 
 
-def plant_fault_points(ground: Ground) -> None:
-    """Give the messages of FORGED_SENDERS their forged pid, policyd a question that holds it, and
-    demo.testsvc its attacks."""
+def plant_fault_points(ground: Ground, boot: int = 0) -> None:
+    """Give the messages of FORGED_SENDERS their forged pid, policyd a question that holds it, execd
+    a changed program in the first boot, and demo.testsvc its attacks."""
     _plant_hold()
+    if boot == 0:
+        _plant_changed()
     if ground is Ground.SIM:
         _plant_sim()
     else:
@@ -51,6 +61,37 @@ def _plant_hold() -> None:
     original = replace(Policyd, "_check", check)
 
 
+def _plant_changed() -> None:
+    """The first time that init looks at the files of this program they are a copy with one byte
+    changed."""
+    changed: list[ProgramSource] = []
+
+    def measured(source: ProgramSource) -> str:
+        if source.name != CHANGED_PROGRAM or changed:
+            digest: str = original(source)
+            return digest
+        changed.append(source)
+        return _digest_of_changed(source)
+
+    original = replace(launches, "measured", measured)
+
+
+def _digest_of_changed(source: ProgramSource) -> str:
+    spec = importlib.util.find_spec(source.module)
+    assert spec is not None, "the program is one of ours"
+    assert spec.origin is not None, "it is a file"
+    file = Path(spec.origin)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        _ = copy.write_bytes(content)
+        found = importlib.util.spec_from_file_location(spec.name, copy)
+        assert found is not None, "a Python file has a spec"
+        return programs._digest([found])
+
+
+CHANGED_PROGRAM: Final = "demo.testsvc"  # of the service that rung 84 asks for
 HOLD_SPAN: Final = 60_000_000_000  # ns; init ends a task that hangs long before
 
 

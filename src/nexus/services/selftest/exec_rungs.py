@@ -52,6 +52,7 @@ LOOK_PAUSE: Final = Nanos(2_000_000)  # ns
 HANG_WAIT: Final = Nanos(
     10_000_000_000
 )  # ns; the watchdog's patience, by the system file, and more
+SPAWN_RIGHT: Final = "proc.spawn"
 CRASH_EVENT: Final = "crash.v1"
 
 
@@ -300,12 +301,12 @@ async def exec_denied(climb: Climb) -> Evidence:
     outcome = await execd.call(_exec(EXIT0, SPOOFED), await climb.ahead(END_WAIT))
     after = await climb.tasks()
     record = await climb.record(EXIT0)
-    audits = await records_about(climb, "action", "proc.spawn", ("reason", "identity"))
+    audits = await records_about(climb, "action", SPAWN_RIGHT, ("reason", "identity"))
 
     expect(outcome, Refused(ReplyStatus.DENIED), "EXEC in another's name")
     expect(after.live, before.live, "live tasks")
     expect(record.spawn_refused - number, 1, "refused starts that init has counted")
-    expect(record.spawn_reason, SpawnReason.DENIED_BY_POLICY, "why, by the kernel")
+    expect(record.spawn_reason, SpawnReason.DENIED_BY_POLICY, "why the last was refused")
     expect(len(audits), 1, "audit records about it")
     return {
         "live": [before.live, after.live],

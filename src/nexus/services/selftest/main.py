@@ -25,7 +25,6 @@ from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import StreamOpened
 from nexus.protocols.metricsd import PROTOCOL as METRICSD
 from nexus.protocols.metricsd import PageOpened
-from nexus.protocols.metricsd import PROTOCOL as METRICSD
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
@@ -63,7 +62,6 @@ PROTOCOLS: Final[dict[str, Protocol]] = {
     "rngd": RNGD,
     "statefsd": STATEFSD,
     "keystored": KEYSTORED,
-    "metricsd": METRICSD,
     "metricsd": METRICSD,
     "execd": EXECD,
     "exportd": EXPORTD,

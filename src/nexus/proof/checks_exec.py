@@ -1,0 +1,388 @@
+"""The evidence behind the rungs about execd: what the kernel itself recorded of the tasks that execd
+started, beside what execd, its children and the journal say of them."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from nexus.abi import INIT_NAME, Event, EventKind, Nanos, SpawnReason, service_id
+from nexus.proof.checks import KILLED, healthy, hex_of, measured
+from nexus.proof.trace import FAIL_WORD, Line, Trace
+from nexus.proof.verdict import Case, Check, demand, demand_equal
+from nexus.protocols.execd import ExecdStatus
+from nexus.protocols.ladder import SELFTEST
+from nexus.protocols.policyd import Reason, Verdict
+from nexus.services.selftest.exec_rungs import (
+    ALTERED,
+    CODE,
+    COPY,
+    CRASH_EVENT,
+    EXECD_NAME,
+    EXIT0,
+    EXIT42,
+    HELLO,
+    SPAWN_RIGHT,
+)
+from nexus.services.selftest.policy_rungs import SPOOFED
+from nexus.wire import ReplyStatus
+
+MILLISECOND: Final = 1_000_000  # ns
+REAP_MARGIN: Final = Nanos(500_000_000)  # ns between an end and its record, on a busy host
+
+Evidence = Mapping[str, Any]
+
+
+def _id(name: str) -> str:
+    """A service's id as evidence shows it."""
+    return f"{service_id(name):016x}"
+
+
+def _spawn_of(trace: Trace, name: str, pid: int) -> tuple[int, Event]:
+    """Place and event of the one start of this name that got this pid."""
+    found = [(at, event) for at, event in trace.spawns(name) if event.pid == pid]
+    demand_equal(len(found), 1, f"starts of {name} with pid {pid}")
+    return found[0]
+
+
+def _exit_of(trace: Trace, name: str, pid: int) -> tuple[int, Event]:
+    """Place and event of the end of that task, by the kernel that reaped it."""
+    started, spawn = _spawn_of(trace, name, pid)
+    found = [
+        (at, event)
+        for at, event in trace.of_kind(EventKind.EXIT)
+        if at > started and event.pid == spawn.pid
+    ]
+    demand(found, f"the kernel recorded no end of {name}, pid {pid}")
+    return found[0]  # another may have had its number since
+
+
+def _is_of_plan(case: Case, event: Event) -> None:
+    """The kernel started what the plan has under this name, which execd starts on demand."""
+    planned = case.plan.by_name[str(event.fields["name"])]
+    demand_equal(planned.by, EXECD_NAME, f"who starts {planned.name} by the plan")
+    demand_equal(event.fields["program"], planned.program, "program")
+    demand_equal(event.fields["digest"], planned.program_digest, "program digest")
+    demand_equal(hex_of(event.fields["service"]), _id(planned.name), "service id")
+
+
+def execd_ready(case: Case, trace: Trace, line: Line) -> None:
+    """#37: its program table is the plan's, name by name and digest by digest.
+
+    What it answers is told once the whole system is up: where it does not get there another rung is
+    red.
+    """
+    facts = healthy(case, trace, line)
+    planned = [
+        [service.name, service.program_digest]
+        for service in sorted(case.plan.services, key=lambda each: each.name)
+        if service.by == EXECD_NAME
+    ]
+    demand(planned, "the plan has no program that execd starts")
+    demand_equal(facts["programs"], len(planned), "programs, in the answer to init's probe")
+    if any(each.printer == SELFTEST and not FAIL_WORD.search(each.text) for each in trace.lines):
+        told = measured(trace, 37)
+        demand_equal(told["programs"], planned, "program table")
+        demand_equal(told["total"], len(planned), "rows of the program table")
+
+
+def routing_execd(_case: Case, trace: Trace, line: Line) -> None:
+    """#55: init counted one route, and made a link into execd for it and into nobody else."""
+    evidence = line.evidence
+    demand_equal(evidence["counters"], {"ok": 1}, "growth of init's route counters")
+    before = [event for at, event in trace.spawns(EXECD_NAME) if at < line.place]
+    demand(before, "the kernel recorded no start of execd before the line")
+    demand_equal(evidence["generation"], before[-1].fields["generation"], "generation of execd")
+    since = max(
+        (
+            each.place
+            for each in trace.lines
+            if each.printer == SELFTEST and each.place < line.place
+        ),
+        default=0,
+    )
+    owners = {
+        str(event.fields["owner"])
+        for at, event in trace.of_kind(EventKind.LINK)
+        if since < at < line.place
+    }
+    demand(
+        EXECD_NAME in owners, f"the kernel made links into {owners} since the client's last line"
+    )
+    demand(owners <= {EXECD_NAME, SELFTEST}, f"the kernel made links into {owners}")
+
+
+# ---------------------------------------------------------------- starts
+
+
+def elf_loaded(case: Case, trace: Trace, line: Line) -> None:
+    """#84: the kernel started demo.hello with the digest of the plan; the program whose file had one
+    byte changed it did not start at all."""
+    told = measured(trace, 84)
+    demand_equal(told["altered"], ALTERED, "the program with one byte changed")
+    demand_equal(told["refused"], ExecdStatus.BAD_DIGEST.name, "EXEC of that program")
+    client = _line_of(trace, 84)
+    started = [event.pid for at, event in trace.spawns(ALTERED) if at < client.place]
+    demand_equal(started, [], f"starts of {ALTERED}")
+    demand_equal(line.evidence["program"], HELLO, "program that execd took")
+    demand_equal(
+        line.evidence["digest"],
+        case.plan.by_name[HELLO].program_digest,
+        "digest that execd checked",
+    )
+    at, event = _spawn_of(trace, HELLO, told["pid"])
+    _is_of_plan(case, event)
+    demand_equal(told["generation"], event.fields["generation"], "generation, by execd's answer")
+    demand(at < client.place, f"{HELLO} was started after execd's answer")
+
+
+def _line_of(trace: Trace, number: int) -> Line:
+    """The client's own line about what it measured for a rung."""
+    text = f"{SELFTEST}: measured #{number}"
+    return next(each for each in trace.lines if (each.printer, each.text) == (SELFTEST, text))
+
+
+def _printed_itself(case: Case, trace: Trace, line: Line, number: int, name: str) -> Evidence:
+    """The stamped sender of the line is the pid that execd answered, and the task that the kernel
+    started under this name; what the client measured."""
+    told = measured(trace, number)
+    demand_equal((line.printer, line.pid), (name, told["pid"]), "printer and its stamped pid")
+    demand_equal(line.generation, told["generation"], "generation of the printer")
+    at, event = _spawn_of(trace, name, told["pid"])
+    _is_of_plan(case, event)
+    demand(at < line.place, f"{name} was started after its line")
+    demand_equal(event.fields["generation"], told["generation"], "generation, by the kernel")
+    return told
+
+
+def child_hello(case: Case, trace: Trace, line: Line) -> None:
+    """#85: the program itself printed it, and it is execd's child in init's task list."""
+    told = _printed_itself(case, trace, line, 85, HELLO)
+    demand_equal(told["row"], [told["pid"], told["generation"]], "its row in the task list")
+
+
+def exec_elf(_case: Case, trace: Trace, line: Line) -> None:
+    """#86: the child that answered is the one that the kernel started, and it had not ended."""
+    evidence = line.evidence
+    demand_equal(evidence["pid"], measured(trace, 84)["pid"], "pid that EXEC answered")
+    demand_equal(evidence["stamped"], evidence["pid"], "pid that came back from the kernel")
+    _, event = _spawn_of(trace, HELLO, evidence["stamped"])
+    demand_equal(evidence["generation"], event.fields["generation"], "generation")
+    ended, _ = _exit_of(trace, HELLO, evidence["stamped"])
+    demand(ended > line.place, "it had ended when it answered")
+
+
+# ---------------------------------------------------------------- ends
+
+
+def child_exit0(case: Case, trace: Trace, line: Line) -> None:
+    """#87: as #85, for demo.exit0."""
+    _ = _printed_itself(case, trace, line, 87, EXIT0)
+
+
+def child_exited(_case: Case, trace: Trace, line: Line) -> None:
+    """#88: pid and code on the line are those of the end that the kernel recorded before; and while
+    execd waited for another child it served another client."""
+    values = values_of(line.text)
+    ends = [
+        (at, event)
+        for at, event in trace.of_kind(EventKind.EXIT)
+        if at < line.place and str(event.pid) == values["pid"]
+    ]
+    demand(ends, f"the kernel had recorded no end of pid {values['pid']}")
+    event = ends[-1][1]
+    demand_equal(values["code"], str(event.fields["code"]), "code on the line")
+    told = measured(trace, 88)
+    if event.fields["name"] == EXIT0 and event.pid == told["pid"]:
+        _exit0_reaped(trace, line, told)
+
+
+def _exit0_reaped(trace: Trace, line: Line, told: Evidence) -> None:
+    demand_equal(told["code"], 0, "code that WAIT gave")
+    demand_equal(told["pid"], measured(trace, 87)["pid"], "pid that WAIT gave")
+    demand_equal(told["served"], int(ReplyStatus.OK), "what the other client was answered")
+    running, killed, signal = told["waited_for"]
+    demand_equal([running, signal], [killed, KILLED], "the child that execd waited for meanwhile")
+    ended, event = _exit_of(trace, HELLO, killed)
+    demand_equal(event.fields["signal"], KILLED, "how that child ended")
+    demand(ended > line.place, "it had ended before: execd did not wait")
+
+
+def values_of(text: str) -> dict[str, str]:
+    """The `name=value` words of a line."""
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def child_exit(_case: Case, trace: Trace, line: Line) -> None:
+    """#89: WAIT gave the pid and the code of the end that the kernel recorded, and nothing of a pid
+    that nobody has."""
+    evidence = line.evidence
+    _, event = _exit_of(trace, EXIT0, evidence["pid"])
+    demand_equal(evidence["pid"], measured(trace, 87)["pid"], "pid")
+    demand_equal((evidence["code"], event.fields["code"]), (0, 0), "code, by WAIT and the kernel")
+    demand_equal(event.fields["signal"], 0, "signal, by the kernel")
+    demand_equal(evidence["unknown"], ExecdStatus.NOT_FOUND.name, "WAIT for nobody's pid")
+
+
+def child_exit42(case: Case, trace: Trace, line: Line) -> None:
+    """#90: as #85, for demo.exit42."""
+    _ = _printed_itself(case, trace, line, 90, EXIT42)
+
+
+def crash_line(_case: Case, trace: Trace, line: Line) -> None:
+    """#91: what the line says is the end that the kernel recorded; and a report of the same child by
+    somebody who is not its parent was refused and changed nothing."""
+    values = values_of(line.text)
+    ends = [
+        event
+        for at, event in trace.of_kind(EventKind.EXIT)
+        if at < line.place and str(event.pid) == values["pid"]
+    ]
+    demand(ends, f"the kernel had recorded no end of pid {values['pid']}")
+    event = ends[-1]
+    demand_equal(values["name"], event.fields["name"], "name on the line")
+    signal = event.fields["signal"]
+    found = values.get("signal", "0") if signal else values["code"]
+    demand_equal(found, str(signal or event.fields["code"]), "code or signal on the line")
+    told = measured(trace, 91)
+    crashes = [each for each in _crash_lines(trace) if values_of(each.text)["name"] == EXIT42]
+    demand_equal(len(crashes), 1, f"crash lines of {EXIT42}")
+    demand_equal(values_of(crashes[0].text)["pid"], str(told["pid"]), "pid that WAIT gave")
+    demand_equal(values_of(crashes[0].text)["code"], str(CODE), "code on the line")
+    demand_equal(told["code"], CODE, "code that WAIT gave")
+    demand_equal(told["forged"], ReplyStatus.DENIED.name, "a report by the client")
+    demand_equal(told["reports"], [[told["report"]]] * 2, "reports before and after it")
+
+
+def _crash_lines(trace: Trace) -> list[Line]:
+    text = "execd: crash report pid="
+    return [
+        line for line in trace.lines if line.printer == EXECD_NAME and line.text.startswith(text)
+    ]
+
+
+def crash_report(case: Case, trace: Trace, line: Line) -> None:
+    """#92: the record is execd's, and says of that very task what the kernel and the plan say."""
+    evidence = line.evidence
+    fields = evidence["fields"]
+    pid = int(fields["pid"])
+    demand_equal(evidence["service"], _id(EXECD_NAME), "sender of the record")
+    demand_equal(pid, measured(trace, 91)["pid"], "pid of the child that crashed")
+    _, started = _spawn_of(trace, EXIT42, pid)
+    ended, event = _exit_of(trace, EXIT42, pid)
+    demand(ended < line.place, "the record was read before the child had ended")
+    digest = case.plan.by_name[EXIT42].program_digest
+    wanted = {
+        "event": CRASH_EVENT,
+        "code": str(event.fields["code"]),
+        "signal": str(event.fields["signal"]),
+        "name": EXIT42,
+    }
+    demand_equal({name: fields.get(name) for name in wanted}, wanted, "the record")
+    demand_equal(event.fields["code"], CODE, "code, by the kernel")
+    build = fields["build"]
+    demand(len(build) >= BUILD_DIGITS and digest.startswith(build), f"build id {build!r}")
+    demand_equal(evidence["digest"], digest, "digest in the report")
+    demand_equal(evidence["generation"], started.fields["generation"], "generation")
+    lived = event.time - started.time
+    for what, found in (
+        ("record", int(fields["duration_ms"]) * MILLISECOND),
+        ("report", evidence["duration"]),
+    ):
+        demand(
+            abs(found - lived) <= REAP_MARGIN, f"it lived {lived} ns, the {what} says {found} ns"
+        )
+    demand(evidence["record"] > 0, "the record has no id")
+
+
+BUILD_DIGITS: Final = 12  # hexadecimal digits of a digest that name a build
+
+
+def exec_denied(case: Case, trace: Trace, line: Line) -> None:
+    """#93: the audit blames an identity, init's record knows denied-by-policy, and the kernel was
+    asked for no start at all since the client's line before."""
+    evidence = line.evidence
+    demand_equal(evidence["reason"], int(SpawnReason.DENIED_BY_POLICY), "spawn_last_error")
+    demand_equal(evidence["live"][1], evidence["live"][0], "live tasks")
+    fields = evidence["fields"]
+    wanted = {
+        "decision": Verdict.DENY.name.lower(),
+        "reason": Reason.IDENTITY.name.lower(),
+        "action": SPAWN_RIGHT,
+    }
+    demand_equal({name: fields.get(name) for name in wanted}, wanted, "the audit record")
+    demand(evidence["service"] in {_id("policyd"), _id(EXECD_NAME)}, "sender of the audit record")
+    demand(SPOOFED in case.plan.by_name, f"{SPOOFED} is not in this system")
+    since = max(each.place for each in trace.lines if _earlier_of_client(each, line))
+    starts = [
+        event.fields["name"]
+        for kind in (EventKind.SPAWN, EventKind.SPAWN_FAILED)
+        for at, event in trace.of_kind(kind)
+        if since < at < line.place
+    ]
+    demand_equal(starts, [], "starts that the kernel was asked for")
+
+
+def _earlier_of_client(each: Line, line: Line) -> bool:
+    return each.printer == SELFTEST and each.place < line.place
+
+
+def execd_malformed(case: Case, trace: Trace, line: Line) -> None:
+    """#94: since the client's line before the kernel started one child, that of the next EXEC."""
+    pid, generation = line.evidence["next"]
+    since = max(each.place for each in trace.lines if _earlier_of_client(each, line))
+    starts = [event for at, event in trace.of_kind(EventKind.SPAWN) if since < at < line.place]
+    found = [(event.fields["name"], event.pid) for event in starts]
+    demand_equal(found, [(HELLO, pid)], "starts since the malformed request")
+    _is_of_plan(case, starts[0])
+    demand_equal(starts[0].fields["generation"], generation, "generation of the next child")
+
+
+# ---------------------------------------------------------------- last words
+
+
+def last_words(_case: Case, trace: Trace, line: Line) -> None:
+    """#129: init killed it and nobody asked for that; its line was written before its death, by the
+    kernel's record, and taken in after it, from a ring: a message says nothing of when it was
+    written."""
+    evidence = line.evidence
+    report, pid = evidence["report"], evidence["pid"]
+    started, spawn = _spawn_of(trace, COPY, pid)
+    ended, event = _exit_of(trace, COPY, pid)
+    demand(started < ended < line.place, "the report was read before the death")
+    demand_equal(event.fields["signal"], KILLED, "how it died, by the kernel")
+    demand_equal(
+        (report["pid"], report["signal"], report["name"]), (pid, KILLED, COPY), "the crash report"
+    )
+    demand_equal(evidence["generation"], spawn.fields["generation"], "generation")
+    ends = [
+        each.evidence["reason"]
+        for each in trace.lines
+        if (each.printer, each.text) == (INIT_NAME, f"init: end of {COPY}")
+        and each.evidence["generation"] == evidence["generation"]
+    ]
+    demand_equal(ends, ["hang"], "why init ended it")
+    demand_equal(evidence["service"], _id(COPY), "whose the record is")
+    demand(report["last"].endswith(evidence["token"]), f"the last record: {report['last']!r}")
+    written, taken = evidence["written"], evidence["taken"]
+    demand(spawn.time < written < event.time, f"written at {written}, it lived until {event.time}")
+    demand(taken > event.time, f"taken in {event.time - taken} ns before the death")
+
+
+CHECKS: Final[Mapping[int, Check]] = MappingProxyType(
+    {
+        37: execd_ready,
+        55: routing_execd,
+        84: elf_loaded,
+        85: child_hello,
+        86: exec_elf,
+        87: child_exit0,
+        88: child_exited,
+        89: child_exit,
+        90: child_exit42,
+        91: crash_line,
+        92: crash_report,
+        93: exec_denied,
+        94: execd_malformed,
+        129: last_words,
+    }
+)
