@@ -111,6 +111,23 @@ class ListenGrant(NamedTuple):
     port: int
 
 
+class StreamRole(IntEnum):
+    """How the connections of a stream port come about."""
+
+    UNIX = 0  # callers come to a socket in the runtime directory
+    TCP = 1  # callers come to a loopback address
+    DIAL = 2  # the task asks for each (PortDial), to one address
+
+
+class StreamGrant(NamedTuple):
+    """A port whose connections are byte streams. `address` is numeric, empty for UNIX."""
+
+    name: str
+    role: StreamRole
+    address: str = ""
+    port: int = 0
+
+
 class HardwareGrant(NamedTuple):
     """A device of the bus map: `name` is its name there. A live device has one holder."""
 
@@ -122,7 +139,7 @@ class Grants(NamedTuple):
     """What a service may do beyond the ABI. Nothing by default.
 
     `threads` is how many further threads it may start. `ports` name doors to the outside
-    (PortSend). `hardware` are devices of the bus map (DeviceQuery); `secret` is where its secret
+    (PortSend), `stream_ports` such whose connections are byte streams. `hardware` are devices of the bus map (DeviceQuery); `secret` is where its secret
     is kept (SecretRead), and needs EXEC. `devices`, `listen`, `connect` (TCP port numbers) and
     `streams` (AF_UNIX stream pairs, which asyncio needs) are for programs with ordinary libraries
     and need EXEC.
@@ -137,6 +154,7 @@ class Grants(NamedTuple):
     streams: bool = False
     hardware: tuple[HardwareGrant, ...] = ()
     secret: SecretBackend = SecretBackend.NONE
+    stream_ports: tuple[StreamGrant, ...] = ()
 
 
 class BusEntry(NamedTuple):
@@ -225,7 +243,10 @@ class PolicyWord(NamedTuple):
 
 
 class PeerIdentity(NamedTuple):
-    """Who is at the other end of a port's connection, as Linux says."""
+    """Who is at the other end of a port's connection, as Linux says.
+
+    Over TCP nobody says it: then the pid is 0 and the uid UID_UNKNOWN.
+    """
 
     pid: int
     uid: int
@@ -497,8 +518,8 @@ class VmoCreate(Trap[Slot]):
 
 
 class VmoWrite(Trap[None]):
-    """Write into an unsealed VMO. Rights: MANAGE. Refuses: PermissionDenied once sealed,
-    InvalidArgument outside the length."""
+    """Write into an unsealed VMO. Rights: MANAGE. Refuses: PermissionDenied once sealed or
+    shared, InvalidArgument outside the length."""
 
     __slots__ = ("data", "offset", "slot")
 
@@ -509,7 +530,10 @@ class VmoWrite(Trap[None]):
 
 
 class VmoSeal(Trap[None]):
-    """Make a VMO unchangeable for ever, for everybody. Rights: MANAGE."""
+    """Make a VMO unchangeable for ever, for everybody. Rights: MANAGE.
+
+    Refuses: PermissionDenied once shared.
+    """
 
     __slots__ = ("slot",)
 
@@ -770,7 +794,12 @@ class PortSend(Trap[None]):
     A port is a slot with RECV that Recv and ReplyRecv take as a source. Its messages come from
     processes outside the system: `sender.service` is OUTSIDE, `sender.pid` the process, `link`
     the connection; PeerGone ends it. At most PORT_PEERS_MAX connections live; only root and the
-    user who runs the system get one.
+    user who runs the system get one, but over TCP, where anybody does.
+
+    At a stream port messages are bytes as they come, of no certain length. Bytes are queued all or
+    none, up to STREAM_QUEUE_SIZE beside what Linux takes. After a QueueFull there an empty message
+    says, once, that there is room again. PeerGone says that nothing more comes; what was queued
+    by then, or before PortClose, is still sent to a peer that reads it within STREAM_LINGER.
     Refuses: QueueFull, NoSuchEndpoint (no such connection), InvalidArgument (size, no port).
     """
 
@@ -800,6 +829,19 @@ class PortPeer(Trap[PeerIdentity]):
     def __init__(self, port: Slot, link: LinkId) -> None:
         self.port = port
         self.link = link
+
+
+class PortDial(Trap[LinkId]):
+    """Begin a connection of an own port of role DIAL, to the address of its grant.
+
+    An empty message by it says that it stands, PeerGone that it does not or no longer does.
+    Refuses: NoSpace (PORT_PEERS_MAX live), InvalidArgument (no such port).
+    """
+
+    __slots__ = ("port",)
+
+    def __init__(self, port: Slot) -> None:
+        self.port = port
 
 
 class BusScan(Trap[tuple[BusEntry, ...]]):

@@ -25,6 +25,7 @@ from nexus.kernel.sim.disk import Disk
 
 STRANGER: Final = 54_321  # a user id that runs no system and is not root
 SIM_PEER_PID: Final = 4_711
+LOOPBACK: Final = "127.0.0.1"
 _RECEIVE_SIZE: Final = 2 * MESSAGE_SIZE_MAX
 
 
@@ -49,6 +50,26 @@ class Peer(Protocol):
         ...
 
 
+class Stream(Peer, Protocol):
+    """One end of a connection of bytes; `take` gives them in pieces of any size."""
+
+    def half_close(self) -> None:
+        """Send no more; what comes is still read."""
+        ...
+
+
+class Listener(Protocol):
+    """A process outside that ports may dial."""
+
+    def accept(self) -> Stream | None:
+        """A connection that has come, None if there is none."""
+        ...
+
+    def close(self) -> None:
+        """Listen no more."""
+        ...
+
+
 class Outside(Protocol):
     """What a test's root program does for the world outside."""
 
@@ -64,6 +85,26 @@ class Outside(Protocol):
 
     def connect_as_stranger(self, port: str) -> Peer | None:
         """The same as a user who may not; None where a test cannot become one."""
+        ...
+
+    def connect_stream(self, port: str) -> Stream:
+        """Connect to a stream port. Raises ConnectionRefusedError or FileNotFoundError."""
+        ...
+
+    def connect_stream_as_stranger(self, port: str) -> Stream | None:
+        """The same as a user who may not; None where a test cannot become one."""
+        ...
+
+    def connect_tcp(self, port: int) -> Stream:
+        """Connect to a loopback address. Raises ConnectionRefusedError."""
+        ...
+
+    def listen_tcp(self, port: int) -> Listener:
+        """Listen at a loopback address."""
+        ...
+
+    def free_tcp_port(self) -> int:
+        """A TCP port that nobody has now."""
         ...
 
     def signal(self, signal_: Signal) -> None:
@@ -139,6 +180,23 @@ def new_place(user: int | None) -> Iterator[Place]:
         shutil.rmtree(directory)
 
 
+class SimListening:
+    """A process outside that listens, in a simulated world."""
+
+    def __init__(self, kernel: SimKernel, port: int) -> None:
+        self._kernel = kernel
+        self._port = port
+        self._listener = kernel.listen(LOOPBACK, port)
+
+    def accept(self) -> SimPeer | None:
+        """The oldest connection that was not accepted yet."""
+        return self._listener.accepted.popleft() if self._listener.accepted else None
+
+    def close(self) -> None:
+        """Nobody listens there any more."""
+        self._kernel.unlisten(LOOPBACK, self._port)
+
+
 class SimOutside:
     """The world outside a simulated kernel."""
 
@@ -146,6 +204,7 @@ class SimOutside:
 
     def __init__(self, kernel: SimKernel) -> None:
         self._kernel = kernel
+        self._port_last = SIM_PEER_PID
         self.uid = kernel.uid
 
     def connect(self, port: str) -> SimPeer:
@@ -155,6 +214,27 @@ class SimOutside:
     def connect_as_stranger(self, port: str) -> SimPeer:
         """Connect as somebody else."""
         return self._kernel.port(port).connect(self.pid, STRANGER)
+
+    def connect_stream(self, port: str) -> SimPeer:
+        """Connect as the user who runs the system."""
+        return self.connect(port)
+
+    def connect_stream_as_stranger(self, port: str) -> SimPeer:
+        """Connect as somebody else."""
+        return self.connect_as_stranger(port)
+
+    def connect_tcp(self, port: int) -> SimPeer:
+        """Connect as nobody in particular."""
+        return self._kernel.port(f"{LOOPBACK} {port}").connect(self.pid, STRANGER)
+
+    def listen_tcp(self, port: int) -> SimListening:
+        """Listen in the simulated world."""
+        return SimListening(self._kernel, port)
+
+    def free_tcp_port(self) -> int:
+        """There is nobody else in the simulated world."""
+        self._port_last += 1
+        return self._port_last
 
     def signal(self, signal_: Signal) -> None:
         """Send a signal now."""
@@ -238,8 +318,32 @@ class SocketPeer:
                 return taken
             taken.append(data)
 
+    def half_close(self) -> None:
+        """Send no more."""
+        self._socket.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close the socket."""
+        self._socket.close()
+
+
+class SocketListener:
+    """A listening TCP socket."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_server((LOOPBACK, port))
+        self._socket.setblocking(False)
+
+    def accept(self) -> SocketPeer | None:
+        """The oldest connection that was not accepted yet."""
+        try:
+            connection, _ = self._socket.accept()
+        except BlockingIOError:
+            return None
+        return SocketPeer(connection)
+
+    def close(self) -> None:
+        """Close the socket; what was accepted lives on."""
         self._socket.close()
 
 
@@ -269,8 +373,38 @@ class LinuxOutside:
             raise
         return SocketPeer(connection)
 
+    def connect_stream(self, port: str) -> SocketPeer:
+        """Connect to the stream port's socket."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(str(self._place.runtime_dir / f"{port}.sock"))
+        except OSError:
+            connection.close()
+            raise
+        return SocketPeer(connection)
+
+    def connect_tcp(self, port: int) -> SocketPeer:
+        """Connect to the loopback address."""
+        return SocketPeer(socket.create_connection((LOOPBACK, port)))
+
+    def listen_tcp(self, port: int) -> SocketListener:
+        """Listen at the loopback address."""
+        return SocketListener(port)
+
+    def free_tcp_port(self) -> int:
+        """One that Linux has just given, and was given back."""
+        with socket.create_server((LOOPBACK, 0)) as probe:
+            return int(probe.getsockname()[1])
+
     def connect_as_stranger(self, port: str) -> SocketPeer | None:
         """Connect as a user to whom the way was opened on purpose: only root can do that."""
+        return self._as_stranger(port, self.connect)
+
+    def connect_stream_as_stranger(self, port: str) -> SocketPeer | None:
+        """The same for a stream port."""
+        return self._as_stranger(port, self.connect_stream)
+
+    def _as_stranger(self, port: str, connect: Callable[[str], SocketPeer]) -> SocketPeer | None:
         if self.uid != 0:
             return None
         opened = (self._place.directory, self._place.runtime_dir)
@@ -281,7 +415,7 @@ class LinuxOutside:
         door.chmod(0o666)
         os.seteuid(STRANGER)
         try:
-            return self.connect(port)
+            return connect(port)
         finally:
             os.seteuid(0)
             for path, mode in modes.items():

@@ -26,7 +26,10 @@ from nexus.kernel.core.grants import (
     DEVICE_BUDGET_SIZE,
     DEVICE_SIZE,
     PORT_SIZE,
+    door_of,
+    doors_of,
     grants_fields,
+    ports_count,
 )
 from nexus.kernel.core.hardware import (
     VIRTIO_MAGIC,
@@ -115,6 +118,8 @@ __all__ = [
     "check_spec",
     "check_terms",
     "decide",
+    "door_of",
+    "doors_of",
     "derive",
     "end_coroutine",
     "exit_code",
@@ -123,6 +128,7 @@ __all__ = [
     "moved",
     "name_is_valid",
     "page_round",
+    "ports_count",
     "parse_evidence",
     "qos_class",
     "well_typed",

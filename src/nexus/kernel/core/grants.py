@@ -1,5 +1,6 @@
 """What a service may do beyond the ABI: what such a wish may look like, and how it is recorded."""
 
+import ipaddress
 from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
 from typing import Final
@@ -7,11 +8,14 @@ from typing import Final
 from nexus.abi import (
     HARDWARE_MAX,
     PORTS_MAX,
+    STREAM_PORTS_MAX,
     THREADS_MAX,
     Grants,
     HardwareKind,
     Isolation,
     SecretBackend,
+    StreamGrant,
+    StreamRole,
 )
 from nexus.kernel.core.budget import ENDPOINT_SIZE, SLOT_SIZE
 from nexus.kernel.core.name import name_is_valid
@@ -32,8 +36,25 @@ def grants_problem(grants: Grants) -> str | None:
 
 def ports_problem(grants: Grants, live_ports: Collection[str]) -> str | None:
     """Which of the ports a live task has already; None if all are free."""
-    taken = [port for port in grants.ports if port in live_ports]
+    taken = [port for port in doors_of(grants) if port in live_ports]
     return f"the port {taken[0]} belongs to a live task" if taken else None
+
+
+def ports_count(grants: Grants) -> int:
+    """How many ports a task has, of either kind."""
+    return len(grants.ports) + len(grants.stream_ports)
+
+
+def doors_of(grants: Grants) -> tuple[str, ...]:
+    """What callers come to, by name or address: each belongs to one live task."""
+    return (*grants.ports, *(door_of(each) for each in grants.stream_ports if door_of(each)))
+
+
+def door_of(grant: StreamGrant) -> str:
+    """What callers of a stream port come to; empty if nobody does."""
+    if grant.role is StreamRole.UNIX:
+        return grant.name
+    return f"{grant.address} {grant.port}" if grant.role is StreamRole.TCP else ""
 
 
 def grants_fields(grants: Grants) -> dict[str, object]:
@@ -51,6 +72,10 @@ def grants_fields(grants: Grants) -> dict[str, object]:
             for each in grants.hardware
         ],
         "secret": SecretBackend(grants.secret).name.lower(),
+        "stream_ports": [
+            {**each._asdict(), "role": StreamRole(each.role).name.lower()}
+            for each in grants.stream_ports
+        ],
     }
 
 
@@ -62,7 +87,11 @@ def _problems(grants: Grants) -> Iterator[str]:
         yield f"threads {grants.threads} is not in 0..{THREADS_MAX}"
     if len(grants.ports) > PORTS_MAX:
         yield f"{len(grants.ports)} ports, a task has at most {PORTS_MAX}"
-    yield from _names("port", grants.ports)
+    if len(grants.stream_ports) > STREAM_PORTS_MAX:
+        yield f"{len(grants.stream_ports)} stream ports, a task has at most {STREAM_PORTS_MAX}"
+    yield from _names("port", [*grants.ports, *(each.name for each in grants.stream_ports)])
+    for stream in grants.stream_ports:
+        yield from _stream_problems(stream)
     descriptors = [device.name for device in grants.devices]
     descriptors += [socket.name for socket in grants.listen]
     if len(descriptors) > DESCRIPTORS_MAX:
@@ -89,6 +118,25 @@ def _problems(grants: Grants) -> Iterator[str]:
         yield "a secret needs an interpreter of its own (EXEC)"
     if grants.isolation is not Isolation.EXEC and (descriptors or grants.connect or grants.streams):
         yield "devices, sockets and streams need an interpreter of their own (EXEC)"
+
+
+def _stream_problems(grant: StreamGrant) -> Iterator[str]:
+    if grant.role not in list(StreamRole):
+        yield f"no role of a stream port {grant.role!r}"
+        return
+    if grant.role is StreamRole.UNIX:
+        if grant.address or grant.port:
+            yield f"the stream port {grant.name} has a socket of its own, and no address"
+        return
+    try:
+        address = ipaddress.ip_address(grant.address)
+    except ValueError:
+        yield f"the address {grant.address!r} of {grant.name} is not numeric"
+        return
+    if grant.role is StreamRole.TCP and not address.is_loopback:
+        yield f"{grant.name} listens on {address}, which is no loopback address"
+    if not 1 <= grant.port <= TCP_PORT_MAX:
+        yield f"TCP port {grant.port} is not in 1..{TCP_PORT_MAX}"
 
 
 def _names(what: str, names: Collection[str]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from nexus.kernel.core.grants import (
     DEVICE_BUDGET_SIZE,
     PORT_BUDGET_SIZE,
     grants_problem,
+    ports_count,
     ports_problem,
 )
 from nexus.kernel.core.name import name_is_valid
@@ -90,7 +91,7 @@ def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
     problem = grants_problem(spec.grants)
     if problem is not None:
         return problem
-    least_budget = BOOT_BUDGET_SIZE + PORT_BUDGET_SIZE * len(spec.grants.ports)
+    least_budget = BOOT_BUDGET_SIZE + PORT_BUDGET_SIZE * ports_count(spec.grants)
     least_budget += DEVICE_BUDGET_SIZE * len(spec.grants.hardware)
     ranges = (
         ("argument", len(spec.argument), 0, ARGUMENT_SIZE_MAX),

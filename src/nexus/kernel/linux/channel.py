@@ -48,6 +48,7 @@ from nexus.abi import (
     PolicyRaise,
     PolicyRead,
     PortClose,
+    PortDial,
     PortPeer,
     PortSend,
     Recv,
@@ -72,6 +73,7 @@ from nexus.abi import (
     VmoWrite,
     Wait,
 )
+from nexus.kernel.linux.native import MSG_CMSG_CLOEXEC
 
 FRAME_SIZE_MAX: Final = 8 * 1024  # bytes
 CRASH_SIZE_MAX: Final = 4096  # bytes of traceback: the end of it tells most
@@ -87,10 +89,12 @@ CONFIRM: Final = 4
 TRACE: Final = 5
 CRASH: Final = 6
 NOTE: Final = 7
+DIAL: Final = 8
 # First byte of a frame to the task.
 GO: Final = 1
 PEER_DEAD: Final = 2
 QOS_ANSWER: Final = 3
+DIAL_ANSWER: Final = 4  # and a status; with 0 a socket comes along
 
 NOTABLE: Final = (EventKind.LINK, EventKind.REFUSED, EventKind.HEAP, EventKind.DEVICE)
 
@@ -104,6 +108,10 @@ TRACES_PER_FRAME: Final = 500
 TRACE_PATIENCE: Final = 2_000_000_000  # nanoseconds a traced task waits for init before it drops
 
 QOS_PATIENCE: Final = 5_000_000_000  # nanoseconds a task waits for a decision of init
+DIAL_PATIENCE: Final = 5_000_000_000  # nanoseconds a task waits for a socket of init
+# Room for the stamp that the channel asks of Linux, and one descriptor.
+ANSWER_CONTROL_SIZE: Final = socket.CMSG_SPACE(12) + socket.CMSG_LEN(4)
+ANSWER_FLAGS: Final = MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 GO_PATIENCE: Final = 10_000_000_000  # nanoseconds a prepared task waits to be let go
 
 TRAPS: Final[tuple[type, ...]] = (
@@ -148,6 +156,7 @@ TRAPS: Final[tuple[type, ...]] = (
     PortSend,
     PortClose,
     PortPeer,
+    PortDial,
     BusScan,
     DeviceQuery,
     DeviceMap,
@@ -241,6 +250,8 @@ class TaskPort:
         self._unconfirmed: list[int] = []
         self._answers: list[int] = []
         self._late = 0  # answers nobody waits for any more
+        self._dialled: list[socket.socket | int] = []  # a socket, or why there is none
+        self._late_dials = 0
 
     def serve(self) -> None:
         """Take what init has sent; never blocks."""
@@ -248,16 +259,21 @@ class TaskPort:
             del self._unconfirmed[0]
         while True:
             try:
-                frame = self._sock.recv(FRAME_SIZE_MAX, socket.MSG_DONTWAIT)
+                frame, ancillary, _, _ = self._sock.recvmsg(
+                    FRAME_SIZE_MAX, ANSWER_CONTROL_SIZE, ANSWER_FLAGS
+                )
             except BlockingIOError:
                 return
             except ConnectionResetError:
                 continue
-            self._take(frame)
+            self._take(frame, _descriptor_of(ancillary))
 
-    def _take(self, frame: bytes) -> None:
+    def _take(self, frame: bytes, descriptor: int) -> None:
         if not frame:
             raise InitIsGone
+        if descriptor >= 0:
+            self._take_dialled(socket.socket(fileno=descriptor))
+            return
         if frame[0] == PEER_DEAD:
             self.peer_dead(PID_FRAME.unpack(frame)[1])
         elif frame[0] == QOS_ANSWER:
@@ -265,6 +281,16 @@ class TaskPort:
                 self._late -= 1
             else:
                 self._answers.append(frame[1])
+        elif frame[0] == DIAL_ANSWER:
+            self._take_dialled(frame[1])
+
+    def _take_dialled(self, answer: "socket.socket | int") -> None:
+        if not self._late_dials:
+            self._dialled.append(answer)
+            return
+        self._late_dials -= 1
+        if isinstance(answer, socket.socket):
+            answer.close()
 
     def _put(self, frame: bytes) -> bool:
         try:
@@ -307,6 +333,22 @@ class TaskPort:
         if answers[0]:
             raise AbiError(Status(answers[0]))
 
+    def dial(self, name: str) -> socket.socket:
+        """Ask init for a connection that a grant of this name allows. Refuses: NoSpace, TimedOut,
+        PermissionDenied."""
+        give_up = time.monotonic_ns() + DIAL_PATIENCE
+        if not self._put(bytes((DIAL,)) + name.encode()):
+            raise AbiError(Status.NO_SPACE, "init takes nothing")
+        while not self._dialled:
+            if not self._ready(select.POLLIN, give_up):
+                self._late_dials += 1
+                raise AbiError(Status.TIMED_OUT, "init does not answer")
+            self.serve()
+        answer = self._dialled.pop()
+        if isinstance(answer, socket.socket):
+            return answer
+        raise AbiError(Status(answer), f"no connection for {name}")
+
     def _ready(self, event: int, deadline: int) -> bool:
         """Wait until the channel is ready; False once the deadline has passed."""
         look = select.poll()
@@ -346,6 +388,14 @@ class TaskPort:
         frame = self._sock.recv(FRAME_SIZE_MAX, socket.MSG_DONTWAIT) if let_go else b""
         if frame[:1] != bytes((GO,)):
             os._exit(0)  # this number is burned, or the spawn was given up: nothing has run
+
+
+def _descriptor_of(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor that came with a frame of init's, -1 if none did."""
+    for _, kind, content in ancillary:
+        if kind == socket.SCM_RIGHTS:
+            return int.from_bytes(content[:4], "little")
+    return -1
 
 
 def _nobody_listens(pid: int) -> None:

@@ -19,6 +19,7 @@ from nexus.abi import (
     Sender,
     ServiceId,
     SpawnSpec,
+    StreamRole,
 )
 from nexus.kernel.core import EXIT_CRASH, Account, OwnerShare
 from nexus.kernel.linux.channel import InitIsGone, Prepared, TaskPort
@@ -99,12 +100,12 @@ def furnish(birth: Birth, port: TaskPort, inherited: Sequence[int]) -> tuple[Dri
     view = IdentityView(identity)
     os.close(identity)
     driver = _driver(birth, port, view, control, endpoint)
-    ports = birth.spec.grants.ports
-    slots = tuple(
-        driver.open_port(name, adopt_channel(descriptor))
-        for name, descriptor in zip(ports, rest[: len(ports)], strict=True)
-    )
-    rest = rest[len(ports) :]
+    ports: list[tuple[str, StreamRole | None]] = [(name, None) for name in birth.spec.grants.ports]
+    ports += [(grant.name, grant.role) for grant in birth.spec.grants.stream_ports]
+    slots = []
+    for name, role in ports:
+        listening = None if role is StreamRole.DIAL else socket.socket(fileno=rest.pop(0))
+        slots.append(driver.open_port(name, listening, role))
     hardware = []
     for granted in birth.devices:
         number = rest.pop(0) if granted.described else -1
@@ -119,7 +120,7 @@ def furnish(birth: Birth, port: TaskPort, inherited: Sequence[int]) -> tuple[Dri
         endpoint=driver.endpoint,
         now=Nanos(time.monotonic_ns()),
         argument=birth.spec.argument,
-        ports=slots,
+        ports=tuple(slots),
         hardware=tuple(hardware),
         descriptors=tuple(zip(birth.names, rest, strict=True)),
     )
@@ -152,5 +153,5 @@ def _driver(
 
 
 def adopt_channel(descriptor: int) -> socket.socket:
-    """The kernel channel's own end, or a port's."""
+    """The kernel channel's own end."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)

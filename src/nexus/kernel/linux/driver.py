@@ -29,6 +29,7 @@ from nexus.abi import (
     PORTS_MAX,
     SECRET_SIZE_MAX,
     SLOTS_MAX,
+    STREAM_PORTS_MAX,
     VMO_SIZE_MAX,
     AbiError,
     AuditLog,
@@ -76,6 +77,7 @@ from nexus.abi import (
     PolicyRead,
     PolicyWord,
     PortClose,
+    PortDial,
     PortPeer,
     PortSend,
     QosClass,
@@ -96,6 +98,7 @@ from nexus.abi import (
     SpawnLastError,
     SpawnReason,
     Status,
+    StreamRole,
     TaskCounters,
     TaskQos,
     TaskStats,
@@ -181,7 +184,15 @@ from nexus.kernel.linux.objects import (
     adopt,
     make_pair,
 )
-from nexus.kernel.linux.outside import Door, OutsideLink, PeerLink, SignalLink
+from nexus.kernel.linux.outside import (
+    ROOM,
+    TCP_PEER,
+    Door,
+    OutsideLink,
+    PeerLink,
+    SignalLink,
+    StreamLink,
+)
 from nexus.kernel.linux.secrets import Holding
 from nexus.kernel.linux.truesize import Truesize
 
@@ -196,7 +207,7 @@ NOTES_MAX: Final = 256  # events a task may have recorded about refusals; then i
 
 # Descriptors of a service that no slot and no link names: 0-2, kernel channel, timer, the idle
 # set, sets of several endpoints. And of each port: the door, its callers, one to be turned away.
-PORT_DESCRIPTORS: Final = PORTS_MAX * (PORT_PEERS_MAX + 2)
+PORT_DESCRIPTORS: Final = (PORTS_MAX + STREAM_PORTS_MAX) * (PORT_PEERS_MAX + 2)
 FIXED_DESCRIPTORS: Final = 6 + WAIT_SETS_MAX + PORT_DESCRIPTORS
 SPARE_DESCRIPTORS: Final = 16
 DESCRIPTORS_MAX: Final = SLOTS_MAX + FIXED_DESCRIPTORS + OWNED_LINKS_MAX + SPARE_DESCRIPTORS
@@ -263,6 +274,10 @@ class Port(Protocol):
 
     def set_qos(self, pid: Pid, raw: int) -> None:
         """Refuses as SetTaskQos."""
+
+    def dial(self, name: str) -> socket.socket:
+        """A socket on its way to the address that a grant of this name says. Refuses: NoSpace,
+        TimedOut, PermissionDenied."""
 
     def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
         """Record an event, if there is room."""
@@ -448,6 +463,7 @@ class Driver:
                 PortSend: self._port_send,
                 PortClose: self._port_close,
                 PortPeer: self._port_peer,
+                PortDial: self._port_dial,
                 BusScan: self._root_only,
                 DeviceQuery: self._device_query,
                 DeviceMap: self._device_map,
@@ -879,10 +895,12 @@ class Driver:
     def _attend(self, endpoint: Endpoint, descriptor: int) -> bool:
         """See to what is neither a link nor the timer: callers at a door, or the kernel.
         Returns whether there is a new caller."""
-        if isinstance(endpoint, Door) and descriptor == endpoint.listener.fileno():
-            callers = len(endpoint.links)
-            self._admit_callers(endpoint)
-            return len(endpoint.links) > callers
+        if isinstance(endpoint, Door):
+            listener = endpoint.listener
+            if listener is not None and descriptor == listener.fileno():
+                callers = len(endpoint.links)
+                self._admit_callers(endpoint, listener)
+                return len(endpoint.links) > callers
         self._port.serve()
         return False
 
@@ -922,18 +940,21 @@ class Driver:
             if deadline == NO_WAIT or monotonic_ns() >= deadline:
                 raise self._expired(deadline)
             self._port.flush()
-            self._wait_for(link.fileno, deadline)
+            writes = isinstance(link, StreamLink) and link.awaits_writing
+            self._wait_for(link.fileno, deadline, writes=writes)
             self._port.serve()
 
-    def _wait_for(self, descriptor: int, deadline: int, step: int = -1) -> None:
-        """Wait until a descriptor is readable, the kernel has news, a deadline passes, or for
-        `step` milliseconds."""
-        if step < 0 and descriptor < SELECT_MAX and not self._port.root:
+    def _wait_for(
+        self, descriptor: int, deadline: int, step: int = -1, *, writes: bool = False
+    ) -> None:
+        """Wait until a descriptor is readable, or with `writes` writable, the kernel has news, a
+        deadline passes, or for `step` milliseconds."""
+        if step < 0 and descriptor < SELECT_MAX and not (self._port.root or writes):
             left = max(deadline - monotonic_ns(), 0) / 1_000_000_000
             _ = select.select((descriptor, self._port.fileno), (), (), left)
             return
         self._arm(deadline)
-        self._idle.register(descriptor, select.EPOLLIN)
+        self._idle.register(descriptor, select.EPOLLIN | (select.EPOLLOUT if writes else 0))
         try:
             events = self._idle.poll(step / 1000 if step >= 0 else -1)
         finally:
@@ -1015,11 +1036,13 @@ class Driver:
             # Only now: what init says about dead tasks may free the row this message needed.
             self._port.serve()
 
-    def _admit_outside(self, link: OutsideLink, data: bytes, flags: int) -> Message:
+    def _admit_outside(self, link: OutsideLink, data: bytes, flags: int) -> Message | None:
         """Judge what came from outside: what is no message ends the connection.
 
         Refuses: PeerGone.
         """
+        if isinstance(link, StreamLink):
+            return self._admit_stream(link, data, flags)
         reason = None
         if flags & socket.MSG_CTRUNC:
             reason = "several_caps"
@@ -1031,6 +1054,32 @@ class Driver:
             self._refuse(reason, link, [])
         self.disown(link)
         raise PeerGone(link.link)
+
+    def _admit_stream(self, link: StreamLink, data: bytes, flags: int) -> Message | None:
+        """Judge what a stream port's connection had: bytes, room, or its end.
+
+        Refuses: PeerGone.
+        """
+        if self.links.get(link.link) is not link:
+            return None  # it gave its place to a caller meanwhile
+        if link.lingers_until is not None:
+            self.disown(link)
+            return None
+        if data or flags & ROOM:
+            return self._message(link, link.stamp, data, None)._replace(source=link.endpoint.slot)
+        number = link.link
+        self._end_stream(link)
+        raise PeerGone(number)
+
+    def _end_stream(self, link: StreamLink) -> None:
+        """Let the task know no more of a connection; what is queued is still sent for a while,
+        under a number that it is never told."""
+        if not link.linger(monotonic_ns()):
+            self.disown(link)
+            return
+        del self.links[link.link]
+        link.link = self._new_link()
+        self.links[link.link] = link
 
     def _judge(
         self, link: OwnerLink, data: bytes, ancillary: Ancillary, flags: int
@@ -1266,11 +1315,13 @@ class Driver:
 
     # ------------------------------------------------------------------ the world outside
 
-    def open_port(self, name: str, listening: socket.socket) -> Slot:
+    def open_port(
+        self, name: str, listening: socket.socket | None, role: StreamRole | None = None
+    ) -> Slot:
         """Give a port the lowest free slot. Its socket does not block; root may call, and the
         user who runs init, whose child this is. Refuses: NoSpace."""
         uids = frozenset((ROOT_UID, self._view.uid_of(os.getppid())))
-        return self.place(Door(name, listening, uids), rights=Rights.RECV)
+        return self.place(Door(name, listening, uids, role), rights=Rights.RECV)
 
     def hear_signals(self, link: SignalLink) -> None:
         """Let the signals that wait for the root task join its endpoint."""
@@ -1281,31 +1332,44 @@ class Driver:
         self.links[link.link] = link
         self._outside += 1
 
-    def _admit_callers(self, door: Door) -> None:
+    def _admit_callers(self, door: Door, listener: socket.socket) -> None:
         """Give those who wait at a door a connection, or turn them away."""
         for _ in range(CALLERS_PER_TURN):
             try:
-                sock, _ = door.listener.accept()
+                sock, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError:
                 # Linux itself is short of something; the caller waits, and is asked in again.
                 self._refused["excess_link"] += 1
                 return
-            stamp = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-            pid, uid, _ = CREDENTIALS.unpack(stamp)
+            identity = _caller_of(door, sock)
+            uid = identity.uid
+            self._end_lingering(door)
             if not self._may_call(door, uid):
                 self._turn_away(door, sock, "identity", uid)
             elif not self._room_for_caller(door):
                 self._turn_away(door, sock, "excess_link", uid)
             else:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RECEIVE_TIMEOUT)
-                identity = PeerIdentity(pid, uid)
-                self._join_outside(PeerLink(sock, self._new_link(), door, identity))
+                self._join_outside(door.caller(sock, self._new_link(), identity))
 
     def _may_call(self, door: Door, uid: int) -> bool:
         """Whether a user gets a connection: asked of Linux's stamp on the connection."""
-        return uid in door.uids
+        return uid in door.uids or door.role is StreamRole.TCP
+
+    def _end_lingering(self, door: Door) -> None:
+        """End what only lingers: where its time is over, and where its place is needed."""
+        lingering = [
+            (link.lingers_until, link)
+            for link in door.links.values()
+            if isinstance(link, StreamLink) and link.lingers_until is not None
+        ]
+        lingering.sort(key=lambda each: each[0])
+        now = monotonic_ns()
+        for until, link in lingering:
+            if now >= until or len(door.links) >= PORT_PEERS_MAX:
+                self.disown(link)
 
     def _room_for_caller(self, door: Door) -> bool:
         return len(door.links) < PORT_PEERS_MAX
@@ -1333,6 +1397,11 @@ class Driver:
         if not 0 < size <= MESSAGE_SIZE_MAX:
             raise AbiError(Status.INVALID_ARGUMENT, f"a message of {size} bytes")
         peer = self._peer(door, trap.link)
+        if isinstance(peer, StreamLink):
+            peer.write(trap.data)
+            self._sent += 1
+            self._sent_size += size
+            return
         try:
             _ = peer.sock.send(trap.data, DONT_WAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
@@ -1344,7 +1413,24 @@ class Driver:
         self._sent_size += size
 
     def _port_close(self, trap: PortClose) -> None:
-        self.disown(self._peer(self._door(trap.port), trap.link))
+        peer = self._peer(self._door(trap.port), trap.link)
+        if isinstance(peer, StreamLink):
+            self._end_stream(peer)
+        else:
+            self.disown(peer)
+
+    def _port_dial(self, trap: PortDial) -> LinkId:
+        door = self._door(trap.port)
+        if door.role is not StreamRole.DIAL:
+            raise AbiError(Status.INVALID_ARGUMENT, f"the port {door.name} does not dial")
+        self._end_lingering(door)
+        if not self._room_for_caller(door):
+            raise AbiError(Status.NO_SPACE, f"{PORT_PEERS_MAX} connections are live")
+        sock = self._port.dial(door.name)
+        link = StreamLink(sock, self._new_link(), door, TCP_PEER, dialled=True)
+        self._join_outside(link)
+        link.interest()
+        return link.link
 
     def _port_peer(self, trap: PortPeer) -> PeerIdentity:
         return self._peer(self._door(trap.port), trap.link).identity
@@ -1582,7 +1668,8 @@ class Driver:
             self.disown(link)
         endpoint.epoll.close()
         if isinstance(endpoint, Door):
-            endpoint.listener.close()
+            if endpoint.listener is not None:
+                endpoint.listener.close()
         else:
             self.share.endpoints.give(1)
 
@@ -2029,6 +2116,15 @@ def _kind(named: Named) -> CapKind:
     if isinstance(named, HolderLink):
         return CapKind.LINK
     return CapKind.VMO if isinstance(named, Vmo) else named.kind
+
+
+def _caller_of(door: Door, sock: socket.socket) -> PeerIdentity:
+    """Who has called, as Linux says."""
+    if door.role is StreamRole.TCP:
+        return TCP_PEER
+    stamp = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    pid, uid, _ = CREDENTIALS.unpack(stamp)
+    return PeerIdentity(pid, uid)
 
 
 def cookie_of(end: socket.socket) -> bytes:

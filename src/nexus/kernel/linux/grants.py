@@ -1,8 +1,6 @@
 """What init opens for a service before it exists: granted devices and listening sockets."""
 
-import ipaddress
 import os
-import socket
 import stat
 from contextlib import ExitStack
 from typing import Final
@@ -18,6 +16,7 @@ from nexus.abi import (
 )
 from nexus.kernel.core import SpawnRefused
 from nexus.kernel.linux import landlock
+from nexus.kernel.linux.outside import listen_tcp
 
 LISTEN_BACKLOG: Final = 64  # connections not accepted yet; more wait in their own SYN
 
@@ -85,13 +84,5 @@ def _open_device(device: DeviceGrant, undo: ExitStack) -> int:
 
 
 def _listen(grant: ListenGrant, undo: ExitStack) -> int:
-    address = ipaddress.ip_address(grant.address)
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    listening = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    listening.bind((grant.address, grant.port))
-    listening.listen(LISTEN_BACKLOG)
-    listening.setblocking(False)
+    listening = undo.enter_context(listen_tcp(grant.address, grant.port, LISTEN_BACKLOG))
     return listening.fileno()

@@ -13,6 +13,7 @@ Decisions a test must be able to break are small methods looked up at each use:
 """
 
 import faulthandler
+import fcntl
 import gc
 import os
 import resource
@@ -26,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from nexus.abi import (
     AUDIT_LINES_MAX,
@@ -73,6 +74,8 @@ from nexus.abi import (
     SpawnReason,
     SpawnSpec,
     Status,
+    StreamGrant,
+    StreamRole,
     TaskInfo,
     TaskTable,
     Wait,
@@ -100,9 +103,11 @@ from nexus.kernel.core import (
     check_ports,
     check_spec,
     decide,
+    doors_of,
     find_hardware,
     grants_fields,
     parse_evidence,
+    ports_count,
 )
 from nexus.kernel.linux import channel as wire
 from nexus.kernel.linux import outside, seccomp
@@ -114,6 +119,7 @@ from nexus.kernel.linux.driver import (
     CONTROL_SIZE,
     DESCRIPTOR,
     DESCRIPTORS_MAX,
+    GONE_ERRORS,
     Driver,
     Exited,
     cookie_of,
@@ -122,7 +128,7 @@ from nexus.kernel.linux.grants import check_grants, open_granted
 from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
 from nexus.kernel.linux.hardware import Bus, Made
 from nexus.kernel.linux.identity import CREDENTIALS, NO_ID, ROWS, IdentityTable, IdentityView
-from nexus.kernel.linux.native import MACHINE, timerfd, timerfd_arm
+from nexus.kernel.linux.native import MACHINE, SIOCOUTQ, timerfd, timerfd_arm
 from nexus.kernel.linux.notify import ServiceManager
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
 from nexus.kernel.linux.outside import SignalLink
@@ -147,6 +153,7 @@ THREAD_END_TIME: Final = 1_000_000_000  # nanoseconds an ended thread may stay l
 THREAD_PAUSE: Final = 1_000_000  # nanoseconds between two looks at them
 FRAMES_PER_TURN: Final = 64  # taken from one kernel channel before the others' turn
 MUTED_TIME: Final = 10_000_000  # nanoseconds a channel is left alone that had more than that
+UNREAD_MAX: Final = 16 * 1024  # bytes; about twenty small frames that a task has not read
 OUTBOX_MAX: Final = ROWS + 16  # frames to one task: each burned number once, and an answer
 NOTES_MAX: Final = 512  # events one task may have recorded about itself
 LAST_FRAMES_MAX: Final = 4096  # taken from the channel of a dead task; its buffer holds fewer
@@ -185,6 +192,8 @@ class Child:
 
     __slots__ = (
         "channel",
+        "dials",
+        "doors",
         "exit",
         "frames",
         "hardware",
@@ -216,6 +225,10 @@ class Child:
         self.name = spec.name
         self.program = spec.program
         self.hardware = tuple(grant.name for grant in spec.grants.hardware)
+        self.doors = doors_of(spec.grants)
+        self.dials = {
+            grant.name: grant for grant in spec.grants.stream_ports if grant.role is StreamRole.DIAL
+        }
         self.pid = sender.pid
         self.sender = sender
         self.qos = sender.qos
@@ -253,6 +266,10 @@ class RootPort:
     def set_qos(self, pid: Pid, raw: int) -> None:
         """Decide at once. Refuses as SetTaskQos."""
         self._kernel.set_qos(self._kernel.root, pid, raw)
+
+    def dial(self, name: str) -> NoReturn:
+        """The root task has no such port."""
+        raise AbiError(Status.PERMISSION_DENIED, name)
 
     def note(self, kind: EventKind, fields: Mapping[str, object]) -> None:
         """Record an event about the root task."""
@@ -725,6 +742,8 @@ class LinuxKernel:
             _, pid, raw = wire.QOS_FRAME.unpack(data)
             self._answer_qos(child, Pid(pid), raw)
             return True
+        if kind == wire.DIAL:
+            return self._take_dial(child, data)
         if kind == wire.CONFIRM and len(data) == wire.PID_FRAME.size:
             self.confirmed(child.pid, wire.PID_FRAME.unpack(data)[1])
             return True
@@ -746,6 +765,27 @@ class LinuxKernel:
             self.console(child.sender, text[:size].decode(), text[size:])
         except (AbiError, UnicodeDecodeError):
             return False
+        return True
+
+    def _take_dial(self, child: Child, data: bytes) -> bool:
+        """Begin a connection that a grant allows, and hand it over. Never waits."""
+        grant = child.dials.get(data[1:].decode("ascii", "replace"))
+        channel = child.channel
+        if grant is None or channel is None or child.outbox:
+            return False
+        answer = bytearray(4)
+        _ = fcntl.ioctl(channel.fileno(), SIOCOUTQ, answer)
+        if int.from_bytes(answer, "little") > UNREAD_MAX:
+            return False  # it asks and asks and reads no answer
+        try:
+            with outside.dial(grant) as sock:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(sock.fileno()))]
+                frame = bytes((wire.DIAL_ANSWER, 0))
+                _ = channel.sendmsg([frame], rights, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno in GONE_ERRORS:
+                return True  # it is dead; its pidfd says so
+            self._tell(child, bytes((wire.DIAL_ANSWER, Status.NO_SPACE)))
         return True
 
     def _take_traces(self, child: Child, data: bytes) -> bool:
@@ -888,24 +928,37 @@ class LinuxKernel:
 
         Refuses: SpawnRefused (invalid-payload, map-failed).
         """
-        names = spec.grants.ports
-        if not names:
-            return ()
-        check_ports(spec, {path.stem for paths in self.ports.values() for path in paths})
-        if self.runtime_dir is None:
-            raise SpawnRefused(SpawnReason.MAP_FAILED, "ports need a runtime directory")
-        listeners = []
+        live = [child for child in self.children.values() if child.exit is None]
+        check_ports(spec, {door for child in live for door in child.doors})
         _ = undo.callback(self._remove_ports, spec.name)
-        for name in names:
-            path = outside.socket_path(self.runtime_dir, name)
+        opened: list[tuple[str, socket.SocketKind, StreamGrant | None]]
+        opened = [(name, socket.SOCK_SEQPACKET, None) for name in spec.grants.ports]
+        opened += [
+            (grant.name, socket.SOCK_STREAM, grant if grant.role is StreamRole.TCP else None)
+            for grant in spec.grants.stream_ports
+            if grant.role is not StreamRole.DIAL
+        ]
+        listeners = []
+        for name, kind, tcp in opened:
             try:
-                listener = outside.listen(path)
-            except OSError as error:
+                listener = self._open_port(spec.name, name, kind, tcp)
+            except (OSError, ValueError) as error:
                 raise SpawnRefused(SpawnReason.MAP_FAILED, f"port {name}: {error}") from None
             _ = undo.callback(listener.close)
             listeners.append(listener)
-            self.ports[spec.name] = (*self.ports.get(spec.name, ()), path)
         return tuple(listeners)
+
+    def _open_port(
+        self, owner: str, name: str, kind: socket.SocketKind, tcp: StreamGrant | None
+    ) -> socket.socket:
+        if tcp is not None:
+            return outside.listen_tcp(tcp.address, tcp.port)
+        if self.runtime_dir is None:
+            raise SpawnRefused(SpawnReason.MAP_FAILED, "ports need a runtime directory")
+        path = outside.socket_path(self.runtime_dir, name)
+        listener = outside.listen(path, kind)
+        self.ports[owner] = (*self.ports.get(owner, ()), path)
+        return listener
 
     def _remove_ports(self, name: str) -> None:
         """The task of this name has ended, or did not start: nobody answers at its sockets."""
@@ -1172,7 +1225,7 @@ class LinuxKernel:
         if spec.grants.isolation is Isolation.EXEC:
             return at_first + (spec.grants.secret is SecretBackend.FILE)
         # The identity table is mapped and closed.
-        return at_first + len(inherited) - 1 + DRIVER_DESCRIPTORS + len(spec.grants.ports)
+        return at_first + len(inherited) - 1 + DRIVER_DESCRIPTORS + ports_count(spec.grants)
 
     def _pause(self) -> None:
         """Give burned numbers a moment to be confirmed."""

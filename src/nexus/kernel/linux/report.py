@@ -6,7 +6,10 @@ filter, to show what stands behind it; and a whole kernel runs services that try
 interpreter of their own, without grants and with. The rest is looked up.
 """
 
+import errno
+import fcntl
 import json
+import mmap
 import os
 import select
 import signal
@@ -21,6 +24,7 @@ from nexus.abi import (
     BLOCK_SIZE,
     HEAP_SIZE,
     INIT_NAME,
+    PAGE_SIZE,
     VMO_SIZE_MAX,
     AbiError,
     BootImage,
@@ -38,6 +42,7 @@ from nexus.abi import (
 )
 from nexus.kernel.linux import escapes, landlock, seccomp, trespass
 from nexus.kernel.linux.devices import HWRNG
+from nexus.kernel.linux.driver import SHARED_SEALS
 from nexus.kernel.linux.escapes import DONE, MANY_OBJECTS, OBJECTS_MANY, Wall
 from nexus.kernel.linux.harden import (
     PRIVATE_NAMESPACES,
@@ -50,7 +55,15 @@ from nexus.kernel.linux.harden import (
 )
 from nexus.kernel.linux.hardware import HWRNG_PATH, Bus
 from nexus.kernel.linux.kernel import LinuxKernel, enough_descriptors, may_renice
-from nexus.kernel.linux.native import MACHINE, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
+from nexus.kernel.linux.native import (
+    MACHINE,
+    MEMBARRIER_GLOBAL_EXPEDITED,
+    MEMBARRIER_QUERY,
+    PR_SET_DUMPABLE,
+    PR_SET_PDEATHSIG,
+    membarrier,
+    prctl,
+)
 from nexus.kernel.linux.secrets import DIRECTORY, NAME, find_key, forget_keys, key_name
 from nexus.kernel.linux.sight import bounds, seen
 
@@ -142,6 +155,7 @@ def hardening_report() -> tuple[Guarantee, ...]:
         *tried_rows(_try_in_a_run()),
         *secret_rows(_try_secrets()),
         *device_rows(),
+        *sharing_rows(),
         *_looked_up_rows(),
     )
 
@@ -339,6 +353,61 @@ def _durable_writes() -> Guarantee:
         "a durable write to a block device is one call and syncs its own bytes",
         why,
     )
+
+
+def sharing_rows() -> list[Guarantee]:
+    """What this machine has for memory that one task writes and others watch."""
+    return [_shared_memory(), _fences()]
+
+
+def _shared_memory() -> Guarantee:
+    """Tried as VmoShare does it: every way to a second writer, and to another length."""
+    gives = "who watches shared memory cannot write it, and nobody can change its length"
+    descriptor = os.memfd_create("nexus-doctor", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, PAGE_SIZE)
+        with mmap.mmap(descriptor, PAGE_SIZE) as written:
+            try:
+                _ = fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SHARED_SEALS)
+            except OSError as error:
+                why = f"{error.strerror}: a VmoShare is refused, no service has a log of its own"
+                return Guarantee("shared_memory", State.ABSENT, gives, why)
+            written[0] = 1
+        ways: dict[str, Callable[[], object]] = {
+            "map it to write": lambda: mmap.mmap(descriptor, PAGE_SIZE),
+            "write it": lambda: os.pwrite(descriptor, b"x", 0),
+            "cut it": lambda: os.ftruncate(descriptor, 0),
+            "lengthen it": lambda: os.ftruncate(descriptor, 2 * PAGE_SIZE),
+            "seal it": lambda: fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+        }
+        wrong = [f"{way}: {outcome}" for way in ways if (outcome := _refusal(ways[way])) != "EPERM"]
+    finally:
+        os.close(descriptor)
+    state = State.ABSENT if wrong else State.HELD
+    return Guarantee("shared_memory", state, gives, ", ".join(wrong))
+
+
+def _refusal(work: Callable[[], object]) -> str:
+    try:
+        _ = work()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    return DONE
+
+
+def _fences() -> Guarantee:
+    gives = "a reader of shared memory orders what a writer on another CPU has written"
+    try:
+        known = membarrier(MEMBARRIER_QUERY)
+    except OSError:
+        known = 0
+    if known & MEMBARRIER_GLOBAL_EXPEDITED:
+        return Guarantee("fences", State.HELD, gives)
+    why = "no expedited membarrier: a Fence is refused"
+    if MACHINE == "x86_64":
+        why += "; this processor keeps the order of writes by itself"
+        return Guarantee("fences", State.DEGRADED, gives, why)
+    return Guarantee("fences", State.ABSENT, gives, why)
 
 
 def _differ(one: Service, other: Service) -> bool:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from functools import cache
 from typing import Final, NamedTuple
 
-from nexus.abi import Grants, HardwareKind, SecretBackend
+from nexus.abi import Grants, HardwareKind, SecretBackend, StreamRole
 from nexus.kernel.linux.native import (
     LIBC,
     MACHINE,
@@ -352,15 +352,24 @@ def _secret_calls(secret: Secret, stage: Stage) -> list[tuple[Numbers, list[Inst
     return limited
 
 
+def _has_tcp(grants: Grants) -> bool:
+    """Whether a TCP socket comes into its hands: of those, one that has ended could be sent with
+    MSG_FASTOPEN to any address."""
+    streams = (StreamRole.TCP, StreamRole.DIAL)
+    dials = any(each.role in streams for each in grants.stream_ports)
+    return bool(grants.listen or grants.connect or dials)
+
+
 def _calls(grants: Grants, stage: Stage) -> dict[str, Numbers]:
     """The calls allowed with any argument."""
     calls: dict[str, Numbers] = dict(CALLS)
     if grants.threads:
         calls |= THREAD_CALLS
-    if grants.ports or grants.listen:
+    if grants.ports or grants.stream_ports or grants.listen:
         calls |= ACCEPT_CALLS
     if grants.listen or grants.connect:
         calls |= TCP_CALLS
+    if _has_tcp(grants):
         del calls["sendto"], calls["sendmsg"]  # limited, below
     if grants.listen:
         calls |= LISTEN_CALLS
@@ -399,7 +408,7 @@ def _limited(
         limited.append((PRLIMIT, _one_of(0, (0,))))  # its own: Linux lets an id set its others'
     if grants.threads:
         limited.append((CLONE, _one_of(0, THREAD_FLAGS)))
-    if tcp:
+    if _has_tcp(grants):
         limited += [(SENDTO, _without(3, MSG_FASTOPEN)), (SENDMSG, _without(2, MSG_FASTOPEN))]
     if grants.connect:
         limited.append((SOCKET, _tcp_socket()))

@@ -12,7 +12,7 @@ from nexus.kernel.sim.faults import (
     Plan,
 )
 from nexus.kernel.sim.kernel import SimKernel
-from nexus.kernel.sim.ports import SimPeer, SimPort
+from nexus.kernel.sim.ports import SimListener, SimPeer, SimPort
 from nexus.kernel.sim.power import Cut, Moment
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "NthRequest",
     "Plan",
     "SimKernel",
+    "SimListener",
     "SimPeer",
     "SimPort",
 ]

@@ -57,6 +57,7 @@ from nexus.abi import (
     Grants,
     Kill,
     LinkCreate,
+    LinkId,
     LinkTerms,
     Message,
     Nanos,
@@ -69,6 +70,7 @@ from nexus.abi import (
     PolicyRead,
     PolicyWord,
     PortClose,
+    PortDial,
     PortPeer,
     PortSend,
     Program,
@@ -167,7 +169,7 @@ from nexus.kernel.sim.objects import (
     Task,
     Vmo,
 )
-from nexus.kernel.sim.ports import UID_SYSTEM, Ports, SimPort
+from nexus.kernel.sim.ports import UID_SYSTEM, OnPeer, Ports, SimListener, SimPort
 from nexus.kernel.sim.power import Cut, Power
 from nexus.kernel.sim.sched import SLICE, Cpu, Scheduler
 from nexus.kernel.sim.secret import Secrets
@@ -225,6 +227,7 @@ TRAPS: Final[tuple[type[Trap[Any]], ...]] = (
     Notify,
     PortSend,
     PortClose,
+    PortDial,
     PortPeer,
     BusScan,
     DeviceQuery,
@@ -425,8 +428,17 @@ class SimKernel:
             self.power.plan(cut)
 
     def port(self, name: str) -> SimPort:
-        """The outer side of a port."""
+        """The outer side of a port, by its name, or for TCP "ADDRESS PORT"."""
         return SimPort(self.ports, name)
+
+    def listen(self, address: str, port: int, on_connect: OnPeer | None = None) -> SimListener:
+        """Have a process outside listen at an address."""
+        listener = self.ports.listeners[address, port] = SimListener(on_connect)
+        return listener
+
+    def unlisten(self, address: str, port: int) -> None:
+        """Nobody listens there any more; what was accepted lives on."""
+        del self.ports.listeners[address, port]
 
     def freeze(self, name: str, until: Nanos) -> bool:
         """Stop the live task of this name until a virtual time, as SIGSTOP and SIGCONT do.
@@ -872,6 +884,8 @@ class SimKernel:
         endpoint = self.ipc.create_endpoint(child)
         for name in spec.grants.ports:
             _ = self.ports.create(child, name)
+        for stream in spec.grants.stream_ports:
+            _ = self.ports.create(child, stream.name, stream)
         _ = undo.callback(self.bus.release, child)
         slots = tuple(self.bus.grant(child, each) for each in hardware)
         child.secret = SecretBackend(spec.grants.secret)
@@ -1045,6 +1059,7 @@ class SimKernel:
             PortSend: self._port_send,
             PortClose: self._port_close,
             PortPeer: self._port_peer,
+            PortDial: self._port_dial,
             BusScan: self._bus_scan,
             DeviceQuery: self._device_query,
             DeviceMap: self._device_map,
@@ -1437,6 +1452,9 @@ class SimKernel:
 
     def _port_close(self, task: Task, trap: PortClose) -> None:
         self.ports.close(task, trap.port, trap.link)
+
+    def _port_dial(self, task: Task, trap: PortDial) -> LinkId:
+        return self.ports.dial(task, trap.port)
 
     def _port_peer(self, task: Task, trap: PortPeer) -> PeerIdentity:
         return self.ports.peer_of(task, trap.port, trap.link)

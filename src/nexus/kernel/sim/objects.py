@@ -20,6 +20,7 @@ from nexus.abi import (
     ServiceId,
     Slot,
     SpawnReason,
+    StreamGrant,
     Trap,
 )
 from nexus.kernel.core import (
@@ -136,15 +137,19 @@ class Link:
 
 
 class Port(Endpoint):
-    """A door to the outside: an endpoint whose links are the connections of processes there."""
+    """A door to the outside: an endpoint whose links are the connections of processes there.
 
-    __slots__ = ("name",)
+    `stream` is its grant if those are byte streams.
+    """
+
+    __slots__ = ("name", "stream")
 
     cost: Final = PORT_SIZE  # type: ignore[misc]  # of an endpoint, and named on its own
 
-    def __init__(self, owner: "Task", name: str) -> None:
+    def __init__(self, owner: "Task", name: str, stream: StreamGrant | None = None) -> None:
         super().__init__(owner)
         self.name = name
+        self.stream = stream
 
 
 class Connection(Link):
@@ -153,7 +158,16 @@ class Connection(Link):
     `stamp` is the number its messages carry in the place of a pid; no task has a negative one.
     """
 
-    __slots__ = ("outgoing", "outgoing_size", "over", "peer", "stamp")
+    __slots__ = (
+        "half_closed",
+        "outgoing",
+        "outgoing_size",
+        "over",
+        "peer",
+        "stamp",
+        "stream",
+        "wants_room",
+    )
 
     def __init__(
         self, port: Port, terms: LinkTerms, link_id: LinkId, *, serial: int, peer: PeerIdentity
@@ -164,6 +178,9 @@ class Connection(Link):
         self.outgoing: deque[bytes] = deque()
         self.outgoing_size = 0
         self.over = False  # ended for both sides; nothing of it is charged any more
+        self.stream = port.stream is not None
+        self.half_closed = False  # the peer sends no more, and still reads
+        self.wants_room = False  # the owner is to be told that there is room
 
 
 class Vmo:

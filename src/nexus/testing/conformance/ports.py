@@ -724,6 +724,7 @@ def test_grants_are_recorded_with_the_start(rig: Rig) -> None:
             "streams": False,
             "hardware": [],
             "secret": "none",
+            "stream_ports": [],
         }
         (granted,) = [f for f in run.fields(EventKind.SPAWN) if f["name"] == "granted"]
         assert granted["grants"] == {**nothing, "ports": [DOOR]}
