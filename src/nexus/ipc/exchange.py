@@ -80,10 +80,8 @@ class Parent(Protocol):
     """A call being served, on whose behalf others are made."""
 
     deadline: Nanos
-
-    @property
-    def context(self) -> Context:
-        """Its trace, and the server's own span in it."""
+    context: Context
+    """Its trace, and the span that makes the next call: the server's own, or one inside it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,12 +167,20 @@ class Call:
 
     @property
     def context(self) -> Context:
-        """The caller's trace with a span of our own, for calls made on its behalf."""
+        """The caller's trace with a span of our own, for calls made on its behalf.
+
+        The span is the one the runtime records for the request, or the one inside it that is open.
+        """
         if self._context is None or self._context_of is not self.message:
             data = self.message.data
             self._context = Context(data[TRACE_OFFSET:SPAN_OFFSET], self._spans.next_span())
             self._context_of = self.message
         return self._context
+
+    @context.setter
+    def context(self, context: Context) -> None:
+        self._context = context
+        self._context_of = self.message
 
     def note(self, name: str, value: object) -> None:
         """Add a fact to what the runtime remembers of this call if it is refused."""

@@ -107,9 +107,9 @@ class PageWriter:
         """Updates of series that were refused."""
         return self._header[OVERFLOW_WORD]
 
-    def count_overflow(self) -> None:
-        """An update belongs to no series, as its series was refused."""
-        self._header[OVERFLOW_WORD] += 1
+    def count_overflow(self, count: int) -> None:
+        """`count` updates belong to no series, as their series was refused."""
+        self._header[OVERFLOW_WORD] += count
 
     def open_span(self, payload: bytes) -> int:
         """Show an open span; the slot it has until close_span, or -1 if there is none for it."""

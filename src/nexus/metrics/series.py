@@ -1,0 +1,205 @@
+"""Counter, gauge and histogram: a few stores each into cells, wherever these are now.
+
+    waiting --metricsd gave words--> placed --metricsd is gone--> waiting
+    waiting --refused--> overflow --metricsd is gone--> waiting
+
+A handle works from its making on and is never made again: what changes is the cells below it. One
+thread updates.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Final, Protocol, final
+
+from nexus.protocols.metricsd import Kind, Label
+from nexus.telemetry import WORD_MAX, PageWriter
+from nexus.telemetry.page import BUCKETS, COUNT, SEQUENCE, SUM
+
+GAUGE_MIN: Final = -WORD_MAX - 1
+
+
+class Cells(Protocol):
+    """Words: of the page, of the task alone, or none at all."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+class Waiting(list[int]):
+    """Cells of a series that metricsd has not placed yet; counts the stores into cell `counted`."""
+
+    def __init__(self, values: list[int], counted: int) -> None:
+        super().__init__(values)
+        self._counted = counted
+        self.updates = 0
+
+    def __setitem__(self, index: int, value: int, /) -> None:  # type: ignore[override]
+        super().__setitem__(index, value)
+        self.updates += index == self._counted
+
+
+class Overflow:
+    """The cells of a refused series: an update is counted and has no value."""
+
+    def __init__(self, counted: int, count: Callable[[int], None]) -> None:
+        self._counted = counted
+        self._count = count
+
+    def __getitem__(self, index: int, /) -> int:
+        return 0
+
+    def __setitem__(self, index: int, value: int, /) -> None:
+        if index == self._counted:
+            self._count(1)
+
+
+class Series:
+    """What the three kinds share: what they are called, and the way of their cells."""
+
+    __slots__ = ("_cells", "_index", "bounds", "kind", "labels", "name", "unit")
+
+    counted = 0  # the cell that every update stores into once
+
+    def __init__(
+        self, kind: Kind, name: str, unit: str, labels: list[Label], bounds: tuple[int, ...] = ()
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.unit = unit
+        self.labels = labels
+        self.bounds = bounds
+        self._cells: Cells = [0] * self.size
+        self._index = 0
+
+    @property
+    def size(self) -> int:
+        """How many words it has."""
+        return 1
+
+    def wait(self) -> None:
+        """metricsd has no place for it now: the values are kept here."""
+        if isinstance(self._cells, Overflow):
+            values = [0] * self.size
+        else:
+            values = [self._cells[self._index + each] for each in range(self.size)]
+        self._cells = Waiting(values, self.counted)
+        self._index = 0
+
+    def place(self, page: PageWriter, word: int) -> None:
+        """metricsd reads it at `word` from now on, first of all the value it has."""
+        raise NotImplementedError
+
+    def refuse(self, count: Callable[[int], None]) -> None:
+        """metricsd will not have it: what was and will be updated is counted by `count`."""
+        if isinstance(self._cells, Waiting):
+            count(self._cells.updates)
+        self._cells = Overflow(self.counted, count)
+        self._index = 0
+
+
+@final
+class Counter(Series):
+    """Only grows, and stays at 2^63 - 1."""
+
+    __slots__ = ()
+
+    def inc(self, amount: int = 1) -> None:
+        """Add `amount`, which is not negative."""
+        assert amount >= 0, "a counter only grows"
+        cells = self._cells
+        index = self._index
+        value = cells[index] + amount
+        if value > WORD_MAX:
+            value = WORD_MAX
+        cells[index] = value
+
+    def place(self, page: PageWriter, word: int) -> None:
+        """As Series.place."""
+        page.words[word] = self._cells[0]
+        self._cells = page.words
+        self._index = word
+
+
+@final
+class Gauge(Series):
+    """A signed number of 64 bits that is what it was set to last; further out it is the limit."""
+
+    __slots__ = ()
+
+    def set(self, value: int) -> None:
+        """It is `value` now."""
+        try:
+            self._cells[self._index] = value
+        except ValueError:
+            self._cells[self._index] = _clamped(value)
+
+    def add(self, amount: int) -> None:
+        """Change it by `amount`, which may be negative."""
+        self._cells[self._index] = _clamped(self._cells[self._index] + amount)
+
+    def place(self, page: PageWriter, word: int) -> None:
+        """As Series.place."""
+        page.signed[word] = _clamped(self._cells[0])
+        self._cells = page.signed
+        self._index = word
+
+
+@final
+class Histogram(Series):
+    """How many values were at most each of the bounds, and more than the last; count and sum."""
+
+    __slots__ = ("_count",)
+
+    counted = COUNT
+
+    def __init__(
+        self, kind: Kind, name: str, unit: str, labels: list[Label], bounds: tuple[int, ...]
+    ) -> None:
+        super().__init__(kind, name, unit, labels, bounds)
+        self._count = 0
+
+    @property
+    def size(self) -> int:
+        """Sequence, count, sum, and a word for each bucket."""
+        return BUCKETS + len(self.bounds) + 1
+
+    def observe(self, value: int) -> None:
+        """Take in one value, which is not negative. The sequence word is odd meanwhile."""
+        assert value >= 0, "buckets begin at 0"
+        cells = self._cells
+        index = self._index
+        count = self._count
+        bucket = index + BUCKETS + bisect_left(self.bounds, value)
+        self._count = count + 1
+        total = cells[index + SUM] + value
+        if total > WORD_MAX:
+            total = WORD_MAX
+        cells[index] = count + count + 1
+        cells[bucket] += 1
+        cells[index + SUM] = total
+        cells[index + COUNT] = count + 1
+        cells[index] = count + count + 2
+
+    def wait(self) -> None:
+        """As Series.wait."""
+        super().wait()
+        self._count = self._cells[COUNT]
+
+    def place(self, page: PageWriter, word: int) -> None:
+        """As Series.place."""
+        words = page.words
+        values = [self._cells[each] for each in range(self.size)]
+        words[word + SEQUENCE] = 2 * self._count + 1
+        for each in range(COUNT, self.size):
+            words[word + each] = values[each]
+        words[word + SEQUENCE] = 2 * self._count
+        self._cells = words
+        self._index = word
+
+
+def _clamped(value: int) -> int:
+    return max(GAUGE_MIN, min(value, WORD_MAX))
+
+
+assert SEQUENCE == 0, "Histogram.observe counts on it"
