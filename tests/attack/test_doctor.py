@@ -2,6 +2,7 @@
 or a wall that is not there is not shown as held."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,9 +17,14 @@ from nexus.abi import (
     AbiError,
     BootImage,
     EventKind,
+    Fence,
     QosClass,
     Send,
     SetTaskQos,
+    Status,
+    Trap,
+    VmoCreate,
+    VmoShare,
 )
 from nexus.kernel.linux import (
     State,
@@ -54,6 +60,7 @@ from tests.attack.test_escapes import HOSTILE, tried
 pytestmark = pytest.mark.linux
 
 IS_ROOT: Final = os.geteuid() == 0
+NO_SEAL_OF_LINUX: Final = 1 << 20  # refused as on a machine that is too old for one of ours
 Rows = dict[str, Guarantee]
 
 
@@ -115,6 +122,68 @@ def has_keyrings() -> bool:
     return Path("/proc/key-users").exists()
 
 
+def _got(trap: Trap[Any]) -> Callable[[BootImage], Any]:
+    """A task that awaits a trap, and tells whether it was refused as Unsupported."""
+
+    async def main(boot: BootImage) -> bool:
+        try:
+            _ = await trap
+        except AbiError as refusal:
+            assert refusal.status is Status.UNSUPPORTED
+            return False
+        return True
+
+    return main
+
+
+def rig_shares(rig: Rig) -> bool:
+    """Whether a task of this user shared a memory object."""
+
+    async def root(boot: BootImage) -> bool:
+        return bool(await _got(VmoShare(await VmoCreate(1)))(boot))
+
+    return bool(rig.run(root))
+
+
+def rig_fences(rig: Rig) -> bool:
+    """Whether a task of this user had a fence."""
+    return bool(rig.run(_got(Fence())))
+
+
+def test_a_machine_without_the_seal_shares_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SHARED_SEALS", NO_SEAL_OF_LINUX)
+
+    (memory, _) = report.sharing_rows()
+
+    assert memory.state is State.ABSENT
+    assert "VmoShare is refused" in memory.why
+
+
+def test_a_seal_that_leaves_a_way_to_write_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+    monkeypatch.setattr(report, "SHARED_SEALS", seals)
+
+    (memory, _) = report.sharing_rows()
+
+    assert memory.state is State.ABSENT
+    assert memory.why == "map it to write: done, write it: done, seal it: done"
+
+
+@pytest.mark.parametrize(
+    ("machine", "state"), [("x86_64", State.DEGRADED), ("aarch64", State.ABSENT)]
+)
+def test_without_membarrier_only_a_strict_processor_keeps_the_order(
+    machine: str, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "membarrier", lambda _command: 1)
+    monkeypatch.setattr(report, "MACHINE", machine)
+
+    (_, fences) = report.sharing_rows()
+
+    assert fences.state is state
+    assert "a Fence is refused" in fences.why
+
+
 def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
     """Every row: the report of this user next to services that this user has started."""
     rows = rows_of(linux, hardening_report)
@@ -139,6 +208,8 @@ def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
         "keyring": as_root(linux) and has_keyrings(),
         "entropy": as_root(linux) and delivers(),
         "durable_writes": True,  # since Linux 4.7
+        "shared_memory": rig_shares(linux),
+        "fences": rig_fences(linux),
     }
     differ = all(forked[what] != executed[what] for what in ("hash", "layout"))
     reading = rows["exec_isolation"].state is State.DEGRADED

@@ -83,6 +83,7 @@ ELSEWHERE = {
     ("BlockWrite", "DEVICE_FAILED"): "needs a fault of the disk: tests/sim, tests/linux",
     ("BlockWrite", "NO_SPACE"): "needs a thin disk: tests/sim, tests/linux",
     ("EntropyDraw", "DEVICE_FAILED"): "the simulated source delivers, however badly",
+    ("Fence", "UNSUPPORTED"): "needs a Linux without membarrier: tests/attack",
     ("SecretReplace", "NO_SPACE"): "needs a full disk: tests/sim, tests/linux",
 }
 """Documented refusals that no case meets on the simulated kernel, and why."""

@@ -16,7 +16,9 @@ from nexus.abi import (
     AbiError,
     BootImage,
     CapClose,
+    ClockMap,
     Exit,
+    Fence,
     LinkCreate,
     LinkTerms,
     Nanos,
@@ -26,6 +28,8 @@ from nexus.abi import (
     Send,
     SleepUntil,
     Trap,
+    VmoCreate,
+    VmoShare,
 )
 
 PATIENCE: Final = 3_000_000_000  # nanoseconds
@@ -121,6 +125,27 @@ async def gives_back(boot: BootImage) -> None:
         if message.data == b"end":
             return
         await Send(boot.control if message.cap is None else message.cap, message.data)
+
+
+async def shares(boot: BootImage) -> None:
+    """Shares memory with the root, which says "write" and looks; tells the clock's steps."""
+    assert boot.control is not None, "only the root has no control link"
+    vmo = await VmoCreate(1)
+    view = await VmoShare(vmo)
+    await Send(boot.control, b"watch", move=vmo)
+    _ = await Recv((boot.endpoint,), Nanos(await Now() + PATIENCE))
+    clock = await ClockMap()
+    before = await Now()
+    view[:5] = b"words"
+    await Fence()
+    await tell(boot, [before, clock.monotonic(), await Now(), clock.wall()])
+    view.release()
+
+
+async def shares_beside(boot: BootImage, task: Any) -> int:
+    """The same in an ordinary program."""
+    await task.run(shares(boot))
+    return 0
 
 
 def dies(_word: str) -> Main:

@@ -45,6 +45,7 @@ from nexus.abi import (
     SpawnReason,
     Status,
     TaskTable,
+    VmoWatch,
 )
 from nexus.kernel.core import CannotRun, SystemLimits
 from nexus.kernel.linux import LinuxKernel, kernel, landlock
@@ -93,6 +94,8 @@ PROGRAMS: Final = (
     dataclasses.replace(entry("sleeps_5"), entry=f"{PLACE}:sleeps 5"),
     entry("pretends", "-"),
     entry("threads"),
+    entry("shares"),
+    entry("shares_beside", ordinary=True),
     entry("reads_device"),
     entry("many_at_once", ordinary=True),
     entry("closes_under_a_wait", ordinary=True),
@@ -604,6 +607,26 @@ def test_as_many_threads_as_granted_and_no_more() -> None:
     counts = exec_rig().run(root, programs={"forked_threads": exec_programs.threads})
     granted = 3 if os.getuid() == 0 else 8  # Linux counts the whole user there
     assert counts == [granted, granted, 0]
+
+
+@pytest.mark.parametrize("name", ["shares", "shares_beside"])
+def test_an_interpreter_of_its_own_shares_memory_and_has_fences_and_clocks(name: str) -> None:
+    async def root(boot: BootImage) -> Any:
+        spawned = await start(boot, name, grants=STREAMS if name == "shares_beside" else EXEC)
+        given = await take(boot.endpoint, link=spawned.link)
+        assert given.cap is not None
+        seen = await VmoWatch(given.cap)
+        await Send(spawned.slot, b"write")
+        found = json.loads((await take(boot.endpoint, link=spawned.link)).data)
+        await ended_well(spawned)
+        assert bytes(seen[:5]) == b"words"
+        seen.release()
+        return found
+
+    before, mapped, after, wall = exec_rig().run(root)
+
+    assert before <= mapped <= after
+    assert abs(wall - time.time_ns()) < 60 * SECOND, "the machine's clock is one for all"
 
 
 def test_a_device_is_opened_as_granted() -> None:

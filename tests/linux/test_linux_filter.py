@@ -123,6 +123,7 @@ def test_every_listed_call_is_allowed_and_no_other_number(machine: str) -> None:
             seccomp.FCNTL,
             seccomp.MMAP,
             seccomp.MPROTECT,
+            seccomp.MEMBARRIER,
             seccomp.CLONE3,
         )
     }
@@ -167,6 +168,11 @@ def test_calls_with_limits_are_allowed_within_them_only(machine: str) -> None:
     assert answer(machine, mmap_, 0, 4096, 5) == EPERM
     assert answer(machine, seccomp.MPROTECT[column], 0, 4096, 4) == EPERM
     assert answer(machine, seccomp.CLONE3[column]) == ENOSYS
+    barrier = seccomp.MEMBARRIER[column]
+    assert [answer(machine, barrier, 1 << bit) == ALLOW for bit in range(10)] == [
+        bit in (1, 2) for bit in range(10)
+    ], "global expedited, and to ask for it"
+    assert answer(machine, barrier, 0) == EPERM
 
 
 def test_a_call_for_another_architecture_kills(machine: str) -> None:

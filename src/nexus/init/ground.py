@@ -46,8 +46,9 @@ class Places:
 
     `notify` is the address of a service manager's socket, as NOTIFY_SOCKET gives it; services get
     user ids from `uid_first` on, when started by root. The simulated kernel has no file system:
-    it begins with `boot_memory`, None for a system that keeps nothing, and with what is on its
-    `disks` and in its `secrets`.
+    it begins with `boot_memory`, None for a system that keeps nothing, with what is on its
+    `disks` and in its `secrets`, and with its machine's clock at `wall` (nanoseconds since 1970,
+    None for a first boot).
     """
 
     state: Path | None = None
@@ -57,6 +58,7 @@ class Places:
     boot_memory: bytes | None = None
     disks: "Mapping[str, Disk]" = field(default_factory=dict)
     secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
+    wall: int | None = None
 
 
 NOWHERE: Final = Places()
@@ -157,6 +159,7 @@ def _boot_sim(
     trace: bool,
     selftest: bool,
 ) -> Booted:
+    from nexus.kernel.sim.clock import WALL_START
     from nexus.kernel.sim.kernel import SimKernel
 
     kernel = SimKernel(
@@ -171,6 +174,7 @@ def _boot_sim(
         hardware=plan.hardware,
         disks=places.disks,
         secrets=places.secrets,
+        wall_start=WALL_START if places.wall is None else places.wall,
     )
     on_machine(kernel)
     ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))

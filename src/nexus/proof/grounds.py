@@ -22,6 +22,7 @@ from nexus.kernel.sim.power import Cut, Moment
 from nexus.proof import scenario
 from nexus.proof.remains import IMAGE_SUFFIX, SECRET_SUFFIX, image_of, kept_secret
 from nexus.proof.runner import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
+from nexus.proof.scrape import SimScraper, kept_at, port_of
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
 
@@ -45,14 +46,22 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
     machines: list[SimKernel] = []
     stops: list[int] = []  # signals of a runner that has seen enough
 
+    scrapers: list[SimScraper] = []
+
     def on_machine(kernel: SimKernel) -> None:
         machines.append(kernel)
+        port = port_of(plan)
+        if port is not None:
+            keep = kept_at(kept.state, job.boot).write_bytes
+            scrapers.append(SimScraper(kernel, port, keep))
         _ = signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
         if job.cut_at:
             kernel.power.plan(cut_of(job))
 
     def record(event: Event) -> None:
         sink.record(event)
+        for scraper in scrapers:
+            scraper.on_event(event)
         if stops and event.kind is EventKind.CONSOLE and not machines[0].power.off:
             machines[0].power.off = True
             machines[0].power.cut("the runner stopped the boot")
@@ -107,9 +116,10 @@ class Kept:
 
     def places(self, plan: Plan) -> Places:
         """What earlier boots left, in the simulator."""
-        memory = self.state / BOOT_MEMORY
+        memory, wall = self.state / BOOT_MEMORY, self.state / WALL
         return Places(
             boot_memory=memory.read_bytes() if memory.exists() else b"",
+            wall=int(wall.read_text()) if wall.exists() else None,
             disks={each.name: self._disk(each) for each in plan.hardware if each.size},
             secrets={
                 (name, SecretBackend[backend]): path.read_bytes()
@@ -133,6 +143,7 @@ class Kept:
             _ = (self.state / f"{name}{IMAGE_SUFFIX}").write_bytes(image)
         for (name, backend), data in machine.secrets.kept.items():
             _ = kept_secret(self.state, name, backend).write_bytes(data)
+        _ = (self.state / WALL).write_text(str(machine.next_wall))
         if machine.boot_memory is not None:
             _ = (self.state / BOOT_MEMORY).write_bytes(machine.boot_memory)
 
@@ -146,6 +157,7 @@ def _torn(disk: Disk) -> Choice:
 
 RUNTIME: Final = "run"  # a directory
 BOOT_MEMORY: Final = "boot-memory"
+WALL: Final = "wall"  # what the machine's clock says when it boots next
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

@@ -42,6 +42,7 @@ from nexus.init.system import System, load, parse
 from nexus.ipc import CallFailure, Client, Exchange, Peers, Refused, RetryBudget
 from nexus.kernel.core import PowerCut
 from nexus.kernel.sim import SimKernel
+from nexus.kernel.sim.clock import WALL_START
 from nexus.kernel.sim.disk import NOTHING, Disk
 from nexus.protocols.init import (
     AwaitReady,
@@ -106,7 +107,8 @@ class Run:
     """What a simulated run left behind: `log` is the kernel's event log, equal for equal seeds.
 
     `cut` says where the power was cut; it is empty, and `exit_code` init's, if it was not.
-    `disks`, `secrets` and `boot_memory` are for the next boot.
+    `disks`, `secrets`, `boot_memory` and `wall`, what the machine's clock says then, are for the
+    next boot.
     """
 
     seed: int
@@ -117,6 +119,7 @@ class Run:
     disks: Mapping[str, Disk] = field(default_factory=dict)
     secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
     boot_memory: bytes = b""
+    wall: int = WALL_START
 
 
 class Device:
@@ -250,6 +253,7 @@ def simulate(
         hardware=plan.hardware,
         disks={} if after is None else {name: copied(disk) for name, disk in after.disks.items()},
         secrets={} if after is None else after.secrets,
+        wall_start=WALL_START if after is None else after.wall,
     )
     test.kernel = kernel
     until = Nanos(kernel.now + _span(within))
@@ -334,6 +338,7 @@ class _Test:
             disks=dict(disks),
             secrets=dict(self.kernel.secrets.kept),
             boot_memory=self.kernel.boot_memory or b"",
+            wall=self.kernel.next_wall,
         )
 
     def told(self, what: str) -> str:
