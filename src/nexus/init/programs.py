@@ -104,6 +104,7 @@ _SOURCES: Final = (
         disk_check="nexus.services.statefsd.config",
     ),
     _nexus_own("keystored", asks_policy=True, keeps_secret=True),
+    _nexus_own("metricsd", asks_policy=True),
     _nexus_own("execd", asks_policy=True),
     _nexus_own("demo.testsvc"),
     _nexus_own("demo.hello"),

@@ -1,0 +1,5 @@
+"""metricsd: series, spans and their history, bounded. `main` is the program."""
+
+from nexus.services.metricsd.service import main
+
+__all__ = ["main"]

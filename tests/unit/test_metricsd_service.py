@@ -1,0 +1,442 @@
+"""metricsd as its clients see it, on the tiny kernel."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from nexus.abi import INIT_NAME, Nanos, Pid, VmoCreate, VmoShare, service_id
+from nexus.ipc import Answer, Exchange, Refused
+from nexus.protocols.logd import Level
+from nexus.protocols.metricsd import (
+    NAME_SIZE_MAX,
+    PROTOCOL,
+    SERIES_ROWS_MAX,
+    SPAN_ROWS_MAX,
+    Add,
+    CreateSeries,
+    GetSeries,
+    GetSpans,
+    GetStats,
+    Kind,
+    Label,
+    MetricsdStatus,
+    Observe,
+    OpenPage,
+    PageOpened,
+    SenderRow,
+    Series,
+    SeriesCreated,
+    SeriesPage,
+    SetGauge,
+    SpanEnd,
+    SpanPage,
+    SpanStart,
+    SpanStatus,
+    Stats,
+    Taken,
+)
+from nexus.services.metricsd.config import Settings
+from nexus.services.metricsd.series import DEFAULT_BOUNDS, Instance
+from nexus.services.metricsd.service import Metricsd
+from nexus.telemetry import PageWriter, begin_span, end_span
+from nexus.wire import ReplyStatus, Request
+from tests.fakes.gate import ListGate
+from tests.fakes.pair import FAR, Pair
+
+READER = service_id(INIT_NAME)
+TRACE = bytes(range(1, 17))
+NO_PARENT = bytes(8)
+PAGE_SIZE = 32 * 1024
+OWN = Instance(service_id("metricsd"), 1, Pid(1))
+
+
+@dataclass
+class Lines:
+    """A log that keeps what it is given."""
+
+    written: list[Mapping[str, str | int]] = field(default_factory=list)
+    lost: int = 0
+    refused: int = 0
+    bound: int = 1
+
+    def write(self, level: Level, text: str, fields: Mapping[str, str | int] | None = None) -> bool:
+        del level, text
+        self.written.append(fields or {})
+        return True
+
+    def counts(self) -> "Lines":
+        return self
+
+
+class System(Pair):
+    """metricsd, with a log that keeps what it is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.lines = Lines()
+        self.metricsd = Metricsd(Settings(**settings), ListGate(READER), OWN, self.lines)
+        super().__init__(self.metricsd, PROTOCOL)
+
+    def asked(self, *requests: Request[Any], name: str = INIT_NAME) -> list[Any]:
+        async def body(link: Exchange) -> list[Any]:
+            return [await link.call(request, FAR) for request in requests]
+
+        outcomes: list[Any] = self.client(body, name=name)
+        return outcomes
+
+    def console_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(text, json.loads(evidence)) for _, text, evidence in self.kernel.console]
+
+
+def span_of(name: str, number: int) -> bytes:
+    return (service_id(name) & 0xFFFFFFFF).to_bytes(4, "little") + number.to_bytes(4, "little")
+
+
+def add(name: str = "hits", value: int = 1, **labels: str) -> Add:
+    return Add(name, [Label(*each) for each in labels.items()], value)
+
+
+def start(span: bytes, name: str = "work", *attributes: Label) -> SpanStart:
+    return SpanStart(span, TRACE, NO_PARENT, 100, name, list(attributes))
+
+
+def series(since: int = 1, service: int = 0, name: str = "") -> GetSeries:
+    return GetSeries(since, SERIES_ROWS_MAX, service, name)
+
+
+def spans(since: int = 1, service: int = 0) -> GetSpans:
+    return GetSpans(since, SPAN_ROWS_MAX, b"", service, 0, "")
+
+
+def row_of(stats: Stats, name: str) -> SenderRow:
+    (found,) = [each for each in stats.rows if each.service == service_id(name)]
+    return found
+
+
+def read(system: System, **wanted: Any) -> list[Series]:
+    """Every series, as a reader asks for them."""
+    found: list[Series] = []
+    since = 1
+    while since:
+        (page,) = system.asked(series(since, **wanted))
+        assert isinstance(page, SeriesPage)
+        found += page.series
+        since = page.next
+    return found
+
+
+def test_messages_make_series_of_the_sender_and_are_read_back() -> None:
+    system = System()
+
+    taken = system.asked(
+        add(value=3, way="in"),
+        add(value=4, way="in"),
+        SetGauge("level", [], 5),
+        SetGauge("level", [], -3),
+        *(Observe("time", [], each * 1_000_000) for each in (1, 3, 15, 50, 500)),
+        name="alpha",
+    )
+
+    assert taken == [Taken()] * 9
+    counter, gauge, histogram = read(system, service=service_id("alpha"))
+    assert (counter.name, counter.value, counter.labels) == ("hits", 7, [Label("way", "in")])
+    assert (gauge.kind, gauge.value) == (Kind.GAUGE, -3)
+    assert (histogram.count, histogram.sum) == (5, 569_000_000)
+    assert histogram.buckets == [1, 1, 1, 1, 1]
+    assert tuple(histogram.bounds) == DEFAULT_BOUNDS
+
+
+def with_page(
+    body: Callable[[Exchange, PageWriter], Awaitable[Any]],
+) -> Callable[[Exchange], Awaitable[Any]]:
+    """A client with an open page."""
+
+    async def opened(link: Exchange) -> Any:
+        slot = await VmoCreate(PAGE_SIZE)
+        page = PageWriter(await VmoShare(slot))
+        answer = await link.ask(OpenPage(), FAR, move=slot)
+        assert isinstance(answer, Answer)
+        assert isinstance(answer.reply, PageOpened)
+        return await body(link, page)
+
+    return opened
+
+
+async def created(link: Exchange, kind: Kind, name: str, *bounds: int) -> SeriesCreated:
+    made = await link.call(CreateSeries(kind, name, [], list(bounds), ""), FAR)
+    assert isinstance(made, SeriesCreated), made
+    return made
+
+
+def test_what_is_stored_in_a_page_is_what_is_read_at_that_moment() -> None:
+    system = System()
+
+    async def body(link: Exchange, page: PageWriter) -> list[Any]:
+        hits = await created(link, Kind.COUNTER, "hits")
+        level = await created(link, Kind.GAUGE, "level")
+        times = await created(link, Kind.HISTOGRAM, "times", 10, 20)
+        page.words[hits.word] = 7
+        page.signed[level.word] = -3
+        for at, value in enumerate((2, 3, 35, 1, 1, 1)):
+            page.words[times.word + at] = value
+        first = await link.call(series(service=READER), FAR)
+        page.words[hits.word] = 8
+        return [first, await link.call(series(service=READER), FAR)]
+
+    first, second = system.client(with_page(body))
+
+    hits, level, times = first.series
+    assert (hits.value, level.value) == (7, -3)
+    assert (times.count, times.sum, times.buckets) == (3, 35, [1, 1, 1])
+    assert second.series[0].value == 8
+
+
+def test_a_histogram_halted_in_the_middle_of_an_update_keeps_its_former_value() -> None:
+    system = System()
+
+    async def body(link: Exchange, page: PageWriter) -> Any:
+        times = await created(link, Kind.HISTOGRAM, "times", 10)
+        page.words[times.word] = 1  # odd: being written
+        page.words[times.word + 1] = 1
+        return await link.call(series(service=READER), FAR), await link.call(GetStats(), FAR)
+
+    page, stats = system.client(with_page(body))
+
+    assert (page.series[0].count, page.series[0].buckets) == (0, [0, 0])
+    assert stats.torn_reads > 0
+    assert stats.torn_given_up == 1
+
+
+def test_a_page_needs_shared_memory_with_a_page_in_it() -> None:
+    system = System()
+
+    async def body(link: Exchange) -> list[Any]:
+        plain = await VmoCreate(PAGE_SIZE)
+        blank = await VmoCreate(PAGE_SIZE)
+        _ = await VmoShare(blank)
+        return [
+            await link.call(OpenPage(), FAR),
+            await link.ask(OpenPage(), FAR, move=plain),
+            await link.ask(OpenPage(), FAR, move=blank),
+            await link.call(CreateSeries(Kind.COUNTER, "hits", [], [], ""), FAR),
+        ]
+
+    bare, unshared, blank, created_without = system.client(body)
+
+    assert bare == unshared == blank == Refused(MetricsdStatus.INVALID_ARGS)
+    assert created_without == Refused(MetricsdStatus.NOT_FOUND)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (add("1hits"), MetricsdStatus.INVALID_ARGS),
+        (add(password="x"), MetricsdStatus.INVALID_ARGS),
+        (add(Api_Key="x"), MetricsdStatus.INVALID_ARGS),
+        (Add("hits", [Label("a", "1"), Label("a", "2")], 1), MetricsdStatus.INVALID_ARGS),
+        (add("x" * (NAME_SIZE_MAX + 1)), MetricsdStatus.OVER_LIMIT),
+        (add(a="x" * 96, b="x" * 95), MetricsdStatus.OVER_LIMIT),
+        (add(a="x" * 97), MetricsdStatus.OVER_LIMIT),
+        (start(span_of("beta", 1)), MetricsdStatus.INVALID_ARGS),
+        (start(span_of("alpha", 1), "x" * 49), MetricsdStatus.OVER_LIMIT),
+        (start(span_of("alpha", 1), "w", Label("token", "x")), MetricsdStatus.INVALID_ARGS),
+        (SpanEnd(span_of("alpha", 9), 1, SpanStatus.OK, []), MetricsdStatus.NOT_FOUND),
+        (CreateSeries(Kind.GAUGE, "g", [], [1], ""), MetricsdStatus.INVALID_ARGS),
+        (CreateSeries(Kind.HISTOGRAM, "h", [], [2, 1], ""), MetricsdStatus.INVALID_ARGS),
+        (CreateSeries(Kind.HISTOGRAM, "h", [], [], ""), MetricsdStatus.INVALID_ARGS),
+    ],
+)
+def test_what_is_no_event_is_refused_by_its_fault_and_leaves_nothing(
+    request_: Request[Any], status: MetricsdStatus
+) -> None:
+    system = System()
+
+    (outcome,) = system.asked(request_, name="alpha")
+
+    assert outcome == Refused(status)
+    assert read(system, service=service_id("alpha")) == []
+    assert (
+    )
+    (found,) = system.asked(spans())
+    assert found == SpanPage(0, [])
+
+
+def test_just_at_the_limits_everything_is_taken() -> None:
+    system = System()
+
+    outcomes = system.asked(
+        add("x" * NAME_SIZE_MAX, 1, a="x" * 96, b="x" * 94),
+        start(span_of("alpha", 1), "x" * NAME_SIZE_MAX),
+        name="alpha",
+    )
+
+    assert outcomes == [Taken(), Taken()]
+
+
+@pytest.mark.covers("metricsd.OVER_LIMIT")
+def test_the_series_over_a_cap_is_refused_and_visible_and_the_others_go_on() -> None:
+    system = System()
+
+    outcomes = system.asked(*(add(number=str(each)) for each in range(17)), name="alpha")
+
+    assert outcomes == [Taken()] * 16 + [Refused(MetricsdStatus.OVER_LIMIT)]
+    assert len(read(system, service=service_id("alpha"), name="hits")) == 16
+    (refused,) = read(system, name="nexus_series_refused_total")
+    assert (refused.service, refused.value) == (0, 1)
+    assert refused.labels == [Label("metric", "hits")]
+    assert system.asked(add(number="0"), name="beta") == [Taken()]
+
+
+@pytest.mark.covers("metricsd.RATE_LIMITED")
+def test_the_request_over_the_rate_is_refused_until_the_window_is_over() -> None:
+    system = System()
+
+    async def body(link: Exchange) -> list[Any]:
+        return [await link.call(add(), FAR) for _ in range(65)]
+
+    outcomes = system.client(body, name="alpha")
+    others = system.asked(add(), name="beta")
+    system.kernel.now = Nanos(system.kernel.now + 1_000_000_000)
+    later = system.asked(add(), name="alpha")
+
+    assert outcomes == [Taken()] * 64 + [Refused(MetricsdStatus.RATE_LIMITED)]
+    assert others == later == [Taken()]
+    assert row_of(system.asked(GetStats())[0], "alpha").rate_limited == 1
+
+
+@pytest.mark.covers("metricsd.INVALID_ARGS")
+def test_each_reason_is_told_on_the_console_once_with_its_evidence() -> None:
+    system = System()
+
+    _ = system.asked(add(secret="x"), add(secret="x"), add("x" * 49), *([add()] * 63), name="alpha")
+
+    lines = system.console_lines()
+    assert [text for text, _ in lines] == [
+        "metricsd: reject invalid_args",
+        "metricsd: reject over_limit",
+        "metricsd: reject rate_limited",
+    ]
+    assert lines[0][1]["sender"] == f"0x{service_id('alpha'):016x}"
+
+
+@pytest.mark.covers("metricsd.NOT_FOUND")
+def test_a_span_by_message_is_kept_with_its_duration_and_both_ends_attributes() -> None:
+    system = System()
+    span = span_of("alpha", 1)
+
+    outcomes = system.asked(
+        start(span, "work", Label("way", "in")),
+        start(span),
+        SpanEnd(span, 350, SpanStatus.OK, [Label("rows", "4")]),
+        SpanEnd(span, 350, SpanStatus.OK, []),
+        name="alpha",
+    )
+
+    assert outcomes == [
+        Taken(),
+        Refused(MetricsdStatus.INVALID_ARGS),
+        Taken(),
+        Refused(MetricsdStatus.NOT_FOUND),
+    ]
+    ((kept,),) = [page.spans for page in system.asked(spans())]
+    assert (kept.span, kept.trace, kept.name) == (span, TRACE, "work")
+    assert (kept.end - kept.start, kept.status) == (250, SpanStatus.OK)
+    assert kept.attributes == [Label("way", "in"), Label("rows", "4")]
+    assert kept.service == service_id("alpha")
+
+
+def test_the_spans_of_a_task_that_ended_are_lost_and_its_series_are_gone() -> None:
+    system = System()
+
+    async def body(link: Exchange, page: PageWriter) -> None:
+        hits = await created(link, Kind.COUNTER, "hits")
+        page.words[hits.word] = 41
+        done = page.open_span(
+            begun := begin_span(TRACE, span_of("alpha", 1), NO_PARENT, 10, b"done")
+        )
+        page.close_span(done, end_span(begun, 30, SpanStatus.OK))
+        _ = page.open_span(begin_span(TRACE, span_of("alpha", 2), NO_PARENT, 20, b"cut"))
+        page.words[hits.word] = 42  # and then it ends, before anybody has looked
+
+    system.client(with_page(body), name="alpha")
+
+    (found,) = system.asked(spans())
+    assert [(each.name, each.status) for each in found.spans] == [
+        ("done", SpanStatus.OK),
+        ("cut", SpanStatus.LOST),
+    ]
+    (hits,) = read(system, service=service_id("alpha"))
+    assert (hits.value, hits.live) == (42, False)
+
+
+def test_nobody_reads_without_the_right() -> None:
+    system = System()
+
+    outcomes = system.asked(series(), spans(), name="alpha")
+
+    assert outcomes == [Refused(ReplyStatus.DENIED)] * 2
+    assert system.asked(GetStats())[0].denied == 2
+
+
+def test_paging_skips_no_series() -> None:
+    system = System(series=200, series_per_service=200, series_per_metric=200, rate=1000)
+
+    _ = system.asked(
+        *(add(number=f"{each:03}", pad="x" * (each % 80)) for each in range(150)), name="alpha"
+    )
+
+    found = read(system, service=service_id("alpha"))
+    assert [each.labels[0].value for each in found] == [f"{each:03}" for each in range(150)]
+
+
+def test_a_lowered_cap_refuses_new_series_only() -> None:
+    system = System()
+
+    _ = system.asked(add(number="0"), add(number="1"), name="alpha")
+    system.metricsd.on_settings({"series_per_metric": 1})
+    old, new = system.asked(add(number="0"), add(number="2"), name="alpha")
+
+    assert (old, new) == (Taken(), Refused(MetricsdStatus.OVER_LIMIT))
+    assert len(read(system, service=service_id("alpha"))) == 2
+
+
+def test_what_is_stored_beyond_ones_own_words_is_counted_and_seen_by_nobody() -> None:
+    system = System()
+
+    async def body(link: Exchange, page: PageWriter) -> Any:
+        hits = await created(link, Kind.COUNTER, "hits")
+        page.words[hits.word + 5] = 99
+        await system.metricsd.on_time(Nanos(10_000_000_000))
+        return await link.call(series(service=READER), FAR), await link.call(GetStats(), FAR)
+
+    page, stats = system.client(with_page(body))
+
+    assert [each.value for each in page.series] == [0]
+    assert row_of(stats, INIT_NAME).stray == 1
+
+
+def test_what_changed_is_exported_with_labels_and_ids_and_only_then() -> None:
+    system = System()
+
+    async def body(link: Exchange) -> list[int]:
+        _ = await link.call(add(value=3, way="in"), FAR)
+        counts = []
+        for at, value in ((20, 0), (40, 0), (60, 4)):
+            if value:
+                _ = await link.call(add(value=value, way="in"), FAR)
+            await system.metricsd.on_time(Nanos(at * 1_000_000_000))
+            counts.append(len(system.lines.written))
+        return counts
+
+    system.metricsd._next_read = Nanos(0)
+    counts = system.client(body, name="alpha")
+
+    assert counts == [1, 1, 2]
+    first, second = system.lines.written
+    assert first["event"] == "metric.v1"
+    assert (first["kind"], first["name"], first["value"]) == ("counter", "hits", 3)
+    assert first["labels"] == 'way="in"'
+    assert first["owner"] == f"0x{service_id('alpha'):016x}"
+    assert second["value"] == 7
