@@ -1274,7 +1274,7 @@ RUNGS: Final = (
         printer="execd",
         after=(55,),
         grounds=ALL,
-        needs=("execd", "demo.hello"),
+        needs=("execd", "demo.hello", "demo.copy"),
         claim=(
             "execd took demo.hello from the active set, checked its digest and started it: the "
             "kernel's spawn log shows the digest of the set's manifest (without updated: of the "
@@ -1330,7 +1330,7 @@ RUNGS: Final = (
         printer="execd",
         after=(87,),
         grounds=ALL,
-        needs=("execd", "demo.exit0"),
+        needs=("execd", "demo.exit0", "demo.hello", "demo.testsvc"),
         claim=(
             "execd reaped demo.exit0; pid and code on the line equal the exit the kernel "
             "recorded; no zombie is left; another client's call is served while execd waits."
@@ -1397,7 +1397,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(30, 55),
         grounds=ALL,
-        needs=("execd", "logd", "policyd", "demo.testsvc"),
+        needs=("execd", "logd", "policyd", "demo.testsvc", "demo.exit0"),
         claim=(
             "EXEC naming demo.testsvc as requester is DENIED; `spawn_last_error` is 6 "
             "(denied-by-policy), task count and spawn log unchanged, audit reason identity."
@@ -1411,7 +1411,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(55,),
         grounds=ALL,
-        needs=("execd",),
+        needs=("execd", "demo.hello"),
         claim=(
             "A bad body is answered as malformed with its nonce; malformed counter +1; no child, "
             "and the next EXEC works."
@@ -1971,7 +1971,7 @@ RUNGS: Final = (
         printer=SELFTEST,
         after=(92, 116),
         grounds=ALL,
-        needs=("execd", "logd", "demo.testsvc"),
+        needs=("execd", "logd", "demo.copy"),
         mechanisms=(Mechanism.LOG_STREAMS,),
         boot=Boot.BEFORE_OTA,
         claim=(
@@ -1989,6 +1989,7 @@ RUNGS: Final = (
         after=(38, 123),
         grounds=ALL,
         needs=("exportd", "metricsd"),
+        mechanisms=(Mechanism.METRIC_PAGES,),
         boot=Boot.BEFORE_OTA,
         claim=(
             "The OpenMetrics text from exportd's socket, parsed by the `prometheus_client` "
