@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nexus.abi import INIT_NAME, Nanos, Pid, VmoCreate, VmoShare, service_id
+from nexus.abi import INIT_NAME, Nanos, Pid, VmoCreate, VmoSeal, VmoShare, service_id
 from nexus.ipc import Answer, Exchange, Refused
 from nexus.protocols.logd import Level
 from nexus.protocols.metricsd import (
@@ -214,6 +214,7 @@ def test_a_page_needs_shared_memory_with_a_page_in_it() -> None:
 
     async def body(link: Exchange) -> list[Any]:
         plain = await VmoCreate(PAGE_SIZE)
+        await VmoSeal(plain)
         blank = await VmoCreate(PAGE_SIZE)
         _ = await VmoShare(blank)
         return [
@@ -257,8 +258,6 @@ def test_what_is_no_event_is_refused_by_its_fault_and_leaves_nothing(
 
     assert outcome == Refused(status)
     assert read(system, service=service_id("alpha")) == []
-    assert (
-    )
     (found,) = system.asked(spans())
     assert found == SpanPage(0, [])
 

@@ -133,7 +133,7 @@ class Metricsd:
         self._links: dict[LinkId, Instance] = {}  # over which an instance was heard
         self._told: set[MetricsdStatus] = set()  # refusals that the console knows of
         self._offset = 0  # ns from the kernel's clock to 1970
-        self._next_read: Nanos | None = None
+        self._next_read = Nanos(0)
         self._now = Nanos(0)
         self._denied = 0
         self._timed_out = 0
@@ -530,15 +530,15 @@ class Metricsd:
 
     # ------------------------------------------------------------------ time
 
-    def next_time(self) -> Nanos | None:
+    def next_time(self) -> Nanos:
         """When the pages are read next, or something is due in the history."""
-        times = [self._next_read, self._history.next_time()]
-        return min((each for each in times if each is not None), default=None)
+        due = self._history.next_time()
+        return self._next_read if due is None else min(due, self._next_read)
 
     async def on_time(self, now: Nanos) -> None:
         """Read the pages, close spans that never ended, roll up, export."""
         self._now = now
-        if self._next_read is not None and now >= self._next_read:
+        if now >= self._next_read:
             self._next_read = Nanos(now + self._settings.read_ns)
             await self._read_pages(list(self._pages.values()))
             for begun in self._open.older_than(Nanos(now - self._settings.span_ns)):
