@@ -7,7 +7,7 @@ and links is in `nexus.init.plan`.
 from collections.abc import Mapping
 from typing import Final
 
-from nexus.abi import INIT_NAME, KERNEL_NAME, HardwareKind, Nanos, service_id
+from nexus.abi import INIT_NAME, KERNEL_NAME, HardwareKind, Nanos, StreamRole, service_id
 from nexus.init.declare import DURATION_UNITS, amount_text, cut
 from nexus.init.errors import SystemFileError
 from nexus.init.lines import KeyPath
@@ -124,29 +124,41 @@ def check_grants(system: System) -> None:
     ports: dict[str, str] = {}
     sockets: dict[tuple[str, int], str] = {}
     for service in system.services:
-        for index, port in enumerate(service.grants.ports):
+        doors: list[tuple[str, KeyPath]]
+        doors = [(port, ("ports", index)) for index, port in enumerate(service.grants.ports)]
+        doors += [
+            (each.name, ("streams", each.name))
+            for each in service.grants.stream_ports
+            if each.role is StreamRole.UNIX
+        ]
+        for port, key in doors:
             other = ports.setdefault(port, service.name)
             if other != service.name:
                 raise system.wrong(
-                    (*service.path, "ports", index),
+                    (*service.path, *key),
                     "a port that no other service has",
                     f'"{port}", which "{other}" has',
                 )
             size = len(f"{system.runtime_dir or ''}/{port}.sock".encode())
             if size > SOCKET_PATH_SIZE_MAX:
                 raise system.wrong(
-                    (*service.path, "ports", index),
+                    (*service.path, *key),
                     f"a socket in runtime_dir with a path of at most {SOCKET_PATH_SIZE_MAX} bytes",
                     str(size),
                 )
-        for listen in service.grants.listen:
-            path = (*service.path, "listen", listen.name)
-            taken = sockets.setdefault((listen.address, listen.port), f"{service.name}.{listen}")
-            if taken != f"{service.name}.{listen}":
+        listens = [("listen", each.name, each.address, each.port) for each in service.grants.listen]
+        listens += [
+            ("streams", each.name, each.address, each.port)
+            for each in service.grants.stream_ports
+            if each.role is StreamRole.TCP
+        ]
+        for where, name, address, number in listens:
+            mine = f"{service.name}.{where}.{name}"
+            if sockets.setdefault((address, number), mine) != mine:
                 raise system.wrong(
-                    path,
+                    (*service.path, where, name),
                     "an address and port that nobody else listens on",
-                    f"{listen.address} port {listen.port} again",
+                    f"{address} port {number} again",
                 )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from nexus.abi import INIT_NAME
+from nexus.abi import INIT_NAME, StreamGrant, StreamRole
 from nexus.init.crosschecks import is_safe, stage_of
 from nexus.init.declare import SIZE_UNITS, amount_text, cut
 from nexus.init.lines import KeyPath
@@ -322,6 +322,7 @@ def _sandbox_answer(plan: Plan, a: str) -> Answer:
     """The sandbox never denies a link; it sees to it that there is no other way."""
     grants = plan.by_name[a].grants
     ways = [f"port {name}" for name in grants.ports]
+    ways += [_stream_way(each) for each in grants.stream_ports]
     ways += [f"{each.kind.name.lower()} device {each.name}" for each in grants.hardware]
     ways += [f"a secret in a {grants.secret.name.lower()}"] if grants.secret else []
     ways += [f"device {device.name} ({device.path})" for device in grants.devices]
@@ -329,6 +330,13 @@ def _sandbox_answer(plan: Plan, a: str) -> Answer:
     ways += [f"connects to TCP port {port}" for port in grants.connect]
     beside = f"; besides: {', '.join(ways)}" if ways else ""
     return Answer(label="sandbox", allowed=True, reason=f"{a} has no way out but its links{beside}")
+
+
+def _stream_way(grant: StreamGrant) -> str:
+    if grant.role is StreamRole.UNIX:
+        return f"port {grant.name}, of bytes"
+    does = "dials" if grant.role is StreamRole.DIAL else "takes callers at"
+    return f"{does} {grant.address} port {grant.port}"
 
 
 def _holders(plan: Plan, layers: Sequence[Layer], wanted: Wanted) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from nexus.abi import HardwareKind, Nanos, SecretBackend, service_id
+from nexus.abi import (
+    HardwareKind,
+    Nanos,
+    SecretBackend,
+    StreamGrant,
+    StreamRole,
+    service_id,
+)
 from nexus.init.plan import PlannedService
 from nexus.init.reasons import Reason
 from nexus.init.record import Record
@@ -79,6 +86,7 @@ def wanted_by(planned: PlannedService) -> list[Wanted]:
     """The rights a service needs for what the plan grants it."""
     grants = planned.grants
     wanted = [Wanted(f"port.{name}", name) for name in grants.ports]
+    wanted += [_wanted_by_stream(each) for each in grants.stream_ports]
     wanted += [Wanted(f"device.{each.name}", each.path) for each in grants.devices]
     wanted += [
         Wanted(f"net.listen.{each.name}", f"{each.address} {each.port}") for each in grants.listen
@@ -88,6 +96,14 @@ def wanted_by(planned: PlannedService) -> list[Wanted]:
     if grants.secret:
         wanted.append(Wanted(SECRET_RIGHTS[grants.secret], f"secret of {planned.name}"))
     return [Wanted(right, target[:TARGET_SIZE_MAX]) for right, target in wanted]
+
+
+def _wanted_by_stream(grant: StreamGrant) -> Wanted:
+    if grant.role is StreamRole.UNIX:
+        return Wanted(f"port.stream.{grant.name}", f"unix {grant.name}")
+    where = f"tcp {grant.address} {grant.port}"
+    word = "dial" if grant.role is StreamRole.DIAL else "stream"
+    return Wanted(f"port.{word}.{grant.name}", where)
 
 
 class Grants:

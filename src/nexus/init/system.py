@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from nexus.abi import (
     PAGE_SIZE,
     PORTS_MAX,
     SERVICE_NAME_SIZE_MAX,
+    STREAM_PORTS_MAX,
     THREADS_MAX,
     TOTAL_SIZE_DEFAULT,
     DeviceGrant,
@@ -39,6 +41,8 @@ from nexus.abi import (
     Nanos,
     QosClass,
     SecretBackend,
+    StreamGrant,
+    StreamRole,
 )
 from nexus.init.declare import (
     DURATION_UNITS,
@@ -202,6 +206,11 @@ _QOS: Final = {
     "perf-burst": QosClass.PERF_BURST,
 }
 _ISOLATION: Final = {"fork": Isolation.FORK, "exec": Isolation.EXEC}
+_STREAM: Final = {
+    "unix": StreamRole.UNIX,
+    "tcp": StreamRole.TCP,
+    "dial": StreamRole.DIAL,
+}
 _SECRET: Final = {"file": SecretBackend.FILE, "keyring": SecretBackend.KEYRING}
 HARDWARE_KINDS: Final = {
     "block": HardwareKind.BLOCK,
@@ -222,6 +231,27 @@ GRANT_KEYS: Final = {
     "ports": Key(
         kind=ListOf(item=_GRANT, count_max=PORTS_MAX, unique="port"),
         doc="its sockets in the runtime directory, for people and scripts outside",
+    ),
+    "streams": Key(
+        kind=MapOf(
+            key=_GRANT,
+            item=Table(
+                doc="One port whose connections are byte streams.",
+                keys={
+                    "role": Key(
+                        kind=Choice(words=tuple(_STREAM)),
+                        doc="unix: callers come to a socket in the runtime directory; tcp: to a"
+                        " loopback address; dial: the service connects to one address",
+                        required=True,
+                    ),
+                    "address": Key(kind=Address(), doc='of tcp and dial; default "127.0.0.1"'),
+                    "port": Key(kind=_NETWORK_PORT, doc="TCP port of tcp and dial"),
+                },
+            ),
+            count_max=STREAM_PORTS_MAX,
+        ),
+        doc="its byte streams to and from the outside, by the name the service knows them by;"
+        " no socket call comes with them",
     ),
     "hardware": Key(
         kind=ListOf(item=_GRANT, count_max=HARDWARE_MAX, unique="device"),
@@ -863,6 +893,15 @@ def _grants(entry: Mapping[str, Any], path: KeyPath, known: Mapping[str, Hardwar
             raise WrongValue(
                 (*path, "listen", name), "another name than a device's", f'"{name}" for both'
             )
+    streams = tuple(
+        _stream(name, stream, (*path, "streams", name))
+        for name, stream in entry.get("streams", {}).items()
+    )
+    for name in entry.get("streams", {}):
+        if name in entry.get("ports", ()):
+            raise WrongValue(
+                (*path, "streams", name), "another name than a port's", f'"{name}" for both'
+            )
     hardware = entry.get("hardware", ())
     for index, name in enumerate(hardware):
         if name not in known:
@@ -886,7 +925,23 @@ def _grants(entry: Mapping[str, Any], path: KeyPath, known: Mapping[str, Hardwar
         streams=ordinary,  # asyncio wakes itself up over such a pair
         hardware=tuple(HardwareGrant(name, known[name].kind) for name in hardware),
         secret=_SECRET[entry["secret"]] if "secret" in entry else SecretBackend.NONE,
+        stream_ports=streams,
     )
+
+
+def _stream(name: str, entry: Mapping[str, Any], path: KeyPath) -> StreamGrant:
+    role = _STREAM[entry["role"]]
+    if role is StreamRole.UNIX:
+        for key in ("address", "port"):
+            if key in entry:
+                raise MisplacedKey(path, key, f'role "tcp" or "dial" beside "{key}"', '"unix"')
+        return StreamGrant(name, role)
+    if "port" not in entry:
+        raise WrongKey(path, 'the key "port"', "none")
+    address = entry.get("address", LISTEN_ADDRESS)
+    if role is StreamRole.TCP and not ip_address(address).is_loopback:
+        raise WrongValue((*path, "address"), "a loopback address of this machine", f'"{address}"')
+    return StreamGrant(name, role, address, entry["port"])
 
 
 def _group(name: str, entry: Mapping[str, Any]) -> Group:
