@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from nexus.proof import checks, checks_devices, checks_exec, checks_keys, checks_state
+from nexus.proof import (
+    checks,
+    checks_devices,
+    checks_exec,
+    checks_export,
+    checks_keys,
+    checks_state,
+)
 from nexus.proof.verdict import Check
 
 EVERY_CHECK: Final[Mapping[int, Check]] = MappingProxyType(
@@ -14,5 +21,6 @@ EVERY_CHECK: Final[Mapping[int, Check]] = MappingProxyType(
         **checks_state.CHECKS,
         **checks_keys.CHECKS,
         **checks_exec.CHECKS,
+        **checks_export.CHECKS,
     }
 )

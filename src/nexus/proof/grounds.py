@@ -20,7 +20,13 @@ from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk, Piece
 from nexus.kernel.sim.power import Cut, Moment
 from nexus.proof import scenario
-from nexus.proof.remains import IMAGE_SUFFIX, SECRET_SUFFIX, image_of, kept_secret
+from nexus.proof.remains import (
+    IMAGE_SUFFIX,
+    RUNTIME,
+    SECRET_SUFFIX,
+    image_of,
+    kept_secret,
+)
 from nexus.proof.runner import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
 from nexus.proof.scrape import SimScraper, kept_at, port_of
 from nexus.proof.sink import EventSink
@@ -155,7 +161,6 @@ def _torn(disk: Disk) -> Choice:
     return (Piece(len(disk.pending) - 1, 0, min(CUT_SIZE, len(disk.pending[-1].data))),)
 
 
-RUNTIME: Final = "run"  # a directory
 BOOT_MEMORY: Final = "boot-memory"
 WALL: Final = "wall"  # what the machine's clock says when it boots next
 

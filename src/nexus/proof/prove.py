@@ -18,11 +18,12 @@ from nexus.init.plan import Plan, load_plan
 from nexus.proof.every_check import EVERY_CHECK
 from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, scope_of
 from nexus.proof.record import RecordWriter, default_path
-from nexus.proof.remains import Remains, damage, remains_of
+from nexus.proof.remains import RUNTIME, Remains, damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
-from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, run_boot
+from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, Watch, run_boot
 from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
+from nexus.proof.scrape import is_asked, kept_at, port_of, scrape, scraped_of
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
 from nexus.protocols.ladder import SELFTEST, Ground, Phase, Rung, rung
@@ -101,7 +102,9 @@ class Watcher:
 
 
 MEASURED: Final = f"{SELFTEST}: measured #"  # what the client's line about another's begins with
-MEASURED_LATER: Final = frozenset({35, 37})  # rungs of bring-up that the client measures when it climbs
+MEASURED_LATER: Final = frozenset(
+    {35, 37}
+)  # rungs of bring-up that the client measures when it climbs
 
 
 def plan_of(request: Request) -> Plan:
@@ -149,7 +152,7 @@ def _boots(
             trace = run_boot(
                 _job(request, case.scope, number, state),
                 timeout=request.timeout,
-                watch=Watcher(case, number),
+                watch=_watch(request, case, number, state),
                 keep=partial(record.event, number),
             )
             left = remains_of(case.plan, state)
@@ -157,11 +160,30 @@ def _boots(
             if goes_on and number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
                 left = damage(case.plan, state, left, VICTIM_KEY)
             record.entry("remains", _remains_entry(number, left))
-            seed = seed_of(request.seed, number)
-            traces.append(replace(trace, left=left, earlier=tuple(traces), seed=seed))
+            seed, scraped = seed_of(request.seed, number), scraped_of(state, number)
+            earlier = tuple(traces)
+            traces.append(replace(trace, left=left, earlier=earlier, seed=seed, scraped=scraped))
+            if scraped:
+                record.entry("scraped", {"boot": number, "text": scraped.decode(errors="replace")})
             if not goes_on:
                 break
     return tuple(traces)
+
+
+def _watch(request: Request, case: Case, boot: int, state: Path) -> Watch:
+    """The watcher of a boot. On linux the runner scrapes exportd when the client says so; what the
+    system prints meanwhile waits for it."""
+    watcher, port = Watcher(case, boot), port_of(case.plan)
+    if port is None or request.ground is not Ground.LINUX:
+        return watcher
+    path = state / RUNTIME / f"{port}.sock"
+
+    def watch(event: Event) -> bool:
+        if is_asked(event):
+            _ = kept_at(state, boot).write_bytes(scrape(path))
+        return watcher(event)
+
+    return watch
 
 
 def _remains_entry(boot: int, left: Remains) -> Mapping[str, Any]:

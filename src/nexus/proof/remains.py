@@ -23,6 +23,7 @@ from nexus.services.statefsd.config import Settings
 from nexus.services.statefsd.engine import Damaged, Store, Unopenable
 
 IMAGE_SUFFIX: Final = ".img"
+RUNTIME: Final = "run"  # the folder of the sockets, in the state directory of a run on linux
 SECRET_SUFFIX: Final = ".secret"  # noqa: S105 (of a file's name)
 PAGE: Final = 256  # keys of one look
 PIECE_SIZE: Final = 4096  # bytes of an image that are looked at together

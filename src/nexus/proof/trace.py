@@ -77,6 +77,7 @@ class Trace:
     number: int = 0
     seed: int = 0
     left: Remains = NOTHING_LEFT
+    scraped: bytes = b""
     earlier: "tuple[Trace, ...]" = ()
 
     @cached_property

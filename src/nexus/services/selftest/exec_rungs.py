@@ -236,6 +236,8 @@ async def crash_line(climb: Climb) -> Evidence:
         reason="",
         action="",
         asked=False,
+        again=False,
+        again=False,
         lost=0,
     )
     outcome = await execd.call(forged, await climb.ahead(CALL_WAIT))
