@@ -237,7 +237,6 @@ async def crash_line(climb: Climb) -> Evidence:
         action="",
         asked=False,
         again=False,
-        again=False,
         lost=0,
     )
     outcome = await execd.call(forged, await climb.ahead(CALL_WAIT))
