@@ -70,6 +70,7 @@ class Reports:
             reason=record.reason,
             action=action[:WHY_SIZE_MAX],
             asked=asked,
+            again=record.state is TaskState.BACKING_OFF,
             lost=self.lost,
         )
         waiting = self._waiting.setdefault(record.name, deque())

@@ -27,6 +27,7 @@ TEXT_SIZE_MAX: Final = 256  # characters of a last record, cut
 TRACEBACK_SIZE_MAX: Final = 2048  # characters; the innermost frames
 DIGEST_SIZE: Final = 64  # characters
 WHY_SIZE_MAX: Final = 200  # characters of a sentence
+REPORT_SIZE_MAX: Final = 6 * 1024  # bytes of a whole report; the least important of it is left out
 
 
 class ExecdStatus(IntEnum):
@@ -119,6 +120,7 @@ class ReportExit(Request[Reported], op=3, idempotent=True, refuses=ExecdStatus):
     reason: Annotated[str, Text(size_max=32)]
     action: Annotated[str, Text(size_max=WHY_SIZE_MAX)]
     asked: Annotated[bool, Bool()]  # somebody wanted it to end: it is no crash
+    again: Annotated[bool, Bool()]  # it is started again
     lost: Annotated[int, U32()]
 
 
@@ -143,7 +145,10 @@ class GetPrograms(Request[ProgramRows], op=4, idempotent=True):
 
 
 class LastRecord(Message):
-    """One of the last records of the crashed task, as logd kept it or found it in its ring."""
+    """One of the last records of the crashed task, as logd kept it or found it in its ring.
+
+    `at` is when it was written, in ns since 1970; `text` has its fields too.
+    """
 
     at: Annotated[int, U64()]
     level: Annotated[int, U8()]
@@ -151,7 +156,7 @@ class LastRecord(Message):
 
 
 class LastSpan(Message):
-    """A span that the task had open, or ended last. `end` 0: it was open."""
+    """A span that the task had open, or ended last: ns since 1970. `end` 0: it was open."""
 
     name: Annotated[str, Text(size_max=48)]
     start: Annotated[int, U64()]
@@ -191,14 +196,16 @@ class GetCrashes(Request[Crashes], op=5, idempotent=True):
 
 
 class Report(Message):
-    """The whole report. `records` are the last of that very task, oldest first; `kept` says
-    whether the report is durable; `trace` is the trace the task was in, hexadecimal, or empty."""
+    """The whole report. `records` are the last of that very task, oldest first, `spans` the last
+    that ended and then those that were open; `trace` is the trace the task was in, hexadecimal, or
+    empty. `missing` says which evidence there is none of, and why; `kept` is that it is durable."""
 
     crash: Crash
     records: Annotated[list[LastRecord], List(count_max=LAST_RECORDS_MAX)]
     spans: Annotated[list[LastSpan], List(count_max=LAST_SPANS_MAX)]
     traceback: Annotated[str, Text(size_max=TRACEBACK_SIZE_MAX)]
     trace: Annotated[str, Text(size_max=32)]
+    missing: Annotated[str, Text(size_max=WHY_SIZE_MAX)]
     kept: Annotated[bool, Bool()]
 
 
