@@ -53,6 +53,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     Wait,
 )
@@ -200,8 +202,10 @@ async def act(dice: Dice, boot: BootImage, views: list[memoryview]) -> None:
             await VmoWrite(made, 1, b"abc")
             if dice.roll(4):
                 await VmoSeal(made)
+            elif dice.roll(2):
+                views.append(await VmoShare(made))
         case 19:
-            views.append(await VmoMap(slot))
+            views.append(await (VmoMap(slot) if dice.roll(2) else VmoWatch(slot)))
             if len(views) > 2:
                 views.pop(0).release()
         case 20:

@@ -47,6 +47,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     Wait,
 )
@@ -228,6 +230,20 @@ class Actor:
 
     async def op_map(self, slot: Slot) -> object:
         view = await VmoMap(slot)
+        text = f"{len(view)}:{zlib.crc32(view):08x}"
+        view.release()
+        return text
+
+    async def op_share(self, slot: Slot, size: int) -> object:
+        view = await VmoShare(slot)
+        data = self.payload(min(size, len(view)), 69)
+        view[: len(data)] = data
+        text = f"{len(view)}:{zlib.crc32(view):08x}"
+        view.release()
+        return text
+
+    async def op_watch(self, slot: Slot) -> object:
+        view = await VmoWatch(slot)
         text = f"{len(view)}:{zlib.crc32(view):08x}"
         view.release()
         return text

@@ -51,6 +51,7 @@ OUTCOMES = (
     ("take", "INVALID_ARGUMENT"), ("drain", "cap=None"), ("drain", "gone"), ("drain", "new"),
     ("call", "sent=True"), ("call", "QUEUE_FULL sent=False"), ("reply_recv", "reply=None"),
     ("vmo", "NO_SPACE"), ("map", ":"), ("map", "PERMISSION"), ("write", "written"),
+    ("share", ":"), ("share", "PERMISSION"), ("watch", ":"), ("watch", "PERMISSION"),
     ("policy_raise", "available=True"), ("policy_raise", "PERMISSION"),
     ("policy_read", "available=True"), ("policy_read", "available=False"),
     ("query", "CapInfo"), ("qos", "PERMISSION"), ("exit", "5.0"), ("kill", "0.9"),
@@ -229,13 +230,19 @@ class TwoKernels(RuleBasedStateMachine):
     def write(self, who: int, choice: Pick, offset: int, size: int) -> None:
         self.do(who, "write", self.pick(who, choice, "vmo", "moved"), offset, size)
 
-    @rule(who=WHO, choice=PICK)
-    def seal(self, who: int, choice: Pick) -> None:
-        self.do(who, "seal", self.pick(who, choice, "vmo", "moved"))
+    @rule(who=WHO, choice=PICK, share=st.booleans())
+    def seal_or_share(self, who: int, choice: Pick, share: bool) -> None:
+        slot = self.pick(who, choice, "vmo", "moved")
+        if share:
+            self.do(who, "share", slot, 64)
+        else:
+            self.do(who, "seal", slot)
 
     @rule(who=WHO, choice=PICK)
-    def map(self, who: int, choice: Pick) -> None:
-        self.do(who, "map", self.pick(who, choice, "vmo", "moved"))
+    def look(self, who: int, choice: Pick) -> None:
+        slot = self.pick(who, choice, "vmo", "moved")
+        self.do(who, "map", slot)
+        self.do(who, "watch", slot)
 
     # Walks through several operations, so that the deep states are reached as well.
 
@@ -286,8 +293,8 @@ class TwoKernels(RuleBasedStateMachine):
         self.do(who, "take", 1, number, MESSAGE_SIZE_MAX, NO_WAIT)
         self.do(who, "drain", 1)
 
-    @rule(who=WHO, way=WHO, seal=st.booleans())
-    def give_memory(self, who: int, way: int, seal: bool) -> None:
+    @rule(who=WHO, way=WHO, how=st.sampled_from(("seal", "share", "neither")))
+    def give_memory(self, who: int, way: int, how: str) -> None:
         answer = self.do(who, "vmo", 5000)
         if not answer.isdigit():
             return
@@ -295,15 +302,20 @@ class TwoKernels(RuleBasedStateMachine):
         self.keep(who, answer, "vmo")
         self.do(who, "write", slot, 4090, 20)
         self.do(who, "map", slot)
-        if seal:
+        if how == "seal":
             self.do(who, "seal", slot)
             self.do(who, "map", slot)
+        elif how == "share":
+            self.do(who, "share", slot, 64)
+            self.do(who, "share", slot, 65)
+            self.do(who, "watch", slot)
         self.do(who, "query", slot)
         if self.do(who, "move", slot, way, 9, NO_WAIT) == "moved":
             self.held[who].pop(slot, None)
             self.do(way, "drain", 1)
             for given in [s for s, kind in self.held[way].items() if kind == "moved"][-1:]:
                 self.do(way, "map", given)
+                self.do(way, "watch", given)
                 self.do(way, "query", given)
 
     @rule(who=WHO, way=WHO, size=SIZE, deadline=DEADLINE, count=st.integers(2, 4))
@@ -399,6 +411,11 @@ def _script() -> list[tuple[int, Operation]]:
         (2, ("vmo", 5000)),
         (2, ("write", 5, 10, 20)),
         (2, ("seal", 5)),
+        (2, ("move", 5, 1, 7, NO_WAIT)),
+        (1, ("drain", 1)),
+        (2, ("vmo", 5000)),
+        (2, ("share", 5, 20)),
+        (2, ("watch", 5)),
         (2, ("move", 5, 1, 7, NO_WAIT)),
         (1, ("drain", 1)),
         (2, ("kill",)),
