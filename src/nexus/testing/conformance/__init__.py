@@ -6,8 +6,8 @@ cases of one promise of design.md section 3, or of one family of traps:
 identity (1), moves (2), queues (3), deadlines (4), endings (5), receiving (6), and the closed set
 of statuses (7) as it falls to memory, capabilities, tasks, qos and console. Three modules hold
 what is said about the world outside: policy (the policy page, 8), root (signals, boot memory and
-notices, 9), ports and streams (10) and devices (devices of the bus map and secrets, 11). sharing (12) is what
-is read without a message: shared memory objects, fences and clocks.
+notices, 9), ports and streams (10) and devices (devices of the bus map and secrets, 11). sharing
+(12) is what is read without a message: shared memory objects, fences and clocks.
 
 Use it from pytest:
 
