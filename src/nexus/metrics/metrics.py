@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Final, TypeVar
 
 from nexus.abi import (
+    NEVER,
+    NO_WAIT,
     AbiError,
     CapClose,
     CapDerive,
@@ -43,7 +45,7 @@ from nexus.ipc import (
     deadline_after,
 )
 from nexus.metrics.series import Counter, Gauge, Histogram, Series
-from nexus.metrics.spans import Recorder, Span
+from nexus.metrics.spans import Recorder, Span, Tracing
 from nexus.protocols.metricsd import (
     BOUNDS_MAX,
     KEY_PATTERN,
@@ -113,15 +115,22 @@ class Metrics:
     """
 
     def __init__(
-        self, peers: Peers, uses: Collection[str] = (), *, page_size: int = PAGE_SIZE_DEFAULT
+        self,
+        peers: Peers,
+        uses: Collection[str] = (),
+        *,
+        page_size: int = PAGE_SIZE_DEFAULT,
+        tracing: Tracing | None = None,
     ) -> None:
-        self.recorder = Recorder(peers.caller)
-        self.next_look = Nanos(0)  # when flush is to be called even if it is not due
+        self.recorder = Recorder(peers.caller if tracing is None else tracing)
+        self.next_look = NEVER  # when flush is to be called even if it is not due
+        self.wake = Nanos(0)  # when it is to be called if it is due
         self._peers = peers
         self._routed = METRICSD_NAME in uses
         self._page_size = page_size
         self._page: PageWriter | None = None
         self._slot: Slot | None = None
+        self._view: memoryview | None = None
         self._series: dict[Key, Series] = {}
         self._todo: deque[Series] = deque()
         self._placed = 0
@@ -138,6 +147,7 @@ class Metrics:
         self._now = Nanos(0)
         self._again = Nanos(0)  # flush sends nothing before
         self._pause = LOOK_PAUSE
+        self._answer_pause = FULL_PAUSE
         self.due = False
         self._crowd: dict[Kind, Series] = {
             Kind.COUNTER: Counter(Kind.COUNTER, "", "", []),
@@ -264,6 +274,7 @@ class Metrics:
                 raise
             self._routed = False
             return
+        self._view = view
         self._page = PageWriter(view)
         self._page.count_overflow(self._overflow)
         self.recorder.page = self._page
@@ -271,6 +282,24 @@ class Metrics:
         for series in self._series.values():
             self._wait(series)
         self.due = True
+        self.next_look = Nanos(0)
+
+    @property
+    def page(self) -> PageWriter:
+        """The page that `begin` has made: for who writes there, or offers it, by other means."""
+        assert self._page is not None
+        return self._page
+
+    @property
+    def memory(self) -> tuple[Slot, memoryview]:
+        """Where the page is."""
+        assert self._slot is not None
+        assert self._view is not None
+        return self._slot, self._view
+
+    def is_due(self, now: Nanos) -> bool:
+        """Whether `flush` has something to do now."""
+        return self._page is not None and (now >= self.next_look or (self.due and now >= self.wake))
 
     async def flush(self) -> None:
         """Post what waits and take the answers that are there; never waits for either."""
@@ -281,7 +310,15 @@ class Metrics:
             await self._work(self._page, await Now())
         finally:
             self._flushing = False
-            self.due = not self._is_open or bool(self._todo) or self._outstanding > 0
+            self._plan()
+
+    def _plan(self) -> None:
+        """When to go on. The pauses double while nobody answers."""
+        outstanding = self._outstanding > 0
+        self.due = self.has_work or outstanding
+        pause = self._answer_pause if outstanding else FULL_PAUSE
+        self._answer_pause = min(Nanos(2 * pause), LOOK_PAUSE) if outstanding else FULL_PAUSE
+        self.wake = max(self._again, deadline_after(self._now, pause if outstanding else NO_WAIT))
 
     @property
     def _outstanding(self) -> int:

@@ -53,7 +53,9 @@ from nexus.wire import HEADER, ReplyStatus
 KEYSTORED: Final = "keystored"
 POLICYD: Final = "policyd"
 STATEFSD: Final = "statefsd"
-SPANS: Final = 1 << 64  # span ids, which a task counts
+MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service id
+SPANS: Final = 1 << 32  # span ids of a task, which counts them
+KEYSTORED_MAKER: Final = (service_id("keystored") & (SPANS - 1)).to_bytes(MAKER_SIZE, "little")
 LATE_MARGIN: Final = 100_000_000  # ns behind a deadline; a busy host, not another attempt
 ENDS_OF_SHORT: Final = ("timed out", "unavailable", "expired")
 
@@ -157,13 +159,14 @@ def nested_deadline(_case: Case, trace: Trace, line: Line) -> None:
         demand(parent != own, "the parent is the client's span")
         apart = (_span(parent) - opening) % SPANS
         demand(0 < apart < SPANS_BETWEEN_MAX, f"the parent {parent} is no span of keystored's")
+        demand_equal(bytes.fromhex(parent)[:MAKER_SIZE], KEYSTORED_MAKER, "the parent's maker")
     demand(evidence["outcome"] in ENDS_OF_SHORT, f"a short call was {evidence['outcome']}")
     demand(evidence["late_ns"] <= LATE_MARGIN, f"it ended {evidence['late_ns']} ns late")
 
 
 def _span(text: str) -> int:
     """The number of a span among those of its task."""
-    return int.from_bytes(bytes.fromhex(text), "little")
+    return int.from_bytes(bytes.fromhex(text)[MAKER_SIZE:], "little")
 
 
 # ---------------------------------------------------------------- decisions

@@ -12,7 +12,7 @@ from nexus.wire import U8, U16, U32, U64, Blob, List, Message, Protocol, Request
 ECHO_SIZE_MAX: Final = 4096  # bytes; half a message, so that a reply always fits
 HELD_COUNT_MAX: Final = 32  # deferred answers kept at a time
 PLACED_COUNT_MAX: Final = 96  # frames of one Place; more than the mismatch budget of 64
-PLACED_SIZE_MAX: Final = 64  # bytes of one placed frame; a header and a tiny body
+PLACED_SIZE_MAX: Final = 96  # bytes of one placed frame; a header and a small body
 STEPS_MAX: Final = 96  # steps of one raw session
 STEP_DATA_SIZE_MAX: Final = 128  # bytes
 SESSION_WAIT_MAX_MS: Final = 5_000
@@ -261,6 +261,10 @@ class LastWords(Request[Written], op=18, idempotent=False, refuses=TestsvcStatus
     token: Annotated[str, Text(size_min=1, size_max=48)]
 
 
+class UseMetrics(Request[Answered], op=19, idempotent=False, refuses=TestsvcStatus, moves=True):
+    """The request carries a SEND link to metricsd; add one to a counter over it."""
+
+
 TestsvcRequest: TypeAlias = (
     Echo
     | Hold
@@ -280,6 +284,7 @@ TestsvcRequest: TypeAlias = (
     | UseKeys
     | AskExecd
     | LastWords
+    | UseMetrics
 )
 PROTOCOL: Final = Protocol(
     "testsvc",
@@ -304,5 +309,6 @@ PROTOCOL: Final = Protocol(
         UseKeys,
         AskExecd,
         LastWords,
+        UseMetrics,
     ),
 )

@@ -45,6 +45,8 @@ from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import Get as KeyGet
 from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
+from nexus.protocols.metricsd import Add
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.protocols.statefsd import Durability
 from nexus.protocols.statefsd import Put as StatePut
@@ -84,6 +86,7 @@ from nexus.protocols.testsvc import (
     TestsvcStatus,
     UseKeys,
     UseLink,
+    UseMetrics,
     UseState,
     Written,
 )
@@ -110,6 +113,7 @@ PROTOCOLS: Final[Mapping[str, WireProtocol]] = {
 LAST_WORDS: Final = "last words"  # how the line begins; its token follows
 SILENCE: Final = Nanos(60_000_000_000)  # ns behind them; whoever asked ends this task before
 HELLO: Final = b"\x01session"  # the first message of a raw session; carries the link
+COUNTED: Final = "testsvc.counted"  # the counter of UseMetrics
 MILLISECOND: Final = 1_000_000  # ns
 
 ReplyT = TypeVar("ReplyT")
@@ -188,6 +192,8 @@ class Testsvc:
                 return await self._ask_execd(call)
             case LastWords():
                 return await self._last_words(call, request)
+            case UseMetrics():
+                return await self._use_metrics(call)
             case _:
                 assert_never(request)
 
@@ -254,6 +260,12 @@ class Testsvc:
 
     async def _ask_execd(self, call: Call) -> Answered:
         answer = await self._over_given_link(call, "execd", EXECD, GetPrograms(0))
+        if isinstance(answer, CallFailure):
+            raise call.refuse(TestsvcStatus.SESSION_BROKEN)
+        return Answered(int(answer.status if isinstance(answer, Refused) else ReplyStatus.OK))
+
+    async def _use_metrics(self, call: Call) -> Answered:
+        answer = await self._over_given_link(call, "metricsd", METRICSD, Add(COUNTED, [], 1))
         if isinstance(answer, CallFailure):
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
         return Answered(int(answer.status if isinstance(answer, Refused) else ReplyStatus.OK))

@@ -29,13 +29,18 @@ from nexus.ipc import (
     Unknown,
     retry_until,
 )
+from nexus.protocols.execd import PROTOCOL as EXECD
+from nexus.protocols.execd import GetPrograms
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import HoldAt, RegisterFor
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import Get as GetKey
-from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import EVERY_RECORD, Query
-from nexus.protocols.meta import Bind, GetStatus, Health, Healthy, ServiceStatus
+from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.meta import Bind, Configure, GetStatus, Health, Healthy, ServiceStatus
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
+from nexus.protocols.metricsd import GetSeries
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import CheckFor
 from nexus.protocols.rngd import PROTOCOL as RNGD
@@ -389,9 +394,13 @@ SAMPLES: Final[dict[str, Request[Any]]] = {
     "rngd": GetEntropy(1),
     "statefsd": GetCalls(1, 1),
     "keystored": GetKey(b"x"),
+    "metricsd": GetSeries(1, 1, 0, ""),
+    "execd": GetPrograms(1),
+    "exportd": Configure(b"x"),
 }
 """A request of each service whose first field is an unsigned integer, here 1: one byte; or of
-keystored, whose requests have none, one byte as bytes."""
+keystored, whose requests have none, one byte as bytes. exportd's own have no field at all: it gets
+one that the runtime of every service takes."""
 
 
 def _bad_bodies(good: bytes) -> dict[str, bytes]:
@@ -426,6 +435,9 @@ async def strict_decode(climb: Climb) -> Evidence:
         "rngd": RNGD,
         "statefsd": STATEFSD,
         "keystored": KEYSTORED,
+        "metricsd": METRICSD,
+        "execd": EXECD,
+        "exportd": META,
     }
     answers: dict[str, list[str]] = {}
     for name, client in climb.clients.items():

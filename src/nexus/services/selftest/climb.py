@@ -27,6 +27,7 @@ from nexus.ipc import (
     Answer,
     CallFailure,
     Client,
+    Context,
     Exchange,
     Peers,
     Refused,
@@ -35,6 +36,7 @@ from nexus.ipc import (
     Started,
     retry_until,
 )
+from nexus.metrics import Metrics
 from nexus.protocols.execd import Ended
 from nexus.protocols.execd import Started as Child
 from nexus.protocols.init import (
@@ -57,7 +59,7 @@ from nexus.protocols.init import (
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.testsvc import RawSession, SessionDone, SessionStep, Step
 from nexus.runtime import ServiceConfig
-from nexus.services.selftest.own_memory import OwnPage, OwnRing
+from nexus.services.selftest.own_memory import OwnRing
 from nexus.services.selftest.rung import RungFailed, expect, status_of_trap
 from nexus.wire import Request
 
@@ -95,7 +97,7 @@ class Climb:
         self.control = control
         self.clients: dict[str, Client] = {}
         self.own_ring: OwnRing | None = None
-        self.own_page: OwnPage | None = None
+        self.metrics = Metrics(peers, config.uses)
         self.services: frozenset[str] = frozenset()  # of the system, on demand or not
         self.children: dict[str, Child] = {}  # started by execd for this client, the latest by name
         self.ends: dict[str, Ended] = {}  # how those ended that were waited for
@@ -115,12 +117,6 @@ class Climb:
         return self.own_ring
 
     @property
-    def page(self) -> OwnPage:
-        """The metrics page of this task, in a system with metricsd."""
-        assert self.own_page is not None, "made when metricsd was found"
-        return self.own_page
-
-    @property
     def timed(self) -> Client:
         """timed, which every system under test has."""
         return self.clients["timed"]
@@ -129,6 +125,11 @@ class Climb:
     def testsvc(self) -> Client:
         """The peer that misbehaves on command."""
         return self.clients["demo.testsvc"]
+
+    def new_context(self) -> Context:
+        """A trace that begins here, and its first span."""
+        spans = self.peers.caller.spans
+        return Context(spans.next_trace(), spans.next_span())
 
     async def ahead(self, span: Nanos) -> Nanos:
         """The absolute time `span` from now."""

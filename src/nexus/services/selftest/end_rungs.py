@@ -4,11 +4,13 @@ from typing import Any, Final
 
 from nexus.abi import INIT_NAME, Nanos, TaskCounters, TaskStats
 from nexus.ipc import RetryBudget, RetryTokens, retry_until
+from nexus.protocols.execd import GetReport
 from nexus.protocols.init import Account, GetResources, Resources
 from nexus.protocols.keystored import Get as GetKey
 from nexus.protocols.keystored import GetPublicKey
 from nexus.protocols.logd import EVERY_RECORD, Query
 from nexus.protocols.meta import Fact
+from nexus.protocols.metricsd import GetSeries
 from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
 from nexus.protocols.testsvc import UseKeys, UseState
@@ -17,6 +19,7 @@ from nexus.services.selftest.rung import Evidence, expect, require
 from nexus.wire import Request
 
 UNUSED_KEY: Final = b"/state/testsvc/unused"
+NO_REPORT: Final = 1 << 40  # the number of a report that nobody has made
 UNUSED_NAME: Final = b"unused"
 LOOKS_MAX: Final = 4  # at a task's account
 LOOK_PAUSE: Final = Nanos(7_000_000)  # ns, doubling; no whole part of a probe's interval
@@ -65,6 +68,8 @@ async def _use_all(climb: Climb) -> None:
     """
     uses: dict[str, tuple[Request[Any], ...]] = {
         "logd": (Query(climb.config.boot, 1, 1, EVERY_RECORD),),
+        "metricsd": (GetSeries(1, 1, 0, ""),),
+        "execd": (GetReport(NO_REPORT),),
         "rngd": (GetEntropy(1),),
         "statefsd": (Get(UNUSED_KEY),),
         "keystored": (GetPublicKey(), GetKey(UNUSED_NAME)),

@@ -8,6 +8,7 @@ import msgspec
 
 from nexus.abi import ConsoleWrite, Nanos, Recv, Send, service_id
 from nexus.ipc import Context, Refused, TimedOut
+from nexus.ipc.context import MAKER_SIZE
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.keystored import (
     PUBLIC_KEY_SIZE,
@@ -79,7 +80,7 @@ async def nested_deadline(climb: Climb) -> Evidence:
     """#74: what keystored asks of statefsd in our place is no later than our deadline, in our
     trace and under keystored's span; and a deadline too short ends our call."""
     keystored = climb.client("keystored")
-    contexts = [climb.peers.caller.spans.next_trace() for _ in range(2)]
+    contexts = [climb.new_context() for _ in range(2)]
     nested = [await _nested(climb, context) for context in contexts]
 
     short = await climb.ahead(SHORT)
@@ -93,9 +94,11 @@ async def nested_deadline(climb: Climb) -> Evidence:
             require(each.deadline <= deadline, f"{each.deadline - deadline} ns after our deadline")
             require(each.parent != context.span, "the parent is our own span, not keystored's")
             require(any(each.parent), "there is no parent")
-    spans = [int.from_bytes(seen[0].parent, "little") for _, _, seen in nested]
-    apart = (spans[1] - spans[0]) % (1 << 64)
+    spans = [int.from_bytes(seen[0].parent[MAKER_SIZE:], "little") for _, _, seen in nested]
+    apart = (spans[1] - spans[0]) % (1 << 32)
     require(0 < apart < SPANS_BETWEEN_MAX, "the parents are not spans of one task")
+    makers = {int.from_bytes(seen[0].parent[:MAKER_SIZE], "little") for _, _, seen in nested}
+    expect(makers, {KEYSTORED_ID & 0xFFFF_FFFF}, "who made the parents, by their ids")
     # Whose wait ends first says so: keystored, that statefsd had no time left or that it had none
     # itself, or our own.
     ends: dict[Refused | TimedOut, str] = {

@@ -18,12 +18,12 @@ from nexus.abi import (
 from nexus.ipc import CallFailure, Refused, RetryBudget, RetryTokens, retry_until
 from nexus.log import LogCounts, Logger
 from nexus.protocols.logd import (
+    EVERY_RECORD,
     FIELDS_SIZE_MAX,
     PAGE_MAX,
     RATE_MAX,
     RATE_WINDOW_NS,
     TEXT_SIZE_MAX,
-    EVERY_RECORD,
     Append,
     Appended,
     Field,
@@ -55,30 +55,37 @@ DRAIN_POLLS_MAX: Final = 10  # with doubling pauses: 5 ms to 2.5 s
 DRAIN_PAUSE: Final = Nanos(5_000_000)  # ns
 
 
-def _append(text: str, *fields: Field) -> Append:
+def append(text: str, *fields: Field) -> Append:
+    """A record of this client's."""
     return Append(Level.INFO, SCOPE, text, list(fields))
 
 
-async def _stats(climb: Climb) -> Stats:
+async def journal_stats(climb: Climb) -> Stats:
+    """logd's account."""
     return await climb.call(climb.client("logd"), GetStats())
 
 
-def _row(climb: Climb, stats: Stats, name: str | None = None) -> SenderRow:
+def row_of_sender(climb: Climb, stats: Stats, name: str | None = None) -> SenderRow:
     """The row of a sender, all zero if there is none."""
     wanted = service_id(climb.boot.name if name is None else name)
     rows = [row for row in stats.rows if row.service == wanted]
     return rows[0] if rows else SenderRow(wanted, *[0] * (len(SenderRow.__struct_fields__) - 1))
 
 
-async def _status_of(climb: Climb, request: Append) -> str:
-    """How logd answers: OK, or the name of its refusal."""
-    outcome = await climb.client("logd").call(request, await climb.ahead(CALL_WAIT))
+def status_name(outcome: object) -> str:
+    """How a service answers: OK, or the name of its refusal."""
     if isinstance(outcome, CallFailure):
-        raise RungFailed(f"Append ended with {outcome!r}")
+        raise RungFailed(f"a call ended with {outcome!r}")
     return outcome.status.name if isinstance(outcome, Refused) else ReplyStatus.OK.name
 
 
-def _growth(before: SenderRow, after: SenderRow) -> dict[str, int]:
+async def _status_of(climb: Climb, request: Append) -> str:
+    """How logd answers: OK, or the name of its refusal."""
+    return status_name(await climb.client("logd").call(request, await climb.ahead(CALL_WAIT)))
+
+
+def growth_of(before: SenderRow, after: SenderRow) -> dict[str, int]:
+    """What a sender's row counts more, by message or stream."""
     return {
         name: getattr(after, name) - getattr(before, name)
         for name in ("accepted", "invalid_args", "over_limit", "rate_limited")
@@ -87,39 +94,39 @@ def _growth(before: SenderRow, after: SenderRow) -> dict[str, int]:
 
 async def invalid_args(climb: Climb) -> Evidence:
     """#111, stated: an identity claim in the fields, and what logd counted for this client."""
-    before = await _stats(climb)
-    status = await _status_of(climb, _append("who am I", CLAIM))
-    after = await _stats(climb)
-    first = await climb.call(climb.client("logd"), _append("an id before"))
-    again = await _status_of(climb, _append("who am I", CLAIM))
-    second = await climb.call(climb.client("logd"), _append("an id after"))
+    before = await journal_stats(climb)
+    status = await _status_of(climb, append("who am I", CLAIM))
+    after = await journal_stats(climb)
+    first = await climb.call(climb.client("logd"), append("an id before"))
+    again = await _status_of(climb, append("who am I", CLAIM))
+    second = await climb.call(climb.client("logd"), append("an id after"))
     others = await _between(climb, first.record, second.record)
     return {
         "status": status,
         "again": again,
-        "growth": _growth(_row(climb, before), _row(climb, after)),
+        "growth": growth_of(row_of_sender(climb, before), row_of_sender(climb, after)),
         "ids": second.record - first.record - 1 - others,
     }
 
 
 async def _between(climb: Climb, first: int, second: int) -> int:
     """How many records of other senders stand between two of ours."""
-    page = await climb.call(climb.client("logd"), _page(climb, first + 1))
+    page = await climb.call(climb.client("logd"), page_from(climb, first + 1))
     mine = climb.boot.service
     return sum(record.record < second and record.service != mine for record in page.records)
 
 
 async def over_limit(climb: Climb) -> Evidence:
     """#112, stated: fields of 512 bytes are taken, of 513 refused."""
-    before = await _stats(climb)
+    before = await journal_stats(climb)
     size = FIELDS_SIZE_MAX - len("fill") - FIELD_COST
-    fits = await _status_of(climb, _append("fits", Field("fill", "x" * size)))
-    exceeds = await _status_of(climb, _append("exceeds", Field("fill", "x" * (size + 1))))
-    after = await _stats(climb)
+    fits = await _status_of(climb, append("fits", Field("fill", "x" * size)))
+    exceeds = await _status_of(climb, append("exceeds", Field("fill", "x" * (size + 1))))
+    after = await journal_stats(climb)
     return {
         "statuses": [fits, exceeds],
         "sizes": [FIELDS_SIZE_MAX, FIELDS_SIZE_MAX + 1],
-        "growth": _growth(_row(climb, before), _row(climb, after)),
+        "growth": growth_of(row_of_sender(climb, before), row_of_sender(climb, after)),
     }
 
 
@@ -142,29 +149,31 @@ async def rate_limited(climb: Climb) -> Evidence:
 
 async def _burst(climb: Climb) -> dict[str, Any]:
     """One record more than a window allows, and one of policyd's."""
-    before = await _stats(climb)
+    before = await journal_stats(climb)
     start = await climb.ahead(Nanos(0))
-    statuses = [await _status_of(climb, _append(f"burst {n}")) for n in range(RATE_MAX + 1)]
+    statuses = [await _status_of(climb, append(f"burst {n}")) for n in range(RATE_MAX + 1)]
     _ = await climb.call(climb.client("policyd"), Check(PROBE_RIGHT, "in the same second"))
     after = await _after_policyd(climb, before)
     took = await climb.ahead(Nanos(0)) - start
     return {
         "statuses": statuses,
         "took_ns": took,
-        "growth": _growth(_row(climb, before), _row(climb, after)),
-        "policyd": _growth(_row(climb, before, "policyd"), _row(climb, after, "policyd")),
+        "growth": growth_of(row_of_sender(climb, before), row_of_sender(climb, after)),
+        "policyd": growth_of(
+            row_of_sender(climb, before, "policyd"), row_of_sender(climb, after, "policyd")
+        ),
     }
 
 
 async def _after_policyd(climb: Climb, before: Stats) -> Stats:
     """STATS once policyd's audit record has come, which it sends after its answer."""
-    had = _row(climb, before, "policyd").accepted
+    had = row_of_sender(climb, before, "policyd").accepted
     budget = RetryBudget(
         attempts_max=DRAIN_POLLS_MAX, backoff=DRAIN_PAUSE, deadline=await climb.ahead(CALL_WAIT)
     )
     return await retry_until(
-        lambda: _stats(climb),
-        lambda seen: _row(climb, seen, "policyd").accepted == had,
+        lambda: journal_stats(climb),
+        lambda seen: row_of_sender(climb, seen, "policyd").accepted == had,
         budget,
         RetryTokens(),
     )
@@ -173,7 +182,8 @@ async def _after_policyd(climb: Climb, before: Stats) -> Stats:
 # ------------------------------------------------------------------ reading
 
 
-def _page(climb: Climb, since: int, *, count: int = PAGE_MAX) -> Query:
+def page_from(climb: Climb, since: int, *, count: int = PAGE_MAX) -> Query:
+    """Records of this boot from id `since` on."""
     return Query(climb.config.boot, since, count, EVERY_RECORD)
 
 
@@ -185,11 +195,11 @@ async def log_query(climb: Climb) -> Evidence:
     token = f"{climb.boot.pid}.{await climb.ahead(Nanos(0))}"
 
     kept = expect_type(
-        await climb.call(logd, _append(f"token {token}", Field("token", token))),
+        await climb.call(logd, append(f"token {token}", Field("token", token))),
         Appended,
         "acknowledgement",
     )
-    by_id = (await climb.call(logd, _page(climb, kept.record, count=1))).records
+    by_id = (await climb.call(logd, page_from(climb, kept.record, count=1))).records
     by_field = await find(climb, "token", token)
     targets = await _audited(climb)
     paged, count = await pages(climb, kept.record)
@@ -221,7 +231,7 @@ async def _audited(climb: Climb) -> list[str]:
     targets = [
         f"page {n:03d} ".ljust(9 + n * 37 % (TARGET_SIZE_MAX - 9), "x") for n in range(MIXED)
     ]
-    large = _append("x" * TEXT_SIZE_MAX, Field("fill", "y" * LARGE_FIELD_SIZE))
+    large = append("x" * TEXT_SIZE_MAX, Field("fill", "y" * LARGE_FIELD_SIZE))
     for number, target in enumerate(targets):
         _ = expect_type(await climb.call(policyd, Check(PROBE_RIGHT, target)), Decision, "decision")
         if number % LARGE_EVERY == 0:  # so that pages are full by size and not by count alone

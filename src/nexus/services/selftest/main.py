@@ -24,7 +24,6 @@ from nexus.protocols.ladder import rung as row_of
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import StreamOpened
 from nexus.protocols.metricsd import PROTOCOL as METRICSD
-from nexus.protocols.metricsd import PageOpened
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
@@ -35,11 +34,9 @@ from nexus.services.selftest.climb import Climb
 from nexus.services.selftest.end_rungs import held
 from nexus.services.selftest.exec_rungs import ON_DEMAND
 from nexus.services.selftest.own_memory import (
-    PAGE_SIZE,
     RING_SIZE,
-    OwnPage,
     OwnRing,
-    open_page,
+    is_settled,
     open_stream,
     shared,
 )
@@ -125,10 +122,9 @@ async def _share(climb: Climb, until: Nanos) -> str:
         if not isinstance(opened, StreamOpened):
             return f"logd does not drain our ring: {opened!r}"
     if "metricsd" in climb.clients:
-        page = climb.own_page = OwnPage(await shared(PAGE_SIZE))
-        read = await open_page(climb.client("metricsd"), page.memory, until)
-        if not isinstance(read, PageOpened):
-            return f"metricsd does not read our page: {read!r}"
+        await climb.metrics.begin()
+        if not await is_settled(climb.metrics, until):
+            return f"metricsd does not read our page: {climb.metrics.counts()!r}"
     return ""
 
 

@@ -65,6 +65,18 @@ from nexus.services.selftest.log_rungs import (
     rate_limited,
     sink_logd,
 )
+from nexus.services.selftest.metric_rungs import (
+    counters,
+    gauges,
+    histograms,
+    retention,
+    security_rejects,
+    spans,
+    wal_active,
+)
+from nexus.services.selftest.metric_rungs import invalid_args as metric_invalid_args
+from nexus.services.selftest.metric_rungs import over_limit as metric_over_limit
+from nexus.services.selftest.metric_rungs import rate_limited as metric_rate_limited
 from nexus.services.selftest.policy_rungs import (
     mmio_policy_deny,
     policy_allow,
@@ -87,6 +99,7 @@ from nexus.services.selftest.state_rungs import (
     statefs_put,
     unauthorized_access,
 )
+from nexus.services.selftest.stream_rungs import core_services, hardening, stats_probe
 from nexus.services.selftest.timed_rungs import timed_coalesce
 from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
@@ -155,8 +168,21 @@ RUNGS: Final = (
     Rung(111, invalid_args, stated=True),
     Rung(112, over_limit, stated=True),
     Rung(113, rate_limited, stated=True),
+    Rung(114, hardening),
     Rung(116, log_query),
     Rung(117, sink_logd),
+    Rung(115, stats_probe),
+    Rung(118, core_services),
+    Rung(119, metric_invalid_args, stated=True),
+    Rung(120, metric_over_limit, stated=True),
+    Rung(121, metric_rate_limited, stated=True),
+    Rung(122, security_rejects),
+    Rung(123, counters),
+    Rung(124, gauges),
+    Rung(125, histograms),
+    Rung(126, spans),
+    Rung(127, wal_active, stated=True),
+    Rung(128, retention),
     Rung(129, last_words),
     Rung(139, mmio_policy_deny),
     Rung(140, mmio_map),
