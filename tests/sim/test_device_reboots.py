@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nexus.kernel.sim.clock import WALL_START
 from nexus.protocols.policy import AUTHORITY
 from nexus.testing.device import Device, Run, simulate
 from tests.fakes.keeper import Keep, Kept, Look
@@ -75,6 +76,34 @@ def test_a_power_cut_leaves_what_was_durable_and_takes_the_rest(file: Path) -> N
 
     assert run.cut == "the test cut it"
     assert (after.value, after.boot) == (7, 1)
+
+
+def test_the_machines_clock_goes_on_from_boot_to_boot(file: Path) -> None:
+    walls: list[int] = []
+
+    async def scenario(device: Device) -> None:
+        clock = device.kernel.mapped_clock
+        walls.append(clock.wall())
+        since = clock.monotonic()
+        await device.sleep("30min")
+        walls.append(clock.wall())
+        assert walls[-1] - walls[-2] == clock.monotonic() - since >= HALF_HOUR
+
+    async def cut(device: Device) -> None:
+        await scenario(device)
+        await device.cut_power()
+
+    first = simulate(file, cut, seed=1, within="60min")
+    second = simulate(file, scenario, seed=2, within="60min", after=first)
+    again = simulate(file, scenario, seed=2, within="60min", after=first)
+
+    assert walls[0] >= WALL_START
+    assert sorted(set(walls[:4])) == walls[:4], "each boot begins after the earlier one has ended"
+    assert walls[4:] == walls[2:4], "a function of the seed"
+    assert first.wall < second.wall == again.wall
+
+
+HALF_HOUR = 1_800_000_000_000  # nanoseconds
 
 
 def test_one_run_may_be_followed_by_several(file: Path) -> None:

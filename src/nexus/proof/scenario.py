@@ -28,6 +28,7 @@ from nexus.abi import (
     CapClose,
     CapDerive,
     CapQuery,
+    ClockMap,
     ConsoleWrite,
     EndpointClose,
     EndpointCreate,
@@ -71,6 +72,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
     Wait,
 )
@@ -84,7 +87,7 @@ NO_LINK: Final = LinkId(1 << 30)
 CALLS: Final = 20  # fused calls after the others, to see the fast path settle
 PEER_TERMS: Final = LinkTerms(depth=4, size=LINK_SIZE_MAX, delegations=8)
 
-ECHO, BIND, STOP, VIEW, SLEEP, BYE, KILL = range(1, 8)  # first byte of a request
+ECHO, BIND, STOP, VIEW, SLEEP, BYE, KILL, WATCH = range(1, 9)  # first byte of a request
 
 
 def programs() -> Programs:
@@ -224,6 +227,7 @@ async def _doomed(boot: BootImage) -> int:
 
 async def _server(boot: BootImage) -> int:
     kept: Slot | None = None
+    watched = memoryview(b"")
     receive = ReplyRecv((boot.endpoint,), NEVER)
     while True:
         message = await receive
@@ -239,6 +243,11 @@ async def _server(boot: BootImage) -> int:
             case 5:  # SLEEP
                 _ = await SleepUntil(Nanos(message.now + SHORT_WAIT))
                 receive.slot, receive.data = kept, bytes((SLEEP,))
+            case 8:  # WATCH
+                if message.cap is not None:
+                    watched = await VmoWatch(message.cap)
+                    await CapClose(message.cap)
+                receive.slot, receive.data = kept, bytes((WATCH,)) + bytes(watched[:4])
             case 6:  # BYE
                 assert kept is not None
                 await Send(kept, bytes((BYE,)))
@@ -286,6 +295,7 @@ async def _client(boot: BootImage) -> int:
     await _deadlines(inbox)
     await _full_queues()
     await _bulk(server, inbox, reply.link)
+    await _shared(server, inbox, reply.link)
     await _refusals(boot, server)
     await _classes(bound.sender.pid)
     await _death(boot, doomed, inbox)
@@ -336,6 +346,7 @@ async def _deadlines(inbox: Slot) -> None:
     assert await Now() >= deadline
     deadline = await _ahead(SHORT_WAIT)
     assert await SleepUntil(deadline) >= deadline
+    assert (await ClockMap()).monotonic() >= deadline
     await _say("deadlines ok")
 
 
@@ -386,6 +397,26 @@ async def _bulk(server: Slot, inbox: Slot, link: LinkId) -> None:
     assert int.from_bytes(answer[3:], "little") == 8192
     await CapClose(kept)
     await _say("bulk ok")
+
+
+async def _shared(server: Slot, inbox: Slot, link: LinkId) -> None:
+    """Memory that the server goes on watching: it sees each change before the next request."""
+    vmo = await VmoCreate(5000)
+    view = await VmoShare(vmo)
+    for trap in (VmoShare(vmo), VmoWrite(vmo, 0, b"x"), VmoSeal(vmo), VmoMap(vmo)):
+        await _refused(trap, Status.PERMISSION_DENIED)
+    for words in (b"fine", b"well"):
+        view[:4] = words
+        move = await CapClone(vmo) if words == b"fine" else None
+        await Send(server, bytes((WATCH,)), move=move)
+        assert (await _from(inbox, link)).data == bytes((WATCH,)) + words
+    unsealed = await VmoCreate(1)
+    await _refused(VmoWatch(unsealed), Status.PERMISSION_DENIED)
+    await CapClose(unsealed)
+    await CapClose(vmo)
+    assert bytes(view[:4]) == b"well"
+    view.release()
+    await _say("shared ok")
 
 
 async def _refusals(boot: BootImage, server: Slot) -> None:

@@ -22,9 +22,11 @@ from nexus.abi import (
     CapInfo,
     CapKind,
     CapQuery,
+    ClockMap,
     ConsoleWrite,
     EndpointClose,
     EndpointCreate,
+    Fence,
     Nanos,
     Now,
     PolicyRead,
@@ -38,6 +40,8 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
+    VmoWatch,
     VmoWrite,
 )
 from nexus.ipc import (
@@ -283,6 +287,7 @@ class Workload:
         if bytes(view[: len(data)]) != data or info != CapInfo(CapKind.VMO, Rights.MAP, len(view)):
             self.wrong.append(f"objects: {info}, {bytes(view[: len(data)]).hex()}"[:120])
         view.release()
+        await self._share(held, data)
         endpoint = await EndpointCreate()
         await EndpointClose(endpoint)
         await SetTaskQos(None, await TaskQos())
@@ -291,6 +296,22 @@ class Workload:
             self.wrong.append("objects: slept too short")
         while held:
             await CapClose(held.pop())
+
+    async def _share(self, held: list[Slot], data: bytes) -> None:
+        """Write and watch memory, which lasts as long as its views; look at the clock."""
+        held.append(await VmoCreate(len(data)))
+        written = await VmoShare(held[-1])
+        seen = await VmoWatch(held[-1])
+        await CapClose(held.pop())
+        written[: len(data)] = data
+        await Fence()
+        if bytes(seen[: len(data)]) != data:
+            self.wrong.append(f"share: {bytes(seen[: len(data)]).hex()}")
+        seen.release()
+        written.release()
+        now = (await ClockMap()).monotonic()
+        if now > await Now():
+            self.wrong.append(f"share: the mapped clock is ahead, at {now}")
 
 
 class Idle:
