@@ -37,7 +37,7 @@ TIME_UNITS: Final[Mapping[str, int]] = {"ms": 1_000_000, "s": SECOND, "min": 60 
 AMOUNT: Final = re.compile(r"([0-9]{1,9})([A-Za-z]*)")
 LEAST_TIME: Final = Nanos(10_000_000)  # ns; what is done more often is not done now and then
 HOUR: Final = Nanos(3600 * SECOND)
-SIZE_LEAST: Final = 4096  # bytes; one batch of the WAL has to fit
+SIZE_LEAST: Final = 24 * 16 * 1024  # bytes; an hour's share takes two writes
 SIZE_MOST: Final = 512 << 20  # bytes
 
 
@@ -90,6 +90,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         check_between("number of names in core", len(self.core_ids), 0, CORE_NAMES_MAX)
         if self.long_ns % self.short_ns or self.long_ns == self.short_ns:
             raise ValueError(f"long is {self.long}: it is to be a multiple of short, {self.short}")
+        if self.windows <= self.long_ns // self.short_ns:
+            raise ValueError(
+                f"windows is {self.windows}: a long one is made of "
+                f"{self.long_ns // self.short_ns} short ones, so more are to be kept"
+            )
         if self.wal_ns > self.short_ns:
             raise ValueError(
                 f"wal_every is {self.wal_every}: it is to be no more than short, {self.short}"

@@ -2,84 +2,130 @@
 
 from typing import Final
 
-from nexus.abi import Nanos
+from nexus.abi import Nanos, ServiceId
 from nexus.protocols.metricsd import GetHistory, Kind, Resolution, Window, WindowPage
 from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.rollup import Rollups
 from nexus.services.metricsd.series import Key, Series, sorted_labels
+from nexus.services.metricsd.store import Connect, Say, Store
 from nexus.wire import encode
 
 KINDS: Final = tuple(Kind)
 
 
 class History:
-    """Rolls readings up and tells them."""
+    """Rolls readings up, keeps them, and tells them. Without `connect` nothing outlives it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        boot: int = 0,
+        boot_id: bytes = b"",
+        connect: Connect | None = None,
+        log: Say | None = None,
+        generation: int = 1,
+    ) -> None:
         self._settings = settings
-        self._rollups = Rollups(settings.short_ns, settings.long_ns, settings.windows)
+        self._rollups = Rollups(
+            settings.short_ns, settings.long_ns, settings.windows, boot, boot_id
+        )
+        self._store: Store | None = None
+        if connect is not None and log is not None and settings.retention:
+            self._store = Store(settings, self._rollups, connect, log, generation=generation)
 
-    async def start(self, now: Nanos, offset: int) -> None:
-        """Begin."""
-        self._rollups.begin(now, offset, 0, b"")
+    def start(self, now: Nanos, offset: int) -> None:
+        """The clocks are known: without a store windows begin, with one when it was read."""
+        self._rollups.offset = offset
+        if self._store is None:
+            self._rollups.begin(now)
 
     def configure(self, settings: Settings) -> None:
-        """Use these from now on."""
+        """Use these from now on. Whether there is a store at all is for the next start."""
         self._settings = settings
-        _ = self._rollups.configure(settings.short_ns, settings.long_ns, settings.windows)
+        for resolution, closed in self._rollups.configure(
+            settings.short_ns, settings.long_ns, settings.windows
+        ):
+            if self._store is not None:
+                self._store.on_closed(resolution, closed)
+        if self._store is not None:
+            self._store.configure(settings)
 
-    def on_reading(self, series: Series, now: Nanos) -> None:
+    def on_reading(self, series: Series) -> None:
         """What a series says now."""
-        del now
         self._rollups.on_reading(
             series.key, series.instance.generation, series.state, series.bounds, live=series.live
         )
 
     def next_time(self) -> Nanos | None:
-        """When a window is over."""
-        return self._rollups.next_time()
+        """When a window is over, or the store has something to do."""
+        due = self._rollups.next_time()
+        if self._store is None:
+            return due
+        wanted = self._store.next_time()
+        return wanted if due is None else min(due, wanted)
+
+    def is_window_over(self, now: Nanos) -> bool:
+        """Whether a window ends: what was stored until now belongs to it."""
+        due = self._rollups.next_time()
+        return due is not None and now >= due
 
     async def on_time(self, now: Nanos) -> None:
-        """Close windows."""
-        _ = self._rollups.on_time(now)
+        """Close windows that are over, drop those that are too old, write what is due."""
+        store = self._store
+        for resolution, closed in self._rollups.on_time(now):
+            if store is not None:
+                store.on_closed(resolution, closed)
         for resolution in Resolution:
-            _ = self._rollups.expired(resolution)
+            for closed in self._rollups.expired(resolution):
+                if store is not None:
+                    store.on_expired(resolution, closed)
+        if store is not None and now >= store.next_time():
+            await store.on_time(now)
+            await store.tell()
 
     def page(self, request: GetHistory, size_max: int) -> WindowPage | None:
         """The windows asked for; None if no such series is known."""
         labels = sorted_labels(request.labels)
         rows: list[Window] = []
         size = 0
-        known = False
         for kind in KINDS:
-            key = Key(request.service, kind, request.name, labels)  # type: ignore[arg-type]
+            key = Key(ServiceId(request.service), kind, request.name, labels)
             if not self._rollups.knows(key):
                 continue
-            known = True
             for window in self._rollups.windows(key, request.resolution, request.since):
                 size += len(encode(window))
                 if size > size_max or len(rows) >= request.count:
                     return WindowPage(window.start, rows)
                 rows.append(window)
-            break
-        return WindowPage(0, rows) if known else None
+            return WindowPage(0, rows)
+        return None
 
     def losses(self) -> list[tuple[str, int]]:
         """What was lost, as counters of metricsd's own."""
-        return []
+        store = self._store
+        if store is None:
+            return []
+        return [
+            ("nexus_retention_writes_refused_total", store.refused),
+            ("nexus_retention_failed_total", store.failed),
+            ("nexus_retention_windows_dropped_total", store.dropped),
+            ("nexus_retention_records_lost_total", store.recovered.lost),
+        ]
 
     def counts(self) -> dict[str, int]:
         """As Stats tells it."""
         closed = self._rollups.closed
+        store = self._store
         return {
-            "segments": 0,
+            "segments": 0 if store is None else store.segments,
             "segments_max": self._settings.segments,
             "windows_short": len(closed[Resolution.SHORT]),
             "windows_long": len(closed[Resolution.LONG]),
             "windows_max": self._settings.windows,
-            "written_today": 0,
+            "written_today": 0 if store is None else store.written_today,
             "written_max": self._settings.bytes_max,
-            "write_refused": 0,
-            "recovered": 0,
-            "recovery_lost": 0,
+            "write_refused": 0 if store is None else store.refused,
+            "recovered": 0 if store is None else store.recovered.records,
+            "recovery_lost": 0 if store is None else store.recovered.lost,
         }

@@ -21,7 +21,7 @@ import msgspec
 from nexus.abi import Nanos
 from nexus.protocols.metricsd import BOUNDS_MAX, Kind, Resolution, Window
 from nexus.services.metricsd.series import Key, Labels, State
-from nexus.services.metricsd.wal import pack, unpack
+from nexus.services.metricsd.wal import Meta, chunks, part_of, unpack
 
 I64_MAX: Final = (1 << 63) - 1
 U64_MAX: Final = (1 << 64) - 1
@@ -99,7 +99,7 @@ class Closed:
     def entries(self) -> Iterator[Entry]:
         """What is in it; parts that were damaged give less."""
         for part in self.parts:
-            for payload in unpack(part).payloads:
+            for payload in unpack(part).payloads[1:]:
                 entry = entry_of(payload)
                 if entry is not None:
                     yield entry
@@ -108,8 +108,8 @@ class Closed:
         """The series' entry."""
         for part in self.parts:
             if needle in part:
-                for payload in unpack(part).payloads:
-                    entry = entry_of(payload) if payload.find(needle) >= 0 else None
+                for payload in unpack(part).payloads[1:]:
+                    entry = entry_of(payload) if needle in payload else None
                     if entry is not None and entry.key == key:
                         return entry
         return None
@@ -179,20 +179,33 @@ def figures_of(
 class Rollups:
     """The open windows and the closed ones of both resolutions."""
 
-    def __init__(self, short: Nanos, long: Nanos, windows_max: int) -> None:
-        self.boot = 0
-        self.boot_id = b""
+    def __init__(
+        self, short: Nanos, long: Nanos, windows_max: int, boot: int, boot_id: bytes
+    ) -> None:
+        self.boot = boot
+        self.boot_id = boot_id
+        self.sequence = 0  # of the latest segment of the WAL
         self.offset = 0  # ns from the kernel's clock to 1970
         self.windows_max = windows_max
         self.closed: dict[Resolution, list[Closed]] = {each: [] for each in Resolution}
         self.open: dict[Resolution, Open | None] = dict.fromkeys(Resolution)
         self._lengths = {Resolution.SHORT: short, Resolution.LONG: long}
         self._bases: dict[Key, Entry] = {}  # what each series said when it was taken in last
+        self._has_taken = False
         self._told: dict[Key, int] = {}  # start of the last long window that has the series
 
-    def begin(self, now: Nanos, offset: int, boot: int, boot_id: bytes) -> None:
-        """Windows begin now."""
-        self.offset, self.boot, self.boot_id = offset, boot, boot_id
+    def know(self, entry: Entry) -> None:
+        """What an earlier metricsd of this boot took in last; readings go on from there."""
+        if not self._has_taken:
+            self._bases[entry.key] = entry
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether readings are taken in."""
+        return None not in self.open.values()
+
+    def begin(self, now: Nanos) -> None:
+        """Windows begin now; readings of before that are not missed, as what they tell adds up."""
         for resolution in Resolution:
             if self.open[resolution] is None:
                 self.open[resolution] = self._opened(resolution, now)
@@ -235,6 +248,9 @@ class Rollups:
         self, key: Key, generation: int, state: State, bounds: tuple[int, ...], *, live: bool
     ) -> None:
         """What a series says now."""
+        if not self.has_begun:
+            return
+        self._has_taken = True
         base = self._bases.get(key)
         before = None if base is None or base.generation != generation else base.state
         if before == state and key.kind is not Kind.GAUGE:
@@ -288,7 +304,9 @@ class Rollups:
             self._carry(open_)
         if not open_.entries:
             return []
-        closed = Closed(open_.place, open_.start, self.boot, packed(open_.entries.values()))
+        closed = closed_of(
+            open_.place, open_.start, self.boot, self.sequence, open_.entries.values()
+        )
         self.keep(resolution, closed)
         return [(resolution, closed)]
 
@@ -369,6 +387,26 @@ def copied(entry: Entry) -> Entry:
     return Entry(*entry.key, entry.generation, own, entry.state)
 
 
-def packed(entries: Iterable[Entry]) -> tuple[bytes, ...]:
-    """Entries as parts, each small enough for one value of the store."""
-    return pack(_encode(entry) for entry in entries)
+def closed_of(
+    place: Place, start: int, boot: int, sequence: int, entries: Iterable[Entry]
+) -> Closed:
+    """A window that is over, as it is kept and written."""
+    split = chunks(_encode(entry) for entry in entries)
+    parts = tuple(
+        part_of(meta_for(place, start, boot, sequence, index, len(split)), payloads)
+        for index, payloads in enumerate(split)
+    )
+    return Closed(place, start, boot, parts)
+
+
+def meta_for(place: Place, start: int, boot: int, sequence: int, part: int, parts: int) -> Meta:
+    """What the first record of a part says."""
+    return Meta(sequence, boot, place.boot_id, place.length, place.number, start, part, parts)
+
+
+def segment_of(open_: Open, boot: int, sequence: int) -> tuple[bytes, list[Key]]:
+    """A segment of the WAL with as many of the dirty entries as it takes, and which those are."""
+    keys = sorted(key for key in open_.dirty if key in open_.entries)
+    payloads = chunks(_encode(open_.entries[key]) for key in keys)[0]
+    meta = meta_for(open_.place, open_.start, boot, sequence, 0, 1)
+    return part_of(meta, payloads), keys[: len(payloads)]

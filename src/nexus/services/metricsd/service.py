@@ -26,6 +26,7 @@ from nexus.abi import (
     Slot,
     VmoWatch,
 )
+from nexus.ipc import Client, RetryBudget, RouteFailure
 from nexus.protocols.metricsd import (
     METRICS_READ,
     PROTOCOL,
@@ -55,6 +56,7 @@ from nexus.protocols.metricsd import (
     WindowPage,
 )
 from nexus.protocols.metricsd import Series as ToldSeries
+from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.runtime import Call, Refusal
 from nexus.runtime.program import Context, program_of
 from nexus.services.metricsd import checks
@@ -84,6 +86,9 @@ ANSWER_SIZE_MAX: Final = CONTROL_LINK_SIZE - HEADER_SIZE - ANSWER_HEAD_SIZE
 """Bytes of the rows of one answer: its frame fits the smallest link there is."""
 
 SINK: Final = "logd"
+STATEFSD_NAME: Final = "statefsd"
+CONNECT_ATTEMPTS_MAX: Final = 3  # of one search for statefsd
+CONNECT_BACKOFF: Final = Nanos(5_000_000)  # ns
 OVERFLOW_NAME: Final = "nexus_overflow_updates_total"
 
 TOLD: Final = (
@@ -148,7 +153,7 @@ class Metricsd:
         self._now = clock.monotonic()
         self._offset = clock.wall() - self._now
         self._next_read = Nanos(self._now + self._settings.read_ns)
-        await self._history.start(self._now, self._offset)
+        self._history.start(self._now, self._offset)
 
     async def handle(self, call: Call, request: MetricsdRequest) -> Any:
         """The reply; a refusal is accounted for before its sender hears of it."""
@@ -538,7 +543,7 @@ class Metricsd:
     async def on_time(self, now: Nanos) -> None:
         """Read the pages, close spans that never ended, roll up, export."""
         self._now = now
-        if now >= self._next_read:
+        if now >= self._next_read or self._history.is_window_over(now):
             self._next_read = Nanos(now + self._settings.read_ns)
             await self._read_pages(list(self._pages.values()))
             for begun in self._open.older_than(Nanos(now - self._settings.span_ns)):
@@ -547,7 +552,7 @@ class Metricsd:
                 self._keep(begun, now, SpanStatus.TIMED_OUT)
             self._say_own()
             for series in self._table:
-                self._history.on_reading(series, now)
+                self._history.on_reading(series)
             self._exporter.on_time(now)
         await self._history.on_time(now)
 
@@ -574,7 +579,7 @@ class Metricsd:
             self._lost += 1
             self._keep(begun, self._now, SpanStatus.LOST)
         for series in self._live_of(instance):
-            self._history.on_reading(series, self._now)
+            self._history.on_reading(series)
             self._table.end(series)
 
     # ------------------------------------------------------------------ what it says of itself
@@ -673,12 +678,29 @@ def _caps(settings: Settings) -> Caps:
 
 def made(context: Context) -> Metricsd:
     """metricsd as the system file wants it."""
-    boot = context.boot
+    boot, config = context.boot, context.config
+    settings = context.settings_as(Settings)
+
+    async def connect(until: Nanos) -> Client | RouteFailure:
+        budget = RetryBudget(
+            attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until
+        )
+        return await context.peers.connect(STATEFSD_NAME, STATEFSD, budget)
+
+    history = History(
+        settings,
+        boot=config.boot,
+        boot_id=config.boot_id,
+        connect=connect if STATEFSD_NAME in config.uses else None,
+        log=context.log,
+        generation=boot.generation,
+    )
     return Metricsd(
-        context.settings_as(Settings),
+        settings,
         context.authority,
         Instance(boot.service, boot.generation, boot.pid),
         context.log,
+        history,
         needs_log=True,
     )
 
