@@ -264,6 +264,62 @@ def explain(
     raise typer.Exit(act(_file(file, name), client, server, right, as_json=json))
 
 
+@app.command(
+    epilog=_examples("nexus why pump", "nexus why pump --report 12", "nexus why pump --json")
+)
+def why(
+    service: Annotated[str, typer.Argument(help="The service to tell of.", show_default=False)],
+    report: Annotated[
+        int | None, typer.Option("--report", min=1, help="The crash report to tell; the last.")
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Say what happened to a service, the evidence, and what was done about it."""
+    from nexus.cli.ask import asked
+    from nexus.cli.why import why as act
+
+    act(asked(name), service, report, as_json=json)
+
+
+@app.command(
+    epilog=_examples("nexus run report-maker -- --month 7", "nexus run report-maker -d --restart")
+)
+def run(
+    program: Annotated[
+        str, typer.Argument(help='A service with start = "demand".', show_default=False)
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Its arguments.", show_default=False)
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", help="A variable, KEY=VALUE; repeat it.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start it again when it crashes.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it was started.")
+    ] = False,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Have execd start a program, and wait for its end. The exit code is the program's."""
+    from nexus.cli.ask import asked
+    from nexus.cli.run import run as act
+
+    code = act(
+        asked(name),
+        program,
+        arguments or [],
+        env or [],
+        restart=restart,
+        detach=detach,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
 @app.command(epilog=_examples("nexus doctor", "nexus doctor --json"))
 def doctor(json: Json = False) -> None:
     """Say which guarantees hold on this machine, for this user, and how they degrade."""

@@ -366,8 +366,7 @@ class Execd:
     async def _on_exit(self, call: Call, end: ReportExit) -> int:
         """Tell of an end, and of the crash if it is one; the report's number or 0."""
         if self._children.named(end.name) is not None:
-            line = f"execd: child exited pid={end.pid} code={end.code}"
-            await self._say(line, _end_evidence(end))
+            await self._say(f"execd: child exited {_end_text(end)}", _end_evidence(end))
         is_crash = not end.asked and bool(end.code or end.signal)
         number = await self._on_crash(call, end) if is_crash else 0
         ended = Ended(end.pid, end.generation, end.code, end.signal, number)
@@ -384,9 +383,8 @@ class Execd:
         report = fitted(self._report(number, end, found))
         kept = await self._keeping.keep(report, call.now, until)
         self._write_record(report, found)
-        signal = f" signal={end.signal}" if end.signal else ""
         await self._say(
-            f"execd: crash report pid={end.pid} code={end.code} name={end.name}{signal}",
+            f"execd: crash report {_end_text(end)}",
             {
                 **_end_evidence(end),
                 "report": number,
@@ -485,6 +483,12 @@ def _settings(request: Exec) -> bytes:
     environment = {variable.key: variable.value for variable in request.environment}
     table = {"arguments": request.arguments, "environment": environment}
     return msgspec.msgpack.encode(table)
+
+
+def _end_text(end: ReportExit) -> str:
+    """An end in words that no other end of this boot has: the kernel gives a pid again."""
+    signal = f" signal={end.signal}" if end.signal else ""
+    return f"pid={end.pid} code={end.code} name={end.name} generation={end.generation}{signal}"
 
 
 def _end_evidence(end: ReportExit) -> dict[str, Any]:
