@@ -8,7 +8,7 @@ from nexus.metrics.metrics import (
     Metrics,
 )
 from nexus.metrics.series import Counter, Gauge, Histogram
-from nexus.metrics.spans import Recorder, Span
+from nexus.metrics.spans import Recorder, Span, TaskTrail, Tracing
 
 __all__ = [
     "DEFAULT_BOUNDS",
@@ -21,4 +21,6 @@ __all__ = [
     "Metrics",
     "Recorder",
     "Span",
+    "TaskTrail",
+    "Tracing",
 ]

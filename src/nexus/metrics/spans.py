@@ -1,11 +1,12 @@
 """Spans of a task: open ones are seen in the page's slots, ended ones come into its ring."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from nexus.abi import Clock
-from nexus.ipc import Caller, Context, Parent
+from nexus.ipc import Caller, Context, Parent, Spans
 from nexus.ipc.context import NO_SPAN, TRACE_SIZE
 from nexus.protocols.metricsd import SpanStatus
 from nexus.telemetry import PageWriter, begin_span, end_span
@@ -15,12 +16,24 @@ OK: Final = int(SpanStatus.OK)
 ERROR: Final = int(SpanStatus.ERROR)
 
 
+class Tracing(Protocol):
+    """Where a span finds what it is part of, and says so to what is part of it: ipc.Caller."""
+
+    trail: bytes
+
+    @property
+    def parent(self) -> Parent | None: ...
+
+    @property
+    def spans(self) -> Spans: ...
+
+
 class Recorder:
     """Where the spans of a task go. Without a page they go nowhere, and traces go on all the same."""
 
     __slots__ = ("caller", "clock", "page", "root")
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Tracing) -> None:
         self.caller = caller
         self.root = caller.trail  # of calls that are made outside of any span
         self.page: PageWriter | None = None
@@ -110,3 +123,22 @@ class Span:
             else:
                 ended = end_span(self._begun, now, status, self._more)
             page.close_span(self._slot, ended)
+
+
+class TaskTrail:
+    """A caller's trail for a program whose work interleaves: each of its tasks has its own."""
+
+    parent = None
+
+    def __init__(self, caller: Caller) -> None:
+        self.spans = caller.spans
+        self._trail = ContextVar(f"nexus.trail.{id(self)}", default=caller.trail)
+
+    @property
+    def trail(self) -> bytes:
+        """Trace and span of the task that asks."""
+        return self._trail.get()
+
+    @trail.setter
+    def trail(self, trail: bytes) -> None:
+        _ = self._trail.set(trail)

@@ -19,9 +19,8 @@ barriers are the reader's alone (abi.Fence): they hold on the writer's CPU too.
 import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
-from zlib import crc32
 
-from nexus.telemetry.ring import RING_SIZE_MIN, SEED_MASK, NoRing, RingReader, RingWriter
+from nexus.telemetry.ring import RING_SIZE_MIN, NoRing, RingReader, RingWriter, checksum
 
 PAGE_VERSION: Final = 1
 PAGE_MAGIC: Final = int.from_bytes(b"NXPAGE\0" + bytes([PAGE_VERSION]), "little")
@@ -29,7 +28,7 @@ WORD_SIZE: Final = 8  # bytes
 HEADER_WORDS: Final = 8
 HEADER_SIZE: Final = HEADER_WORDS * WORD_SIZE  # bytes
 SLOT_SIZE: Final = 320  # bytes; name, attributes and ids of a span at their limits fit
-SLOT: Final = struct.Struct("<QII")  # number (0: free), size, crc32 seeded with the number
+SLOT: Final = struct.Struct("<QII")  # number (0: free), size, checksum
 SPAN_SLOT_PAYLOAD_MAX: Final = SLOT_SIZE - SLOT.size
 PAGE_SIZE_MIN: Final = 4096  # bytes
 WORD_MAX: Final = (1 << 63) - 1  # a counter stays there; a gauge's largest value
@@ -119,7 +118,7 @@ class PageWriter:
             return -1
         at = self._free.pop()
         self._number = number = self._number + 1
-        check = crc32(payload, number & SEED_MASK)
+        check = checksum(payload, number)
         self._slots[at : at + SLOT.size + size] = _pack(number, size, check) + payload
         return at
 
@@ -279,6 +278,6 @@ class PageReader:
             if number == 0 or size > SPAN_SLOT_PAYLOAD_MAX:
                 continue
             payload = bytes(self._slots[at + SLOT.size : at + SLOT.size + size])
-            if crc32(payload, number & SEED_MASK) == check:
+            if checksum(payload, number) == check:
                 found.append(payload)
         return found

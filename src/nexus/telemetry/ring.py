@@ -2,7 +2,7 @@
 
     header, 128 bytes = 16 words   magic | capacity | reserve | commit | count | lost | 2 free | 8 marks
     area, `capacity` bytes         records, each on a multiple of 8: sequence u64, size u32, crc32 u32
-                                   (seeded with the low half of the sequence), payload
+                                   (seeded from the sequence, see `checksum`), payload
 
 Positions are bytes since the ring was made and never go back; position p lies at p % capacity, and
 a record may run over the end. To put one, the writer stores `reserve` (what the record will
@@ -32,6 +32,7 @@ RING_SIZE_MIN: Final = RING_HEADER_SIZE + 16 * UNIT  # bytes; a record of 128 fi
 RECORD: Final = struct.Struct("<QII")  # sequence, size, crc32
 RECORD_SIZE: Final = RECORD.size
 SHARE: Final = 8  # a record takes at most this part of the area: one lap holds several
+SEED_FACTOR: Final = 2_654_435_761  # Knuth's, 2^32 over the golden ratio
 SEED_MASK: Final = (1 << 32) - 1
 SEQUENCE_MAX: Final = 1 << 62  # a larger one is no record's; sums of a few still fit 64 bits
 DOUBTS_MAX: Final = 3  # drains that find the same place unreadable until it counts as damaged
@@ -62,6 +63,15 @@ def _capacity_of(size: int) -> int:
 def payload_size_max(size: int) -> int:
     """The largest payload (bytes) that a ring in `size` bytes of memory takes."""
     return _capacity_of(size) // SHARE - RECORD_SIZE
+
+
+def checksum(payload: bytes, number: int) -> int:
+    """What goes with the payload of record `number`.
+
+    A seed is added to the first bytes. The bare number would cancel out in a payload that begins
+    with it, and half of one record with half of the next could fit: tests/property found that.
+    """
+    return crc32(payload, number * SEED_FACTOR & SEED_MASK)
 
 
 class RingWriter:
@@ -108,7 +118,8 @@ class RingWriter:
             eighth = position // self._eighth
             words[MARK_WORD + eighth % MARKS] = position
             self._mark_next = (eighth + 1) * self._eighth
-        record = _pack(sequence, size, crc32(payload, sequence & SEED_MASK)) + payload
+        seed = sequence * SEED_FACTOR & SEED_MASK
+        record = _pack(sequence, size, crc32(payload, seed)) + payload
         at = position % self._capacity
         stop = at + RECORD_SIZE + size
         if stop <= self._capacity:
@@ -218,7 +229,7 @@ class RingReader:
         if self._reserve(self._commit()) - self.taken > self._capacity:
             self._jump(self._commit())  # overwritten while it was copied
             return None
-        if not (fits and self._is_due(number) and crc32(payload, number & SEED_MASK) == check):
+        if not (fits and self._fits(number, payload, check)):
             self._doubt(commit)
             return None
         self._doubts = 0
@@ -230,6 +241,9 @@ class RingReader:
         self.sequence = number + 1
         self.accepted += 1
         return payload
+
+    def _fits(self, number: int, payload: bytes, check: int) -> bool:
+        return self._is_due(number) and checksum(payload, number) == check
 
     def _is_due(self, number: int) -> bool:
         return number == self._number or (self._number is None and number < SEQUENCE_MAX)
