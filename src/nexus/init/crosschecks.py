@@ -7,7 +7,15 @@ and links is in `nexus.init.plan`.
 from collections.abc import Mapping
 from typing import Final
 
-from nexus.abi import INIT_NAME, KERNEL_NAME, HardwareKind, Nanos, StreamRole, service_id
+from nexus.abi import (
+    INIT_NAME,
+    KERNEL_NAME,
+    HardwareKind,
+    Isolation,
+    Nanos,
+    StreamRole,
+    service_id,
+)
 from nexus.init.declare import DURATION_UNITS, amount_text, cut
 from nexus.init.errors import SystemFileError
 from nexus.init.lines import KeyPath
@@ -203,6 +211,12 @@ def _check_needs(system: System, service: Service, source: ProgramSource) -> Non
             ", ".join(f'"{each.name.lower()}"' for each in kinds) or "none",
         )
     _check_disk(system, service, source)
+    if source.apart and service.grants.isolation is not Isolation.EXEC:
+        raise system.wrong(
+            service.path,
+            f'isolation = "exec", for the libraries of "{source.name}"',
+            "a process forked from init",
+        )
     if source.keeps_secret and not service.grants.secret:
         raise system.wrong(
             (*service.path, "secret"),

@@ -127,7 +127,7 @@ class PlannedService:
     `stage` is POLICY_STAGE, CORE_STAGE or REST_STAGE; `probe_every` 0 is the first probe only.
     `entry` is empty for the programs Nexus has; `by` is the service that starts it on demand, empty
     for one that starts with the system; `starts` are those that it starts itself, with the digests
-    of their programs.
+    of their programs; `names` are all services, for a program that tells of others.
     """
 
     name: str
@@ -165,6 +165,7 @@ class PlannedService:
     memory: int = MEMORY_SIZE_DEFAULT
     by: str = ""
     starts: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...] = ()
     log_ring: int = LOG_RING_DEFAULT
     metrics_page: int = METRICS_PAGE_DEFAULT
 
@@ -538,6 +539,7 @@ def _service(
             for other in system.services
             if other.by == service.name
         ),
+        names=tuple(each.name for each in system.services) if source.names else (),
         log_ring=service.log_ring,
         metrics_page=service.metrics_page,
     )

@@ -50,8 +50,9 @@ class ProgramSource:
     """Where a program is: `module` holds its code, `protocols` are the modules of what it serves.
 
     `asks_policy`: it decides nothing without the policy service; it `drives` a device of that kind;
-    it `keeps_secret` where only it can read, in an interpreter of its own, and what it computes
-    with is imported there and not in init. `disk_check` is the module whose `disk_fault` says what
+    it `keeps_secret` where only it can read; it is `apart`, in an interpreter of its own, and its
+    libraries are imported there and not in init, as those of one that keeps a secret are; it is
+    told the `names` of all services. `disk_check` is the module whose `disk_fault` says what
     its settings and the size of its first block device have against each other. A program of a
     system's own has an `entry`; an `ordinary` one uses libraries that need asyncio, and `double` is
     the class that runs in the simulator instead. `path` are folders to import it from, besides
@@ -64,6 +65,8 @@ class ProgramSource:
     asks_policy: bool = False
     drives: HardwareKind | None = None
     keeps_secret: bool = False
+    apart: bool = False
+    names: bool = False
     disk_check: str = ""
     entry: str = ""
     double: str = ""
@@ -106,6 +109,13 @@ _SOURCES: Final = (
     _nexus_own("keystored", asks_policy=True, keeps_secret=True),
     _nexus_own("metricsd", asks_policy=True),
     _nexus_own("execd", asks_policy=True),
+    ProgramSource(
+        name="exportd",
+        module="nexus.services.exportd",
+        protocols=("nexus.protocols.exportd",),
+        apart=True,
+        names=True,
+    ),
     _nexus_own("demo.testsvc"),
     _nexus_own("demo.hello"),
     ProgramSource(name="demo.exit0", module="nexus.services.demo.exit0"),
@@ -236,12 +246,12 @@ def _files(spec: ModuleSpec) -> list[tuple[str, Path]]:
 def load_program(source: ProgramSource, *, executes: bool = False) -> Program:
     """Import the program. Its `main` is looked up here, once, before anything is started.
 
-    Where the kernel `executes` programs, one that keeps a secret is not imported: the interpreter
+    Where the kernel `executes` programs, one that is apart is not imported: the interpreter
     of its own finds its `main` by `entry`. What cryptography holds is in no fork of init then.
     """
     if not source.entry:
         module = None
-        if not (executes and source.keeps_secret):
+        if not (executes and (source.keeps_secret or source.apart)):
             module = importlib.import_module(source.module)
         return Program(
             name=source.name,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final
 
-from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, Spawned, SpawnReason
+from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, Spawned, SpawnReason, StreamRole
 from nexus.init.plan import PlannedService
 from nexus.protocols.init import Account, Health, TaskState
 from nexus.runtime import ServiceConfig
@@ -175,4 +175,8 @@ def config_of(
         starts=dict(planned.starts),
         log_ring=planned.log_ring,
         metrics_page=planned.metrics_page,
+        streams={
+            each.name: StreamRole(each.role).name.lower() for each in planned.grants.stream_ports
+        },
+        names=list(planned.names),
     )

@@ -20,6 +20,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `trace_seed` makes its trace and span ids. `boot` is the number of this boot, 0 for the first
     and for every boot of a system that keeps nothing; `boot_id` is random, and says which boot it
     is. `starts` are the services that it may have started, with the digests of their programs;
+    `streams` are its stream ports and their roles, the last of BootImage.ports in that order;
+    `names` are those of all services, for a program that tells of others to people.
     `log_ring` and `metrics_page` are the bytes of its ring for lines and of its page of series.
     """
 
@@ -30,6 +32,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     boot: int = 0
     boot_id: bytes = bytes(BOOT_ID_SIZE)
     starts: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    names: list[str] = []
     log_ring: int = 64 * 1024
     metrics_page: int = 32 * 1024
 

@@ -1,0 +1,81 @@
+"""What metricsd knows, page by page: series as they are now, and the spans since the last time."""
+
+from typing import Final
+
+from nexus.abi import Nanos
+from nexus.ipc import Client
+from nexus.protocols.metricsd import (
+    PROTOCOL as METRICSD,
+)
+from nexus.protocols.metricsd import (
+    SERIES_ROWS_MAX,
+    SPAN_ROWS_MAX,
+    GetSeries,
+    GetSpans,
+    Series,
+    SeriesPage,
+    Span,
+    SpanPage,
+)
+from nexus.runtime.program import Context, Unreachable
+
+METRICSD_NAME: Final = "metricsd"
+SPANS_MAX: Final = 512  # of one export; the next one goes on where it ended
+
+
+class NoReading(Exception):
+    """metricsd gave none; the text says why."""
+
+
+class Readings:
+    """exportd's questions to metricsd. Each has a deadline."""
+
+    def __init__(self, context: Context, series_max: int) -> None:
+        self._context = context
+        self._series_max = series_max
+        self._since = 0  # spans with lower numbers were seen
+        self._generation = 0  # of the metricsd that counts them
+
+    async def series(self, until: Nanos) -> list[Series]:
+        """Every series. Raises NoReading."""
+        client = await self._metricsd(until)
+        rows: list[Series] = []
+        since = 0
+        while True:  # each page begins behind the one before
+            asked = GetSeries(since, SERIES_ROWS_MAX, 0, "")
+            page = await client.call(asked, until)
+            if not isinstance(page, SeriesPage):
+                raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
+            rows += page.series
+            if len(rows) > self._series_max:
+                raise NoReading(f"more than {self._series_max} series")
+            if page.next <= since:
+                return rows
+            since = page.next
+
+    async def spans(self, until: Nanos) -> list[Span]:
+        """The spans that have ended since the last time. Raises NoReading."""
+        client = await self._metricsd(until)
+        generation = client.peer.generation
+        if generation != self._generation:
+            self._generation, self._since = generation, 0
+        found: list[Span] = []
+        since = self._since
+        while len(found) < SPANS_MAX:
+            asked = GetSpans(since, SPAN_ROWS_MAX, b"", 0, 0, "")
+            page = await client.call(asked, until)
+            if not isinstance(page, SpanPage):
+                raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
+            ended = [span for span in page.spans if span.end]
+            found += ended
+            self._since = max([self._since, *(span.number + 1 for span in ended)])
+            if page.next <= since:
+                break
+            since = page.next
+        return found
+
+    async def _metricsd(self, until: Nanos) -> Client:
+        try:
+            return await self._context.client(METRICSD_NAME, METRICSD, until)
+        except Unreachable as fault:
+            raise NoReading(str(fault)) from fault
