@@ -489,7 +489,8 @@ def measured(trace: Trace, number: int) -> Evidence:
     return lines[0].evidence
 
 
-def _rejection(line: Line, reason: str) -> None:
+def rejection(line: Line, reason: str) -> None:
+    """The service's own line says that it refused the client for this reason."""
     demand_equal(line.evidence["reason"], reason, "reason")
     sender = f"{service_id(SELFTEST):016x}"
     demand_equal(hex_of(line.evidence["sender"]), sender, "sender whose message was refused")
@@ -497,7 +498,7 @@ def _rejection(line: Line, reason: str) -> None:
 
 def reject_invalid_args(_case: Case, trace: Trace, line: Line) -> None:
     """#111: the client holds the status, its row of STATS grew by one, no id was used."""
-    _rejection(line, "invalid_args")
+    rejection(line, "invalid_args")
     found = measured(trace, 111)
     demand_equal([found["status"], found["again"]], ["INVALID_ARGS"] * 2, "statuses")
     demand_equal(found["growth"], _growth_of(invalid_args=1), "growth of its row in STATS")
@@ -506,7 +507,7 @@ def reject_invalid_args(_case: Case, trace: Trace, line: Line) -> None:
 
 def reject_over_limit(_case: Case, trace: Trace, line: Line) -> None:
     """#112: 512 bytes of fields are taken, 513 refused, and both counted."""
-    _rejection(line, "over_limit")
+    rejection(line, "over_limit")
     found = measured(trace, 112)
     demand_equal(found["sizes"], [512, 513], "bytes of fields")
     demand_equal(found["statuses"], ["OK", "OVER_LIMIT"], "statuses")
@@ -515,7 +516,7 @@ def reject_over_limit(_case: Case, trace: Trace, line: Line) -> None:
 
 def reject_rate_limited(_case: Case, trace: Trace, line: Line) -> None:
     """#113: the 25th of one sender is refused, another sender's in the same second is not."""
-    _rejection(line, "rate_limited")
+    rejection(line, "rate_limited")
     found = measured(trace, 113)
     demand_equal(found["statuses"], ["OK"] * 24 + ["RATE_LIMITED"], "statuses")
     demand(found["took_ns"] < 1_000_000_000, "the burst took longer than its window")

@@ -10,6 +10,7 @@ from nexus.proof import (
     checks_exec,
     checks_export,
     checks_keys,
+    checks_observe,
     checks_state,
 )
 from nexus.proof.verdict import Check
@@ -22,5 +23,6 @@ EVERY_CHECK: Final[Mapping[int, Check]] = MappingProxyType(
         **checks_keys.CHECKS,
         **checks_exec.CHECKS,
         **checks_export.CHECKS,
+        **checks_observe.CHECKS,
     }
 )

@@ -16,6 +16,8 @@ BUILT: Final = frozenset(
         Mechanism.POWER_CUT,
         Mechanism.DOCTOR,
         Mechanism.WATCHDOG,
+        Mechanism.LOG_STREAMS,
+        Mechanism.METRIC_PAGES,
     }
 )
 """The mechanisms this tree has. A rung that needs another one is not_run, never passed."""

@@ -622,24 +622,26 @@ async def retention(climb: Climb) -> Evidence:
     metricsd = climb.client(METRICSD_NAME)
     _ = await _closed_windows(climb, COUNTER, total)
     _ = await _closed_windows(climb, COUNTER, total, Resolution.LONG)
-    before = {name: await _history(climb, name) for name in (COUNTER, GAUGE)}
+    before = await _histories(climb)
     bounds = [_bounds_of(await metricsd_stats(climb))]
     old = await climb.task(METRICSD_NAME)
 
     _ = await climb.restart(METRICSD_NAME)
     record = await climb.up_again(METRICSD_NAME, old.generation + 1)
     _ = await metricsd.call(GetStats(), await climb.ahead(CALL_WAIT))  # ends with the old link
-    after = {name: await _history(climb, name) for name in (COUNTER, GAUGE)}
+    budget = RetryBudget(
+        attempts_max=POLLS_MAX, backoff=POLL_PAUSE, deadline=await climb.ahead(POLLS_WAIT)
+    )
+    after = await retry_until(  # it reads its history back while it serves
+        lambda: _histories(climb), lambda seen: bool(_lost(before, seen)), budget, RetryTokens()
+    )
     stats = await metricsd_stats(climb)
     bounds.append(_bounds_of(stats))
     await _found_again(climb)
     again = await own_series(climb, COUNTER)
     bounds.append(_bounds_of(await metricsd_stats(climb)))
 
-    for name, told in before.items():
-        for resolution, rows in told.items():
-            lost = [row for row in rows if row not in after[name][resolution]]
-            expect(lost, [], f"windows of {name} that are no longer told")
+    expect(_lost(before, after), [], "windows of before that are no longer told")
     require(stats.recovered > 0, "metricsd read nothing back")
     expect(again.value, total, "the counter at the new metricsd")
     return {
@@ -654,6 +656,24 @@ async def retention(climb: Climb) -> Evidence:
         "bounds": bounds,
         "value": again.value,
     }
+
+
+Histories = dict[str, dict[str, list[list[int]]]]
+
+
+async def _histories(climb: Climb) -> Histories:
+    return {name: await _history(climb, name) for name in (COUNTER, GAUGE)}
+
+
+def _lost(before: Histories, after: Histories) -> list[list[int]]:
+    """The windows that were told before and are not now."""
+    return [
+        row
+        for name, told in before.items()
+        for resolution, rows in told.items()
+        for row in rows
+        if row not in after[name][resolution]
+    ]
 
 
 async def _history(climb: Climb, name: str) -> dict[str, list[list[int]]]:
