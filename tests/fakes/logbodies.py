@@ -29,7 +29,12 @@ def line(text: str = "burst", *fields: Field) -> Append:
 
 def row(stats: Stats, name: str = READER) -> SenderRow:
     rows = [each for each in stats.rows if each.service == service_id(name)]
-    return rows[0] if rows else SenderRow(service_id(name), 0, 0, 0, 0, 0)
+    return rows[0] if rows else no_row(name)
+
+
+def no_row(name: str) -> SenderRow:
+    """The row of a sender that was never heard."""
+    return SenderRow(service_id(name), *[0] * (len(SenderRow.__struct_fields__) - 1))
 
 
 async def three_lines(task: Task) -> None:

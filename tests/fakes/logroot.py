@@ -34,7 +34,15 @@ from nexus.log import LOGD_NAME, Logger
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import REPLY_NAME, InitStatus, Route, Routed
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import GetStats, Level, Query, Record, Records, Stats
+from nexus.protocols.logd import (
+    EVERY_RECORD,
+    THIS_BOOT,
+    GetStats,
+    Query,
+    Record,
+    Records,
+    Stats,
+)
 from nexus.runtime import Call, Server, serve
 from nexus.services.logd.config import Settings
 from nexus.services.logd.service import Logd
@@ -52,7 +60,13 @@ RESTART = "restart-logd"  # a route nobody has: the root starts logd again inste
 READER = "client"  # the one that may read
 RESULT = "result"
 
+NO_STATS = Stats(**dict.fromkeys(Stats.__struct_fields__, 0) | {"rows": []})  # zero everywhere
 Body = Callable[["Task"], Awaitable[object]]
+
+
+def query(since: int, count: int = 16) -> Query:
+    """Every record of this boot from `since` on."""
+    return Query(THIS_BOOT, since, count, EVERY_RECORD)
 
 
 async def ahead(span: int) -> Nanos:
@@ -124,7 +138,7 @@ class Task:
         nonce = self.peers.caller.correlator.nonces.take() + 1
         codec = LOGD.codecs[GetStats]
         header = codec.prefix + ECHO.pack(nonce, 0, bytes(24))
-        return bytes(answer(header, 0, encode(Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, []))))
+        return bytes(answer(header, 0, encode(NO_STATS)))
 
     async def have_sent(self, by: str, frame: bytes) -> None:
         """Let another task put `frame` into this task's inbox; it lies there afterwards."""
@@ -140,7 +154,7 @@ class Task:
         found: list[Record] = []
         at = 1
         while True:
-            page = await self.ask(logd, Query(at, 16, Level.TRACE, 0, "", ""))
+            page = await self.ask(logd, query(at))
             assert isinstance(page, Records), page
             found += page.records
             if page.next > page.total:

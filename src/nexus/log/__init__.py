@@ -1,4 +1,4 @@
-"""Log lines of a task: bounded, counted, sent to logd without ever waiting for it."""
+"""Log lines of a task: bounded, counted, in its own ring for logd, and never waiting for it."""
 
 from nexus.log.line import FieldValue, Line, make_line
 from nexus.log.logger import (
@@ -7,6 +7,7 @@ from nexus.log.logger import (
     LOOK_PAUSE,
     LOOK_PAUSE_MAX,
     QUEUE_MAX,
+    RING_SIZE_DEFAULT,
     LogCounts,
     Logger,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "LOOK_PAUSE",
     "LOOK_PAUSE_MAX",
     "QUEUE_MAX",
+    "RING_SIZE_DEFAULT",
     "FieldValue",
     "Line",
     "LogCounts",

@@ -1,20 +1,34 @@
-"""Sends a task's log lines to logd: queued here, posted when the task is at leisure, counted.
+"""The log of a task: lines go into its own ring, which logd drains; or by message, where they must.
 
-    no logd --slots configured, or routed--> bound --its instance is gone--> no logd
-    waiting --posted--> outstanding --answer--> acknowledged, refused
-    waiting (keeps_refused) <--RATE_LIMITED-- outstanding
+    no ring --begin--> ring --OpenStream--> drained by logd --its instance is gone--> ring
+    written --put--> in the ring --Drained--> accepted, refused, overwritten
+    written --slots configured, or no memory for a ring--> waiting --Append--> acknowledged, refused
 
-Writing a line is a plain function that never waits and never raises. `flush` sends without
-waiting for an answer; the one thing it waits for, under a bound and not often, is the way to logd.
-Not one line is lost without being counted under the reason.
+Writing a line is a plain function that never waits and never raises: a store into the task's own
+memory, which logd still reads when the task has died. `flush` opens the stream and rings logd's
+doorbell without waiting for an answer; the one thing it waits for, under a bound and not often,
+is the way to logd. Not one line is lost without being counted under the reason.
 """
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, NamedTuple
 
-from nexus.abi import AbiError, CapClone, CapClose, CapQuery, Nanos, Now, Slot, Status
+from nexus.abi import (
+    AbiError,
+    CapClone,
+    CapClose,
+    CapQuery,
+    Clock,
+    ClockMap,
+    Nanos,
+    Slot,
+    Status,
+    VmoCreate,
+    VmoShare,
+)
 from nexus.ipc import (
     CallFailure,
     Client,
@@ -34,11 +48,30 @@ from nexus.ipc import (
     TimedOut,
     deadline_after,
 )
-from nexus.log.line import FieldValue, make_line
-from nexus.protocols.logd import PROTOCOL, RATE_WINDOW_NS, Append, Level, LogdStatus
+from nexus.log.line import FieldValue, Line, make_line, quick_values
+from nexus.log.payload import KEY_SEPARATOR, pack, packed, sendable, unpack
+from nexus.protocols.logd import (
+    FIELDS_MAX,
+    PROTOCOL,
+    RATE_WINDOW_NS,
+    RING_SIZE_MAX,
+    SCOPE_SIZE_MAX,
+    Append,
+    Drain,
+    Drained,
+    Level,
+    OpenStream,
+)
+from nexus.telemetry.ring import RingWriter
+from nexus.wire import ReplyStatus
 
 LOGD_NAME: Final = "logd"
-QUEUE_MAX: Final = 64  # lines that wait in the task; of at most 1 KiB each
+RING_SIZE_DEFAULT: Final = 64 * 1024  # bytes; about 500 lines, more than a burst of a start
+QUEUE_MAX: Final = 64  # lines that wait in the task for a message; of at most 1 KiB each
+SURE_SIZE: Final = 240  # bytes of a payload so small that no part of it can be too large
+SHAPES_MAX: Final = 256  # sets of keys known by heart; a program has as many as lines of code
+BELL_PAUSE: Final = Nanos(10_000_000)  # ns between two doorbells, doubling while nothing moves
+BELL_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
 ANSWER_WAIT: Final = Nanos(1_000_000_000)  # ns until a line without an answer counts as lost
 DISCOVERY_WAIT: Final = Nanos(50_000_000)  # ns of one search for logd; nothing else is waited for
 LOOK_PAUSE: Final = Nanos(100_000_000)  # ns between two searches, doubling
@@ -49,14 +82,18 @@ RATE_PAUSE: Final = Nanos(RATE_WINDOW_NS)  # ns; the window that refused is over
 ROUTE_ATTEMPTS_MAX: Final = 3  # of one search
 ROUTE_BACKOFF: Final = Nanos(5_000_000)  # ns
 
+assert RING_SIZE_DEFAULT <= RING_SIZE_MAX
+assert SURE_SIZE < SCOPE_SIZE_MAX + 256, "text and fields of a sure payload are inside their bounds"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogCounts:
     """What became of the lines of one task.
 
-    written = acknowledged + refused_* + lost_* + waiting + outstanding, always. `filtered` lines
-    were below the level and are not written; `cut` ones were sent shortened; `bound` is how often
-    a way to logd was found.
+    written = acknowledged + refused_* + lost_* + waiting + outstanding, always. `acknowledged` are
+    in the journal; `waiting` ones are in the ring, or in the queue for messages. `filtered` lines
+    were below the level and are not written; `cut` ones were shortened; `bound` is how often a way
+    to logd was found.
     """
 
     written: int
@@ -64,8 +101,9 @@ class LogCounts:
     refused_invalid_args: int
     refused_over_limit: int
     refused_rate_limited: int
-    refused_other: int
+    refused_other: int  # those of the ring: logd's own account says why
     lost_full: int
+    lost_overwritten: int  # in the ring, before logd had read them
     lost_unreachable: int
     lost_unknown: int
     lost_late: int
@@ -87,23 +125,53 @@ class LogCounts:
 
     @property
     def lost(self) -> int:
-        """Lines that logd never acknowledged."""
-        return self.lost_full + self.lost_unreachable + self.lost_unknown + self.lost_late
+        """Lines that logd never took in."""
+        return (
+            self.lost_full
+            + self.lost_overwritten
+            + self.lost_unreachable
+            + self.lost_unknown
+            + self.lost_late
+        )
 
 
-class _Entry(NamedTuple):
-    """A line in the order of writing; heads of the queue are the oldest."""
+class _Settled(NamedTuple):
+    """What became of the lines of the ring, and how far logd has come in it."""
 
-    number: int
-    request: Append
+    taken: int = 0  # bytes
+    sequence: int = 0
+    accepted: int = 0
+    refused: int = 0
+
+    def after(self, drained: Drained) -> "_Settled":
+        """With what a stream that was opened here has come to."""
+        return _Settled(
+            drained.taken,
+            drained.sequence,
+            self.accepted + drained.accepted,
+            self.refused + drained.refused,
+        )
+
+
+class _Tag(Enum):
+    """What is posted besides lines."""
+
+    OPEN = "the stream is opened"
+    BELL = "there is something in the ring"
+
+
+class _Shape(NamedTuple):
+    """A set of keys as it is written, and where each value comes from if they are sorted so."""
+
+    keys: str
+    order: tuple[int, ...] | None
 
 
 class Logger:
     """The log of one task. `level` is the least important level that is written.
 
     `uses` are the services it may ask init for; without logd among them only configured slots lead
-    there. At most `queue_max` lines wait; with `keeps_refused` a line that came too fast for logd
-    waits again instead of being dropped.
+    there. `ring_size` is bytes, 0 for no ring; without one at most `queue_max` lines wait.
     """
 
     def __init__(
@@ -114,22 +182,37 @@ class Logger:
         scope: str | None = None,
         level: Level = Level.INFO,
         queue_max: int = QUEUE_MAX,
-        keeps_refused: bool = False,
+        ring_size: int = RING_SIZE_DEFAULT,
     ) -> None:
         assert queue_max >= 1
+        assert 0 <= ring_size <= RING_SIZE_MAX
         self.level = level
         self.scope = peers.boot.name if scope is None else scope
         self._peers = peers
+        self._caller = peers.caller
         self._routed = LOGD_NAME in uses
         self._queue_max = queue_max
-        self._keeps_refused = keeps_refused
-        self._lines: deque[_Entry] = deque()
+        self._ring_size = ring_size
+        self._clock: Clock | None = None
+        self._ring: RingWriter | None = None
+        self._memory: Slot | None = None  # the ring's, while there is one
+        self._begun = False
+        self._lines: deque[bytes] = deque()  # payloads that wait for the ring, or for a message
+        self._elsewhere: deque[tuple[Level, str, dict[str, FieldValue], str]] = deque()
+        self._shapes: dict[tuple[str, ...], _Shape] = {(): _Shape("", None)}
         self._ended: Counter[str] = Counter()  # lines that wait no more, by the name of the count
         self._written = 0
+        self._missed = 0  # lines from elsewhere that found no place
         self._filtered = 0
         self._cut = 0
         self._bound = 0
-        self._poster: Poster[_Entry] | None = None
+        self._poster: Poster[bytes | _Tag] | None = None
+        self._stream_of: object = None  # the peer that drains the ring
+        self._base = _Settled()  # what streams of earlier instances had come to
+        self._settled = _Settled()
+        self._bells = 0  # posts about the stream without an answer
+        self._rung = False  # a doorbell is one of them
+        self._bell_pause = BELL_PAUSE
         self._tokens = RetryTokens()
         self._reply_known = False
         self._flushing = False
@@ -167,29 +250,89 @@ class Logger:
         *,
         scope: str | None = None,
     ) -> bool:
-        """Queue one line, cut to what a record may have; whether it waits to be sent now."""
+        """Write one line, cut to what a record may have; whether it is on its way now."""
         if level > self.level:
             self._filtered += 1
             return False
         self._written += 1
+        payload = self._payload(level, self.scope if scope is None else scope, text, fields or {})
+        if self._ring is not None and not self._by_message:
+            self._ring.put(payload)
+            return True
         reason = self._no_room()
         if reason is not None:
             self._ended[reason] += 1
             return False
-        line = make_line(level, self.scope if scope is None else scope, text, fields)
-        self._cut += line.is_cut
-        self._lines.append(_Entry(self._written, line.request))
+        self._lines.append(payload)
         return True
 
+    def write_from_elsewhere(
+        self, level: Level, text: str, fields: dict[str, FieldValue], scope: str
+    ) -> None:
+        """As `write`, from another thread of this process: the line is taken by the next flush.
+
+        Nothing but an append to a queue happens here; a line that finds it full is lost. One thread
+        at a time: the lock of a logging.Handler sees to that.
+        """
+        if len(self._elsewhere) < QUEUE_MAX:
+            self._elsewhere.append((level, text, fields, scope))
+        else:
+            self._missed += 1
+
+    def _payload(
+        self, level: Level, scope: str, text: str, fields: Mapping[str, FieldValue]
+    ) -> bytes:
+        """A line as it lies in the ring. Small ones of plain values, nearly all, take no detour."""
+        parent = self._caller.parent
+        trace = span = b""
+        if parent is not None:
+            trace, span = parent.context.trace, parent.context.span
+        written = 0 if self._clock is None else self._clock.monotonic()
+        shape = self._shapes.get(tuple(fields))
+        if shape is not None and len(scope) * 4 <= SCOPE_SIZE_MAX:
+            values = quick_values(fields)
+            if values is not None:
+                if shape.order is not None:
+                    values = [values[index] for index in shape.order]
+                try:
+                    payload = pack(
+                        (int(level), written, scope, text, shape.keys, values, trace, span)
+                    )
+                except UnicodeEncodeError:  # half a surrogate pair
+                    payload = b""
+                if 0 < len(payload) <= SURE_SIZE:
+                    return payload
+        line = make_line(level, scope, text, fields)
+        self._cut += line.is_cut
+        self._learn(fields, line)
+        return packed(line.request, written, trace, span)
+
+    def _learn(self, fields: Mapping[str, FieldValue], line: Line) -> None:
+        """Know this set of keys by heart if it is written as it stands."""
+        names = tuple(fields)
+        if line.is_cut or len(names) > FIELDS_MAX or len(self._shapes) >= SHAPES_MAX:
+            return
+        in_order = sorted(names)
+        if [field.key for field in line.request.fields] == in_order:
+            order = None
+            if in_order != list(names):
+                order = tuple(names.index(name) for name in in_order)
+            self._shapes[names] = _Shape(KEY_SEPARATOR.join(in_order), order)
+
     def _no_room(self) -> str | None:
-        """Under which count a line is lost right away; None if it may wait."""
+        """Under which count a line that would wait is lost right away; None if it may wait."""
         if self._poster is None and not self._routed:
             return "lost_unreachable"
-        # What was sent may come back to the queue, if refused lines are kept.
-        held = len(self._lines) + (self._outstanding if self._keeps_refused else 0)
-        if held < self._queue_max:
+        if len(self._lines) < self._queue_max:
             return None
-        return "lost_full" if self._is_bound else "lost_unreachable"
+        return "lost_full" if self._is_bound or not self._begun else "lost_unreachable"
+
+    @property
+    def _by_message(self) -> bool:
+        """Whether lines go by message: over slots while they lead anywhere, or without a ring."""
+        if self._poster is not None and isinstance(self._poster.exchange, OneShots):
+            return self._poster.exchange.peer.alive or self._ring is None
+        return self._begun and self._ring is None
 
     @property
     def _is_bound(self) -> bool:
@@ -197,64 +340,103 @@ class Logger:
 
     @property
     def _outstanding(self) -> int:
-        return 0 if self._poster is None else self._poster.outstanding
+        """Lines that were sent as messages and have no answer."""
+        return 0 if self._poster is None else self._poster.outstanding - self._bells
+
+    @property
+    def _in_ring(self) -> int:
+        """Lines in the ring that logd has not answered for."""
+        return 0 if self._ring is None else self._ring.sequence - self._settled.sequence
 
     # ------------------------------------------------------------------ sending
 
     @property
     def due(self) -> bool:
         """Whether `flush` has something to do: lines wait, or answers are open."""
-        return bool(self._lines) or self._outstanding > 0
+        return (
+            bool(self._lines or self._elsewhere)
+            or (self._in_ring > 0 and not self._by_message)
+            or self._outstanding > 0
+        )
+
+    @property
+    def wake(self) -> Nanos | None:
+        """When `flush` has something to do; None if nothing. It may be over."""
+        return self._again if self.due else None
+
+    async def begin(self) -> None:
+        """Make the ring. Without memory for one lines go by message."""
+        if self._begun or not self._routed:
+            return
+        self._begun = True
+        try:
+            self._clock = await ClockMap()
+            if self._ring_size:
+                self._memory = await VmoCreate(self._ring_size)
+                self._ring = RingWriter(await VmoShare(self._memory))
+        except AbiError:
+            await self._let_go_of_memory()
+            return
+        while self._ring is not None and self._lines:
+            self._ring.put(self._lines.popleft())
 
     async def flush(self) -> None:
-        """Post what waits and take the answers that are there; never waits for either."""
-        if self._flushing or not self.due:
+        """Open the stream, ring, post what waits, take the answers that are there."""
+        if self._flushing:
+            return
+        while self._elsewhere:
+            level, text, fields, scope = self._elsewhere.popleft()
+            _ = self.write(level, text, fields, scope=scope)
+        if not self.due:
             return
         self._flushing = True
         try:
-            await self._send(await Now())
+            if not self._by_message:
+                await self.begin()
+            await self._send(await self._read_clock())
         finally:
             self._flushing = False
+
+    async def _read_clock(self) -> Nanos:
+        if self._clock is None:
+            self._clock = await ClockMap()
+        return self._clock.monotonic()
 
     async def _send(self, now: Nanos) -> None:
         self._now = now
         await self._take(now)
-        while self._lines and now >= self._again and await self._ready(now):
-            assert self._poster is not None, "ready is bound"
-            entry = self._lines.popleft()
-            posted = await self._post(self._poster, entry, now)
+        if now < self._again or not self.due:
+            return
+        if not await self._ready(now):
+            return
+        assert self._poster is not None, "ready is bound"
+        if not self._by_message and self._ring is not None and self._routed:
+            if await self._open_stream(self._poster, now):
+                await self._ring_bell(self._poster, now)
+            return
+        while self._lines:
+            payload = self._lines.popleft()
+            posted = await self._post(self._poster, sendable(unpack(payload)), payload, now)
             if posted is Posted.SENT:
                 continue
-            self._put_back(entry)
-            if posted is Posted.FULL:
-                self._again = max(self._again, deadline_after(now, FULL_PAUSE))
+            self._lines.appendleft(payload)
+            self._again = deadline_after(now, FULL_PAUSE)
+            return
+        if self._outstanding:
+            self._again = deadline_after(now, self._bell_pause)
+            self._bell_pause = min(Nanos(2 * self._bell_pause), BELL_PAUSE_MAX)
 
-    def _put_back(self, entry: _Entry) -> None:
-        """A line waits again, before all that were written later."""
-        index = 0
-        while index < len(self._lines) and self._lines[index].number < entry.number:
-            index += 1
-        self._lines.insert(index, entry)
-
-    def _on_ended(self, entry: _Entry, outcome: object) -> None:
-        """A line that was sent has its outcome."""
-        match outcome:
-            case Refused(LogdStatus.RATE_LIMITED) if self._keeps_refused:
-                self._put_back(entry)
-                self._again = max(self._again, deadline_after(self._now, RATE_PAUSE))
-            case Refused(status):
-                name = f"refused_{status.name.lower()}"
-                self._ended[name if name in _REFUSALS else "refused_other"] += 1
-            case TimedOut():
-                self._ended["lost_late"] += 1
-            case CallFailure():
-                self._ended["lost_unknown"] += 1
-            case _:
-                self._ended["acknowledged"] += 1
-
-    async def _post(self, poster: Poster[_Entry], entry: _Entry, now: Nanos) -> Posted:
+    async def _post(
+        self,
+        poster: "Poster[bytes | _Tag]",
+        request: Append | Drain | OpenStream,
+        tag: bytes | _Tag,
+        now: Nanos,
+        *,
+        move: Slot | None = None,
+    ) -> Posted:
         try:
-            return await poster.post(entry.request, now, entry)
+            return await poster.post(request, now, tag, move=move)
         except AbiError as error:
             self._on_slots_lost(poster, error)
             return Posted.GONE
@@ -267,11 +449,88 @@ class Logger:
             except AbiError as error:
                 self._on_slots_lost(self._poster, error)
 
-    def _on_slots_lost(self, poster: Poster[_Entry], error: AbiError) -> None:
+    def _on_slots_lost(self, poster: "Poster[bytes | _Tag]", error: AbiError) -> None:
         """The owner of configured slots has closed them; for a link of our own it is a bug."""
         if isinstance(poster.exchange, Client):
             raise error
         poster.exchange.peer.alive = False
+
+    def _on_ended(self, tag: bytes | _Tag, outcome: object) -> None:
+        """What was posted has its outcome."""
+        if isinstance(tag, _Tag):
+            self._on_stream(tag, outcome)
+            return
+        match outcome:
+            case Refused(status):
+                name = f"refused_{status.name.lower()}"
+                self._ended[name if name in _REFUSALS else "refused_other"] += 1
+            case TimedOut():
+                self._ended["lost_late"] += 1
+            case CallFailure():
+                self._ended["lost_unknown"] += 1
+            case _:
+                self._ended["acknowledged"] += 1
+        self._bell_pause = BELL_PAUSE
+
+    # ------------------------------------------------------------------ the stream
+
+    async def _open_stream(self, poster: "Poster[bytes | _Tag]", now: Nanos) -> bool:
+        """Have this instance of logd drain the ring; whether it was asked to."""
+        if self._stream_of is poster.exchange.peer:
+            return True
+        memory = await self._clone_of_memory()
+        posted = Posted.FULL
+        if memory is not None:
+            request = OpenStream(self._settled.taken, self._settled.sequence)
+            posted = await self._post(poster, request, _Tag.OPEN, now, move=memory)
+            if posted is not Posted.SENT:
+                await CapClose(memory)
+        if posted is Posted.SENT:
+            self._stream_of = poster.exchange.peer
+            self._base = self._settled
+            self._bells += 1
+            return True
+        self._again = deadline_after(now, self._bell_pause)
+        return False
+
+    async def _clone_of_memory(self) -> Slot | None:
+        """The ring's memory in a slot of its own, which moves; None while there is no slot."""
+        assert self._memory is not None
+        try:
+            return await CapClone(self._memory)
+        except AbiError as error:
+            if error.status is not Status.NO_SPACE:
+                raise
+            return None
+
+    async def _ring_bell(self, poster: "Poster[bytes | _Tag]", now: Nanos) -> None:
+        """Tell logd that there is something in the ring, if there is."""
+        if self._in_ring and not self._rung:
+            self._rung = await self._post(poster, Drain(), _Tag.BELL, now) is Posted.SENT
+            self._bells += self._rung
+        self._again = deadline_after(now, self._bell_pause)
+        self._bell_pause = min(Nanos(2 * self._bell_pause), BELL_PAUSE_MAX)
+
+    def _on_stream(self, tag: "_Tag", outcome: object) -> None:
+        """logd's answer about the stream, or its end."""
+        self._bells -= 1
+        if tag is _Tag.BELL:
+            self._rung = False
+        if isinstance(outcome, Drained):
+            settled = self._base.after(outcome)
+            if settled.sequence != self._settled.sequence:
+                self._bell_pause = BELL_PAUSE
+                self._again = min(self._again, deadline_after(self._now, BELL_PAUSE))
+            self._settled = settled
+        elif isinstance(outcome, Refused) and outcome.status is not ReplyStatus.BUSY:
+            self._stream_of = None  # it drains no ring of ours: it is asked again, a little later
+            self._again = deadline_after(self._now, RATE_PAUSE)
+
+    async def _let_go_of_memory(self) -> None:
+        self._ring = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            await CapClose(memory)
 
     # ------------------------------------------------------------------ the way to logd
 
@@ -283,7 +542,8 @@ class Logger:
         `reply_send` is a link into the endpoint `reply_recv` that allows delegations: for each line
         without an answer one way back is derived from it and moved. False, with nothing stored, if
         a slot is missing or of another kind. When that instance of logd is gone the slots are no
-        sink any more, and routing is left.
+        sink any more, and routing is left. Lines that are in the ring by then stay there, and logd
+        finds them.
         """
         for probe, slot in ((_is_link, logd_send), (_is_link, reply_send), (_is_inbox, reply_recv)):
             if not await probe(slot):
@@ -298,10 +558,19 @@ class Logger:
         return True
 
     async def close(self) -> None:
-        """Take the answers that are there and let go of logd; lines from now on are lost."""
+        """Take the answers that are there and let go of logd and the ring; lines from now on are
+        lost. What is in the ring logd reads to its end, but nobody hears of it."""
         await self._release()
         self._routed = False
-        self._drop_waiting()
+        self._ended["lost_unknown"] += self._in_ring
+        self._ended["lost_unreachable"] += len(self._lines)
+        self._lines.clear()
+        if self._ring is not None:
+            self._ended["acknowledged"] += self._settled.accepted
+            self._ended["refused_other"] += self._settled.refused
+            self._ended["lost_overwritten"] += self._overwritten
+            self._settled = _Settled()
+        await self._let_go_of_memory()
 
     async def _ready(self, now: Nanos) -> bool:
         """Whether there is a way to logd, after one bounded search for it."""
@@ -310,16 +579,23 @@ class Logger:
         if self._poster is not None and not isinstance(self._poster.exchange, Client):
             await self._release()
         if not self._routed:
-            self._drop_waiting()
+            self._ended["lost_unreachable"] += len(self._lines)
+            self._lines.clear()
             return False
+        self._move_to_ring()
         failure = await self._look(deadline_after(now, DISCOVERY_WAIT))
         if failure is None:
             self._pause = LOOK_PAUSE
             return True
         pause = DENIED_PAUSE if isinstance(failure, Denied | NotFound) else self._pause
         self._pause = min(Nanos(2 * self._pause), LOOK_PAUSE_MAX)
-        self._again = deadline_after(await Now(), pause)
+        self._again = deadline_after(await self._read_clock(), pause)
         return False
+
+    def _move_to_ring(self) -> None:
+        """What waited for slots that lead nowhere goes the way of all lines."""
+        while self._ring is not None and self._lines:
+            self._ring.put(self._lines.popleft())
 
     async def _look(self, until: Nanos) -> RouteFailure | CallFailure | None:
         """Search for logd until `until`; None if it was found."""
@@ -353,6 +629,7 @@ class Logger:
 
     def _use(self, exchange: Exchange) -> None:
         self._poster = Poster(exchange, self._on_ended, wait=ANSWER_WAIT)
+        self._stream_of = None
         self._bound += 1
         self._again = Nanos(0)
 
@@ -361,26 +638,34 @@ class Logger:
         poster = self._poster
         if poster is None:
             return
-        await self._take(await Now())
+        await self._take(await self._read_clock())
         poster.abandon()
         self._poster = None
+        self._stream_of = None
         if isinstance(poster.exchange, OneShots):
             poster.exchange.end()
         else:
             await self._peers.discard(poster.exchange.peer)
 
-    def _drop_waiting(self) -> None:
-        self._ended["lost_unreachable"] += len(self._lines)
-        self._lines.clear()
-
     # ------------------------------------------------------------------ the account
+
+    @property
+    def _overwritten(self) -> int:
+        """Lines of the ring that logd never read: all that it had and neither took nor refused."""
+        settled = self._settled
+        return settled.sequence - settled.accepted - settled.refused
 
     def counts(self) -> LogCounts:
         """What became of every line so far."""
+        ended = Counter(self._ended)
+        ended["acknowledged"] += self._settled.accepted
+        ended["refused_other"] += self._settled.refused
+        ended["lost_overwritten"] += self._overwritten
+        ended["lost_full"] += self._missed
         return LogCounts(
-            written=self._written,
-            **{name: self._ended[name] for name in _ENDS},
-            waiting=len(self._lines),
+            written=self._written + self._missed,
+            **{name: ended[name] for name in _ENDS},
+            waiting=len(self._lines) + self._in_ring,
             outstanding=self._outstanding,
             filtered=self._filtered,
             cut=self._cut,
@@ -403,6 +688,7 @@ _ENDS: Final = (
     *_REFUSALS,
     "refused_other",
     "lost_full",
+    "lost_overwritten",
     "lost_unreachable",
     "lost_unknown",
     "lost_late",

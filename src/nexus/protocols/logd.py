@@ -32,6 +32,8 @@ KEY_PATTERN: Final = r"^[a-z0-9_.-]+\Z"  # others are INVALID_ARGS (services.md 
 ESCAPE_GROWTH_MAX: Final = 4  # characters that stand for one byte of a control character: \x0a
 RING_SIZE_MAX: Final = 256 * 1024  # bytes; a burst of about 2000 lines
 STREAMS_MAX: Final = 64  # rings that are drained; one per service
+STREAMS_OF_ONE_MAX: Final = 4  # of one service: its log's, and a few more by further loggers
+THIS_BOOT: Final = 0xFFFF_FFFF  # Query.boot: this one, whatever its number; less n, the nth before
 FOLLOWERS_MAX: Final = 8  # requests that wait for a record
 PAGE_MAX: Final = 16  # records of one answer to Query; fewer when they are large
 SENDER_ROWS_MAX: Final = 64  # senders counted one by one; the least recently heard one gives way
@@ -111,7 +113,8 @@ class Record(Message):
 
 
 class Records(Message):
-    """A page in the order of ids. `next` is what to ask for then; `oldest` the first id kept.
+    """A page in the order of ids. `next` is what to ask for then; `oldest` the first id kept,
+    `total` the last one given; after a restart of logd ids go on far above those it had given.
 
     A record that does not fit on the page begins the next one: none is skipped. Ids grow, and some
     between two of them may have been pushed out: who holds most of the journal loses its own first.
@@ -158,8 +161,8 @@ EVERY_RECORD: Final = Filter(
 
 
 class Query(Request[Records], op=2, idempotent=True):
-    """Records of boot `boot` with id >= `since` that match. An earlier boot's are what is left of
-    its persisted tail. Needs the right log.read, else DENIED.
+    """Records of boot `boot`, or of THIS_BOOT or as many before it, with id >= `since` that match.
+    An earlier boot's are what is left of its persisted tail. Needs the right log.read, else DENIED.
 
     At most `count` records, and at most as many as one message takes.
     """
@@ -189,10 +192,12 @@ class StreamOpened(Message):
 
 
 class OpenStream(Request[StreamOpened], op=5, idempotent=True, refuses=LogdStatus, moves=True):
-    """Drain my ring, the shared VMO that moves along, instead of an earlier one of this instance.
+    """Drain my ring, the shared VMO that moves along, from now on. It belongs to this link and ends
+    with it; an earlier one of the link is drained to its end and let go.
 
-    *Refuses*: INVALID_ARGS (no shared VMO, no ring in it), OVER_LIMIT (larger than
-    RING_SIZE_MAX, more than STREAMS_MAX), RATE_LIMITED.
+    It counts as a record for the sender's rate. *Refuses*: INVALID_ARGS (no shared VMO, no ring in
+    it), OVER_LIMIT (larger than RING_SIZE_MAX, more than STREAMS_MAX, or than STREAMS_OF_ONE_MAX
+    of this sender), RATE_LIMITED.
     """
 
     taken: Annotated[int, U64()]  # what an earlier logd has drained of it: `taken` and `sequence`
@@ -201,7 +206,9 @@ class OpenStream(Request[StreamOpened], op=5, idempotent=True, refuses=LogdStatu
 
 class Drained(Message):
     """What became of the stream so far, in records: accepted + refused + overwritten = `sequence`,
-    which is how many the writer has written up to position `taken`."""
+    which is how many the writer has written up to position `taken`, less the `sequence` that the
+    stream was opened with. `refused` were no records of a journal, `overwritten` were not read in
+    time."""
 
     taken: Annotated[int, U64()]
     sequence: Annotated[int, U64()]

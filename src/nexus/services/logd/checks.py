@@ -1,16 +1,21 @@
 """Is this a record at all? What is looked at before a record uses up anything."""
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
+from nexus.log.payload import KEY_SEPARATOR, Payload
 from nexus.protocols.logd import (
+    FIELDS_MAX,
     FIELDS_SIZE_MAX,
     KEY_PATTERN,
+    KEY_WIRE_MAX,
     SCOPE_SIZE_MAX,
     TEXT_SIZE_MAX,
     Append,
+    LogdStatus,
 )
-from nexus.services.logd.journal import fields_size, text_size
+from nexus.services.logd.journal import FIELD_OVERHEAD, fields_size, text_size
 
 KEY: Final = re.compile(KEY_PATTERN)
 SEPARATORS: Final = str.maketrans("", "", "-_. ")  # ways to spell one claim that readers overlook
@@ -24,13 +29,24 @@ CORE_CLAIMS: Final = frozenset({"pid"})
 """Keys that core senders may use about others, as a crash record does (RFC-0011), and nobody
 else."""
 
+SURE_SIZE: Final = 240  # bytes of a payload in which only the scope can be too large
+SURE_SCOPE: Final = SCOPE_SIZE_MAX // 4  # characters that never need more bytes than a scope has
+KEYS_KNOWN_MAX: Final = 64  # sets of keys of one stream that need no second look
+
+assert min(TEXT_SIZE_MAX, FIELDS_SIZE_MAX) >= SURE_SIZE, "key and value have their 2 bytes there"
+
 
 def claims_identity(request: Append, *, is_core: bool) -> bool:
     """Whether a field says who sends this, or a key is spelt as no key is."""
-    for field in request.fields:
-        if KEY.match(field.key) is None:
+    return keys_claim((field.key for field in request.fields), is_core=is_core)
+
+
+def keys_claim(keys: Iterable[str], *, is_core: bool) -> bool:
+    """Whether one of these keys says who sends this, or is spelt as no key is."""
+    for key in keys:
+        if KEY.match(key) is None:
             return True
-        plain = field.key.translate(SEPARATORS).casefold()
+        plain = key.translate(SEPARATORS).casefold()
         if plain in CLAIMS or (plain in CORE_CLAIMS and not is_core):
             return True
     return False
@@ -43,3 +59,43 @@ def is_over_limit(request: Append) -> bool:
         or text_size(request.text) > TEXT_SIZE_MAX
         or fields_size(request.fields) > FIELDS_SIZE_MAX
     )
+
+
+class Looker:
+    """Looks at the lines of one stream, and knows the sets of keys it has seen to be good."""
+
+    def __init__(self, *, is_core: bool) -> None:
+        self._is_core = is_core
+        self._known: dict[str, int] = {"": 0}  # good keys, and how many they are
+
+    def is_sure(self, payload: Payload, size: int) -> bool:
+        """Whether this is a record for certain, at one glance."""
+        return (
+            size <= SURE_SIZE
+            and len(payload.scope) <= SURE_SCOPE
+            and self._known.get(payload.keys) == len(payload.values)
+        )
+
+    def refusal_of(self, payload: Payload) -> LogdStatus | None:
+        """Why this is no record of the journal; as for a message, and in the same order."""
+        keys = payload.keys.split(KEY_SEPARATOR) if payload.keys else []
+        if len(keys) != len(payload.values) or self._claims(keys):
+            return LogdStatus.INVALID_ARGS
+        if (
+            len(keys) > FIELDS_MAX
+            or any(len(key) > KEY_WIRE_MAX for key in keys)
+            or text_size(payload.scope) > SCOPE_SIZE_MAX
+            or text_size(payload.text) > TEXT_SIZE_MAX
+            or _fields_size(keys, payload.values) > FIELDS_SIZE_MAX
+        ):
+            return LogdStatus.OVER_LIMIT
+        if len(self._known) < KEYS_KNOWN_MAX:
+            self._known[payload.keys] = len(keys)
+        return None
+
+    def _claims(self, keys: list[str]) -> bool:
+        return keys_claim(keys, is_core=self._is_core)
+
+
+def _fields_size(keys: list[str], values: list[str]) -> int:
+    return sum(map(text_size, keys)) + sum(map(text_size, values)) + FIELD_OVERHEAD * len(keys)

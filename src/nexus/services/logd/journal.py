@@ -2,182 +2,251 @@
 
 A new record always finds room: the oldest are pushed out for it, first those of a sender that
 holds more than SHARE_MAX of the ring. So no sender, a core one included, pushes out all that others
-have told; alone it may fill the ring. Ids count from 1, grow, and are never reused; between those
-that are kept some may be missing. There is no budget over the life of the journal (services.md W1).
+have told; alone it may fill the ring. Ids grow, count from one above where the journal begins, and
+are never reused; between those that are kept some may be missing. There is no budget over the life
+of the journal (services.md W1).
 
-A record counts for RECORD_OVERHEAD and the bytes of UTF-8 it is kept in, that is escaped: scope,
-text, and of each field key, value and FIELD_OVERHEAD.
+Records that came together are kept together, as their sender has written them: what one costs is
+its bytes and a look, and it is decoded when somebody reads it. A record counts for RECORD_OVERHEAD
+and the bytes of its payload.
 """
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Final, NamedTuple
+from typing import Final
 
-from nexus.abi import CONTROL_LINK_SIZE, Nanos, Sender, ServiceId
+from nexus.abi import Nanos, Sender, ServiceId
 from nexus.protocols.logd import (
-    ESCAPE_GROWTH_MAX,
-    FIELDS_MAX,
     FIELDS_SIZE_MAX,
-    PAGE_MAX,
     SCOPE_SIZE_MAX,
     TEXT_SIZE_MAX,
-    Append,
     Field,
-    Query,
     Record,
 )
-from nexus.services.logd.escape import escaped
+from nexus.services.logd.reading import Entry, Page, Wanted, last_of, page_of
 from nexus.services.logd.senders import Row
-from nexus.wire import HEADER_SIZE, encode
 
-RECORD_OVERHEAD: Final = 64  # bytes a record counts for besides its text (services.md 1.3)
+RECORD_OVERHEAD: Final = 64  # bytes a record counts for besides its payload (services.md 1.3)
 FIELD_OVERHEAD: Final = 2  # bytes of a field besides key and value
-RECORD_SIZE_MAX: Final = RECORD_OVERHEAD + ESCAPE_GROWTH_MAX * (
-    SCOPE_SIZE_MAX + TEXT_SIZE_MAX + FIELDS_SIZE_MAX
-)  # bytes one record may count for; no ring may be smaller
-PAGE_HEAD_SIZE: Final = 64  # bytes of a page besides its records: four numbers, two lengths
-PAGE_SIZE_MAX: Final = CONTROL_LINK_SIZE - HEADER_SIZE - PAGE_HEAD_SIZE
-"""Bytes of the records of one page: its frame fits the smallest link there is."""
+PAYLOAD_HEAD_MAX: Final = 128  # bytes of a payload besides scope, text and fields
+PAYLOAD_SIZE_MAX: Final = PAYLOAD_HEAD_MAX + SCOPE_SIZE_MAX + TEXT_SIZE_MAX + FIELDS_SIZE_MAX
+RECORD_SIZE_MAX: Final = RECORD_OVERHEAD + PAYLOAD_SIZE_MAX
+"""Bytes one record may count for; no ring may be smaller."""
 
 SHARE_MAX: Final = Fraction(3, 4)  # of the records or bytes; beyond it a sender's own go first
-SCAN_MAX: Final = 4096  # records looked at for one page; about a millisecond
+PART: Final = 16  # of the ring: so large a part of it is added at once at most
+PART_COUNT_MAX: Final = 64  # records
 
 assert Fraction(1, 2) <= SHARE_MAX < 1, "one sender at a time is beyond it"
-assert RECORD_SIZE_MAX + 3 * FIELDS_MAX + 3 * PAGE_HEAD_SIZE <= PAGE_SIZE_MAX, "each fits a page"
+assert SHARE_MAX + Fraction(1, PART) < 1, "what is added at once leaves the others their part"
 
 
-class Kept(NamedTuple):
-    """A record, the row of its sender, and the bytes it counts for."""
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Records of one sender that came together: ids and times count up from the first one's."""
 
-    record: Record
+    first: int
+    at: int
+    wall: int
+    sender: Sender
     row: Row
-    size: int
+    payloads: list[bytes]
+    start: int = 0  # those before are pushed out
+
+    def entry(self, index: int) -> Entry:
+        """One of them."""
+        sender = self.sender
+        return Entry(
+            self.first + index,
+            self.at + index,
+            self.wall + index,
+            sender.service,
+            sender.pid,
+            sender.generation,
+            self.payloads[index],
+        )
 
 
 @dataclass(slots=True)
 class Holding:
-    """What the journal has of one sender: ids, oldest first, and the bytes they count for."""
+    """What the journal has of one sender, oldest first."""
 
-    ids: deque[int] = field(default_factory=deque)
+    chunks: deque[Chunk] = field(default_factory=deque)
+    count: int = 0
     size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Records in the order of ids, and the id to go on with; beyond the last one at the end."""
-
-    records: list[Record]
-    next: int
-
-
 class Journal:
-    """Keeps at most `records_max` records of `size_max` bytes together."""
+    """Keeps at most `records_max` records of `size_max` bytes together; ids begin after `base`."""
 
-    def __init__(self, records_max: int, size_max: int) -> None:
+    def __init__(self, records_max: int, size_max: int, *, base: int = 0, boot: int = 0) -> None:
         assert records_max >= 1
         assert size_max >= RECORD_SIZE_MAX, "every record fits an empty ring"
-        self.records_max = records_max
-        self.size_max = size_max
+        self.base = base
+        self.boot = boot
         self.size = 0  # bytes of the kept records
-        self.total = 0  # records ever added, and the id of the latest
-        self._kept: dict[int, Kept] = {}
-        self._ids: list[int] = []  # of `_kept`, in order
+        self.total = 0  # records ever added
+        self._count = 0
+        self._chunks: list[Chunk] = []
+        self._firsts: list[int] = []  # of `_chunks`
         self._holdings: dict[ServiceId, Holding] = {}  # of senders with a record
-        self._count_share = int(records_max * SHARE_MAX)
-        self._size_share = int(size_max * SHARE_MAX)
-        self._latest = Nanos(0)  # time of the latest record
+        self._large: set[ServiceId] = set()  # who was beyond its share when it was looked at last
+        self._latest = 0  # time of the latest record
+        self.resize(records_max, size_max)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._count
+
+    @property
+    def last(self) -> int:
+        """The id of the latest record; `base` if there was none."""
+        return self.base + self.total
 
     @property
     def oldest(self) -> int:
         """The first id that is kept, or the one the next record will have."""
-        return self._ids[0] if self._ids else self.total + 1
+        return self._firsts[0] + self._chunks[0].start if self._chunks else self.last + 1
 
     @property
     def dropped(self) -> int:
         """Records pushed out by newer ones."""
-        return self.total - len(self._kept)
+        return self.total - self._count
 
-    def append(self, sender: Sender, request: Append, row: Row, now: Nanos) -> int:
-        """Add a record of `sender`, which `row` counts; its id. Times strictly increase."""
-        fields = [Field(field.key, escaped(field.value)) for field in request.fields]
-        scope, text = escaped(request.scope), escaped(request.text)
-        size = RECORD_OVERHEAD + text_size(scope) + text_size(text) + fields_size(fields)
-        while len(self._kept) >= self.records_max or self.size + size > self.size_max:
-            self._push_out()
-        self.total += 1
-        self._latest = max(now, Nanos(self._latest + 1))
-        record = Record(
-            self.total,
-            self._latest,
-            request.level,
-            sender.service,
-            sender.pid,
-            sender.generation,
-            scope,
-            text,
-            fields,
-        )
-        self._kept[self.total] = Kept(record, row, size)
-        self._ids.append(self.total)
-        self.size += size
-        holding = self._holdings.setdefault(sender.service, Holding())
-        holding.ids.append(self.total)
-        holding.size += size
-        return self.total
+    def resize(self, records_max: int, size_max: int) -> None:
+        """New bounds; what is too much now is pushed out."""
+        self.records_max = records_max
+        self.size_max = size_max
+        self._count_share = int(records_max * SHARE_MAX)
+        self._size_share = int(size_max * SHARE_MAX)
+        self._part_count = max(1, min(PART_COUNT_MAX, records_max // PART))
+        self._part_size = size_max // PART
+        self._make_room(0, 0, None)
 
-    def page(self, query: Query) -> Page:
-        """The first records from `since` on that match, as many as the query and one page take.
+    def append(self, sender: Sender, payloads: list[bytes], row: Row, now: Nanos, wall: int) -> int:
+        """Add records of `sender`, which `row` counts, in order; the id of the last one.
 
-        The first that does not fit is where the next page begins.
+        Times strictly increase. `wall` is the wall's clock at `now`.
         """
-        wanted = Field(query.key, escaped(query.value)) if query.key else None
-        found: list[Record] = []
+        if len(payloads) <= 1:
+            self._add(sender, payloads, row, now, wall)
+            return self.last
+        part: list[bytes] = []
         size = 0
-        index = bisect_left(self._ids, query.since)
-        end = min(len(self._ids), index + SCAN_MAX)
-        while index < end and len(found) < min(query.count, PAGE_MAX):
-            record = self._kept[self._ids[index]].record
-            if matches(record, query, wanted):
-                size += len(encode(record))
-                if size > PAGE_SIZE_MAX:
-                    break
-                found.append(record)
-            index += 1
-        at_end = index == len(self._ids)
-        return Page(found, max(query.since, self.total + 1) if at_end else self._ids[index])
+        for payload in payloads:
+            counts = RECORD_OVERHEAD + len(payload)
+            if part and (len(part) >= self._part_count or size + counts > self._part_size):
+                self._add(sender, part, row, now, wall)
+                part, size = [], 0
+            part.append(payload)
+            size += counts
+        self._add(sender, part, row, now, wall)
+        return self.last
 
-    def _push_out(self) -> None:
-        index = self._next_out()
-        kept = self._kept.pop(self._ids.pop(index))  # moves 8 bytes for each id behind it
-        self.size -= kept.size
-        kept.row.current.overwritten += 1
-        service = ServiceId(kept.record.service)
+    def _add(self, sender: Sender, payloads: list[bytes], row: Row, now: Nanos, wall: int) -> None:
+        count = len(payloads)
+        size = RECORD_OVERHEAD * count + sum(map(len, payloads))
+        service = sender.service
+        if self._count + count > self.records_max or self.size + size > self.size_max:
+            self._make_room(count, size, service)
+        at = max(int(now), self._latest + 1)
+        chunk = Chunk(self.last + 1, at, wall + at - now, sender, row, payloads)
+        self.total += count
+        self._latest = at + count - 1
+        self._chunks.append(chunk)
+        self._firsts.append(chunk.first)
+        self._count += count
+        self.size += size
+        holding = self._holdings.get(service)
+        if holding is None:
+            holding = self._holdings[service] = Holding()
+        holding.chunks.append(chunk)
+        holding.count += count
+        holding.size += size
+        if holding.count > self._count_share or holding.size > self._size_share:
+            self._large.add(service)
+
+    # ------------------------------------------------------------------ reading
+
+    def page(self, since: int, count: int, wanted: Wanted) -> Page:
+        """The first records from `since` on that match, as many as asked for and one page takes."""
+        return page_of(
+            self._from(since, wanted), wanted, count, self.boot, max(since, self.last + 1)
+        )
+
+    def entries(self, since: int) -> Iterator[Entry]:
+        """What is kept from id `since` on, in order."""
+        return self._from(since, None)
+
+    def last_of(self, service: int, pid: int, generation: int, count: int) -> list[Record]:
+        """The last records of one instance that are kept, at most `count` and one page."""
+        return last_of(self._backwards(service, pid, generation), count, self.boot)
+
+    def _from(self, since: int, wanted: Wanted | None) -> Iterator[Entry]:
+        index = max(0, bisect_right(self._firsts, since) - 1)
+        for chunk in self._chunks[index:]:
+            sender = chunk.sender
+            if wanted is None or wanted.is_from(sender.service, sender.pid, sender.generation):
+                for number in range(max(chunk.start, since - chunk.first), len(chunk.payloads)):
+                    yield chunk.entry(number)
+
+    def _backwards(self, service: int, pid: int, generation: int) -> Iterator[Entry]:
+        holding = self._holdings.get(ServiceId(service))
+        for chunk in reversed(holding.chunks if holding is not None else ()):
+            if (chunk.sender.pid, chunk.sender.generation) == (pid, generation):
+                for number in range(len(chunk.payloads) - 1, chunk.start - 1, -1):
+                    yield chunk.entry(number)
+
+    # ------------------------------------------------------------------ pushing out
+
+    def _make_room(self, count: int, size: int, service: ServiceId | None) -> None:
+        """Push out until `count` records more of `size` bytes fit, which are of `service`."""
+        while self._count and (
+            self._count + count > self.records_max or self.size + size > self.size_max
+        ):
+            self._push_out(self._next_out(count, size, service))
+
+    def _next_out(self, count: int, size: int, service: ServiceId | None) -> Chunk:
+        """Whose oldest record goes first: the oldest of all, or of who holds too much.
+
+        What is about to be added counts for its sender, but for the last record of it.
+        """
+        if service is not None and count > 1:
+            own = self._holdings.get(service)
+            if own is not None and (
+                own.count + count - 1 > self._count_share
+                or own.size + size - size // count > self._size_share
+            ):
+                return own.chunks[0]
+        for large in self._large:
+            holding = self._holdings[large]
+            if holding.count > self._count_share or holding.size > self._size_share:
+                return holding.chunks[0]
+        self._large.clear()
+        return self._chunks[0]
+
+    def _push_out(self, chunk: Chunk) -> None:
+        index = chunk.start
+        size = RECORD_OVERHEAD + len(chunk.payloads[index])
+        chunk.payloads[index] = b""
+        chunk.start = index + 1
+        chunk.row.current.overwritten += 1
+        service = chunk.sender.service
         holding = self._holdings[service]
-        _ = holding.ids.popleft()
-        holding.size -= kept.size
-        if not holding.ids:
+        self._count -= 1
+        self.size -= size
+        holding.count -= 1
+        holding.size -= size
+        if chunk.start < len(chunk.payloads):
+            return
+        at = bisect_right(self._firsts, chunk.first) - 1
+        del self._chunks[at], self._firsts[at]  # moves 8 bytes for each chunk behind it
+        _ = holding.chunks.popleft()
+        if not holding.chunks:
             del self._holdings[service]
-
-    def _next_out(self) -> int:
-        """The index of the id that goes first: the oldest, or that of who holds too much."""
-        for holding in self._holdings.values():
-            if len(holding.ids) > self._count_share or holding.size > self._size_share:
-                return bisect_left(self._ids, holding.ids[0])
-        return 0
-
-
-def matches(record: Record, query: Query, wanted: Field | None) -> bool:
-    """Whether a query asks for this record; `wanted` is its field, escaped as records are."""
-    return (
-        record.level <= query.level
-        and query.service in (0, record.service)
-        and (wanted is None or wanted in record.fields)
-    )
+            self._large.discard(service)
 
 
 def text_size(text: str) -> int:

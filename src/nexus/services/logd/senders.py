@@ -2,9 +2,9 @@
 
     unknown --heard--> row --64 others were heard since--> folded into the row of service 0
 
-Core senders' rows never give way. A sender that comes back after its row was folded has a new row;
-its records of before count where the old row went. So for every row, at any time: accepted = kept
-+ overwritten.
+Core senders' rows never give way, and of the others those that have a stream open go last. A sender
+that comes back after its row was folded has a new row; its records of before count where the old
+row went. So for every row, at any time: accepted = kept + overwritten.
 """
 
 from collections.abc import Collection
@@ -21,22 +21,30 @@ from nexus.protocols.logd import (
 )
 
 OTHERS: Final = ServiceId(0)  # the row of all senders that gave way
+CORE_STREAMS: Final = 4  # times the stream rate of others that a core sender has
 CORE_MAX: Final = SENDER_ROWS_MAX // 2  # core senders; the other rows are for everybody
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """The account of one sender, and the window of its rate: from its first record, 1 s long."""
+    """The account of one sender, and the windows of its rates: of messages, and of the records of
+    its streams. A window is 1 s long, from the first record on."""
 
     service: ServiceId
     rate_max: int
+    stream_rate_max: int = 0
     accepted: int = 0
     invalid_args: int = 0
     over_limit: int = 0
     rate_limited: int = 0
     overwritten: int = 0
+    unread: int = 0
+    damaged: int = 0
+    streams: int = 0  # open ones
     window_start: Nanos | None = None
     window_count: int = 0
+    stream_start: Nanos | None = None
+    stream_count: int = 0
     folded_into: Optional["Row"] = None
 
     @property
@@ -52,9 +60,26 @@ class Row:
         return self.window_count >= self.rate_max
 
     def on_accepted(self) -> None:
-        """A record of this sender is in the journal."""
+        """A message of this sender is in the journal."""
         self.accepted += 1
         self.window_count += 1
+
+    def on_opened(self) -> None:
+        """A stream of this sender is open, which uses up as much of its rate as a record."""
+        self.streams += 1
+        self.window_count += 1
+
+    def stream_room(self, now: Nanos) -> int:
+        """How many records of its streams the window that `now` is in still takes."""
+        if self.stream_start is None or now - self.stream_start >= RATE_WINDOW_NS:
+            self.stream_start = now
+            self.stream_count = 0
+        return max(0, self.stream_rate_max - self.stream_count)
+
+    @property
+    def stream_window_end(self) -> Nanos:
+        """When the next window of its streams begins."""
+        return Nanos((self.stream_start or 0) + RATE_WINDOW_NS)
 
     def on_refused(self, status: LogdStatus) -> None:
         """A record of this sender was refused, which uses up nothing of its rate."""
@@ -73,6 +98,8 @@ class Row:
         self.over_limit += other.over_limit
         self.rate_limited += other.rate_limited
         self.overwritten += other.overwritten
+        self.unread += other.unread
+        self.damaged += other.damaged
 
     def told(self) -> SenderRow:
         """The row as it travels."""
@@ -83,6 +110,8 @@ class Row:
             self.over_limit,
             self.rate_limited,
             self.overwritten,
+            self.unread,
+            self.damaged,
         )
 
 
@@ -90,12 +119,17 @@ class Senders:
     """At most SENDER_ROWS_MAX rows, the least recently heard first, and the one of the others."""
 
     def __init__(
-        self, core: Collection[ServiceId] = (), core_rate: int = RATE_MAX, rate: int = RATE_MAX
+        self,
+        core: Collection[ServiceId] = (),
+        core_rate: int = RATE_MAX,
+        rate: int = RATE_MAX,
+        stream_rate: int = 0,
     ) -> None:
         assert len(core) <= CORE_MAX, "there is always a row that may give way"
         self._core = frozenset(core)
         self._core_rate = core_rate
         self._rate = rate
+        self._stream_rate = stream_rate
         self._rows: dict[ServiceId, Row] = {}
         self._others = Row(OTHERS, 0)
         self._folded = 0  # rows that gave way
@@ -112,10 +146,20 @@ class Senders:
         row = self._rows.pop(service, None)
         if row is None:
             if len(self._rows) >= SENDER_ROWS_MAX:
-                self._fold(next(each for each in self._rows if each not in self._core))
-            row = Row(service, self._core_rate if self.is_core(service) else self._rate)
+                self._fold(self._first_out())
+            row = self._new(service)
         self._rows[service] = row
         return row
+
+    def set_rates(self, core: Collection[ServiceId], core_rate: int, stream_rate: int) -> None:
+        """New settings: in force for every sender's next record."""
+        assert len(core) <= CORE_MAX, "there is always a row that may give way"
+        self._core = frozenset(core)
+        self._core_rate = core_rate
+        self._stream_rate = stream_rate
+        for row in self._rows.values():
+            row.rate_max = core_rate if self.is_core(row.service) else self._rate
+            row.stream_rate_max = self._stream_rate_of(row.service)
 
     def rows(self) -> list[Row]:
         """Every row, by service; the others' first, once somebody gave way."""
@@ -128,6 +172,18 @@ class Senders:
         for row in (self._others, *self._rows.values()):
             total.add(row)
         return total
+
+    def _new(self, service: ServiceId) -> Row:
+        rate = self._core_rate if self.is_core(service) else self._rate
+        return Row(service, rate, self._stream_rate_of(service))
+
+    def _stream_rate_of(self, service: ServiceId) -> int:
+        return self._stream_rate * (CORE_STREAMS if self.is_core(service) else 1)
+
+    def _first_out(self) -> ServiceId:
+        """Who gives way: the one heard longest ago of those that have no stream, or else of all."""
+        movable = [each for each in self._rows if each not in self._core]
+        return next((each for each in movable if not self._rows[each].streams), movable[0])
 
     def _fold(self, service: ServiceId) -> None:
         row = self._rows.pop(service)
