@@ -71,17 +71,14 @@ def execd_ready(case: Case, trace: Trace, line: Line) -> None:
     What it answers is told once the whole system is up: where it does not get there another rung is
     red.
     """
-    facts = healthy(case, trace, line)
-    planned = [
-        [service.name, service.program_digest]
-        for service in sorted(case.plan.services, key=lambda each: each.name)
-        if service.by == EXECD_NAME
-    ]
+    _ = healthy(case, trace, line)
+    services = case.plan.services
+    planned = {each.name: each.program_digest for each in services if each.by == EXECD_NAME}
     demand(planned, "the plan has no program that execd starts")
-    demand_equal(facts["programs"], len(planned), "programs, in the answer to init's probe")
+    demand_equal(line.evidence["programs"], planned, "program table, as it says itself")
     if any(each.printer == SELFTEST and not FAIL_WORD.search(each.text) for each in trace.lines):
         told = measured(trace, 37)
-        demand_equal(told["programs"], planned, "program table")
+        demand_equal(sorted(map(tuple, told["programs"])), sorted(planned.items()), "program table")
         demand_equal(told["total"], len(planned), "rows of the program table")
 
 
@@ -161,14 +158,14 @@ def child_hello(case: Case, trace: Trace, line: Line) -> None:
 
 
 def exec_elf(_case: Case, trace: Trace, line: Line) -> None:
-    """#86: the child that answered is the one that the kernel started, and it had not ended."""
+    """#86: the child that answered is the one that the kernel started, and ended for that it was."""
     evidence = line.evidence
-    demand_equal(evidence["pid"], measured(trace, 84)["pid"], "pid that EXEC answered")
     demand_equal(evidence["stamped"], evidence["pid"], "pid that came back from the kernel")
     _, event = _spawn_of(trace, HELLO, evidence["stamped"])
     demand_equal(evidence["generation"], event.fields["generation"], "generation")
-    ended, _ = _exit_of(trace, HELLO, evidence["stamped"])
-    demand(ended > line.place, "it had ended when it answered")
+    ended, end = _exit_of(trace, HELLO, evidence["stamped"])
+    demand(ended < line.place, "it was not ended")
+    demand_equal(end.fields["signal"], KILLED, "how it ended, having answered")
 
 
 # ---------------------------------------------------------------- ends

@@ -3,6 +3,7 @@
 from typing import Final
 
 from nexus.proof.plants_devices import SABOTEURS as DEVICES
+from nexus.proof.plants_exec import SABOTEURS as EXEC
 from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
 from nexus.proof.plants_keys import SABOTEURS as KEYS
@@ -22,6 +23,7 @@ SABOTEURS: Final[tuple[Saboteur, ...]] = (
     *SELFTEST,
     *STATE,
     *KEYS,
+    *EXEC,
 )
 
 

@@ -120,18 +120,15 @@ async def load(climb: Climb) -> Evidence:
 
 async def child_hello(climb: Climb) -> Evidence:
     """#85, stated: who demo.hello is by execd's answer and by init's task list."""
-    return await _child(climb, HELLO)
-
-
-async def _child(climb: Climb, name: str) -> Evidence:
-    child = climb.children[name]
-    row = await climb.task(name)
+    child = climb.children[HELLO]
+    row = await climb.task(HELLO)
+    _ = await _end(climb, child)
     return {"pid": child.pid, "generation": child.generation, "row": [row.pid, row.generation]}
 
 
 async def exec_elf(climb: Climb) -> Evidence:
     """#86: a call to the child comes back with the pid that execd answered, by the kernel."""
-    child = climb.children[HELLO]
+    child = await _start(climb, HELLO, ARGUMENT)
     hello = await _connected(climb, HELLO)
     codec = HELLO_PROTOCOL.codecs[Greet]
     deadline = await climb.ahead(CALL_WAIT)
@@ -142,6 +139,7 @@ async def exec_elf(climb: Climb) -> Evidence:
     reply = await Recv((hello.peer.inbox,), deadline, link=hello.peer.link)
     greeting = codec.decode_reply(reply.data[HEADER.size :])
     await climb.peers.discard(hello.peer)
+    _ = await _end(climb, child)
 
     expect(nonce_of(reply.data), GREET_NONCE, "nonce of the answer")
     expect(status_of(reply.data), ReplyStatus.OK, "status of the answer")
@@ -176,7 +174,7 @@ async def child_exited(climb: Climb) -> Evidence:
     """#88, stated: while execd waits for one child another client is served, and then it says how
     demo.exit0 ended."""
     execd = climb.client(EXECD_NAME)
-    hello, exit0 = climb.children[HELLO], climb.children[EXIT0]
+    exit0, hello = climb.children[EXIT0], await _start(climb, HELLO)
     waiting = await execd.start(Wait(hello.pid), await climb.ahead(END_WAIT))
     served = await climb.moved(climb.testsvc, AskExecd(), await CapClone(execd.peer.slot))
     row = await climb.task(HELLO)
