@@ -6,7 +6,7 @@
 
 Positions are bytes since the ring was made and never go back; position p lies at p % capacity, and
 a record may run over the end. To put one, the writer stores `reserve` (what the record will
-overwrite is gone from now on), the record, `count` and `commit`, in this order. A mark is the
+overwrite is gone from now on), the record, `commit` and `count`, in this order. A mark is the
 position of the first record that begins in its eighth of the area: where a reader goes on that
 was overtaken.
 
@@ -130,8 +130,8 @@ class RingWriter:
             self._area[: stop - self._capacity] = record[first:]
         self.sequence = sequence = sequence + 1
         self._position = end
-        words[COUNT_WORD] = sequence
         words[COMMIT_WORD] = end
+        words[COUNT_WORD] = sequence
 
     def lost(self, count: int) -> None:
         """Count records that never came into the ring; the reader sees the number."""
@@ -173,7 +173,7 @@ class RingReader:
 
     @property
     def written(self) -> int:
-        """Records the writer says it has put."""
+        """Records the writer says it has put; killed just after the last one, one less."""
         return min(self._words[COUNT_WORD], SEQUENCE_MAX)
 
     @property
