@@ -18,6 +18,7 @@ from nexus.abi import (
     VmoCreate,
     VmoMap,
     VmoSeal,
+    VmoShare,
     VmoWrite,
     service_id,
 )
@@ -473,10 +474,10 @@ def test_a_full_store_keeps_what_is_reserved_and_takes_deletes() -> None:
 
 
 async def vmo(data: bytes, *, sealed: bool = True) -> Any:
+    """A sealed memory object, or a shared one: no other would move."""
     slot = await VmoCreate(len(data))
     await VmoWrite(slot, 0, data)
-    if sealed:
-        await VmoSeal(slot)
+    await (VmoSeal(slot) if sealed else VmoShare(slot))
     return slot
 
 
