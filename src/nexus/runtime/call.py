@@ -1,11 +1,13 @@
 """A request as its handler sees it: who asks, until when, in which trace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
+from nexus.telemetry import PageWriter, begin_span, end_span
+from nexus.telemetry.span import NO_ATTRIBUTES
 from nexus.wire import (
     HEADER_SIZE,
     NONCE_OFFSET,
@@ -37,7 +39,18 @@ class Deferred:
     Whether the caller still lives and listens is the runtime's business.
     """
 
-    __slots__ = ("_codec", "_done", "_post", "deadline", "header", "link", "sender", "slot")
+    __slots__ = (
+        "_codec",
+        "_done",
+        "_post",
+        "begun",
+        "deadline",
+        "header",
+        "link",
+        "sender",
+        "slot",
+        "span_slot",
+    )
 
     def __init__(
         self,
@@ -51,6 +64,8 @@ class Deferred:
         self.link = message.link
         self.slot: Slot | None = None  # a one-shot reply link, if the request brought one
         self.deadline = deadline
+        self.begun = b""  # the request's span, which is open until the reply is given
+        self.span_slot = -1
         self._codec = codec
         self._post = post
         self._done = False
@@ -117,11 +132,13 @@ class Call:
         "_post",
         "_spans",
         "batched",
+        "begun",
         "codec",
         "deadline",
         "deferrable",
         "message",
         "moving",
+        "span_slot",
     )
 
     def __init__(self, spans: Spans, post: Callable[[Deferred, bytearray], None]) -> None:
@@ -132,6 +149,8 @@ class Call:
         self._cap: Slot | None = None
         self._notes: list[tuple[str, object]] = []
         self._notes_of: Message | None = None
+        self.begun = b""  # the bytes of the span that is open for the request, if there is one
+        self.span_slot = -1
         self.batched = False  # one of several in a packet, which is answered as a whole
         self.deferrable = True
         self.moving: Slot | None = None
@@ -206,8 +225,12 @@ class Call:
         """
         if not self.deferrable:
             raise Refusal(ReplyStatus.UNSUPPORTED)
-        made = DeferredItem if self.batched else Deferred
-        return made(self.message, self.deadline, self.codec, self._post)
+        if self.batched:
+            return DeferredItem(self.message, self.deadline, self.codec, self._post)
+        deferred = Deferred(self.message, self.deadline, self.codec, self._post)
+        deferred.begun, self.begun = self.begun, b""
+        deferred.span_slot = self.span_slot
+        return deferred
 
     def take_cap(self) -> Slot | None:
         """The capability that came with the request; the service's own from now on."""
@@ -219,6 +242,31 @@ class Call:
         assert self.codec.gives, "the request declares that its reply gives one"
         assert self.moving is None, "one capability moves with a message"
         self.moving = slot
+
+    def open_span(self, page: PageWriter, name: bytes) -> None:
+        """The runtime records the request as a span: it begins when it was taken from the queue."""
+        message = self.message
+        data = message.data
+        trace = data[TRACE_OFFSET:SPAN_OFFSET]
+        span = self._spans.next_span()
+        self._context = Context(trace, span)
+        self._context_of = message
+        self.begun = begun = begin_span(
+            trace, span, data[SPAN_OFFSET:HEADER_SIZE], message.now, name
+        )
+        self.span_slot = page.open_span(begun)
+
+    def close_span(
+        self,
+        page: PageWriter,
+        now: Nanos,
+        status: int,
+        attributes: Mapping[str, str] = NO_ATTRIBUTES,
+    ) -> None:
+        """The request has its reply. A deferred one has taken the span with it."""
+        if self.begun:
+            page.close_span(self.span_slot, end_span(self.begun, now, status, attributes))
+            self.begun = b""
 
     def begin(self, message: Message, codec: Codec, deadline: Nanos) -> None:
         """The runtime takes up a request off the fast path."""

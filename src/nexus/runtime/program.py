@@ -26,6 +26,7 @@ import msgspec
 
 from nexus.abi import AbiError, BootImage, ConsoleWrite, LinkId, Nanos, Now, ServiceId, Trap
 from nexus.ipc import (
+    Caller,
     CallFailure,
     Client,
     Denied,
@@ -39,6 +40,7 @@ from nexus.ipc import (
 )
 from nexus.ipc import Context as Trace
 from nexus.log import LOGD_NAME, Logger
+from nexus.metrics import Metrics, TaskTrail, Tracing
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.runtime.authority import Authority, Outcome
 from nexus.runtime.call import Call, Deferred, Refusal
@@ -61,6 +63,7 @@ SENTENCE_SIZE_MAX: Final = 300  # characters of an explanation; a console line h
 HANDED_ON: Final = (
     "on_time",
     "on_gone",
+    "on_other",
     "evidence",
     "ready",
     "on_ready",
@@ -123,11 +126,23 @@ class Own(Protocol):
 class Context:
     """What a service finds when it starts. Nothing here waits without a deadline."""
 
-    def __init__(self, boot: BootImage, config: ServiceConfig) -> None:
+    def __init__(
+        self,
+        boot: BootImage,
+        config: ServiceConfig,
+        tracing: Callable[[Caller], Tracing] | None = None,
+    ) -> None:
+        """`tracing` is where spans find what they are part of, if not in calls being served."""
         self.boot = boot
         self.config = config
         self.peers = Peers(boot, config.trace_seed)
-        self.log = Logger(self.peers, config.uses)
+        self.log = Logger(self.peers, config.uses, ring_size=config.log_ring)
+        self.metrics = Metrics(
+            self.peers,
+            config.uses,
+            page_size=config.metrics_page,
+            tracing=None if tracing is None else tracing(self.peers.caller),
+        )
         policyd = POLICYD_NAME in config.uses and POLICYD_NAME not in config.posts
         self.authority = Authority(self._policyd if policyd else None, self.log)
         self._clients: dict[str, Client] = {}
@@ -241,7 +256,9 @@ class _Hooked:
     def facts(self) -> dict[str, int]:
         """What the service says of itself, what its log and its authority say."""
         own = self._own.facts() if hasattr(self._own, "facts") else {}
-        return {**self._context.log.facts(), **self._context.authority.facts(), **own}
+        context = self._context
+        kept = {**context.log.facts(), **context.authority.facts(), **context.metrics.facts()}
+        return {**kept, **own}
 
 
 def program_of(own: Callable[[Context], Own], protocol: WireProtocol | None = None) -> Main:
@@ -272,9 +289,20 @@ def _found(target: str) -> Any:
 async def _run(own: Callable[[Context], Own], protocol: WireProtocol, boot: BootImage) -> int:
     """The life of a service of one's own."""
     context = Context(boot, ServiceConfig.of(boot))
+    await context.log.begin()
+    await context.metrics.begin()
     service = own(context)
     hooked = _Hooked(service, context)
-    server = Server(hooked, protocol, boot, context.peers.caller, log=context.log)
+    sources = boot.ports if hasattr(service, "on_other") else ()
+    server = Server(
+        hooked,
+        protocol,
+        boot,
+        context.peers.caller,
+        sources=sources,
+        log=context.log,
+        metrics=context.metrics,
+    )
     server.starting = True
     context.serve_by(server)
     _ = await server.step(deadline_after(boot.now, BIND_MAX))
@@ -442,15 +470,19 @@ class OrdinaryContext:
     def __init__(self, boot: BootImage, task: Task, protocol: WireProtocol) -> None:
         self._task = task
         self._turns = _Turns(task)
-        self._inner = Context(boot, ServiceConfig.of(boot))
+        self._inner = Context(boot, ServiceConfig.of(boot), TaskTrail)
         self._clients: dict[str, OrdinaryClient] = {}
         self._desk = _Desk()
-        self._server = Server(self._desk, protocol, boot)
+        # Requests are taken and answered beside the program's own calls: what they share is the ids.
+        caller = Caller(self._inner.peers.caller.spans)
+        recorder = self._inner.metrics.recorder
+        self._server = Server(self._desk, protocol, boot, caller, recorder=recorder)
         self._server.starting = True
         self._protocol = protocol
         self.boot = boot
         self.config = self._inner.config
         self.log = self._inner.log
+        self.metrics = self._inner.metrics
         self.authority = OrdinaryAuthority(self._turns, self._inner.authority)
 
     @property
@@ -501,10 +533,14 @@ class OrdinaryContext:
                 await self._handle(*taken)
             if self.log.due:
                 await self._turns.run(self.log.flush())
+            if self.metrics.is_due(await self.now()):
+                await self._turns.run(self.metrics.flush())
         return 0
 
     async def begin(self) -> None:
         """Answer init's Bind and take the planned links, before anything else is done."""
+        await self._task.run(self.log.begin())
+        await self._task.run(self.metrics.begin())
         until = deadline_after(self.boot.now, BIND_MAX)
         _ = await self._task.run(self._server.step(until))
         await self._turns.run(self._inner.take_links())
@@ -514,6 +550,8 @@ class OrdinaryContext:
         return deadline_after(await self.now(), LOG_PAUSE_MAX)
 
     async def _handle(self, call: Call, request: Any, deferred: Deferred) -> None:
+        tracing = self.metrics.recorder.caller
+        before, tracing.trail = tracing.trail, call.context.trail
         try:
             reply = self._desk.service.handle(call, request)
             if inspect.isawaitable(reply):
@@ -522,6 +560,8 @@ class OrdinaryContext:
             deferred.refuse(refusal.status)
         else:
             deferred.reply(reply)
+        finally:
+            tracing.trail = before
 
 
 def load_ordinary(target: str, protocol: str) -> OrdinaryMain:

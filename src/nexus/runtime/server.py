@@ -45,6 +45,9 @@ from nexus.abi import (
 )
 from nexus.ipc import Caller, Peers, Spans
 from nexus.ipc.exchange import close_if_any
+from nexus.metrics import Recorder
+from nexus.metrics.spans import ERROR as SPAN_ERROR
+from nexus.metrics.spans import OK as SPAN_OK
 from nexus.protocols.meta import (
     FACTS_MAX,
     PROBES_MAX,
@@ -62,8 +65,10 @@ from nexus.protocols.meta import (
     Stopping,
 )
 from nexus.protocols.meta import PROTOCOL as META
+from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
 from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
+from nexus.telemetry import end_span
 from nexus.wire import (
     DEADLINE_OFFSET,
     FRAME_KIND,
@@ -127,14 +132,26 @@ class Log(Protocol):
     be written into when a log probe comes."""
 
     @property
-    def due(self) -> bool:
-        """Whether lines wait to be sent, or answers to be taken."""
+    def wake(self) -> Nanos | None:
+        """When `flush` has something to do; None if nothing."""
 
     async def flush(self) -> None:
         """Send and take what can be without waiting."""
 
     def info(self, text: str, *, token: str) -> None:
         """Write one line."""
+
+
+class MetricsOf(Protocol):
+    """What the runtime needs of nexus.metrics.Metrics: to be driven as the log is."""
+
+    due: bool
+    next_look: Nanos
+    wake: Nanos
+    recorder: Recorder
+
+    async def flush(self) -> None:
+        """Send and take what can be without waiting."""
 
 
 class Remark(NamedTuple):
@@ -162,7 +179,10 @@ class Server:
         *,
         sources: tuple[Slot, ...] = (),
         log: Log | None = None,
+        metrics: MetricsOf | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        """`metrics` is driven between requests and records them; `recorder` records only."""
         self.boot = boot
         self.account = Account()
         self.remarks: list[Remark] = []
@@ -170,7 +190,12 @@ class Server:
         self.starting = False  # while set, the health probe finds the service not ready
         self._service = service
         self._log = log
-        self._log_pause = LOG_PAUSE_LEAST
+        self._metrics = metrics
+        self._recorder = recorder if metrics is None else metrics.recorder
+        self._span_names = {
+            codec: f"{protocol.name}.{codec.request_type.__name__}"[:SPAN_NAME_SIZE_MAX].encode()
+            for codec in protocol.codecs.values()
+        }
         self._handle = service.handle
         self._awaits = inspect.iscoroutinefunction(service.handle)
         self._hooks = Hooks(
@@ -243,7 +268,10 @@ class Server:
         next_time = self._hooks.next_time
         busy = self._hooks.busy
         log = self._log
-        timed = next_time is not None or log is not None
+        metrics = self._metrics
+        recorder = self._recorder
+        span_names = self._span_names
+        timed = next_time is not None or log is not None or metrics is not None
         forever = deadline == NEVER
         trap.deadline = deadline
         while True:
@@ -252,10 +280,17 @@ class Server:
                 if due is not None and due <= self._latest:
                     due = yield from self._ring(next_time).__await__()
                 trap.deadline = deadline if due is None else min(due, deadline)
-            elif busy is not None:
-                trap.deadline = deadline  # it may still be that of a busy turn
-            if log is not None and log.due:
-                yield from self._drive(log).__await__()
+            else:
+                trap.deadline = deadline  # it may still be that of another turn
+            if log is not None:
+                wake = log.wake
+                if wake is not None:
+                    if wake <= self._latest:
+                        yield from self._drive(log).__await__()
+                    elif wake < trap.deadline:
+                        trap.deadline = wake
+            if metrics is not None and (metrics.due or metrics.next_look <= self._latest):
+                yield from self._tend(metrics).__await__()
             if self._outbox:
                 yield from self._flush().__await__()
             if busy is not None and busy():
@@ -289,6 +324,9 @@ class Server:
             call.codec = codec
             call.deadline = until
             caller.parent = call
+            page = None if recorder is None else recorder.page
+            if page is not None:
+                call.open_span(page, span_names[codec])
             try:
                 reply = handle(call, request)
                 if awaits:
@@ -296,8 +334,11 @@ class Server:
             except Refusal as refusal:
                 caller.parent = None
                 status = refusal.status
+                self._close_span(status)
                 return (yield from self._refuse(slot, message, status, request).__await__())
             caller.parent = None
+            if page is not None:
+                self._close_span(None)
             if type(reply) is not codec.reply_type or call.moving is not None:
                 yield from self._conclude(slot, self._framed(reply)).__await__()
                 return True
@@ -338,16 +379,32 @@ class Server:
         return due
 
     async def _drive(self, log: Log) -> None:
-        """Let the log send and take what it can, and come back for the rest a little later.
-
-        The pause doubles with each wake-up that finds a rest: nobody takes the lines now.
-        """
+        """Let the log send and take what it can, and come back for the rest when it says so."""
         await self._send_held()
         await log.flush()
-        if log.due:
-            self._trap.deadline = min(self._trap.deadline, Nanos(self._latest + self._log_pause))
-        else:
-            self._log_pause = LOG_PAUSE_LEAST
+        wake = log.wake
+        if wake is not None:
+            soonest = Nanos(self._latest + LOG_PAUSE_LEAST)
+            self._trap.deadline = min(self._trap.deadline, max(wake, soonest))
+
+    async def _tend(self, metrics: MetricsOf) -> None:
+        """As `_drive`, for the metrics, which also look now and then whether metricsd lives."""
+        if not metrics.due or metrics.wake <= self._latest:
+            await self._send_held()
+            await metrics.flush()
+        if metrics.due:
+            soonest = Nanos(self._latest + LOG_PAUSE_LEAST)
+            self._trap.deadline = min(self._trap.deadline, max(metrics.wake, soonest))
+
+    def _close_span(self, refused: IntEnum | None) -> None:
+        """The request being served has its reply, or is refused with a status."""
+        recorder = self._recorder
+        if recorder is not None and recorder.page is not None and recorder.clock is not None:
+            now = recorder.clock.monotonic()
+            if refused is None:
+                self._call.close_span(recorder.page, now, SPAN_OK)
+            else:
+                self._call.close_span(recorder.page, now, SPAN_ERROR, {"refused": refused.name})
 
     async def _on_refused_receive(self, error: AbiError) -> bool:
         """A wake-up without a message; what only a bug can cause is raised, never waited out."""
@@ -356,8 +413,6 @@ class Server:
         elif error.status in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
             if self._hooks.busy is not None and self._hooks.busy():
                 await self._work()
-            else:
-                self._log_pause = min(Nanos(2 * self._log_pause), LOG_PAUSE_MAX)
             self._latest = await Now()
         else:
             raise error
@@ -477,9 +532,11 @@ class Server:
         try:
             reply = await self._handled(codec, request)
         except Refusal as refusal:
+            self._close_span(refusal.status)
             return self._refusal(message, refusal.status, request)
         finally:
             await close_if_any(call.take_cap())
+        self._close_span(None)
         return self._framed(reply)
 
     async def _handled(self, codec: Codec, request: Any) -> Any:
@@ -488,10 +545,16 @@ class Server:
         try:
             if codec.request_type in META.codecs:
                 return await self._handle_meta(self._call, request)
+            self._open_span(codec)
             reply = self._handle(self._call, request)
             return await reply if self._awaits else reply
         finally:
             self._caller.parent = None
+
+    def _open_span(self, codec: Codec) -> None:
+        """The request being served is recorded as a span from now on."""
+        if self._recorder is not None and self._recorder.page is not None:
+            self._call.open_span(self._recorder.page, self._span_names[codec])
 
     def _framed(self, reply: Any) -> "bytearray | Deferred":
         if isinstance(reply, Deferred):
@@ -519,6 +582,7 @@ class Server:
         handle, awaits, reply_type = self._handle, self._awaits, codec.reply_type
         outcomes: list[Any] = []
         self._caller.parent = call
+        self._open_span(codec)
         for request in requests:
             try:
                 reply = await handle(call, request) if awaits else handle(call, request)
@@ -530,6 +594,7 @@ class Server:
         ):
             await _settled(self._hooks.on_batch())
         self._caller.parent = None
+        self._close_span(None)
         call.batched = False
         call.deferrable = True
         status = ReplyStatus.OK
@@ -601,6 +666,12 @@ class Server:
 
     def _post(self, deferred: Deferred, frame: bytes | bytearray) -> None:
         """A deferred reply is given: it is sent before the next wait."""
+        recorder = self._recorder
+        if deferred.begun and recorder is not None and recorder.page is not None:
+            status = SPAN_ERROR if status_of(frame) else SPAN_OK
+            assert recorder.clock is not None, "it came with the page"
+            ended = end_span(deferred.begun, recorder.clock.monotonic(), status)
+            recorder.page.close_span(deferred.span_slot, ended)
         self._outbox.append((deferred, frame))
 
     async def _flush(self) -> None:
@@ -723,13 +794,15 @@ async def serve(
     boot: BootImage,
     peers: Peers | None = None,
     log: Log | None = None,
+    metrics: MetricsOf | None = None,
 ) -> int:
     """Run `service` on the task's own endpoint until init says Stop; the exit code.
 
-    Calls made through `peers` while a request is served inherit its deadline and trace. `log` is
-    driven between requests.
+    Calls made through `peers` while a request is served inherit its deadline and trace. `log` and
+    `metrics` are driven between requests.
     """
-    server = Server(service, protocol, boot, None if peers is None else peers.caller, log=log)
+    caller = None if peers is None else peers.caller
+    server = Server(service, protocol, boot, caller, log=log, metrics=metrics)
     return await told_if_crashed(boot, server.run())
 
 
