@@ -11,6 +11,8 @@ from nexus.services.metricsd.store import Connect, Say, Store
 from nexus.wire import encode
 
 KINDS: Final = tuple(Kind)
+GENERATION_BITS: Final = 32
+BOOT_SIZE: Final = 8  # bytes of the number of a boot
 
 
 class History:
@@ -27,8 +29,13 @@ class History:
         generation: int = 1,
     ) -> None:
         self._settings = settings
+        self._generation = generation
         self._rollups = Rollups(
-            settings.short_ns, settings.long_ns, settings.windows, boot, boot_id
+            settings.short_ns,
+            settings.long_ns,
+            settings.windows,
+            boot,
+            boot.to_bytes(BOOT_SIZE, "big") + boot_id,  # a machine without entropy repeats ids
         )
         self._store: Store | None = None
         if connect is not None and log is not None and settings.retention:
@@ -53,9 +60,10 @@ class History:
 
     def on_reading(self, series: Series) -> None:
         """What a series says now."""
-        self._rollups.on_reading(
-            series.key, series.instance.generation, series.state, series.bounds, live=series.live
-        )
+        life = series.instance.generation
+        if not series.paged:  # its value is kept here, and begins anew with us
+            life |= self._generation << GENERATION_BITS
+        self._rollups.on_reading(series.key, life, series.state, series.bounds, live=series.live)
 
     def next_time(self) -> Nanos | None:
         """When a window is over, or the store has something to do."""
@@ -80,7 +88,7 @@ class History:
             for closed in self._rollups.expired(resolution):
                 if store is not None:
                     store.on_expired(resolution, closed)
-        if store is not None and now >= store.next_time():
+        if store is not None and (now >= store.next_time() or store.is_first_due):
             await store.on_time(now)
             await store.tell()
 

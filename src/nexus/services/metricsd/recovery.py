@@ -224,7 +224,7 @@ def _merge(group: Open, entry: Entry) -> None:
         group.entries[entry.key] = entry
     elif entry.figures.count:
         found.figures.add(entry.figures)
-        found.generation, found.state = entry.generation, entry.state
+        found.life, found.state = entry.life, entry.state
 
 
 def place_of(meta: Meta) -> Place:

@@ -53,13 +53,13 @@ class Figures(msgspec.Struct, array_like=True):
 
 class Entry(msgspec.Struct, array_like=True):
     """One series in one window, as it is kept: its key, what happened, and what it said at the end
-    of whose instance, from which a later reading goes on. With no count it is only carried on."""
+    in which of its lives, from which a later reading goes on. With no count it is only carried on."""
 
     service: int
     kind: int
     name: str
     labels: Labels
-    generation: int
+    life: int
     figures: Figures
     state: State
 
@@ -245,14 +245,14 @@ class Rollups:
         return ended
 
     def on_reading(
-        self, key: Key, generation: int, state: State, bounds: tuple[int, ...], *, live: bool
+        self, key: Key, life: int, state: State, bounds: tuple[int, ...], *, live: bool
     ) -> None:
         """What a series says now."""
         if not self.has_begun:
             return
         self._has_taken = True
         base = self._bases.get(key)
-        before = None if base is None or base.generation != generation else base.state
+        before = None if base is None or base.life != life else base.state
         if before == state and key.kind is not Kind.GAUGE:
             return
         if key.kind is Kind.GAUGE and not live:
@@ -260,7 +260,7 @@ class Rollups:
         figures = figures_of(key.kind, before, state, bounds)
         if figures is None:
             return
-        entry = Entry(*key, generation, figures, state)
+        entry = Entry(*key, life, figures, state)
         self._bases[key] = entry
         changed = before is None or state != before
         for open_ in self.open.values():
@@ -276,7 +276,7 @@ class Rollups:
                 open_.dirty.add(key)
             return
         found.figures.add(entry.figures)
-        found.generation, found.state = entry.generation, entry.state
+        found.life, found.state = entry.life, entry.state
         if changed:
             open_.dirty.add(key)
 
@@ -323,7 +323,7 @@ class Rollups:
         )
         for key, base in self._bases.items():
             if self._told.get(key, 0) <= oldest and key not in open_.entries:
-                open_.entries[key] = Entry(*key, base.generation, Figures(), base.state)
+                open_.entries[key] = Entry(*key, base.life, Figures(), base.state)
                 self._told[key] = open_.start
 
     def keep(self, resolution: Resolution, closed: Closed) -> None:
@@ -384,7 +384,7 @@ def copied(entry: Entry) -> Entry:
     own = Figures(
         figures.count, figures.sum, figures.min, figures.max, figures.last, list(figures.buckets)
     )
-    return Entry(*entry.key, entry.generation, own, entry.state)
+    return Entry(*entry.key, entry.life, own, entry.state)
 
 
 def closed_of(

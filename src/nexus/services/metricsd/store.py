@@ -181,6 +181,19 @@ class Store:
         return max(self._next_wal, self._again, soon)
 
     @property
+    def is_first_due(self) -> bool:
+        """Whether there is something for the first segment, which does not wait for its time: it
+        shows that the WAL works."""
+        open_ = self._rollups.open[Resolution.SHORT]
+        return (
+            self.phase is Phase.WRITING
+            and not self.is_active
+            and self._now >= self._again
+            and open_ is not None
+            and bool(open_.dirty)
+        )
+
+    @property
     def written_today(self) -> int:
         """Bytes that were spent today (UTC), by this metricsd and those before it."""
         return self.wear.written_today(self._wall_now)
@@ -353,7 +366,7 @@ class Store:
     def _next_segment(self, now: Nanos) -> Job | None:
         """What changed since the last segment, if it is time and a slot is free."""
         open_ = self._rollups.open[Resolution.SHORT]
-        if now < self._next_wal:
+        if now < self._next_wal and not self.is_first_due:
             return None
         slot = self._free_slot()
         if slot is None or open_ is None or not open_.dirty:
