@@ -132,7 +132,7 @@ async def sinks(task: Task) -> Any:
 
     assert logd.rebinds == 0, "the slots' owner keeps his own way back"
     assert (after_refusals, after_lines, after_close) == (used, used, used)
-    assert during == used + 1, "the routed link, while it is used"
+    assert during == used + 2, "the routed link and the ring, while they are used"
     return {
         "refused": refused,
         "nothing": nothing,
@@ -187,7 +187,7 @@ async def slots_then_routes(task: Task) -> Any:
     stale = await log.configure_sink_logd_slots(logd.peer.slot, reply.slot, inbox)
     log.info("over routes")
     await task.settle()
-    assert await _slots() == used + 1, "the routed link; the way back that could not go is closed"
+    assert await _slots() == used + 2, "the routed link and the ring; the way back is closed"
     counts = log.counts()
     again = await task.client()
     return {

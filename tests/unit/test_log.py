@@ -10,13 +10,29 @@ from hypothesis import strategies as st
 
 from nexus.abi import Nanos, Now, SleepUntil, service_id
 from nexus.ipc import OUTSTANDING_MAX, Peers
-from nexus.log import DISCOVERY_WAIT, QUEUE_MAX, LogCounts, Logger, make_line
-from nexus.log.logger import DENIED_PAUSE, LOOK_PAUSE, LOOK_PAUSE_MAX
+from nexus.log import (
+    DISCOVERY_WAIT,
+    QUEUE_MAX,
+    RING_SIZE_DEFAULT,
+    LogCounts,
+    Logger,
+    make_line,
+)
+from nexus.log.logger import (
+    BELL_PAUSE,
+    BELL_PAUSE_MAX,
+    DENIED_PAUSE,
+    LOOK_PAUSE,
+    LOOK_PAUSE_MAX,
+)
+from nexus.log.payload import sendable, unpack
 from nexus.protocols.init import REPLY_NAME
 from nexus.protocols.logd import (
+    EVERY_RECORD,
     FIELDS_MAX,
     FIELDS_SIZE_MAX,
     KEY_WIRE_MAX,
+    PAGE_MAX,
     PROTOCOL,
     RATE_MAX,
     RATE_WINDOW_NS,
@@ -25,15 +41,16 @@ from nexus.protocols.logd import (
     Append,
     Field,
     Level,
-    Query,
     Record,
 )
 from nexus.services.logd.checks import KEY, claims_identity, is_over_limit
 from nexus.services.logd.config import Settings
+from nexus.services.logd.reading import Wanted
 from nexus.services.logd.service import Logd
 from nexus.wire import Protocol, encode
 from tests.fakes.gate import ListGate
 from tests.fakes.route import System
+from tests.fakes.tinykernel import TinyKernel
 
 MS = 1_000_000
 SECOND = 1_000 * MS
@@ -137,13 +154,13 @@ class LogSystem(System):
 
     def records(self) -> list[Record]:
         """What the present logd keeps, read without a message."""
-        query = Query(0, 16, Level.TRACE, 0, "", "")
         journal = self.logds[-1]._journal
         found: list[Record] = []
-        while query.since <= journal.total:
-            page = journal.page(query)
+        since = 0
+        while since <= journal.last:
+            page = journal.page(since, PAGE_MAX, Wanted(EVERY_RECORD))
             found += page.records
-            query = Query(page.next, 16, Level.TRACE, 0, "", "")
+            since = page.next
         return found
 
 
@@ -206,7 +223,53 @@ def test_lines_reach_logd_in_order_with_level_scope_and_fields() -> None:
     assert (counts.written, counts.acknowledged, counts.filtered, counts.bound) == (3, 3, 1, 1)
 
 
-def test_flush_waits_for_no_answer_and_for_no_room() -> None:
+def test_a_line_lies_in_the_ring_before_anybody_is_told() -> None:
+    async def body(system: LogSystem, log: Logger) -> Any:
+        await log.begin()
+        sent = system.kernel.traps["Send"]
+        for number in range(100):
+            say(log, f"line {number}")
+        silent = system.kernel.traps["Send"] - sent
+        waiting = log.counts()
+        await settle(log)
+        return silent, waiting, [each.text for each in system.records()]
+
+    (silent, held, texts), counts = logging(body)
+
+    assert silent == 0
+    assert (held.waiting, held.outstanding) == (100, 0)
+    assert texts == [f"line {number}" for number in range(100)]
+    assert (counts.acknowledged, counts.lost) == (100, 0)
+
+
+def test_flush_waits_for_no_answer_and_rings_once() -> None:
+    async def body(system: LogSystem, log: Logger) -> Any:
+        log.info("find logd")
+        await settle(log)
+        await pass_time(BELL_PAUSE)
+        system.kernel.tasks.remove(system.services["logd"])  # it hangs
+        began = await Now()
+        sent = system.kernel.traps["Send"]
+        for number in range(2000):
+            say(log, f"line {number}")
+            await log.flush()
+        took, rung = await Now() - began, system.kernel.traps["Send"] - sent
+        system.kernel.tasks.append(system.services["logd"])
+        held = log.counts()
+        await settle(log)
+        return took, rung, held
+
+    (took, rung, held), counts = logging(body)
+
+    assert took < MS
+    assert rung == 1
+    assert held.waiting == 2000, "nobody has said what became of them"
+    assert counts.acknowledged + counts.lost_overwritten == 2001
+    assert counts.lost_overwritten > 0
+    assert adds_up(counts)
+
+
+def test_by_message_flush_waits_for_no_answer_and_for_no_room() -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
         log.info("find logd")
         await settle(log)
@@ -215,22 +278,23 @@ def test_flush_waits_for_no_answer_and_for_no_room() -> None:
         for number in range(QUEUE_MAX + OUTSTANDING_MAX + 5):
             say(log, f"line {number}")
             await log.flush()
+            await pass_time(BELL_PAUSE_MAX // 100)
         took = await Now() - began
         system.kernel.tasks.append(system.services["logd"])
         held = log.counts()
         await settle(log)
         return took, held
 
-    (took, held), counts = logging(body, settings=Settings(core="client"))
+    (_, held), counts = logging(body, settings=Settings(core="client"), ring_size=0)
 
-    assert took < MS
     assert (held.outstanding, held.waiting, held.lost_full) == (OUTSTANDING_MAX, QUEUE_MAX, 5)
     assert adds_up(held)
     assert counts.acknowledged == 1 + QUEUE_MAX + OUTSTANDING_MAX
     assert counts.lost == 5
 
 
-def test_an_absent_logd_costs_one_bounded_look_now_and_then() -> None:
+@pytest.mark.parametrize("ring_size", [0, RING_SIZE_DEFAULT])
+def test_an_absent_logd_costs_one_bounded_look_now_and_then(ring_size: int) -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
         system.router.down["logd"] = 1_000_000
         waits = []
@@ -242,18 +306,19 @@ def test_an_absent_logd_costs_one_bounded_look_now_and_then() -> None:
             await pass_time(10 * MS)
         return waits, system.router.asked["logd"], log.counts()
 
-    (waits, asked, held), counts = logging(body)
+    (waits, asked, held), counts = logging(body, ring_size=ring_size)
 
     assert 0 < max(waits) <= DISCOVERY_WAIT
     looks = sum(wait > 0 for wait in waits)
     assert 3 <= looks <= 6, "0.1 s, doubling, for 1.3 s"
     assert asked <= 3 * looks
-    assert (held.waiting, held.lost_unreachable) == (QUEUE_MAX, QUEUE_MAX)
+    in_queue = (QUEUE_MAX, QUEUE_MAX)
+    assert (held.waiting, held.lost_unreachable) == ((2 * QUEUE_MAX, 0) if ring_size else in_queue)
     assert counts.lost_full == 0
     assert LOOK_PAUSE < LOOK_PAUSE_MAX < DENIED_PAUSE
 
 
-def test_lines_written_before_logd_is_there_are_sent_when_it_is() -> None:
+def test_lines_written_before_logd_is_there_are_taken_when_it_is() -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
         log.info("early")
         await log.flush()
@@ -274,8 +339,23 @@ def test_lines_written_before_logd_is_there_are_sent_when_it_is() -> None:
     assert counts.acknowledged == 1
 
 
+def test_lines_written_before_there_is_a_ring_come_first() -> None:
+    async def body(system: LogSystem, log: Logger) -> Any:
+        for number in range(QUEUE_MAX + 3):
+            say(log, f"{number}")
+        await log.begin()
+        say(log, "after")
+        await settle(log)
+        return [each.text for each in system.records()]
+
+    texts, counts = logging(body)
+
+    assert texts == [*map(str, range(QUEUE_MAX)), "after"]
+    assert (counts.acknowledged, counts.lost_full) == (QUEUE_MAX + 1, 3)
+
+
 @pytest.mark.parametrize("how", ["denied", "unknown", "not used"])
-def test_a_task_that_may_not_reach_logd_loses_lines_counted_and_asks_seldom(how: str) -> None:
+def test_a_task_that_may_not_reach_logd_asks_seldom_and_counts_its_lines(how: str) -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
         if how == "denied":
             system.router.denied.add("logd")
@@ -289,8 +369,8 @@ def test_a_task_that_may_not_reach_logd_loses_lines_counted_and_asks_seldom(how:
     asked, counts = logging(body, *names, uses=[] if how == "not used" else ["logd"])
 
     assert asked == (0 if how == "not used" else 1)
+    assert counts.lost_unreachable == (2 * QUEUE_MAX if how == "not used" else 0)
     assert counts.lost_unreachable + counts.waiting == 2 * QUEUE_MAX
-    assert counts.lost_unreachable >= QUEUE_MAX
     assert adds_up(counts)
 
 
@@ -307,7 +387,7 @@ def test_a_reply_route_that_is_not_ours_is_no_way_to_logd() -> None:
     assert (counts.waiting, counts.outstanding, counts.bound) == (1, 0, 0)
 
 
-def test_a_restarted_logd_is_found_again_lost_lines_are_counted_and_no_slot_leaks() -> None:
+def test_a_restarted_logd_is_found_again_takes_what_the_old_one_had_not_and_no_slot_leaks() -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
         task = system.kernel.tasks[-1]
         log.info("first")
@@ -316,64 +396,55 @@ def test_a_restarted_logd_is_found_again_lost_lines_are_counted_and_no_slot_leak
         seen = []
         for number in range(5):
             system.kernel.tasks.remove(system.services["logd"])  # it hangs with this line
-            say(log, f"lost {number}")
+            say(log, f"rung for {number}")
+            await pass_time(BELL_PAUSE)
             await log.flush()
             system.kernel.tasks.append(system.services["logd"])
             system.kill("logd")
             _ = system.start("logd")
-            say(log, f"kept {number}")
+            say(log, f"after {number}")
             await settle(log)
             seen.append(([each.text for each in system.records()], len(task.table)))
         return slots, seen
 
     (slots, seen), counts = logging(body)
 
-    assert seen == [([f"kept {number}"], slots) for number in range(5)]
-    assert (counts.written, counts.acknowledged, counts.lost_unknown) == (11, 6, 5)
+    assert seen == [([f"rung for {n}", f"after {n}"], slots) for n in range(5)]
+    assert (counts.written, counts.acknowledged, counts.lost) == (11, 11, 0)
     assert counts.bound == 6
 
 
-def test_every_refusal_of_logd_is_counted_under_its_reason() -> None:
+def test_every_refusal_of_logd_is_counted() -> None:
     async def body(_system: LogSystem, log: Logger) -> Any:
         log.info("claim", sender_service_id="0x1")
         for number in range(RATE_MAX + 3):
             say(log, f"line {number}")
         await settle(log)
 
-    _, counts = logging(body)
+    _, by_ring = logging(body)
+    _, by_message = logging(body, ring_size=0)
 
-    assert (counts.refused_invalid_args, counts.refused_rate_limited) == (1, 3)
-    assert counts.acknowledged == RATE_MAX
-    assert adds_up(counts)
+    assert (by_ring.refused_other, by_ring.acknowledged) == (1, RATE_MAX + 3)
+    assert (by_message.refused_invalid_args, by_message.refused_rate_limited) == (1, 3)
+    assert by_message.acknowledged == RATE_MAX
+    assert adds_up(by_ring)
+    assert adds_up(by_message)
 
 
-def test_with_keeps_refused_a_line_too_fast_for_logd_waits_for_the_next_window() -> None:
+def test_what_exceeds_the_rate_of_streams_waits_in_the_ring() -> None:
     async def body(system: LogSystem, log: Logger) -> Any:
+        await log.begin()
         began = await Now()
-        for number in range(3 * RATE_MAX):
+        for number in range(100):
             say(log, f"{number}")
         await settle(log)
         return [int(each.text) for each in system.records()], await Now() - began
 
-    (numbers, took), counts = logging(body, queue_max=100, keeps_refused=True)
+    (numbers, took), counts = logging(body, settings=Settings(stream_rate=40))
 
-    assert sorted(numbers) == list(range(3 * RATE_MAX))
-    assert counts.acknowledged == counts.written == 3 * RATE_MAX
+    assert numbers == list(range(100))
+    assert (counts.acknowledged, counts.lost) == (100, 0)
     assert 2 * RATE_WINDOW_NS <= took < 4 * RATE_WINDOW_NS
-
-
-def test_a_kept_line_that_came_back_still_has_its_place_in_a_full_queue() -> None:
-    async def body(_system: LogSystem, log: Logger) -> Any:
-        for number in range(200):
-            say(log, f"{number}")
-            await log.flush()
-        return log.counts()
-
-    held, _ = logging(body, queue_max=16, keeps_refused=True)
-
-    assert held.waiting + held.outstanding <= 16
-    assert held.lost_full > 0
-    assert adds_up(held)
 
 
 def test_close_gives_everything_back_and_counts_what_is_left() -> None:
@@ -387,13 +458,74 @@ def test_close_gives_everything_back_and_counts_what_is_left() -> None:
         log.info("two")
         await log.close()
         log.info("three")
-        return slots, during, len(task.table), log.due
+        await pass_time(MS)
+        return slots, during, len(task.table), log.due, [each.text for each in system.records()]
 
-    (before, during, after, due), counts = logging(body)
+    (before, during, after, due, texts), counts = logging(body)
 
-    assert (during, after) == (before + 1, before)
+    assert (during, after) == (before + 2, before)
     assert not due
-    assert (counts.acknowledged, counts.lost_unreachable) == (1, 2)
+    assert (counts.acknowledged, counts.lost_unknown, counts.lost_unreachable) == (1, 1, 1)
+    assert texts == ["one", "two"], "logd reads a ring to its end though nobody hears of it"
+
+
+def test_what_a_task_had_written_when_it_died_is_read_from_its_ring() -> None:
+    async def body(system: LogSystem, log: Logger) -> Any:
+        log.info("told")
+        await settle(log)
+        log.info("last words", token="x1")
+        log.error("and the very last")
+        return len(system.records())
+
+    system = LogSystem("logd")
+
+    async def main(peers: Peers) -> Any:
+        return await body(system, Logger(peers, ["logd"]))
+
+    before = system.client(main)
+    system.kernel.settle()
+
+    assert before == 1
+    assert [each.text for each in system.records()] == ["told", "last words", "and the very last"]
+
+
+def test_lines_of_another_thread_are_taken_by_the_next_flush() -> None:
+    async def body(system: LogSystem, log: Logger) -> Any:
+        for number in range(QUEUE_MAX + 2):
+            log.write_from_elsewhere(Level.WARN, f"{number}", {"n": number}, "thread")
+        due = log.due
+        await settle(log)
+        return due, [(each.text, each.scope) for each in system.records()]
+
+    (due, found), counts = logging(body)
+
+    assert due
+    assert found == [(f"{number}", "thread") for number in range(QUEUE_MAX)]
+    assert (counts.written, counts.lost_full) == (QUEUE_MAX + 2, 2)
+    assert adds_up(counts)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=()), max_size=80),
+            st.dictionaries(st.text(max_size=8), VALUES, max_size=4),
+        ),
+        max_size=8,
+    )
+)
+def test_a_line_is_the_same_whether_it_takes_the_short_way_or_the_long_one(
+    lines: list[tuple[str, dict[str, Any]]],
+) -> None:
+    """The second time a set of keys is known by heart."""
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    for text, fields in lines:
+        expected = make_line(Level.INFO, "client", text, fields).request
+        first = log._payload(Level.INFO, "client", text, fields)
+        again = log._payload(Level.INFO, "client", text, fields)
+        assert first == again
+        assert sendable(unpack(first)) == expected
 
 
 def test_a_log_of_a_level_writes_what_matters_as_much_or_more() -> None:
