@@ -173,10 +173,12 @@ class Launches:
         """An instance has ended: for good, or it is started again as its entry says."""
         launch = record.launch
         again = record.reason in UNCOUNTED or (launch is not None and launch.restarts and crashed)
-        if launch is not None and again:
-            await self._init.groups.on_end(record)
-        else:
+        if launch is None or not again:
             self._forget(record)
+            return
+        await self._init.groups.on_end(record)
+        if record.state is TaskState.FAILED:
+            record.launch = None  # given up: whoever wants it may have it started anew
 
     def _forget(self, record: Record) -> None:
         record.launch = None

@@ -41,6 +41,7 @@ from nexus.ipc import (
 from nexus.ipc import Context as Trace
 from nexus.log import LOGD_NAME, Logger
 from nexus.metrics import Metrics, TaskTrail, Tracing
+from nexus.protocols.logd import Level
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.runtime.authority import Authority, Outcome
 from nexus.runtime.call import Call, Deferred, Refusal
@@ -267,7 +268,9 @@ def program_of(own: Callable[[Context], Own], protocol: WireProtocol | None = No
     assert isinstance(spoken, WireProtocol), f"{own!r} has no PROTOCOL"
 
     async def main(boot: BootImage) -> int:
-        return await told_if_crashed(boot, _told_if_unable(boot, _run(own, spoken, boot)))
+        context = Context(boot, ServiceConfig.of(boot))
+        running = _told_if_unable(context, _run(own, spoken, context))
+        return await told_if_crashed(boot, running, context.log)
 
     return main
 
@@ -286,9 +289,9 @@ def _found(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-async def _run(own: Callable[[Context], Own], protocol: WireProtocol, boot: BootImage) -> int:
+async def _run(own: Callable[[Context], Own], protocol: WireProtocol, context: Context) -> int:
     """The life of a service of one's own."""
-    context = Context(boot, ServiceConfig.of(boot))
+    boot = context.boot
     await context.log.begin()
     await context.metrics.begin()
     service = own(context)
@@ -315,12 +318,15 @@ async def _run(own: Callable[[Context], Own], protocol: WireProtocol, boot: Boot
     return await server.run()
 
 
-async def _told_if_unable(boot: BootImage, running: Coroutine[Trap[Any], Any, int]) -> int:
+async def _told_if_unable(context: Context, running: Coroutine[Trap[Any], Any, int]) -> int:
     """The exit code of `running`; what only people can put right is said in a sentence."""
     try:
         return await running
     except (Unreachable, SettingsFault, Unusable) as fault:
-        return await _tell(boot, fault)
+        _ = context.log.write(Level.ERROR, str(fault))
+        with suppress(AbiError):
+            await context.log.flush()
+        return await _tell(context.boot, fault)
 
 
 async def _tell(boot: BootImage, fault: Unreachable | SettingsFault | Unusable) -> int:
@@ -570,14 +576,14 @@ def load_ordinary(target: str, protocol: str) -> OrdinaryMain:
     spoken = importlib.import_module(protocol).PROTOCOL
 
     async def main(boot: BootImage, task: Task) -> int:
+        context = OrdinaryContext(boot, task, spoken)
         try:
-            context = OrdinaryContext(boot, task, spoken)
             await context.begin()
             code: int = await own(context)
         except (Unreachable, SettingsFault) as fault:
             return await task.run(_tell(boot, fault))
         except Exception as error:  # told to the console, and goes on: the crash is the exit
-            await task.run(tell_of_crash(boot, error))
+            await task.run(tell_of_crash(boot, error, context.log))
             raise
         return code
 

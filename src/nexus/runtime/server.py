@@ -45,6 +45,7 @@ from nexus.abi import (
 )
 from nexus.ipc import Caller, Peers, Spans
 from nexus.ipc.exchange import close_if_any
+from nexus.log.lastwords import Writer, write_last_words
 from nexus.metrics import Recorder
 from nexus.metrics.spans import ERROR as SPAN_ERROR
 from nexus.metrics.spans import OK as SPAN_OK
@@ -127,9 +128,9 @@ class Hooks(NamedTuple):
     on_stop: Callable[[], Any] | None  # the last thing before the end; plain or coroutine
 
 
-class Log(Protocol):
+class Log(Writer, Protocol):
     """What the runtime needs of nexus.log.Logger: to be driven in the task's idle moments, and to
-    be written into when a log probe comes."""
+    be written into when a log probe comes, or when an error ends the task."""
 
     @property
     def wake(self) -> Nanos | None:
@@ -803,22 +804,30 @@ async def serve(
     """
     caller = None if peers is None else peers.caller
     server = Server(service, protocol, boot, caller, log=log, metrics=metrics)
-    return await told_if_crashed(boot, server.run())
+    return await told_if_crashed(boot, server.run(), log)
 
 
-async def told_if_crashed(boot: BootImage, running: Coroutine[Trap[Any], Any, int]) -> int:
+async def told_if_crashed(
+    boot: BootImage, running: Coroutine[Trap[Any], Any, int], log: Log | None = None
+) -> int:
     """The outermost frame of a service: the exit code of `running`.
 
-    An error nobody expected ends the task: one line on the console, and the supervisor decides.
+    An error nobody expected ends the task: its last words in the log, one line on the console, and
+    the supervisor decides.
     """
     try:
         return await running
     except Exception as error:
-        await tell_of_crash(boot, error)
+        await tell_of_crash(boot, error, log)
+        if log is not None:  # so that logd has its ring, should it never have been told of it
+            with contextlib.suppress(AbiError):
+                await log.flush()
         raise
 
 
-async def tell_of_crash(boot: BootImage, error: Exception) -> None:
-    """One line on the console."""
+async def tell_of_crash(boot: BootImage, error: Exception, log: Writer | None = None) -> None:
+    """The last words, which are a store into the task's own memory; and a line on the console."""
+    if log is not None:
+        write_last_words(log, error)
     with contextlib.suppress(AbiError):
         await ConsoleWrite(f"{boot.name}: crashed, {type(error).__name__}")

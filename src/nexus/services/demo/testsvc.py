@@ -93,6 +93,7 @@ from nexus.protocols.testsvc import (
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
 from nexus.runtime import Call, Deferred, Server, ServiceConfig
+from nexus.runtime.server import told_if_crashed
 from nexus.wire import HEADER_SIZE, NONCE_OFFSET, ReplyStatus, Request, encode, status_of
 from nexus.wire import Protocol as WireProtocol
 
@@ -492,4 +493,4 @@ async def main(boot: BootImage) -> int:
         if not isinstance(client, Client):
             return 1
         service.clients[name] = client
-    return await server.run()
+    return await told_if_crashed(boot, server.run(), service.log)

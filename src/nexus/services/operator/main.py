@@ -7,6 +7,7 @@ from nexus.ipc import Peers, deadline_after
 from nexus.log import Logger
 from nexus.protocols.operator import PROTOCOL
 from nexus.runtime import Server, ServiceConfig
+from nexus.runtime.server import told_if_crashed
 from nexus.services.operator.relay import Relay
 from nexus.services.operator.service import ANY_UID, Operator
 
@@ -17,11 +18,12 @@ async def main(boot: BootImage) -> int:
     """Answer init's Bind, then serve the port until init says Stop."""
     config = ServiceConfig.of(boot)
     peers = Peers(boot, config.trace_seed)
-    log = Logger(peers, config.uses)
+    log = Logger(peers, config.uses, ring_size=config.log_ring)
+    await log.begin()
     (port,) = boot.ports
     uid = int(config.settings.get("uid", ANY_UID))
     operator = Operator(port, Relay(peers, config.uses), log, uid)
     sources = (port, await peers.inbox())
     server = Server(operator, PROTOCOL, boot, peers.caller, log=log, sources=sources)
     _ = await server.step(deadline_after(boot.now, START_MAX))
-    return await server.run()
+    return await told_if_crashed(boot, server.run(), log)

@@ -6,11 +6,12 @@ from typing import Final
 import msgspec
 
 from nexus.abi import AbiError, BootImage, ConsoleWrite, Nanos
-from nexus.ipc import Client, Peers, Refused, RetryBudget, deadline_after
+from nexus.ipc import Client, Refused, RetryBudget, deadline_after
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.policyd import PROTOCOL
 from nexus.runtime import Server, ServiceConfig
-from nexus.runtime.program import EXIT_SETTINGS, SENTENCE_SIZE_MAX
+from nexus.runtime.program import EXIT_SETTINGS, SENTENCE_SIZE_MAX, Context
+from nexus.runtime.server import told_if_crashed
 from nexus.services.policyd.audit import LOOK_MAX, Audit
 from nexus.services.policyd.keeper import Keeper
 from nexus.services.policyd.service import Policyd
@@ -31,7 +32,10 @@ async def main(boot: BootImage) -> int:
         where = f"[service.{boot.name}.settings] in the system file"
         await _tell(boot, f"settings: {error}; correct {where}")
         return EXIT_SETTINGS
-    peers = Peers(boot, config.trace_seed)
+    context = Context(boot, config)
+    peers = context.peers
+    await context.log.begin()  # beside the audit, which is posted and acknowledged
+    await context.metrics.begin()
 
     async def look(until: Nanos) -> Client | None:
         budget = RetryBudget(attempts_max=1, backoff=LOOK_MAX, deadline=until)
@@ -40,14 +44,14 @@ async def main(boot: BootImage) -> int:
 
     keeper = Keeper(peers)
     service = Policyd(keeper, Audit(look if LOGD_NAME in config.uses else None, Shares(settings)))
-    server = Server(service, PROTOCOL, boot, peers.caller)
+    server = Server(service, PROTOCOL, boot, peers.caller, log=context.log, metrics=context.metrics)
     _ = await server.step(deadline_after(boot.now, BIND_MAX))
     failure = await keeper.start(deadline_after(boot.now, START_MAX))
     if failure is not None:
         why = failure.status.name if isinstance(failure, Refused) else type(failure).__name__
         await _tell(boot, f"init gives no policy: {why}")
         return EXIT_NO_POLICY
-    return await server.run()
+    return await told_if_crashed(boot, server.run(), context.log)
 
 
 async def _tell(boot: BootImage, sentence: str) -> None:
