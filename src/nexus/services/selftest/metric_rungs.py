@@ -86,6 +86,7 @@ EVENT: Final = "metric.v1"  # of a record that metricsd exports a series in
 AREA: Final = b"/state/observability/metricsd/"
 KEYS_MAX: Final = 96  # that are told; metricsd keeps fewer than that in this system
 SEEN_MAX: Final = 32
+LOSS_MAX: Final = Nanos(500_000_000)  # ns; several times what a death of metricsd may cost here
 GAUGE_ROWS_MAX: Final = 14  # windows that are told of the gauge; it has one in every window
 
 
@@ -500,6 +501,7 @@ async def _halted(climb: Climb, writer: _SlowWriter, stores: int) -> tuple[int, 
     for index, value in todo[stores:]:
         await writer.store(index, value)
     writer.written += 1
+    _ = await own_series(climb, HISTOGRAM)  # the next halt shows this one, which was whole
     return _figures(seen)
 
 
@@ -623,6 +625,7 @@ async def retention(climb: Climb) -> Evidence:
     _ = await _closed_windows(climb, COUNTER, total)
     _ = await _closed_windows(climb, COUNTER, total, Resolution.LONG)
     before = await _histories(climb)
+    _ = await climb.pause(LOSS_MAX)
     bounds = [_bounds_of(await metricsd_stats(climb))]
     old = await climb.task(METRICSD_NAME)
 

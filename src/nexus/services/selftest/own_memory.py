@@ -99,7 +99,7 @@ async def is_settled(metrics: Metrics, until: Nanos) -> bool:
 
     async def flushed() -> bool:
         await metrics.flush()
-        return not metrics.has_work
+        return not metrics.due
 
     budget = RetryBudget(attempts_max=SETTLE_TRIES_MAX, backoff=SETTLE_PAUSE, deadline=until)
     return await retry_until(flushed, lambda done: not done, budget, RetryTokens())

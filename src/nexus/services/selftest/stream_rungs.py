@@ -2,8 +2,8 @@
 
 from typing import Any, Final
 
-from nexus.abi import LinkCreate, LinkTerms, Nanos, service_id
-from nexus.ipc import Client, Exchange, Peer, RetryBudget, RetryTokens, retry_until
+from nexus.abi import LinkCreate, LinkTerms, Nanos, TaskCounters, TaskStats, service_id
+from nexus.ipc import Client, Exchange, Peer, RetryBudget, RetryTokens, Started, retry_until
 from nexus.ipc.exchange import ECHO
 from nexus.protocols.logd import (
     FIELDS_SIZE_MAX,
@@ -20,7 +20,7 @@ from nexus.protocols.logd import (
 )
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.meta import LogProbe
-from nexus.protocols.testsvc import Place
+from nexus.protocols.testsvc import Place, Placed
 from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.log_rungs import (
     BURSTS_MAX,
@@ -44,6 +44,7 @@ from nexus.wire import ReplyStatus, answer, encode
 BURST: Final = 600  # records of rung 115; the ring holds about 150 of them
 REFUSED_EVERY: Final = 8  # of these one claims an identity and one is too large
 PROBE_TERMS: Final = LinkTerms(8, 16 * 1024, 0)  # of the way back of STATS
+PLACED: Final = 2  # messages that come of it: the forged answer, and that it was placed
 PROBED: Final = ("policyd", "statefsd", "timed")
 PROBE_TRIES_MAX: Final = 3
 
@@ -131,7 +132,7 @@ async def stats_probe(climb: Climb) -> Evidence:
 
     for number in range(BURST):
         _put_one(climb, number)
-    drained = await _drained(climb)
+    drained = await _drained(climb, start.sequence + BURST)
     ring.drained = (drained.taken, ring.writer.sequence)
     correlator = climb.peers.caller.correlator
     foreign = correlator.foreign
@@ -172,14 +173,14 @@ def _put_one(climb: Climb, number: int) -> None:
         ring.put(f"burst {number}", "number", str(number))
 
 
-async def _drained(climb: Climb) -> Drained:
-    """Ring the doorbell until logd has seen all that was written."""
+async def _drained(climb: Climb, sequence: int) -> Drained:
+    """Ring the doorbell until logd has accounted for so many records of the stream."""
     budget = RetryBudget(
         attempts_max=DRAIN_POLLS_MAX, backoff=DRAIN_PAUSE, deadline=await climb.ahead(CALL_WAIT)
     )
     return await retry_until(
         lambda: climb.call(climb.client("logd"), Drain()),
-        lambda seen: seen.accepted + seen.refused + seen.overwritten < seen.sequence,
+        lambda seen: seen.sequence < sequence,
         budget,
         RetryTokens(),
     )
@@ -189,6 +190,7 @@ async def _probed(climb: Climb, *, forged: bool = False) -> Stats:
     """STATS by a reply capability that moves along, into the shared inbox; with `forged` an
     answer of demo.testsvc's to this very nonce waits there already, and says zero everywhere."""
     peers, logd = climb.peers, climb.client("logd")
+    placing: Started[Placed] | None = None
     if forged:
         # The Place itself takes the next nonce, and the question the one after that.
         nonce = peers.caller.correlator.nonces.take() + 2
@@ -196,8 +198,14 @@ async def _probed(climb: Climb, *, forged: bool = False) -> Stats:
         numbers: Any = dict.fromkeys(Stats.__struct_fields__, 0)
         nothing = Stats(**{**numbers, "rows": []})
         frame = bytes(answer(header, ReplyStatus.OK, encode(nothing)))
-        placed = await climb.call(climb.testsvc, Place([frame]))
-        expect((placed.sent, placed.refused), (1, 0), "forged answers in the inbox")
+        queued = (await TaskStats()).queued
+        placing = await climb.testsvc.start(Place([frame]), await climb.ahead(CALL_WAIT))
+        budget = RetryBudget(
+            attempts_max=DRAIN_POLLS_MAX, backoff=DRAIN_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+        )
+        _ = await retry_until(
+            _counters, lambda seen: seen.queued < queued + PLACED, budget, RetryTokens()
+        )
     inbox = await peers.inbox()
     way = await LinkCreate(inbox, PROBE_TERMS)
     assert way.link is not None, "the inbox is ours"
@@ -213,7 +221,14 @@ async def _probed(climb: Climb, *, forged: bool = False) -> Stats:
     )
     stats = await climb.moved(Exchange(peers.caller, LOGD, peer), GetStats(), way.slot)
     await climb.see_gone(inbox, way.link)
+    if placing is not None:
+        placed = await climb.finish(climb.testsvc, placing)
+        expect((placed.sent, placed.refused), (1, 0), "forged answers in the inbox")
     return expect_type(stats, Stats, "STATS over a moved way back")
+
+
+async def _counters() -> TaskCounters:
+    return await TaskStats()
 
 
 async def _oldest_of_others(climb: Climb) -> Record:

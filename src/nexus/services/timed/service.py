@@ -5,9 +5,9 @@ again. Class and identity of a caller are what the kernel says of its message; w
 claims is never looked at. It trusts nobody, and no client can make it wait for another.
 """
 
-from typing import assert_never
+from typing import Final, assert_never
 
-from nexus.abi import BootImage, LinkId, Nanos, QosClass
+from nexus.abi import LinkId, Nanos, QosClass
 from nexus.protocols.timed import (
     PROTOCOL,
     WINDOWS,
@@ -24,7 +24,8 @@ from nexus.protocols.timed import (
     Whoami,
     Woken,
 )
-from nexus.runtime import Call, Deferred, serve
+from nexus.runtime import Call, Deferred
+from nexus.runtime.program import Context, program_of
 from nexus.services.timed.table import Entry, Owner, TimerTable, coalesce
 
 
@@ -174,6 +175,9 @@ class Timed:
         return call.sender.service
 
 
-async def main(boot: BootImage) -> int:
-    """Serve until init says Stop."""
-    return await serve(Timed(), PROTOCOL, boot)
+def made(_context: Context) -> Timed:
+    """timed, which has no settings; its log and its metrics are the runtime's to drive."""
+    return Timed()
+
+
+main: Final = program_of(made, PROTOCOL)
