@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nexus.abi import CONTROL_LINK_SIZE, Nanos, Pid, QosClass, Sender, ServiceId, service_id
+from nexus.log.payload import packed
 from nexus.protocols.logd import (
     ESCAPE_GROWTH_MAX,
+    EVERY_RECORD,
     FIELDS_SIZE_MAX,
     PAGE_MAX,
     RATE_MAX,
@@ -24,21 +26,17 @@ from nexus.protocols.logd import (
     Field,
     Level,
     LogdStatus,
-    Query,
     Records,
 )
 from nexus.services.logd.checks import claims_identity, is_over_limit
 from nexus.services.logd.config import SIZE_DEFAULT, SIZE_MIN, Settings
 from nexus.services.logd.escape import escaped
-from nexus.services.logd.journal import (
-    PAGE_SIZE_MAX,
-    RECORD_OVERHEAD,
-    RECORD_SIZE_MAX,
-    Journal,
-)
+from nexus.services.logd.journal import RECORD_OVERHEAD, RECORD_SIZE_MAX, Journal
+from nexus.services.logd.reading import PAGE_SIZE_MAX, Page, Wanted
 from nexus.services.logd.senders import OTHERS, Row, Senders
 from nexus.wire import HEADER_SIZE, encode
 
+SECOND = 1_000_000_000
 PEER = ServiceId(7)
 BIDI_CLASSES = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -51,24 +49,32 @@ def line(text: str = "", fields: tuple[Field, ...] = (), level: Level = Level.IN
     return Append(level, "test", text, list(fields))
 
 
-def query(since: int = 0, **values: Any) -> Query:
-    wanted = {"count": PAGE_MAX, "level": Level.TRACE, "service": 0, "key": "", "value": ""}
-    return Query(since=since, **{**wanted, **values})
+def page(journal: Journal, since: int = 0, count: int = PAGE_MAX, **values: Any) -> Page:
+    return journal.page(since, count, Wanted(msgspec.structs.replace(EVERY_RECORD, **values)))
+
+
+def put(journal: Journal, who: Sender, request: Append, row: Row, now: int) -> int:
+    return journal.append(who, [packed(request)], row, Nanos(now), 10 * SECOND + now)
 
 
 def add(journal: Journal, text: str = "", *, now: int = 0, row: Row | None = None) -> int:
-    return journal.append(sender(), line(text), Row(PEER, 1) if row is None else row, Nanos(now))
+    return put(journal, sender(), line(text), Row(PEER, 1) if row is None else row, now)
+
+
+def size_of(request: Append) -> int:
+    """What a record counts for."""
+    return RECORD_OVERHEAD + len(packed(request))
 
 
 def paged(journal: Journal, **values: Any) -> list[int]:
     """The ids found by paging as the protocol says."""
     found: list[int] = []
     at = 1
-    while at <= journal.total:
-        page = journal.page(query(at, **values))
-        assert page.next > at
-        found += [record.record for record in page.records]
-        at = page.next
+    while at <= journal.last:
+        some = page(journal, at, **values)
+        assert some.next > at
+        found += [record.record for record in some.records]
+        at = some.next
     return found
 
 
@@ -122,15 +128,13 @@ def test_a_line_break_in_a_record_cannot_forge_a_second_one() -> None:
     journal = Journal(8, SIZE_MIN)
     forged = "harmless\n[ERROR policyd] allow everything"
 
-    _ = journal.append(
-        sender(), line(forged, (Field("k", "a\nsender=policyd"),)), Row(PEER, 1), Nanos(1)
-    )
+    _ = put(journal, sender(), line(forged, (Field("k", "a\nsender=policyd"),)), Row(PEER, 1), 1)
 
-    (record,) = journal.page(query()).records
+    (record,) = page(journal).records
     assert record.text == "harmless\\x0a[ERROR policyd] allow everything"
     assert record.fields == [Field("k", "a\\x0asender=policyd")]
     assert record.service == PEER
-    assert journal.page(query(key="k", value="a\nsender=policyd")).records == [record]
+    assert page(journal, key="k", value="a\nsender=policyd").records == [record]
 
 
 # ------------------------------------------------------------------ what a record is
@@ -194,32 +198,33 @@ def test_the_limits_are_bytes_and_their_last_byte_is_allowed(request_: Append, o
 
 
 def test_a_journal_never_fills_up_for_good() -> None:
-    journal = Journal(16, SIZE_MIN)
+    journal = Journal(16, 2 * SIZE_MIN)
 
     ids = [add(journal, "x" * 100) for _ in range(10_000)]
 
     assert ids == list(range(1, 10_001))
     assert (len(journal), journal.dropped) == (16, 9_984)
-    assert journal.size == 16 * (RECORD_OVERHEAD + 4 + 100) <= SIZE_MIN
+    assert journal.size == 16 * size_of(line("x" * 100)) <= 2 * SIZE_MIN
 
 
 def test_large_records_push_out_as_many_as_their_bytes_need() -> None:
     journal = Journal(1000, SIZE_MIN)
-    small = RECORD_OVERHEAD + 4
+    small = size_of(line())
     for _ in range(SIZE_MIN // small):
         _ = add(journal)
     before = journal.oldest
 
     _ = add(journal, "x" * TEXT_SIZE_MAX)
 
-    needed = -(-(small + TEXT_SIZE_MAX - (SIZE_MIN - SIZE_MIN // small * small)) // small)
+    large = size_of(line("x" * TEXT_SIZE_MAX))
+    needed = -(-(large - (SIZE_MIN - SIZE_MIN // small * small)) // small)
     assert journal.oldest - before == needed
     assert journal.size <= SIZE_MIN
 
 
 @pytest.mark.parametrize("text", ["", "x" * TEXT_SIZE_MAX], ids=["by number", "by bytes"])
 def test_a_sender_that_never_stops_does_not_push_out_what_others_said(text: str) -> None:
-    journal = Journal(100, SIZE_MIN * 2)
+    journal = Journal(100, SIZE_MIN * 4)
     others = [_said(journal, service, "x") for service in range(1, 6) for _ in range(2)]
 
     for _ in range(1000):
@@ -245,18 +250,18 @@ def test_paging_leads_over_ids_that_are_missing_and_each_page_is_full() -> None:
     for _ in range(10_000):
         _ = _said(journal, 9, "")
 
-    page = journal.page(query())
+    found = page(journal)
 
-    assert [record.record for record in page.records[:5]] == first
-    assert len(page.records) == PAGE_MAX
-    assert page.next == page.records[-1].record + 1
-    assert journal.page(query(count=5)).next == page.records[5].record
+    assert [record.record for record in found.records[:5]] == first
+    assert len(found.records) == PAGE_MAX
+    assert found.next == found.records[-1].record + 1
+    assert page(journal, count=5).next == found.records[5].record
     assert paged(journal) == [*first, *range(journal.total - 34, journal.total + 1)]
-    assert journal.page(query(journal.total + 7)).next == journal.total + 7
+    assert page(journal, journal.total + 7).next == journal.total + 7
 
 
 def _said(journal: Journal, service: int, text: str) -> int:
-    return journal.append(sender(service), line(text), Row(ServiceId(service), 1), Nanos(0))
+    return put(journal, sender(service), line(text), Row(ServiceId(service), 1), 0)
 
 
 def test_the_largest_record_fits_the_smallest_ring_and_one_page() -> None:
@@ -266,13 +271,13 @@ def test_the_largest_record_fits_the_smallest_ring_and_one_page() -> None:
     )
     assert not is_over_limit(worst)
 
-    _ = journal.append(sender(), worst, Row(PEER, 1), Nanos(1))
+    _ = put(journal, sender(), worst, Row(PEER, 1), 1)
 
     assert journal.size <= RECORD_SIZE_MAX
-    page = journal.page(query())
-    body = encode(Records(page.next, 1, 1, 0, page.records))
+    found = page(journal)
+    body = encode(Records(found.next, 1, 1, 0, found.records))
     assert len(body) + HEADER_SIZE <= CONTROL_LINK_SIZE
-    assert msgspec.msgpack.decode(body, type=Records).records == page.records
+    assert msgspec.msgpack.decode(body, type=Records).records == found.records
 
 
 def test_times_strictly_increase_and_come_from_the_message() -> None:
@@ -281,7 +286,7 @@ def test_times_strictly_increase_and_come_from_the_message() -> None:
     for now in (50, 50, 40, 90):
         _ = add(journal, now=now)
 
-    assert [record.at for record in journal.page(query()).records] == [50, 51, 52, 90]
+    assert [record.at for record in page(journal).records] == [50, 51, 52, 90]
 
 
 def test_paging_over_mixed_sizes_skips_none_and_fills_pages() -> None:
@@ -289,27 +294,27 @@ def test_paging_over_mixed_sizes_skips_none_and_fills_pages() -> None:
     for number in range(200):
         text = "\n" * (TEXT_SIZE_MAX if number % 3 else number % 50)
         fields = (Field("fill", "x" * 500),) if number % 5 == 0 else ()
-        _ = journal.append(sender(), line(text, fields), Row(PEER, 1), Nanos(number))
+        _ = put(journal, sender(), line(text, fields), Row(PEER, 1), number)
 
     assert paged(journal) == list(range(1, 201))
-    page = journal.page(query(1))
-    assert 0 < len(page.records) < PAGE_MAX, "some page is full by size"
-    assert sum(len(encode(record)) for record in page.records) <= PAGE_SIZE_MAX
-    assert page.next == len(page.records) + 1
+    found = page(journal, 1)
+    assert 0 < len(found.records) < PAGE_MAX, "some page is full by size"
+    assert sum(len(encode(record)) for record in found.records) <= PAGE_SIZE_MAX
+    assert found.next == len(found.records) + 1
 
 
 def test_paging_goes_on_behind_what_is_pushed_out_meanwhile() -> None:
     journal = Journal(20, SIZE_DEFAULT)
     for _ in range(20):
         _ = add(journal)
-    first = journal.page(query(1))
+    first = page(journal, 1)
     for _ in range(10):
         _ = add(journal)
 
-    second = journal.page(query(first.next))
+    second = page(journal, first.next)
     for _ in range(15):
         _ = add(journal)
-    third = journal.page(query(second.next))
+    third = page(journal, second.next)
 
     assert [record.record for record in first.records] == list(range(1, 17))
     assert [record.record for record in second.records] == list(range(17, 31))
@@ -322,15 +327,59 @@ def test_filters_by_level_sender_and_field() -> None:
     for number in range(40):
         level = Level(number % 5)
         request = line("", (Field("odd", str(number % 2)),), level)
-        _ = journal.append(sender(1 + number % 3), request, Row(PEER, 1), Nanos(number))
+        _ = put(journal, sender(1 + number % 3), request, Row(PEER, 1), number)
 
     assert paged(journal, level=Level.WARN) == [n + 1 for n in range(40) if n % 5 <= 1]
     assert paged(journal, service=2) == [n + 1 for n in range(40) if n % 3 == 1]
     assert paged(journal, key="odd", value="1") == [n + 1 for n in range(40) if n % 2]
     assert paged(journal, key="odd", value="") == []
     assert paged(journal, service=99) == []
-    assert journal.page(query(1, count=2)).next == 3
-    assert (journal.page(query(500)).records, journal.page(query(500)).next) == ([], 500)
+    assert page(journal, 1, count=2).next == 3
+    assert (page(journal, 500).records, page(journal, 500).next) == ([], 500)
+
+
+def test_records_that_come_together_are_kept_as_if_they_came_one_by_one() -> None:
+    """Of a batch, too, a quarter of a full ring stays with the others."""
+    one_by_one, together = (Journal(100, SIZE_DEFAULT) for _ in range(2))
+    for journal in (one_by_one, together):
+        for service in (1, 2):
+            _ = _said(journal, service, "first")
+    payload = packed(line("more"))
+
+    for _ in range(500):
+        _ = one_by_one.append(sender(9), [payload], Row(ServiceId(9), 1), Nanos(0), 0)
+    last = together.append(sender(9), [payload] * 500, Row(ServiceId(9), 1), Nanos(0), 0)
+
+    assert paged(one_by_one)[:2] == paged(together)[:2] == [1, 2]
+    assert last == one_by_one.last == together.last
+    assert together.total == len(together) + together.dropped
+    assert len(together) <= 100
+
+
+def test_the_last_records_of_an_instance_come_in_order_and_fit_a_page() -> None:
+    journal = Journal(1000, SIZE_DEFAULT)
+    for number in range(50):
+        _ = _said(journal, 1 + number % 2, f"{number}")
+    large = packed(line("\n" * TEXT_SIZE_MAX))
+    _ = journal.append(sender(3), [large] * PAGE_MAX, Row(ServiceId(3), 1), Nanos(0), 0)
+
+    latest = journal.last_of(1, 101, 1, 3)
+    fewer = journal.last_of(3, 103, 1, PAGE_MAX)
+
+    assert [record.text for record in latest] == ["44", "46", "48"]
+    assert 0 < len(fewer) < PAGE_MAX
+    assert fewer[-1].record == journal.last
+    assert journal.last_of(1, 101, 2, 3) == []
+
+
+def test_a_smaller_ring_keeps_the_latest() -> None:
+    journal = Journal(100, SIZE_DEFAULT)
+    for _ in range(100):
+        _ = add(journal)
+
+    journal.resize(10, SIZE_MIN)
+
+    assert paged(journal) == list(range(91, 101))
 
 
 # ------------------------------------------------------------------ the senders
@@ -385,7 +434,7 @@ def test_records_of_a_folded_sender_are_counted_where_it_went_also_if_it_comes_b
     def send(service: int) -> None:
         row = senders.heard(ServiceId(service))
         row.on_accepted()
-        _ = journal.append(sender(service), line(), row, Nanos(0))
+        _ = put(journal, sender(service), line(), row, 0)
 
     send(1)
     send(1)
@@ -425,10 +474,10 @@ class JournalBesideAModel(RuleBasedStateMachine):
             row.on_refused(LogdStatus.RATE_LIMITED)
         else:
             row.on_accepted()
-            record = self.journal.append(sender(service), request, row, Nanos(self.now))
+            record = put(self.journal, sender(service), request, row, self.now)
             self.everything.append((service, request.text))
             assert record == len(self.everything)
-            size = RECORD_OVERHEAD + len("test") + len(escaped(request.text))
+            size = size_of(request)
             while len(self.kept) >= 5 or sum(each[2] for each in self.kept) + size > SIZE_MIN:
                 self.kept.remove(self.next_out())
             self.kept.append((record, service, size))
@@ -458,7 +507,7 @@ class JournalBesideAModel(RuleBasedStateMachine):
         ids = paged(self.journal)
         assert ids == [each[0] for each in self.kept]
         assert kept == len(ids)
-        records = [self.journal.page(query(number, count=1)).records[0] for number in ids]
+        records = [page(self.journal, number, count=1).records[0] for number in ids]
         assert [(each.service, unescaped(each.text)) for each in records] == [
             self.everything[number - 1] for number in ids
         ]
@@ -467,8 +516,8 @@ class JournalBesideAModel(RuleBasedStateMachine):
     @invariant()
     def every_row_adds_up(self) -> None:
         held: Counter[int] = Counter()
-        for kept in self.journal._kept.values():
-            held[kept.row.current.service] += 1
+        for chunk in self.journal._chunks:
+            held[chunk.row.current.service] += len(chunk.payloads) - chunk.start
         rows = self.senders.rows()
         for row in rows:
             assert row.accepted == held[row.service] + row.overwritten

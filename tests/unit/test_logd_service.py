@@ -19,6 +19,7 @@ from nexus.abi import (
 )
 from nexus.ipc import Exchange, Peers, Refused
 from nexus.protocols.logd import (
+    EVERY_RECORD,
     LOG_READ,
     PAGE_MAX,
     PROTOCOL,
@@ -26,6 +27,7 @@ from nexus.protocols.logd import (
     RATE_WINDOW_NS,
     SCOPE_SIZE_MAX,
     TEXT_SIZE_MAX,
+    THIS_BOOT,
     Append,
     Appended,
     Field,
@@ -59,7 +61,7 @@ def line(text: str = "text", *fields: Field) -> Append:
 
 
 def query(since: int = 0, count: int = PAGE_MAX) -> Query:
-    return Query(since, count, Level.TRACE, 0, "", "")
+    return Query(THIS_BOOT, since, count, EVERY_RECORD)
 
 
 def pair(**settings: Any) -> Pair:
@@ -127,7 +129,7 @@ def test_each_refusal_has_its_status_its_counter_and_one_line_on_the_console() -
         Refused(LogdStatus.RATE_LIMITED),
     ]
     client = service_id("client")
-    assert row(stats, "client") == SenderRow(client, RATE_MAX, 2, 1, 2, 0)
+    assert row(stats, "client") == SenderRow(client, RATE_MAX, 2, 1, 2, 0, 0, 0)
     assert (stats.invalid_args, stats.over_limit, stats.rate_limited) == (2, 1, 2)
     assert (stats.total, stats.used_records) == (RATE_MAX, RATE_MAX), "a refusal uses no id"
     assert console(system) == [
