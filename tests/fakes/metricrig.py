@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from msgspec import structs
 
 from nexus.abi import BootImage, ConsoleWrite, Event, EventKind, Nanos, Programs, service_id
 from nexus.init import plan as plan_module
@@ -21,6 +22,8 @@ from nexus.kernel.core import PowerCut
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.kernel import SimKernel
+from nexus.protocols.init import GetService, ServiceRecord
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Record, Records
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.metricsd import (
     PROTOCOL,
@@ -41,7 +44,7 @@ from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.testing.rig import program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
-from tests.fakes.policyrig import order_in
+from tests.fakes.policyrig import PAGE, order_in
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
 REAL: Final = ("policyd", "logd", "statefsd", "metricsd")
@@ -159,6 +162,16 @@ class MetricHands(StateHands):
             since = page.next
             if not since:
                 return found
+
+    async def service(self, name: str) -> ServiceRecord:
+        return await self.reply(GetService(name), ServiceRecord)
+
+    async def logged(self, key: str, value: str) -> list[Record]:
+        """The records of this boot with that field."""
+        wanted = structs.replace(EVERY_RECORD, key=key, value=value)
+        page = await self.call("logd", Query(THIS_BOOT, 1, PAGE, wanted))
+        assert isinstance(page, Records), page
+        return page.records
 
     async def say(self, line: str, **evidence: Any) -> None:
         await ConsoleWrite(line, json.dumps(evidence).encode())
