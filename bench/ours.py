@@ -12,6 +12,7 @@ from bench.programs import (
     Root,
     bare_client,
     bare_server,
+    observed_server,
     pipelined_client,
     program,
     run_deadline,
@@ -83,6 +84,11 @@ def typed(placement: Placement, seconds: float) -> Sample:
     return _on_linux(typed_server, typed_client, placement, seconds)
 
 
+def typed_observed(placement: Placement, seconds: float) -> Sample:
+    """As typed, by a server that records each request as a span, counts and observes."""
+    return _on_linux(observed_server, typed_client, placement, seconds)
+
+
 def bare_unconfined(placement: Placement, seconds: float) -> Sample:
     """As bare, with neither filter nor Landlock: what the sandbox costs per call."""
     return _on_linux(bare_server, bare_client, placement, seconds, harden=False)
@@ -106,6 +112,7 @@ def sim_typed(placement: Placement, seconds: float) -> Sample:
 OURS: Final[dict[str, Callable[[Placement, float], Sample]]] = {
     "bare": bare,
     "typed": typed,
+    "typed_observed": typed_observed,
     "bare_unconfined": bare_unconfined,
     "typed_unconfined": typed_unconfined,
     "pipelined": pipelined,

@@ -46,6 +46,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.ipc import Client, Exchange, Peers, RetryTokens
+from nexus.metrics import METRICSD_NAME, Metrics
 from nexus.runtime import Call as RuntimeCall
 from nexus.runtime import Server
 
@@ -139,6 +140,31 @@ class EchoService:
 async def typed_server(boot: BootImage) -> int:
     """The production runtime around EchoService."""
     return await Server(EchoService(), PROTOCOL, boot).run()
+
+
+class ObservedService(EchoService):
+    """The same, counting each request and how large its offset was."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.requests = metrics.counter("requests_total")
+        self.offsets = metrics.histogram("offsets")
+
+    def handle(self, call: RuntimeCall, request: Read) -> Data:
+        """As EchoService.handle."""
+        self.requests.inc()
+        self.offsets.observe(request.offset)
+        return super().handle(call, request)
+
+
+async def observed_server(boot: BootImage) -> int:
+    """As typed_server, with a page: each request is a span, two updates beside it."""
+    metrics = Metrics(Peers(boot, TRACE_SEED), (METRICSD_NAME,))
+    service = ObservedService(metrics)
+    await metrics.begin()
+    assert metrics.recorder.page is not None
+    for word, series in ((0, service.requests), (1, service.offsets)):
+        series.place(metrics.recorder.page, word)
+    return await Server(service, PROTOCOL, boot, recorder=metrics.recorder).run()
 
 
 async def _connect(boot: BootImage) -> Client:
