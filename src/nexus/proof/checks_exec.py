@@ -37,23 +37,35 @@ def _id(name: str) -> str:
     return f"{service_id(name):016x}"
 
 
-def _spawn_of(trace: Trace, name: str, pid: int) -> tuple[int, Event]:
-    """Place and event of the one start of this name that got this pid."""
-    found = [(at, event) for at, event in trace.spawns(name) if event.pid == pid]
-    demand_equal(len(found), 1, f"starts of {name} with pid {pid}")
+def _spawn_of(trace: Trace, name: str, told: Evidence) -> tuple[int, Event]:
+    """Place and event of the start of this instance, which got this pid."""
+    found = [
+        (at, event)
+        for at, event in trace.spawns(name)
+        if event.fields["generation"] == told["generation"]
+    ]
+    demand_equal(len(found), 1, f"starts of {name} generation {told['generation']}")
+    demand_equal(found[0][1].pid, told["pid"], f"pid of {name}, by the kernel")
     return found[0]
 
 
-def _exit_of(trace: Trace, name: str, pid: int) -> tuple[int, Event]:
-    """Place and event of the end of that task, by the kernel that reaped it."""
-    started, spawn = _spawn_of(trace, name, pid)
+def _exit_of(trace: Trace, name: str, told: Evidence) -> tuple[int, Event]:
+    """Place and event of the end of that instance, by the kernel that reaped it."""
+    _ = _spawn_of(trace, name, told)
+    return _end_by_kernel(trace, {"name": name, **told})
+
+
+def _end_by_kernel(trace: Trace, told: Evidence) -> tuple[int, Event]:
+    """Place and event of the end of the instance that is told of."""
+    who = (told["name"], int(told["generation"]))
     found = [
         (at, event)
         for at, event in trace.of_kind(EventKind.EXIT)
-        if at > started and event.pid == spawn.pid
+        if (event.fields["name"], event.fields["generation"]) == who
     ]
-    demand(found, f"the kernel recorded no end of {name}, pid {pid}")
-    return found[0]  # another may have had its number since
+    demand_equal(len(found), 1, f"ends of {who[0]} generation {who[1]}, by the kernel")
+    demand_equal(found[0][1].pid, int(told["pid"]), "pid, by the kernel")
+    return found[0]
 
 
 def _is_of_plan(case: Case, event: Event) -> None:
@@ -126,9 +138,8 @@ def elf_loaded(case: Case, trace: Trace, line: Line) -> None:
         case.plan.by_name[HELLO].program_digest,
         "digest that execd checked",
     )
-    at, event = _spawn_of(trace, HELLO, told["pid"])
+    at, event = _spawn_of(trace, HELLO, told)
     _is_of_plan(case, event)
-    demand_equal(told["generation"], event.fields["generation"], "generation, by execd's answer")
     demand(at < client.place, f"{HELLO} was started after execd's answer")
 
 
@@ -144,10 +155,9 @@ def _printed_itself(case: Case, trace: Trace, line: Line, number: int, name: str
     told = measured(trace, number)
     demand_equal((line.printer, line.pid), (name, told["pid"]), "printer and its stamped pid")
     demand_equal(line.generation, told["generation"], "generation of the printer")
-    at, event = _spawn_of(trace, name, told["pid"])
+    at, event = _spawn_of(trace, name, told)
     _is_of_plan(case, event)
     demand(at < line.place, f"{name} was started after its line")
-    demand_equal(event.fields["generation"], told["generation"], "generation, by the kernel")
     return told
 
 
@@ -161,9 +171,7 @@ def exec_elf(_case: Case, trace: Trace, line: Line) -> None:
     """#86: the child that answered is the one that the kernel started, and ended for that it was."""
     evidence = line.evidence
     demand_equal(evidence["stamped"], evidence["pid"], "pid that came back from the kernel")
-    _, event = _spawn_of(trace, HELLO, evidence["stamped"])
-    demand_equal(evidence["generation"], event.fields["generation"], "generation")
-    ended, end = _exit_of(trace, HELLO, evidence["stamped"])
+    ended, end = _exit_of(trace, HELLO, evidence)
     demand(ended < line.place, "it was not ended")
     demand_equal(end.fields["signal"], KILLED, "how it ended, having answered")
 
@@ -177,31 +185,39 @@ def child_exit0(case: Case, trace: Trace, line: Line) -> None:
 
 
 def child_exited(_case: Case, trace: Trace, line: Line) -> None:
-    """#88: pid and code on the line are those of the end that the kernel recorded before; and while
-    execd waited for another child it served another client."""
+    """#88: what the line says is the end that the kernel had recorded before; and while execd waited
+    for another child it served another client."""
     values = values_of(line.text)
-    ends = [
-        (at, event)
-        for at, event in trace.of_kind(EventKind.EXIT)
-        if at < line.place and str(event.pid) == values["pid"]
-    ]
-    demand(ends, f"the kernel had recorded no end of pid {values['pid']}")
-    event = ends[-1][1]
+    at, event = _end_by_kernel(trace, values)
+    demand(at < line.place, "the kernel recorded the end after the line")
     demand_equal(values["code"], str(event.fields["code"]), "code on the line")
-    told = measured(trace, 88)
-    if event.fields["name"] == EXIT0 and event.pid == told["pid"]:
-        _exit0_reaped(trace, line, told)
+    if values["name"] == EXIT0 and values["generation"] == FIRST:
+        _exit0_reaped(trace, line, values)
 
 
-def _exit0_reaped(trace: Trace, line: Line, told: Evidence) -> None:
+def _exit0_reaped(trace: Trace, line: Line, values: Mapping[str, str]) -> None:
+    told, started = measured(trace, 88), measured(trace, 87)
     demand_equal(told["code"], 0, "code that WAIT gave")
-    demand_equal(told["pid"], measured(trace, 87)["pid"], "pid that WAIT gave")
+    wanted = [str(started["pid"]), str(started["generation"])]
+    demand_equal([str(told["pid"]), str(told["generation"])], wanted, "child that WAIT gave")
+    demand_equal([values["pid"], values["generation"]], wanted, "child on the line")
+    demand(_own_line(trace, EXIT0).place < line.place, f"{EXIT0} had not begun")
     demand_equal(told["served"], int(ReplyStatus.OK), "what the other client was answered")
-    running, killed, signal = told["waited_for"]
+    running, killed, signal, generation = told["waited_for"]
     demand_equal([running, signal], [killed, KILLED], "the child that execd waited for meanwhile")
-    ended, event = _exit_of(trace, HELLO, killed)
+    ended, event = _exit_of(trace, HELLO, {"pid": killed, "generation": generation})
     demand_equal(event.fields["signal"], KILLED, "how that child ended")
-    demand(ended > line.place, "it had ended before: execd did not wait")
+    demand(line.place < ended < _line_of(trace, 88).place, "execd did not wait for it")
+
+
+FIRST: Final = "1"  # generation
+
+
+def _own_line(trace: Trace, name: str) -> Line:
+    """The first line that a child printed itself."""
+    lines = [each for each in trace.lines if each.printer == name]
+    demand(lines, f"{name} has printed nothing")
+    return lines[0]
 
 
 def values_of(text: str) -> dict[str, str]:
@@ -213,7 +229,7 @@ def child_exit(_case: Case, trace: Trace, line: Line) -> None:
     """#89: WAIT gave the pid and the code of the end that the kernel recorded, and nothing of a pid
     that nobody has."""
     evidence = line.evidence
-    _, event = _exit_of(trace, EXIT0, evidence["pid"])
+    _, event = _exit_of(trace, EXIT0, evidence)
     demand_equal(evidence["pid"], measured(trace, 87)["pid"], "pid")
     demand_equal((evidence["code"], event.fields["code"]), (0, 0), "code, by WAIT and the kernel")
     demand_equal(event.fields["signal"], 0, "signal, by the kernel")
@@ -229,22 +245,17 @@ def crash_line(_case: Case, trace: Trace, line: Line) -> None:
     """#91: what the line says is the end that the kernel recorded; and a report of the same child by
     somebody who is not its parent was refused and changed nothing."""
     values = values_of(line.text)
-    ends = [
-        event
-        for at, event in trace.of_kind(EventKind.EXIT)
-        if at < line.place and str(event.pid) == values["pid"]
-    ]
-    demand(ends, f"the kernel had recorded no end of pid {values['pid']}")
-    event = ends[-1]
-    demand_equal(values["name"], event.fields["name"], "name on the line")
-    signal = event.fields["signal"]
-    found = values.get("signal", "0") if signal else values["code"]
-    demand_equal(found, str(signal or event.fields["code"]), "code or signal on the line")
+    at, event = _end_by_kernel(trace, values)
+    demand(at < line.place, "the kernel recorded the end after the line")
+    demand_equal(values["code"], str(event.fields["code"]), "code on the line")
+    demand_equal(values.get("signal", "0"), str(event.fields["signal"]), "signal on the line")
     told = measured(trace, 91)
     crashes = [each for each in _crash_lines(trace) if values_of(each.text)["name"] == EXIT42]
     demand_equal(len(crashes), 1, f"crash lines of {EXIT42}")
-    demand_equal(values_of(crashes[0].text)["pid"], str(told["pid"]), "pid that WAIT gave")
-    demand_equal(values_of(crashes[0].text)["code"], str(CODE), "code on the line")
+    demand(_own_line(trace, EXIT42).place < crashes[0].place, f"{EXIT42} had not begun")
+    crash = values_of(crashes[0].text)
+    wanted = {"pid": str(told["pid"]), "generation": str(told["generation"]), "code": str(CODE)}
+    demand_equal({name: crash[name] for name in wanted}, wanted, f"the crash line of {EXIT42}")
     demand_equal(told["code"], CODE, "code that WAIT gave")
     demand_equal(told["forged"], ReplyStatus.DENIED.name, "a report by the client")
     demand_equal(told["reports"], [[told["report"]]] * 2, "reports before and after it")
@@ -264,8 +275,9 @@ def crash_report(case: Case, trace: Trace, line: Line) -> None:
     pid = int(fields["pid"])
     demand_equal(evidence["service"], _id(EXECD_NAME), "sender of the record")
     demand_equal(pid, measured(trace, 91)["pid"], "pid of the child that crashed")
-    _, started = _spawn_of(trace, EXIT42, pid)
-    ended, event = _exit_of(trace, EXIT42, pid)
+    who = {"pid": pid, "generation": evidence["generation"]}
+    _, started = _spawn_of(trace, EXIT42, who)
+    ended, event = _exit_of(trace, EXIT42, who)
     demand(ended < line.place, "the record was read before the child had ended")
     digest = case.plan.by_name[EXIT42].program_digest
     wanted = {
@@ -279,7 +291,6 @@ def crash_report(case: Case, trace: Trace, line: Line) -> None:
     build = fields["build"]
     demand(len(build) >= BUILD_DIGITS and digest.startswith(build), f"build id {build!r}")
     demand_equal(evidence["digest"], digest, "digest in the report")
-    demand_equal(evidence["generation"], started.fields["generation"], "generation")
     lived = event.time - started.time
     for what, found in (
         ("record", int(fields["duration_ms"]) * MILLISECOND),
@@ -343,14 +354,13 @@ def last_words(_case: Case, trace: Trace, line: Line) -> None:
     written."""
     evidence = line.evidence
     report, pid = evidence["report"], evidence["pid"]
-    started, spawn = _spawn_of(trace, COPY, pid)
-    ended, event = _exit_of(trace, COPY, pid)
+    started, spawn = _spawn_of(trace, COPY, evidence)
+    ended, event = _exit_of(trace, COPY, evidence)
     demand(started < ended < line.place, "the report was read before the death")
     demand_equal(event.fields["signal"], KILLED, "how it died, by the kernel")
     demand_equal(
         (report["pid"], report["signal"], report["name"]), (pid, KILLED, COPY), "the crash report"
     )
-    demand_equal(evidence["generation"], spawn.fields["generation"], "generation")
     ends = [
         each.evidence["reason"]
         for each in trace.lines

@@ -78,7 +78,8 @@ def exportd_ready(case: Case, trace: Trace, line: Line) -> None:
     planned = case.plan.by_name[EXPORTD_NAME]
     wanted = _doors(grants_fields(planned.grants))
     demand(wanted, "the plan declares no port to listen on")
-    demand_equal(sorted(line.evidence["listening"]), wanted, "where it says that it listens")
+    roles = {port.name: port.role.name.lower() for port in planned.grants.stream_ports}
+    demand_equal(line.evidence["streams"], roles, "ports that it says it has")
     (_, event) = trace.spawns(EXPORTD_NAME)[0]
     granted: Any = event.fields["grants"]
     demand_equal(granted, grants_fields(planned.grants), "what the kernel gave it")

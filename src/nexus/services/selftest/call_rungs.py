@@ -404,12 +404,12 @@ one that the runtime of every service takes."""
 
 
 def _bad_bodies(good: bytes) -> dict[str, bytes]:
-    """Four wrong bodies made from the right one. The first field's oversize value is -1, or 300
-    bytes; of bytes it is the length that is not minimal."""
+    """Four wrong bodies made from the right one. The first field's oversize value is -1, or more
+    bytes than any field takes; of bytes it is the length that is not minimal."""
     array = good[:1]
     if good[1] == BIN8:
         longer = array + b"\xc5\x00" + good[2:]
-        oversize = array + b"\xc5\x01\x2c" + bytes(300)
+        oversize = array + b"\xc5" + OVERSIZE.to_bytes(2, "big") + bytes(OVERSIZE)
     else:
         longer = array + b"\xcc\x01" + good[2:]
         oversize = array + b"\xd3" + b"\xff" * 8 + good[2:]
@@ -421,6 +421,7 @@ def _bad_bodies(good: bytes) -> dict[str, bytes]:
     }
 
 
+OVERSIZE: Final = 5000  # bytes
 BIN8: Final = 0xC4  # MessagePack: up to 255 bytes follow a length of one byte
 
 

@@ -165,7 +165,9 @@ async def _connected(climb: Climb, name: str) -> Client:
 
 
 async def child_exit0(climb: Climb) -> Evidence:
-    """#87, stated: who demo.exit0 was by execd's answer."""
+    """#87, stated: who demo.exit0 was by execd's answer. Another child lives meanwhile: a kernel may
+    give the number of one that has ended to the next."""
+    climb.children[HELLO] = await _start(climb, HELLO)
     child = climb.children[EXIT0] = await _start(climb, EXIT0)
     return {"pid": child.pid, "generation": child.generation}
 
@@ -174,7 +176,7 @@ async def child_exited(climb: Climb) -> Evidence:
     """#88, stated: while execd waits for one child another client is served, and then it says how
     demo.exit0 ended."""
     execd = climb.client(EXECD_NAME)
-    exit0, hello = climb.children[EXIT0], await _start(climb, HELLO)
+    exit0, hello = climb.children[EXIT0], climb.children[HELLO]
     waiting = await execd.start(Wait(hello.pid), await climb.ahead(END_WAIT))
     served = await climb.moved(climb.testsvc, AskExecd(), await CapClone(execd.peer.slot))
     row = await climb.task(HELLO)
@@ -183,8 +185,9 @@ async def child_exited(climb: Climb) -> Evidence:
     killed = await climb.finish(execd, waiting)
     return {
         "served": served.status,
-        "waited_for": [row.pid, killed.pid, killed.signal],
+        "waited_for": [row.pid, killed.pid, killed.signal, killed.generation],
         "pid": ended.pid,
+        "generation": ended.generation,
         "code": ended.code,
     }
 
@@ -202,7 +205,12 @@ async def child_exit(climb: Climb) -> Evidence:
     expect((ended.code, ended.signal, ended.report), (0, 0, 0), "code, signal and report")
     expect(again, ended, "WAIT once more")
     expect(unknown, Refused(ExecdStatus.NOT_FOUND), "WAIT for a pid that is nobody's")
-    return {"pid": ended.pid, "code": ended.code, "unknown": ExecdStatus.NOT_FOUND.name}
+    return {
+        "pid": ended.pid,
+        "generation": ended.generation,
+        "code": ended.code,
+        "unknown": ExecdStatus.NOT_FOUND.name,
+    }
 
 
 # ------------------------------------------------------------------ crashes
@@ -241,6 +249,7 @@ async def crash_line(climb: Climb) -> Evidence:
     after = await _crashes(climb)
     return {
         "pid": ended.pid,
+        "generation": ended.generation,
         "code": ended.code,
         "report": ended.report,
         "forged": outcome.status.name if isinstance(outcome, Refused) else type(outcome).__name__,
