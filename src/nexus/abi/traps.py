@@ -796,9 +796,10 @@ class PortSend(Trap[None]):
     the connection; PeerGone ends it. At most PORT_PEERS_MAX connections live; only root and the
     user who runs the system get one, but over TCP, where anybody does.
 
-    At a stream port messages are bytes as they come, of no certain length. Bytes are queued all or
-    none, up to STREAM_QUEUE_SIZE beside what Linux takes. After a QueueFull there an empty message
-    says, once, that there is room again. PeerGone says that nothing more comes; what was queued
+    At a stream port messages are bytes as they come, of no certain length. An empty one is the
+    first of each connection, which stands by then, and says, once, that after a QueueFull there is
+    room again. Bytes are queued all or none, up to STREAM_QUEUE_SIZE beside what Linux takes.
+    PeerGone says that nothing more comes; what was queued
     by then, or before PortClose, is still sent to a peer that reads it within STREAM_LINGER.
     Refuses: QueueFull, NoSuchEndpoint (no such connection), InvalidArgument (size, no port).
     """

@@ -1331,6 +1331,8 @@ class Driver:
         link.endpoint.add(link)
         self.links[link.link] = link
         self._outside += 1
+        if isinstance(link, StreamLink):
+            link.interest()
 
     def _admit_callers(self, door: Door, listener: socket.socket) -> None:
         """Give those who wait at a door a connection, or turn them away."""
@@ -1429,7 +1431,6 @@ class Driver:
         sock = self._port.dial(door.name)
         link = StreamLink(sock, self._new_link(), door, TCP_PEER, dialled=True)
         self._join_outside(link)
-        link.interest()
         return link.link
 
     def _port_peer(self, trap: PortPeer) -> PeerIdentity:

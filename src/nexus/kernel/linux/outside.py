@@ -87,7 +87,7 @@ class PeerLink(OutsideLink):
 class StreamLink(PeerLink):
     """A connection of a stream port, with what is on its way to the peer and Linux did not take.
 
-        dialled --writable--> room is told --> stands      --it fails--> end
+        accepted, dialled --writable--> room is told --> stands      --it fails--> end
         stands --refused a send--> half of the queue is free --> room is told, once
         stands --end told, or PortClose--> lingers until the queue is empty or nobody reads it
 
@@ -108,7 +108,7 @@ class StreamLink(PeerLink):
     ) -> None:
         super().__init__(sock, link, door, identity)
         self.queued = bytearray()
-        self.wants_room = dialled  # the task is to be told that there is room
+        self.wants_room = True  # the task is to be told that there is room
         self.lingers_until: int | None = None  # its end was told; only `queued` is left of it
         self._dialled = dialled  # not known to stand yet
         self._mask = EPOLL_IN
@@ -117,7 +117,7 @@ class StreamLink(PeerLink):
     @property
     def awaits_writing(self) -> bool:
         """Whether there is something to do when Linux has room."""
-        return self._dialled or bool(self.queued)
+        return self._dialled or self.wants_room or bool(self.queued)
 
     def interest(self) -> None:
         """Have epoll report what matters now; after it has joined its port."""
@@ -130,11 +130,12 @@ class StreamLink(PeerLink):
     def write(self, data: bytes | bytearray) -> None:
         """Queue bytes, all or none. Refuses: QueueFull, NoSuchEndpoint."""
         taken = 0
-        if not self.awaits_writing:
+        if not (self._dialled or self.queued):
             taken = self._pass(data)
         if len(self.queued) + len(data) - taken > STREAM_QUEUE_SIZE:
             assert not taken, "what Linux took makes room for the rest of a message"
             self.wants_room = True
+            self.interest()
             raise AbiError(Status.QUEUE_FULL, "the peer does not read")
         self.queued += memoryview(data)[taken:]
         self.interest()
@@ -187,6 +188,7 @@ class StreamLink(PeerLink):
             return b"", [], MSG_CMSG_CLOEXEC, None
         if self.wants_room and len(self.queued) <= ROOM_AGAIN:
             self.wants_room = bool(flags & socket.MSG_PEEK)
+            self.interest()
             return b"", [], MSG_CMSG_CLOEXEC | ROOM, None
         flags |= socket.MSG_DONTWAIT
         try:

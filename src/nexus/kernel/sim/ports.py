@@ -270,11 +270,14 @@ class Ports:
             port.owner.refused_identity += 1
             self._on_refused(port.owner, "identity")
             return SimPeer(self, None)
-        if len(port.links) >= PORT_PEERS_MAX or not self._room(CONNECTION_CHARGE):
+        if len(port.links) >= PORT_PEERS_MAX or not self._room(CONNECTION_CHARGE + MESSAGE_SIZE):
             port.owner.refused_links += 1
             self._on_refused(port.owner, "excess_link")
             return SimPeer(self, None)
-        return self._join(port, peer)[1]
+        connection, visitor = self._join(port, peer)
+        if connection.stream:
+            self._tell_room(connection)
+        return visitor
 
     def is_known(self, uid: int) -> bool:
         """Whether a user may connect: root, and the one who runs the system."""

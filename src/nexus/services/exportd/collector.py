@@ -230,7 +230,8 @@ class Collector:
         self._forget_oldest()
         self._state, self._due = State.IDLE, None
         effects: list[Effect] = []
-        if self._outgoing or (http.our_state, http.their_state) != (h11.DONE, h11.DONE):
+        done = (http.our_state, http.their_state) == (h11.DONE, h11.DONE)
+        if self._outgoing or not done or http.trailing_data[0]:
             effects += self._hang_up()
         else:
             http.start_next_cycle()

@@ -69,9 +69,9 @@ class Visit:
         return len(self._outgoing) - self._sent
 
     @property
-    def idle(self) -> bool:
-        """Whether no answer has been given since the last `go_on`."""
-        return self._http.our_state is h11.IDLE
+    def answered(self) -> bool:
+        """Whether an answer has been given since the last `go_on`."""
+        return self._http.our_state is h11.DONE
 
     @property
     def over(self) -> bool:

@@ -42,8 +42,8 @@ from nexus.services.exportd.exposition import chosen, exposition
 from nexus.services.exportd.pages import Asked, Visit
 from nexus.services.exportd.readings import NoReading, Readings
 
-SCRAPE_TIME_MAX: Final = Nanos(1_000_000_000)  # ns for reading all series; a probe waits behind it
-EXPORT_TIME_MAX: Final = Nanos(1_000_000_000)  # ns for what goes to the collector, the same
+SCRAPE_TIME_MAX: Final = Nanos(800_000_000)  # ns for reading all series; a probe waits behind it
+EXPORT_TIME_MAX: Final = Nanos(800_000_000)  # ns for what goes to the collector, the same
 SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times in a minute
 SCRAPE_WINDOW: Final = Nanos(1_000_000_000)  # ns
 ANSWERS_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes of answers that peers have not read, of all
@@ -184,7 +184,7 @@ class Exportd:
             if visit.over:
                 await self._close(visit)
                 return
-            asked = None if visit.idle else visit.go_on(now)
+            asked = visit.go_on(now) if visit.answered else None
             if asked is None and not visit.pending:
                 return
 
