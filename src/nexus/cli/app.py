@@ -203,7 +203,8 @@ def call(
     epilog=_examples(
         "nexus logs -f -n 100",
         "nexus logs --level warn --service timed",
-        "nexus logs --field decision=deny --json",
+        "nexus logs --field decision=deny --since 10m --json",
+        "nexus logs --boot -1 --level error",
     )
 )
 def logs(
@@ -224,14 +225,35 @@ def logs(
     field: Annotated[
         str | None, typer.Option("--field", help="Only records with this KEY=VALUE.")
     ] = None,
+    pid: Annotated[int, typer.Option("--pid", min=0, help="Only records of this process.")] = 0,
+    text: Annotated[str, typer.Option("--text", help="Only records with this in their text.")] = "",
+    trace: Annotated[str, typer.Option("--trace", help="Only records of this trace.")] = "",
+    since: Annotated[
+        str, typer.Option("--since", help="From then on: 10m, 12:30, 2026-02-03T12:30.")
+    ] = "",
+    until: Annotated[str, typer.Option("--until", help="Before then, written as --since.")] = "",
+    boot: Annotated[
+        int | None,
+        typer.Option("--boot", "-b", help="Of an earlier boot: its number, or -1 for the last."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Show the journal of a running system."""
+    """Show the journal of a running system, or what is left of an earlier boot's."""
     from nexus.cli.ask import asked
     from nexus.cli.logs import Filter
     from nexus.cli.logs import logs as act
 
-    wanted = Filter(level, service, field)
+    wanted = Filter(
+        level=level,
+        service=service,
+        field=field,
+        pid=pid,
+        text=text,
+        trace=trace,
+        since=since,
+        until=until,
+        boot=boot,
+    )
     act(asked(name), wanted, last=last, follow=follow, as_json=json)
 
 

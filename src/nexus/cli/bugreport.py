@@ -105,7 +105,7 @@ def _running_parts(asked: Asked) -> dict[str, bytes]:
     from nexus.cli.status import status
 
     log = Path(asked.running.log)
-    wanted = Filter("trace", None, None)
+    wanted = Filter()
     return {
         "status.json": _said(lambda: status(asked, as_json=True)),
         "logs.jsonl": _said(
