@@ -4,6 +4,8 @@ Scripts are the driver's and the victims'; a victim dies as its script says.
 """
 
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from nexus.init.plan import Plan, make_plan
 from nexus.init.programs import PROGRAMS, ProgramSource, load_program
 from nexus.init.system import parse
 from nexus.kernel.core.run import RunOver
+from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.execd import PROTOCOL as EXECD
@@ -321,9 +324,7 @@ def boot_sim(
 ) -> Outcome:
     """Run the system on the simulated kernel. `crashes`: a task may end by an exception."""
     mains = {"driver": driver_of(script), **(victims or {})}
-    plan = plan_of(
-        monkeypatch, system(without=("metricsd",)) if text is None else text, list(mains)
-    )
+    plan = plan_of(monkeypatch, system() if text is None else text, list(mains))
     events: list[Event] = []
 
     def record(event: Event) -> None:
@@ -354,3 +355,40 @@ def boot_sim(
         raise AssertionError(f"the run did not end: {lines}") from over
     assert crashes or not kernel.crashes, kernel.crashes
     return Outcome(plan, ended, events, kernel.bus.disks["disk"])
+
+
+def boot_linux(
+    monkeypatch: pytest.MonkeyPatch,
+    script: Callable[[ExecHands], Any],
+    *,
+    directory: Path,
+    text: str | None = None,
+    victims: Mapping[str, Any] | None = None,
+    seconds: int = 60,
+) -> Outcome:
+    """Run the system on the Linux kernel; what it keeps is in `directory`."""
+    mains = {"driver": driver_of(script), **(victims or {})}
+    plan = plan_of(monkeypatch, system() if text is None else text, list(mains))
+    events: list[Event] = []
+    pids: dict[str, int] = {}
+
+    def record(event: Event) -> None:
+        events.append(event)
+        if event.kind is EventKind.SPAWN:
+            pids[str(event.fields["name"])] = event.pid
+        order = order_in(event)
+        if order is not None:
+            what, name = order
+            assert what == "kill", what
+            os.kill(pids[name], signal.SIGKILL)
+
+    kernel = LinuxKernel(
+        programs_of(mains),
+        recorder=record,
+        limits=limits_of(plan),
+        hardware=plan.hardware,
+        state_dir=directory,
+    )
+    until = Nanos(kernel.now + seconds * SECOND)
+    ended = kernel.run(init_program(plan, 1), b"", until=until)
+    return Outcome(plan, ended, events)

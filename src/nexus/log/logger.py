@@ -380,6 +380,23 @@ class Logger:
         while self._ring is not None and self._lines:
             self._ring.put(self._lines.popleft())
 
+    async def open(self, until: Nanos) -> bool:
+        """Find logd and give it the ring, waiting at most until `until`; whether it has it.
+
+        From then on what is written outlives the task, however that ends.
+        """
+        await self.begin()
+        if self._flushing or self._ring is None or self._by_message:
+            return False
+        self._flushing = True
+        try:
+            if not self._is_bound and await self._look(until) is not None:
+                return False
+            assert self._poster is not None, "who was found is bound"
+            return await self._open_stream(self._poster, await self._read_clock())
+        finally:
+            self._flushing = False
+
     async def flush(self) -> None:
         """Open the stream, ring, post what waits, take the answers that are there."""
         if self._flushing:
