@@ -361,6 +361,41 @@ def prove(context: typer.Context) -> None:
     raise typer.Exit(act(context.args))
 
 
+@app.command(
+    epilog=_examples(
+        "nexus metrics", "nexus metrics log_ --service timed", "nexus metrics hits --history short"
+    )
+)
+def metrics(
+    prefix: Annotated[
+        str, typer.Argument(help="What the names of the series begin with.", show_default=False)
+    ] = "",
+    service: Annotated[
+        str | None, typer.Option("--service", "-s", help="Only the series of this service.")
+    ] = None,
+    history: Annotated[
+        str | None,
+        typer.Option("--history", help="Their windows too, short or long ones."),
+    ] = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Print counters, gauges and histograms of a running system, read at this moment."""
+    from nexus.cli.ask import asked
+    from nexus.cli.metrics import metrics as act
+
+    act(asked(name), prefix, service=service, history=history, as_json=json)
+
+
+@app.command(epilog=_examples("nexus reload", "nexus reload --json"))
+def reload(name: Name = None, json: Json = False) -> None:
+    """Read the system file again and give running services their changed settings."""
+    from nexus.cli.ask import asked
+    from nexus.cli.reload import reload as act
+
+    raise typer.Exit(act(asked(name), as_json=json))
+
+
 @app.command(epilog=_examples("nexus restart timed"))
 def restart(
     service: Annotated[str, typer.Argument(help="The service to restart.", show_default=False)],

@@ -134,6 +134,7 @@ def _boot(job: Job, sink: Sink) -> int:
                 uid_first=uid_first,
             ),
             policy_source=lambda: load_policy(Path(running.file)),
+            plan_source=lambda: load_plan(Path(running.file)),
             watchdog=watchdog_of(os.environ, os.getpid()) if job.streams else None,
         ).exit
     return SIGNAL_BASE + ended.signal if ended.signal else ended.code

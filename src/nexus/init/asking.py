@@ -39,7 +39,8 @@ NONCE_START: Final = 1
 SPOKEN: Final = (META, POLICYD, EXECD)  # what init asks in: everybody, and the two that it tells
 
 Done = Callable[[Any, int], Awaitable[None]]
-"""Called once, with the reply and the nonce; the reply is None if there is none to use."""
+"""Called once, with the reply and the nonce; the reply is None if there is none to use, or the
+status of a refusal if that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Asked:
     frame: bytes
     deadline: Nanos
     done: Done
+    refusals: bool  # whether `done` wants to know which refusal it is
 
 
 class Asking:
@@ -67,7 +69,15 @@ class Asking:
     def __len__(self) -> int:
         return len(self._out)
 
-    def frame(self, record: Record, request: Any, deadline: Nanos, done: Done) -> tuple[int, bytes]:
+    def frame(
+        self,
+        record: Record,
+        request: Any,
+        deadline: Nanos,
+        done: Done,
+        *,
+        refusals: bool = False,
+    ) -> tuple[int, bytes]:
         """The frame of a request to the present instance, counted as out; and its nonce."""
         protocol, codec = _BY_REQUEST[type(request)]
         nonce = self._nonces.take()
@@ -84,7 +94,7 @@ class Asking:
             self._spans.next_span(),
         )
         frame = HEADER.pack(*header) + encode(request)
-        self._out[nonce] = Asked(record, record.generation, codec, frame, deadline, done)
+        self._out[nonce] = Asked(record, record.generation, codec, frame, deadline, done, refusals)
         return nonce, frame
 
     def next_time(self) -> Nanos | None:
@@ -121,6 +131,8 @@ class Asking:
         except RemoteProtocolError:
             self.malformed += 1
             reply = None
+        if isinstance(reply, IntEnum) and not asked.refusals:
+            reply = None
         await asked.done(reply, header.nonce)
 
 
@@ -142,10 +154,10 @@ def _is_answer(message: Message, asked: Asked) -> bool:
 
 
 def _read(codec: Codec, status: int, body: bytes) -> Any:
-    """The reply, or None for a declared refusal; RemoteProtocolError for anything else."""
+    """The reply, or the status of a declared refusal; RemoteProtocolError for anything else."""
     if status == ReplyStatus.OK:
         return codec.decode_reply(body)
     refusal: IntEnum | None = codec.statuses.get(status)
     if refusal is None or body:
         raise RemoteProtocolError(f"status {status} with {len(body)} bytes")
-    return None
+    return refusal

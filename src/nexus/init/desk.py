@@ -28,6 +28,7 @@ from nexus.abi import (
 from nexus.init.authority import BadPolicy
 from nexus.init.links import LinkState
 from nexus.init.record import NO_ACCOUNT, Record
+from nexus.init.reload import BadSystemFile
 from nexus.ipc.bulk import Bulk, BulkFault, accept_bulk, offer_bulk
 from nexus.protocols.init import (
     AUDIT_LINE_SIZE_MAX,
@@ -484,9 +485,20 @@ class Desk:
             case GetLaunched():
                 return self._init.launches.rows(record)
             case ReloadSettings():
-                raise Refused(ReplyStatus.UNSUPPORTED)
+                await self._reload(record, message)
+                return None
             case _:
                 assert_never(request)
+
+    async def _reload(self, record: Record, message: Message) -> None:
+        """Answered when every service that is told has answered, or did not in time."""
+        reload = self._init.reload
+        try:
+            plan = reload.read()
+        except BadSystemFile as error:
+            await self._init.say("init: settings not read", error=str(error)[:400])
+            raise Refused(InitStatus.BAD_SYSTEM_FILE) from error
+        await reload.begin(plan, self._defer(record, message))
 
     # ------------------------------------------------------------------ services on demand
 

@@ -21,6 +21,7 @@ from nexus.abi import (
 from nexus.init.authority import PolicySource
 from nexus.init.plan import ROOT_ENDPOINTS, Plan, sources_of
 from nexus.init.programs import load_program, program_digest
+from nexus.init.reload import PlanSource
 from nexus.init.supervisor import Supervisor
 from nexus.kernel.core.limits import SystemLimits
 from nexus.protocols.ladder import Ground
@@ -78,13 +79,19 @@ def init_program(
     cpu_count: int,
     *,
     policy_source: PolicySource | None = None,
+    plan_source: PlanSource | None = None,
     watchdog: Nanos | None = None,
 ) -> Program:
-    """init-lite for one plan on so many CPUs; see Supervisor for the other two."""
+    """init-lite for one plan on so many CPUs; see Supervisor for the others."""
 
     def main(boot: BootImage) -> Coroutine[Trap[Any], Any, int]:
         return Supervisor(
-            boot, plan, cpu_count, policy_source=policy_source, watchdog=watchdog
+            boot,
+            plan,
+            cpu_count,
+            policy_source=policy_source,
+            plan_source=plan_source,
+            watchdog=watchdog,
         ).run()
 
     return Program(name=INIT_NAME, main=main, digest=program_digest("nexus.init"))
@@ -113,6 +120,7 @@ def boot(
     selftest: bool = False,
     places: Places = NOWHERE,
     policy_source: PolicySource | None = None,
+    plan_source: PlanSource | None = None,
     watchdog: Nanos | None = None,
     on_machine: "Callable[[SimKernel], None]" = _leave,
 ) -> Booted:
@@ -120,11 +128,13 @@ def boot(
 
     `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses, and
     `places` say where the run keeps things. `policy_source` reads the policy files again on
-    SIGHUP; `watchdog` is the service manager's interval. `on_machine` is shown the simulated kernel
+    SIGHUP, `plan_source` the system file for ReloadSettings; `watchdog` is the service manager's interval. `on_machine` is shown the simulated kernel
     before it runs: its power can be planned to fail, and what is left of it be read afterwards.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
-    root = init_program(plan, smp, policy_source=policy_source, watchdog=watchdog)
+    root = init_program(
+        plan, smp, policy_source=policy_source, plan_source=plan_source, watchdog=watchdog
+    )
     if ground is Ground.SIM:
         return _boot_sim(
             plan,

@@ -59,6 +59,7 @@ from nexus.init.notifying import Notifier
 from nexus.init.plan import Plan, PlannedService
 from nexus.init.reasons import UNCOUNTED, Reason
 from nexus.init.record import Record, resting_state
+from nexus.init.reload import PlanSource, Reload
 from nexus.init.reports import Reports, action_of
 from nexus.init.stages import Stages
 from nexus.init.stops import SHUTDOWN_MAX, Stops, Wanted
@@ -76,7 +77,8 @@ EXIT_DIRTY: Final = 1
 class Supervisor:
     """The whole state of init. `run` is its only way to act.
 
-    `policy_source` reads the policy files again for SIGHUP; `watchdog` is how long the service
+    `policy_source` reads the policy files again for SIGHUP, `plan_source` the system file for
+    ReloadSettings; `watchdog` is how long the service
     manager outside may hear nothing before it takes init for dead.
     """
 
@@ -87,6 +89,7 @@ class Supervisor:
         cpu_count: int,
         *,
         policy_source: PolicySource | None = None,
+        plan_source: PlanSource | None = None,
         watchdog: Nanos | None = None,
     ) -> None:
         self.boot = boot
@@ -119,6 +122,7 @@ class Supervisor:
         self.grants = Grants(self)
         self.bus = Bus(self)
         self.launches = Launches(self)
+        self.reload = Reload(self, plan_source)
         self.reports = Reports(self)
         self.stages = Stages(self)
         self.watch = Watch(self)
@@ -460,11 +464,12 @@ class Supervisor:
         done: Done,
         *,
         move: Slot | None = None,
+        refusals: bool = False,
     ) -> bool:
         """Send a request to the present instance without waiting; whether it was sent."""
         if record.slot is None:
             return False
-        nonce, frame = self.asking.frame(record, request, deadline, done)
+        nonce, frame = self.asking.frame(record, request, deadline, done, refusals=refusals)
         try:
             await Send(record.slot, frame, move=move, deadline=NO_WAIT)
         except AbiError as error:

@@ -417,17 +417,36 @@ class EndTask(Request[Ending], op=17, idempotent=True, refuses=InitStatus):
     generation: Annotated[int, U32()]
 
 
+class ReloadOutcome(IntEnum):
+    """What became of the changed settings of one service."""
+
+    IN_FORCE = 1
+    NEEDS_RESTART = 2  # it cannot change them while it runs; its next instance has them
+    REFUSED = 3  # they are not what it takes; the old ones stay in force
+    NO_ANSWER = 4  # it was told and did not answer; its next instance has them
+    AT_START = 5  # it does not run; its next instance has them
+
+
+class ReloadRow(Message):
+    """A service whose settings have changed."""
+
+    name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX, size_min=1)]
+    outcome: ReloadOutcome
+
+
 class Reloading(Message):
-    """The system file was read again: so many services are told of new settings, so many others
-    have changed otherwise, which takes a restart of the system."""
+    """The system file was read again: so many services were told of new settings, so many others
+    have changed otherwise, which takes a restart of the system. A row for each of the former, and
+    for those that will have them when they start."""
 
     told: Annotated[int, U16()]
     ignored: Annotated[int, U16()]
+    services: Annotated[list[ReloadRow], List(count_max=SERVICES_MAX)]
 
 
 class ReloadSettings(Request[Reloading], op=18, idempotent=True, refuses=InitStatus):
     """Read the system file again and give services their changed settings (meta.Configure). Needs
-    SYSTEM_CONTROL. *Refuses*: BAD_SYSTEM_FILE."""
+    SYSTEM_CONTROL. Answered when they have. *Refuses*: BAD_SYSTEM_FILE."""
 
 
 class LaunchedRow(Message):

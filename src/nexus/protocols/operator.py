@@ -20,6 +20,7 @@ from nexus.protocols.init import (
     GetSystem,
     GetTasks,
     LeaveSafeMode,
+    ReloadSettings,
     Restart,
     Shutdown,
 )
@@ -43,6 +44,7 @@ RELAYED_TO_INIT: Final = (
     Shutdown,
     GetSystem,
     LeaveSafeMode,
+    ReloadSettings,
 )
 """What operator passes on to init-lite: everything but what hands out links, or the policy."""
 

@@ -19,6 +19,8 @@ from enum import IntEnum
 from types import coroutine
 from typing import Any, Final, NamedTuple, Protocol
 
+import msgspec
+
 from nexus.abi import (
     INIT_NAME,
     MESSAGE_SIZE_MAX,
@@ -54,6 +56,8 @@ from nexus.protocols.meta import (
     PROBES_MAX,
     Bind,
     Bound,
+    Configure,
+    Configured,
     Fact,
     GetStatus,
     Health,
@@ -126,6 +130,9 @@ class Hooks(NamedTuple):
     on_idle: Callable[[], Any] | None  # busy, and no message waits; plain or coroutine
     on_batch: Callable[[], Any] | None  # gives what a batch deferred; plain or coroutine
     on_stop: Callable[[], Any] | None  # the last thing before the end; plain or coroutine
+    on_settings: Callable[[dict[str, Any]], Any] | None
+    """New settings, at once and whole; plain or coroutine. Raises msgspec.ValidationError, and then
+    the old ones are in force."""
 
 
 class Log(Writer, Protocol):
@@ -693,7 +700,9 @@ class Server:
 
     # ------------------------------------------------------------------ meta
 
-    async def _handle_meta(self, call: Call, request: Health | GetStatus | Stop | LogProbe) -> Any:
+    async def _handle_meta(
+        self, call: Call, request: Health | GetStatus | Stop | Configure | LogProbe
+    ) -> Any:
         match request:
             case Health():
                 return self._health(call)
@@ -701,6 +710,8 @@ class Server:
                 return await self._status()
             case Stop():
                 return self._stop(call)
+            case Configure():
+                return await self._configure(call, request)
             case LogProbe():
                 return self._log_probe(call, request)
 
@@ -716,6 +727,21 @@ class Server:
             raise call.refuse(ReplyStatus.DENIED)
         self.stopping = True
         return Stopping()
+
+    async def _configure(self, call: Call, request: Configure) -> Configured:
+        """The system file has other settings; only init says so."""
+        if call.sender.service != INIT:
+            raise call.refuse(ReplyStatus.DENIED)
+        on_settings = self._hooks.on_settings
+        if on_settings is None:
+            raise call.refuse(MetaStatus.NEEDS_RESTART)
+        try:
+            await _settled(
+                on_settings(msgspec.msgpack.decode(request.settings, type=dict[str, Any]))
+            )
+        except msgspec.DecodeError as error:  # a ValidationError is one
+            raise call.refuse(MetaStatus.BAD_SETTINGS) from error
+        return Configured()
 
     def _log_probe(self, call: Call, request: LogProbe) -> Probed:
         if self._log is None or self._probes >= PROBES_MAX:

@@ -28,11 +28,20 @@ from nexus.abi import (
 from nexus.ipc import Peer, deadline_after, offer_bulk
 from nexus.log import FieldValue
 from nexus.protocols.init import PROTOCOL as INIT
-from nexus.protocols.init import SYSTEM_CONTROL, SYSTEM_OBSERVE, LeaveSafeMode, Restart, Shutdown
+from nexus.protocols.init import (
+    SYSTEM_CONTROL,
+    SYSTEM_OBSERVE,
+    LeaveSafeMode,
+    ReloadSettings,
+    Restart,
+    Shutdown,
+)
 from nexus.protocols.logd import LOG_READ, GetStats, Query
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import GetStatus, Health
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
+from nexus.protocols.metricsd import GetHistory, GetSeries, GetSpans
 from nexus.protocols.operator import (
     PROTOCOL,
     RELAY_FRAME_SIZE_MAX,
@@ -81,12 +90,13 @@ ANY_UID: Final = -1
 META_PASSED: Final = frozenset(META.codecs[each].prefix for each in (Health, GetStatus))
 INIT_PASSED: Final = frozenset(INIT.codecs[each].prefix for each in RELAYED_TO_INIT)
 INIT_ACTS: Final = frozenset(
-    INIT.codecs[each].prefix for each in (Restart, Shutdown, LeaveSafeMode)
+    INIT.codecs[each].prefix for each in (Restart, Shutdown, LeaveSafeMode, ReloadSettings)
 )
 LOOKS: Final = (
     (INIT_PASSED - INIT_ACTS)
     | META_PASSED
     | frozenset(LOGD.codecs[each].prefix for each in (Query, GetStats))
+    | frozenset(METRICSD.codecs[each].prefix for each in (GetSeries, GetHistory, GetSpans))
 )
 """Requests that change nothing. A command that follows the log asks twice a second: of these the
 first of a connection is audited, the others are counted."""
