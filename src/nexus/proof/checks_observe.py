@@ -4,7 +4,7 @@ services told on another way, and what the runner decodes itself, of a page and 
 import binascii
 import zlib
 from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -329,16 +329,17 @@ def retention(case: Case, trace: Trace, line: Line) -> None:
     """#128: metricsd was killed; the next one's windows add up to what was written before."""
     evidence = line.evidence
     _killed_between(trace, evidence["generations"])
-    demand(evidence["recovered"] > 0, "nothing was read back")
     demand_equal(evidence["recovery_lost"], 0, "records that were not good")
     demand_equal(evidence["value"], TOTAL, "the counter at the new metricsd")
-    counter, gauge = evidence["counter"], evidence["gauge"]
-    for name, told in (("counter", counter), ("gauge", gauge)):
-        before = evidence["before"][f"selftest.{name}"]
+    before, after = evidence["before"], evidence["after"]
+    for name, told in before.items():
         for resolution, rows in told.items():
-            demand(rows, f"no {resolution} window of the {name}")
-            demand(before[resolution] > 0, f"no {resolution} window of the {name} before")
+            demand(rows, f"no {resolution} window of {name}")
+            lost = [row for row in rows if row not in after[name][resolution]]
+            demand_equal(lost, [], f"{resolution} windows of {name} that are no longer told")
+    counter, gauge = before["selftest.counter"], before["selftest.gauge"]
     settings = msgspec.convert(dict(case.plan.by_name[METRICSD].settings), MetricsdSettings)
+    demand_equal(evidence["lengths"], [settings.short_ns, settings.long_ns], "lengths of windows")
     first, *_ = evidence["added"]
     demand_equal(
         [row[1:] for row in counter["short"]],
@@ -353,7 +354,11 @@ def retention(case: Case, trace: Trace, line: Line) -> None:
     for row in gauge["short"] + gauge["long"]:
         _of_two(row, evidence["set"])
     demand_equal(gauge["short"][-1][5], GAUGE_LAST, "the gauge in its last window")
-    _folded(_whole(gauge["short"], gauge["long"], settings), gauge["long"], settings.long_ns)
+    demand_equal(min(row[3] for row in gauge["long"]), GAUGE_LAST, "the least of the gauge")
+    demand_equal(
+        max(row[4] for row in gauge["long"]), max(evidence["set"]), "the most of the gauge"
+    )
+    _folded_gauge(gauge["short"], gauge["long"], settings.long_ns)
     for segments, segments_max, short, long, windows_max, written, written_max in evidence[
         "bounds"
     ]:
@@ -383,32 +388,34 @@ def _killed_between(trace: Trace, generations: Sequence[int]) -> None:
 KILLED: Final = 9
 
 
-def _folded(short: Iterable[list[int]], long: Sequence[list[int]], length: int) -> None:
-    """Each long window is what its short ones are together."""
-    rows = list(short)
+def _folded(short: Sequence[list[int]], long: Sequence[list[int]], length: int) -> None:
+    """Each long window of a counter is what its short ones are together."""
     for start, count, total, least, most, last in long:
-        inside = [row for row in rows if start <= row[0] < start + length]
-        if not inside:
-            continue
-        found = [
-            sum(row[1] for row in inside),
-            sum(row[2] for row in inside),
-            min(row[3] for row in inside),
-            max(row[4] for row in inside),
-            inside[-1][5],
-        ]
-        demand_equal([count, total, least, most, last], found, f"the long window of {start}")
+        inside = _inside(short, start, length)
+        found = [sum(row[1] for row in inside), sum(row[2] for row in inside), *_ends_of(inside)]
+        wanted = [count, total, least, most, last]
+        demand_equal(wanted, found, f"the long window of {start}")
 
 
-def _whole(
-    short: Sequence[list[int]], long: Sequence[list[int]], settings: MetricsdSettings
-) -> list[list[int]]:
-    """Of the short windows those whose long window is told, and all of whose others are."""
-    if not short:
-        return []
-    last = short[-1][0] + settings.short_ns
-    inside = [row[0] for row in long if row[0] + settings.long_ns <= last]
-    return [row for row in short if any(s <= row[0] < s + settings.long_ns for s in inside)]
+def _folded_gauge(short: Sequence[list[int]], long: Sequence[list[int]], length: int) -> None:
+    """The same of a gauge. A short window in which it was read and did not change is not told, and
+    its readings are in the long one: they are of a value that was there anyway."""
+    for start, count, _total, least, most, last in long:
+        inside = _inside(short, start, length)
+        demand_equal([least, most, last], _ends_of(inside), f"the long window of {start}")
+        read = sum(row[1] for row in inside)
+        demand(read <= count, f"the long window of {start} has {count} readings, of {read}")
+
+
+def _inside(short: Sequence[list[int]], start: int, length: int) -> list[list[int]]:
+    inside = [row for row in short if start <= row[0] < start + length]
+    demand(inside, f"the long window of {start} has no short one")
+    return inside
+
+
+def _ends_of(rows: Sequence[list[int]]) -> list[int]:
+    """The least, the most and the last value."""
+    return [min(row[3] for row in rows), max(row[4] for row in rows), rows[-1][5]]
 
 
 def _of_two(row: list[int], values: Sequence[int]) -> None:

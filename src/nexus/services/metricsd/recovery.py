@@ -201,8 +201,11 @@ class Recovery:
             number = place.number * short // long
             if place.length != short or number <= latest.get(place.boot_id, -1):
                 continue
+            begun = max(
+                0, start - (place.number * short - number * long)
+            )  # it may be in the middle
             group = groups.setdefault(
-                Place(place.boot_id, long, number), Open(Place(place.boot_id, long, number), start)
+                Place(place.boot_id, long, number), Open(Place(place.boot_id, long, number), begun)
             )
             boots[group.place] = boot
             for entry in entries:

@@ -78,4 +78,4 @@ class Rung:
     boot: int | None = None
 
 
-RUNG_LINE_SIZE_MAX: Final = 400  # bytes of a FAIL line; the console takes 512
+RUNG_LINE_SIZE_MAX: Final = 500  # bytes of a FAIL line; the console takes 512
