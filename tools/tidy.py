@@ -98,15 +98,23 @@ class Tree:
 
     def lines(self, path: str) -> list[str]:
         """The lines of a text file; none if it is binary or very large."""
-        file = self.root / path
-        if file.stat().st_size > TEXT_SIZE_MAX:
-            return []
-        data = file.read_bytes()
-        return [] if b"\0" in data else data.decode("utf-8").splitlines()
+        if path not in self._lines:
+            data = b"\0"
+            if (self.root / path).stat().st_size <= TEXT_SIZE_MAX:
+                data = (self.root / path).read_bytes()
+            self._lines[path] = [] if b"\0" in data else data.decode("utf-8").splitlines()
+        return self._lines[path]
+
+    @cached_property
+    def _lines(self) -> dict[str, list[str]]:
+        return {}
 
     def parse(self, path: str) -> ast.Module:
         """The syntax tree of a Python file."""
         return ast.parse((self.root / path).read_text("utf-8"), path)
+
+
+OF_TESTS: Final = re.compile(r"nexus\.(testing|cli)")  # what tests may keep alive
 
 
 def banned_names(tree: Tree) -> Iterator[Fault]:
@@ -125,6 +133,8 @@ def dead_modules(tree: Tree) -> Iterator[Fault]:
     wanted: set[str] = set()
     for path in tree.modules:
         shipped = path.startswith("src/")
+        if not shipped and not any(OF_TESTS.search(line) for line in tree.lines(path)):
+            continue
         for node in ast.walk(tree.parse(path)):
             names: list[str] = []
             if isinstance(node, ast.Import):
@@ -133,9 +143,7 @@ def dead_modules(tree: Tree) -> Iterator[Fault]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif shipped and isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names = [node.value.partition(":")[0]]  # a program named by its module
-            wanted.update(
-                name for name in names if shipped or name.startswith(("nexus.testing", "nexus.cli"))
-            )
+            wanted.update(name for name in names if shipped or OF_TESTS.match(name))
     for path in ("Makefile", "justfile", "pyproject.toml"):
         if path in tree.paths:
             wanted.update(re.findall(r"nexus(?:\.\w+)+", "\n".join(tree.lines(path))))
