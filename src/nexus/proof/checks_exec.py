@@ -191,7 +191,7 @@ def child_exited(_case: Case, trace: Trace, line: Line) -> None:
     at, event = _end_by_kernel(trace, values)
     demand(at < line.place, "the kernel recorded the end after the line")
     demand_equal(values["code"], str(event.fields["code"]), "code on the line")
-    if values["name"] == EXIT0 and values["generation"] == FIRST:
+    if _is_first(values, EXIT0):
         _exit0_reaped(trace, line, values)
 
 
@@ -210,7 +210,9 @@ def _exit0_reaped(trace: Trace, line: Line, values: Mapping[str, str]) -> None:
     demand(line.place < ended < _line_of(trace, 88).place, "execd did not wait for it")
 
 
-FIRST: Final = "1"  # generation
+def _is_first(values: Mapping[str, str], name: str) -> bool:
+    """Whether a line is about the first instance of this program."""
+    return (values["name"], values["generation"]) == (name, "1")
 
 
 def _own_line(trace: Trace, name: str) -> Line:
@@ -250,7 +252,7 @@ def crash_line(_case: Case, trace: Trace, line: Line) -> None:
     demand_equal(values["code"], str(event.fields["code"]), "code on the line")
     demand_equal(values.get("signal", "0"), str(event.fields["signal"]), "signal on the line")
     told = measured(trace, 91)
-    crashes = [each for each in _crash_lines(trace) if values_of(each.text)["name"] == EXIT42]
+    crashes = [each for each in _crash_lines(trace) if _is_first(values_of(each.text), EXIT42)]
     demand_equal(len(crashes), 1, f"crash lines of {EXIT42}")
     demand(_own_line(trace, EXIT42).place < crashes[0].place, f"{EXIT42} had not begun")
     crash = values_of(crashes[0].text)

@@ -15,18 +15,21 @@ from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
 from nexus.protocols.testsvc import UseKeys, UseState
 from nexus.services.selftest.climb import CALL_WAIT, Climb
+from nexus.services.selftest.exec_rungs import EXECD_NAME, EXIT42, crash_once
 from nexus.services.selftest.rung import Evidence, expect, require
 from nexus.wire import Request
 
 UNUSED_KEY: Final = b"/state/testsvc/unused"
 NO_REPORT: Final = 1 << 40  # the number of a report that nobody has made
 UNUSED_NAME: Final = b"unused"
-LOOKS_MAX: Final = 4  # at a task's account
+LOOKS_MAX: Final = 9  # at a task's account; logd writes its tail every second
+LOOK_WAIT: Final = Nanos(5_000_000_000)  # ns for all of them
 LOOK_PAUSE: Final = Nanos(7_000_000)  # ns, doubling; no whole part of a probe's interval
 COUNTER_SUFFIX: Final = "_total"
 KEPT_FACTS: Final = frozenset(
     {
         *("clients", "statefsd_generation", "wrapping"),  # who asks, and whom it asks
+        *("reports", "reports_unsaved"),  # of crashes
         *("epoch", "sequence", "durable", "keys", "used"),  # what is on the disk
     }
 )
@@ -83,6 +86,8 @@ async def _use_all(climb: Climb) -> None:
     for name, requests in uses.items():
         for request in requests if name in climb.clients else ():
             _ = await climb.client(name).call(request, await climb.ahead(CALL_WAIT))
+    if climb.services >= {EXECD_NAME, EXIT42}:
+        await crash_once(climb)  # whose report execd has statefsd keep
 
 
 async def no_resource_left_behind(climb: Climb) -> Evidence:
@@ -110,10 +115,10 @@ def _expect_same(now: dict[str, int], ready: dict[str, int], name: str) -> None:
 
 
 async def _resources(climb: Climb, name: str) -> Resources:
-    """The accounts of a task. A message that was just passing is gone at a second look, and what
-    is left behind is not."""
+    """The accounts of a task. A message that was just passing is gone at a second look, and who
+    posts has found again by then whom it posts to; what is left behind is still there."""
     budget = RetryBudget(
-        attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+        attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(LOOK_WAIT)
     )
     return await retry_until(
         lambda: climb.call(climb.control, GetResources(name)),

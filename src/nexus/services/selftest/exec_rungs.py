@@ -24,6 +24,7 @@ from nexus.protocols.execd import (
 from nexus.protocols.execd import Started as Child
 from nexus.protocols.hello import PROTOCOL as HELLO_PROTOCOL
 from nexus.protocols.hello import Greet
+from nexus.protocols.init import Health
 from nexus.protocols.logd import EVERY_RECORD, Filter, Query, Record
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import AskExecd, LastWords
@@ -49,6 +50,7 @@ BAD_NONCE: Final = (1 << 61) + 94
 END_WAIT: Final = Nanos(5_000_000_000)  # ns; a child ends in milliseconds
 LOOKS_MAX: Final = 10  # with doubling pauses: 2 ms to 1 s
 LOOK_PAUSE: Final = Nanos(2_000_000)  # ns
+QUIET: Final = Nanos(100_000_000)  # ns; logd looks at a ring for some time after it found something
 HANG_WAIT: Final = Nanos(
     10_000_000_000
 )  # ns; the watchdog's patience, by the system file, and more
@@ -351,6 +353,14 @@ async def execd_malformed(climb: Climb) -> Evidence:
     return {"malformed": after, "next": [child.pid, child.generation]}
 
 
+async def crash_once(climb: Climb) -> None:
+    """Have demo.exit42 started, and wait until execd is done with its crash; whatever it answers."""
+    execd = climb.client(EXECD_NAME)
+    child = await execd.call(_exec(EXIT42, climb.boot.name), await climb.ahead(END_WAIT))
+    if isinstance(child, Child):
+        _ = await execd.call(Wait(child.pid), await climb.ahead(END_WAIT))
+
+
 # ------------------------------------------------------------------ last words
 
 
@@ -362,6 +372,8 @@ async def last_words(climb: Climb) -> Evidence:
     child = await _start(climb, COPY)
     copy = await _connected(climb, COPY)
     await _known_to_logd(climb, child)
+    await _known_as_well(climb)
+    _ = await climb.pause(QUIET)
 
     waiting = await execd.start(Wait(child.pid), await climb.ahead(HANG_WAIT))
     _ = await climb.call(copy, LastWords(token))
@@ -400,6 +412,20 @@ def _of(child: Child) -> Filter:
     return msgspec.structs.replace(
         EVERY_RECORD, service=service_id(COPY), pid=child.pid, generation=child.generation
     )
+
+
+async def _known_as_well(climb: Climb) -> None:
+    """init has heard that it is ready: what comes then is a hang."""
+    budget = RetryBudget(
+        attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(END_WAIT)
+    )
+    record = await retry_until(
+        lambda: climb.record(COPY),
+        lambda seen: seen.health is not Health.OK,
+        budget,
+        RetryTokens(),
+    )
+    expect(record.health, Health.OK, f"health of {COPY}")
 
 
 async def _known_to_logd(climb: Climb, child: Child) -> None:

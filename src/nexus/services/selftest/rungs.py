@@ -32,6 +32,7 @@ from nexus.services.selftest.exec_rungs import (
     program_table,
     routing_execd,
 )
+from nexus.services.selftest.export_rungs import export_scrape
 from nexus.services.selftest.identity_rungs import (
     cap_move_reply,
     forged_identity,
@@ -184,6 +185,7 @@ RUNGS: Final = (
     Rung(127, wal_active, stated=True),
     Rung(128, retention),
     Rung(129, last_words),
+    Rung(130, export_scrape),
     Rung(139, mmio_policy_deny),
     Rung(140, mmio_map),
     Rung(141, cap_query_mmio),
