@@ -60,7 +60,26 @@ collector = {{ role = "dial", port = {collector} }}
 [service.exportd.settings]
 every_ms = 200
 queue_count = 8
+pause_max_ms = 1000
 """
+
+OPERATED: Final = """
+[service.operator]
+program = "operator"
+stage = "core"
+ports = ["operator"]
+capabilities = [
+    "ipc.core", "log.read", "metrics.read", "port.operator", "system.control", "system.observe",
+]
+
+[service.operator.uses]
+policyd = { sync = false }
+logd = { sync = false }
+metricsd = { sync = false }
+timed = { sync = false }
+exportd = { sync = false }
+"""
+"""A door for commands, for who runs the system for real."""
 
 
 def system_text(tcp: int = TCP_PORT, collector: int = COLLECTOR_PORT) -> str:

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from nexus.abi import service_id
+from nexus.ipc import Stale
 from nexus.kernel.sim import SimPeer
 from nexus.protocols.exportd import CollectorState, GetStats, Stats
 from nexus.protocols.metricsd import Add, Label, SpanEnd, SpanStart, SpanStatus
@@ -164,6 +165,7 @@ def test_a_restarted_exportd_listens_again(tmp_path: Path) -> None:
 
         assert peer.closed
         assert value_of((await scraped(device))[1], "strokes_total") == 5
+        assert isinstance(await device.ask("exportd", GetStats()), Stale)
         assert (await stats(device)).scrapes == 1
 
     assert "exportd: ready again" in run(tmp_path, scenario).console
@@ -205,7 +207,7 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         assert (work.trace_id, work.span_id, work.parent_span_id) == (trace, span, b"")
         assert work.status.code == work.status.STATUS_CODE_ERROR
         assert work.end_time_unix_nano - work.start_time_unix_nano == end.at - started.at
-        assert [(each.key, each.value.string_value) for each in work.attributes][0] == ("k", "v")
+        assert {each.key: each.value.string_value for each in work.attributes}["k"] == "v"
         names = {each.value.string_value for each in resources[0].resource.attributes}
         assert "tester" in names
         metrics = [

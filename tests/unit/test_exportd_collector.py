@@ -23,6 +23,7 @@ from nexus.services.exportd.otlp import Body
 
 NOW: Final = Nanos(1_000_000_000)
 LINK: Final = LinkId(4)
+PAUSE_MAX: Final = Nanos(6_000_000_000)
 
 
 def body(number: int = 0, size: int = 10) -> Body:
@@ -30,7 +31,7 @@ def body(number: int = 0, size: int = 10) -> Body:
 
 
 def collector(count_max: int = 4, size_max: int = 1000) -> Collector:
-    return Collector("collector", count_max, size_max)
+    return Collector("collector", count_max=count_max, size_max=size_max, pause_max=PAUSE_MAX)
 
 
 def stands(machine: Collector, now: Nanos = NOW) -> bytes:
@@ -109,19 +110,22 @@ def test_while_it_is_away_the_pauses_double_and_the_body_is_kept() -> None:
     assert requests(stands(machine, now)) == [(b"/v1/traces", b"0" * 10)]
 
 
-def test_a_body_is_given_up_after_so_many_attempts_and_the_next_one_gets_its_own() -> None:
+def test_the_pauses_are_bounded_and_an_outage_alone_costs_no_body() -> None:
     machine = collector()
     _ = machine.on_body(body(1), NOW)
-    _ = machine.on_body(body(2), NOW)
-    now = NOW
-    for _ in range(ATTEMPTS_MAX):
+    now, pauses = NOW, []
+    for _ in range(2 * ATTEMPTS_MAX):
         machine.on_dialled(LINK)
         assert machine.on_gone(now) == []
-        now = machine.next_time() or now
+        due = machine.next_time()
+        assert due is not None
+        pauses.append(due - now)
+        now = due
         assert machine.on_time(now) == [Dial()]
 
-    assert (machine.count, machine.dropped, machine.failed) == (1, 1, ATTEMPTS_MAX)
-    assert requests(stands(machine, now)) == [(b"/v1/traces", b"2" * 10)]
+    assert max(pauses) == PAUSE_MAX
+    assert (machine.count, machine.dropped) == (1, 0)
+    assert requests(stands(machine, now)) == [(b"/v1/traces", b"1" * 10)]
 
 
 def test_old_news_is_dropped_at_its_next_failure() -> None:

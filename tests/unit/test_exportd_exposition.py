@@ -183,8 +183,7 @@ def test_whatever_the_series_are_both_parsers_read_the_page(rows: list[Series]) 
         ("text/plain", Format.TEXT),
         ("text/plain;version=0.0.4;q=0.5,*/*;q=0.1", Format.TEXT),
         (
-            "application/openmetrics-text;version=1.0.0,application/openmetrics-text;"
-            "version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
             Format.OPENMETRICS,
         ),
         ("application/openmetrics-text;q=0.1, text/plain; q=0.9", Format.TEXT),

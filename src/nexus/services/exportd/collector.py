@@ -5,7 +5,8 @@ A machine without I/O: events in, effects out; the service gives them to the por
     idle --a body, and its time--> dialling --it stands--> sending --the answer--> sending, idle
     dialling, sending --end, or too late--> resting --the retry's time--> dialling
     an answer 2xx: sent; 429, 502, 503, 504: again, later; any other: the body is dropped
-    a retry given up, or a full queue: the oldest body is dropped
+    a retry given up: the longest pause, and a new one; too old, or a full queue: the oldest body
+    is dropped
 
 Everything dropped is counted. A collector that is away for longer than the queue lasts costs the
 oldest bodies and nothing else.
@@ -26,8 +27,8 @@ from nexus.services.exportd.otlp import Body
 
 DIAL_TIME_MAX: Final = Nanos(3_000_000_000)  # ns until a connection stands
 ANSWER_TIME_MAX: Final = Nanos(5_000_000_000)  # ns from the first byte of a body to its answer
-RETRY_FIRST: Final = Nanos(500_000_000)  # ns; doubles with each attempt for one body
-ATTEMPTS_MAX: Final = 10  # for one body: above four minutes
+RETRY_FIRST: Final = Nanos(500_000_000)  # ns; doubles with each attempt
+ATTEMPTS_MAX: Final = 8  # of one retry
 BODY_LIFE: Final = Nanos(600_000_000_000)  # ns a body is tried for; older news are no news
 RETRY_AFTER_MAX: Final = 60  # s; a collector that asks for more is asked earlier
 ANSWER_SIZE_MAX: Final = 16 * 1024  # bytes of an answer, which says next to nothing
@@ -66,12 +67,13 @@ class State(Enum):
 class Collector:
     """Bodies on their way to one collector."""
 
-    def __init__(self, host: str, count_max: int, size_max: int) -> None:
+    def __init__(self, host: str, *, count_max: int, size_max: int, pause_max: Nanos) -> None:
         self._host = host
+        self._pause_max = pause_max
         self._count_max = count_max
         self._size_max = size_max  # bytes
         self._queue: deque[tuple[Body, Nanos]] = deque()  # and when each was made
-        self._retry: Retry | None = None  # of the oldest body, since its first failure
+        self._retry: Retry | None = None  # since the last body that was sent
         self._state = State.IDLE
         self._due: Nanos | None = None  # when resting is over, or the peer is too late
         self._http: h11.Connection | None = None
@@ -223,6 +225,7 @@ class Collector:
             return self._fail(f"status {self._status}", now, after=self._after)
         if self._status in GOOD:
             self.there = CollectorState.THERE
+            self._retry = None
             self.sent += 1
         else:
             self._note(f"status {self._status}, for good")
@@ -242,27 +245,29 @@ class Collector:
         self._note(why)
         self.there = CollectorState.AWAY
         effects = self._hang_up()
+        while self._queue and now >= self._queue[0][1] + BODY_LIFE:
+            self.dropped += 1
+            self._forget_oldest()
         if not self._queue:
             self._state, self._due = State.IDLE, None
             return effects
+        pause = self._pause(now)
+        asked = Nanos(min(after, RETRY_AFTER_MAX) * 1_000_000_000)
+        self._state = State.RESTING
+        self._due = deadline_after(now, max(pause, asked))
+        return effects
+
+    def _pause(self, now: Nanos) -> Nanos:
+        """How long to rest after a failure."""
         if self._retry is None:
-            self._retry = Retry(
-                RetryBudget(
-                    attempts_max=ATTEMPTS_MAX,
-                    backoff=RETRY_FIRST,
-                    deadline=deadline_after(self._queue[0][1], BODY_LIFE),
-                ),
-                RetryTokens(),
-            )
+            until = deadline_after(now, BODY_LIFE)
+            budget = RetryBudget(attempts_max=ATTEMPTS_MAX, backoff=RETRY_FIRST, deadline=until)
+            self._retry = Retry(budget, RetryTokens())
         again = self._retry.on_failed(now)
         if again is None:
-            self.dropped += 1
-            self._forget_oldest()
-            again = deadline_after(now, RETRY_FIRST)
-        pause = Nanos(min(after, RETRY_AFTER_MAX) * 1_000_000_000)
-        self._state = State.RESTING
-        self._due = max(again, deadline_after(now, pause))
-        return effects
+            self._retry = None
+            return self._pause_max
+        return Nanos(min(again - now, self._pause_max))
 
     def _note(self, why: str) -> None:
         self.failed += 1
@@ -281,7 +286,6 @@ class Collector:
     def _forget_oldest(self) -> None:
         body, _ = self._queue.popleft()
         self.size -= len(body.data)
-        self._retry = None
 
     def _drop_oldest_waiting(self) -> bool:
         """Make room: the oldest body goes, but not from under a connection that is sending it.

@@ -11,6 +11,8 @@ PAGE_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes
 EVERY_DEFAULT: Final = 10_000  # ms between two exports to a collector
 EVERY_MIN: Final = 50  # ms
 EVERY_MAX: Final = 3_600_000  # ms
+PAUSE_DEFAULT: Final = 5_000  # ms; a collector that is back is noticed by then
+PAUSE_MIN: Final = 10  # ms
 QUEUE_COUNT_DEFAULT: Final = 64  # bodies; five minutes of a small system
 QUEUE_SIZE_DEFAULT: Final = 512 * 1024  # bytes
 QUEUE_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes
@@ -22,12 +24,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     A scrape has at most `series` series and `page_size` bytes, or it is refused. Every `every_ms`
     what is new goes to the collector, if one is declared; while that is away at most `queue_count`
-    bodies and `queue_size` bytes wait.
+    bodies and `queue_size` bytes wait, and it is tried again after `pause_max_ms` at the latest.
     """
 
     series: int = SERIES_DEFAULT
     page_size: int = PAGE_SIZE_DEFAULT
     every_ms: int = EVERY_DEFAULT
+    pause_max_ms: int = PAUSE_DEFAULT
     queue_count: int = QUEUE_COUNT_DEFAULT
     queue_size: int = QUEUE_SIZE_DEFAULT
 
@@ -37,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("series", self.series, 1, SERIES_MAX),
             ("page_size", self.page_size, 4096, PAGE_SIZE_MAX),
             ("every_ms", self.every_ms, EVERY_MIN, EVERY_MAX),
+            ("pause_max_ms", self.pause_max_ms, PAUSE_MIN, EVERY_MAX),
             ("queue_count", self.queue_count, 1, QUEUE_COUNT_MAX),
             ("queue_size", self.queue_size, 4096, QUEUE_SIZE_MAX),
         )

@@ -73,7 +73,10 @@ class Exportd:
         self._collector_port = next((slot for role, slot in ports if role == DIALS), None)
         self._page_ports = frozenset(slot for role, slot in ports if role != DIALS)
         self._collector = Collector(
-            "collector", self._settings.queue_count, self._settings.queue_size
+            "collector",
+            count_max=self._settings.queue_count,
+            size_max=self._settings.queue_size,
+            pause_max=Nanos(self._settings.pause_max_ms * 1_000_000),
         )
         self._export_due: Nanos | None = None
         self._clock: Clock | None = None
