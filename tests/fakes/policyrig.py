@@ -35,8 +35,8 @@ from nexus.ipc import Client, RetryBudget, call_until
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.init import GetSystem, Restart, Restarting, SystemInfo
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Records
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import Level, Query, Records
 from nexus.protocols.policy import Policy
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import Counts, GetCounts, Reason
@@ -150,7 +150,7 @@ class Hands(Driver):
         found: list[dict[str, Any]] = []
         since = 1
         while True:
-            page = await self.call("logd", Query(since, PAGE, Level.TRACE, 0, "", ""))
+            page = await self.call("logd", Query(THIS_BOOT, since, PAGE, EVERY_RECORD))
             assert isinstance(page, Records), page
             for record in page.records:
                 if record.scope in ("policyd.audit", "audit"):

@@ -22,8 +22,8 @@ from nexus.kernel.core.run import RunOver
 from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.kernel import SimKernel
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Record, Records
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import Level, Query, Record, Records
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
@@ -111,7 +111,7 @@ class StateHands(Hands):
         found: list[Record] = []
         since = 1
         while True:
-            page = await self.call("logd", Query(since, PAGE, Level.TRACE, 0, "", ""))
+            page = await self.call("logd", Query(THIS_BOOT, since, PAGE, EVERY_RECORD))
             assert isinstance(page, Records), page
             found += [record for record in page.records if record.scope == scope]
             if page.next > page.total:

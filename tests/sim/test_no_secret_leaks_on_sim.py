@@ -23,7 +23,7 @@ from nexus.protocols.keystored import (
     RotateWrapping,
     Sign,
 )
-from nexus.protocols.logd import Level, Query, Records
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Records
 from nexus.protocols.rngd import Entropy, GetEntropy
 from nexus.runtime.program import Context
 from nexus.services.keystored import vault as vault_module
@@ -56,7 +56,7 @@ async def lived(hands: Hands) -> str:
     await nap(hands, 500 * MS)
     since = 1
     while True:
-        page = await hands.call("logd", Query(since, 16, Level.TRACE, 0, "", ""))
+        page = await hands.call("logd", Query(THIS_BOOT, since, 16, EVERY_RECORD))
         assert isinstance(page, Records)
         for record in page.records:
             fields = [f"{field.key}={field.value}" for field in record.fields]

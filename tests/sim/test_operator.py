@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from nexus.abi import (
     LINK_DEPTH_DEFAULT,
@@ -35,8 +36,8 @@ from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import GetSystem, GetTasks, Restart, Route, SetPolicy, Shutdown
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import RegisterFor
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Records
 from nexus.protocols.logd import PROTOCOL as LOGD
-from nexus.protocols.logd import Level, Query, Records
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Stop
 from nexus.protocols.operator import (
@@ -562,7 +563,8 @@ def test_who_asked_for_what_is_in_the_journal_and_looks_only_once() -> None:
             _ = await outside.relay(peer, "init-lite", INIT, GetSystem())
             _ = await outside.relay(peer, "timed", TIMED, Cancel(1))
         await outside.sleep(100 * MS)
-        query = Query(1, 16, Level.TRACE, 0, "peer_pid", "123")
+        wanted = structs.replace(EVERY_RECORD, key="peer_pid", value="123")
+        query = Query(THIS_BOOT, 1, 16, wanted)
         page = await outside.relay(peer, "logd", LOGD, query)
         assert isinstance(page, Records)
         seen = [

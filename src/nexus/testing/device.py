@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
+from msgspec import structs
+
 from nexus.abi import (
     NEVER,
     BootImage,
@@ -55,7 +57,7 @@ from nexus.protocols.init import (
     SystemInfo,
 )
 from nexus.protocols.interactive import PROTOCOL as UNSERVED
-from nexus.protocols.logd import PAGE_MAX, Level, Query, Record
+from nexus.protocols.logd import EVERY_RECORD, PAGE_MAX, THIS_BOOT, Query, Record
 from nexus.runtime import Call, Server, ServiceConfig
 from nexus.wire import Protocol, ReplyStatus, Request
 
@@ -166,14 +168,16 @@ class Device:
         """What init knows of the system."""
         return await self._of_init(GetSystem())
 
-    async def logs(self, key: str = "", value: str = "") -> list[Record]:
-        """The journal, or what of it has that field. The system has logd."""
+    async def logs(self, key: str = "", value: str = "", *, boots_back: int = 0) -> list[Record]:
+        """The journal, or what of it has that field; of an earlier boot what is left of it.
+
+        The system has logd.
+        """
         found: list[Record] = []
         since = 1
+        wanted = structs.replace(EVERY_RECORD, key=key, value=value)
         for _ in range(PAGES_MAX):
-            query = Query(
-                since=since, count=PAGE_MAX, level=Level.TRACE, service=0, key=key, value=value
-            )
+            query = Query(THIS_BOOT - boots_back, since, PAGE_MAX, wanted)
             page = await self.call("logd", query)
             found += page.records
             if page.next > page.total:
