@@ -55,6 +55,7 @@ CONNECT_ATTEMPTS_MAX: Final = 20  # with doubling pauses from CONNECT_BACKOFF on
 CONNECT_BACKOFF: Final = Nanos(2_000_000)  # ns; a core service is up within a few of them
 PREPARE_MAX: Final = Nanos(1_500_000_000)  # ns for policyd: up before all others, or down
 BIND_MAX: Final = Nanos(2_000_000_000)  # ns that init's Bind may take to come
+OPEN_MAX: Final = Nanos(500_000_000)  # ns for logd to answer; one that is not there costs nothing
 POLICYD_NAME: Final = "policyd"
 EXIT_UNREACHABLE: Final = 1  # a service it uses was not there in time; init starts it again
 EXIT_SETTINGS: Final = 2  # its settings in the system file are not what it takes
@@ -218,10 +219,12 @@ class Context:
 
     async def take_links(self) -> None:
         """Take the planned links that nobody asks for by name: policyd's, and with the first line
-        of the log logd's. The system is ready when every planned link exists."""
+        of the log logd's. The system is ready when every planned link exists. logd has the ring
+        then, so that what the service writes from now on is there whatever ends it."""
         _ = await self.authority.prepare(deadline_after(await Now(), PREPARE_MAX))
         if LOGD_NAME in self.config.uses:
             self.log.info("started", generation=self.boot.generation)
+            _ = await self.log.open(deadline_after(await Now(), OPEN_MAX))
 
     async def _connect(
         self, name: str, protocol: WireProtocol, until: Nanos
@@ -248,11 +251,20 @@ class _Hooked:
                 setattr(self, name, getattr(own, name))
         if hasattr(own, "next_time"):
             self.next_time = self._next_time
+        if hasattr(own, "on_settings"):
+            self.on_settings = self._on_settings
 
     def _next_time(self) -> Nanos | None:
         """The service's own next time, which does not come before its `start` is done."""
         due: Nanos | None = self._own.next_time() if self.started else None
         return due
+
+    async def _on_settings(self, settings: dict[str, Any]) -> None:
+        """The service takes its new settings, or raises; only then they are the context's."""
+        taken = self._own.on_settings(settings)
+        if inspect.isawaitable(taken):
+            await taken
+        self._context.config = msgspec.structs.replace(self._context.config, settings=settings)
 
     def facts(self) -> dict[str, int]:
         """What the service says of itself, what its log and its authority say."""
