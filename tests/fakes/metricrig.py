@@ -244,11 +244,18 @@ class SimMachine:
         *,
         clients: Mapping[str, Script] | None = None,
         on_machine: Callable[[SimKernel], object] = lambda _kernel: None,
+        files: Sequence[str] = (),
         seconds: int = 120,
     ) -> Outcome:
-        """One boot, to the end of the script or to a power cut."""
+        """One boot, to the end of the script or to a power cut. `files` are what the system file
+        is each time it is read again."""
         scripts = {"driver": script, **(clients or {})}
         plan = plan_of(self.monkeypatch, self.text, list(scripts))
+        later = iter(files)
+
+        def read_again() -> Plan:
+            return make_plan(parse(next(later).encode(), Path("metrics-test.toml")))
+
         events: list[Event] = []
 
         def record(event: Event) -> None:
@@ -276,7 +283,8 @@ class SimMachine:
         until = Nanos(kernel.now + seconds * SECOND)
         ended: Any
         try:
-            ended = kernel.run(init_program(plan, 1), b"", until=until)
+            root = init_program(plan, 1, plan_source=read_again)
+            ended = kernel.run(root, b"", until=until)
         except PowerCut:
             ended = None
         assert not kernel.crashes, kernel.crashes
