@@ -25,9 +25,7 @@ from nexus.telemetry import (
     PageWriter,
     RingReader,
     RingWriter,
-    begin_span,
     decode_span,
-    end_span,
 )
 from nexus.telemetry.page import SEQUENCE
 from nexus.telemetry.ring import COMMIT_WORD, RESERVE_WORD
@@ -91,9 +89,8 @@ def write_page(view: memoryview) -> None:
         histogram.observe(FACTOR * (number % LAP))
         number += 1
         if number % 16 == 0:
-            begun = begin_span(b"t" * 16, b"s" * 8, bytes(8), number, b"work", {"n": str(number)})
-            slot = page.open_span(begun)
-            page.close_span(slot, end_span(begun, number, 1))
+            span = page.spans.open(b"t" * 24, bytes(8), number, b"work", {"n": str(number)})
+            page.spans.close(span, number, 1)
 
 
 class RingWatch:

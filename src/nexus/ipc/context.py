@@ -9,7 +9,8 @@ TRACE_SIZE: Final = 16  # bytes
 SPAN_SIZE: Final = 8  # bytes
 MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service id
 COUNT_MASK: Final = (1 << 32) - 1
-TRACE_MASK: Final = (1 << 128) - 1
+COUNT_STEP: Final = 1 << 32  # from one span id to the next
+SPAN_MASK: Final = (1 << 64) - 1
 NO_SPAN: Final = bytes(SPAN_SIZE)  # as a parent: the span is the first of its trace
 
 
@@ -33,24 +34,27 @@ class Spans:
     by a chance of 1 to 4 billion.
     """
 
-    __slots__ = ("_count", "_maker", "_trace", "root")
+    __slots__ = ("_last", "_maker", "_trace", "root")
 
     def __init__(self, seed: bytes, name: str, generation: int) -> None:
         material = hashlib.sha256(b"%b|%b|%d" % (seed, name.encode(), generation)).digest()
-        self._maker = (service_id(name) & COUNT_MASK).to_bytes(MAKER_SIZE, "little")
-        self._count = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + MAKER_SIZE], "little")
-        self._trace = int.from_bytes(material[:TRACE_SIZE], "little")
-        self.root = Context(self.next_trace(), self.next_span())
+        self._maker = service_id(name) & COUNT_MASK
+        count = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + MAKER_SIZE], "little")
+        self._last = self._maker + count * COUNT_STEP
+        self._trace = material[: TRACE_SIZE - SPAN_SIZE]  # with the first span of it a trace id
+        self.root = Context(material[:TRACE_SIZE], self.next_span())
 
     def next_span(self) -> bytes:
         """A span id that this task has not used before."""
-        self._count = count = self._count % COUNT_MASK + 1
-        return self._maker + count.to_bytes(MAKER_SIZE, "little")
+        self._last = number = self._last + COUNT_STEP
+        if number > SPAN_MASK:
+            self._last = number = self._maker + COUNT_STEP
+        return number.to_bytes(SPAN_SIZE, "little")
 
-    def next_trace(self) -> bytes:
-        """The id of a trace that is begun here."""
-        self._trace = number = self._trace % TRACE_MASK + 1
-        return number.to_bytes(TRACE_SIZE, "little")
+    def next_trail(self) -> bytes:
+        """The first span of a trace that is begun here, with the trace before it."""
+        span = self.next_span()
+        return self._trace + span + span
 
 
 assert MAKER_SIZE + MAKER_SIZE == SPAN_SIZE

@@ -80,8 +80,12 @@ class Parent(Protocol):
     """A call being served, on whose behalf others are made."""
 
     deadline: Nanos
-    context: Context
+    trail: bytes
     """Its trace, and the span that makes the next call: the server's own, or one inside it."""
+
+    @property
+    def context(self) -> Context:
+        """The same in two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,7 +411,8 @@ class Exchange:
         parent = caller.parent
         if parent is not None:
             deadline = caller.deadline_within(parent, deadline)
-            context = context or parent.context
+            if context is None:
+                return deadline, parent.trail
         return deadline, caller.trail if context is None else context.trail
 
     def _pending(self, codec: Codec, deadline: Nanos, trail: bytes, count: int = 0) -> Pending:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextvars import ContextVar
+from enum import IntEnum
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -9,7 +10,7 @@ from nexus.abi import Clock
 from nexus.ipc import Caller, Context, Parent, Spans
 from nexus.ipc.context import NO_SPAN, TRACE_SIZE
 from nexus.protocols.metricsd import SpanStatus
-from nexus.telemetry import PageWriter, begin_span, end_span
+from nexus.telemetry import PageWriter
 from nexus.telemetry.span import ATTRIBUTES_MAX
 
 OK: Final = int(SpanStatus.OK)
@@ -39,27 +40,35 @@ class Recorder:
         self.page: PageWriter | None = None
         self.clock: Clock | None = None
 
+    def close(self, span: int, status: int, refused: IntEnum | None = None) -> None:
+        """The span in this unit of the page has ended now."""
+        page, clock = self.page, self.clock
+        assert page is not None and clock is not None, "it is in the page"  # noqa: PT018
+        if refused is None:
+            page.spans.close(span, clock.monotonic(), status)
+        else:
+            page.spans.close(span, clock.monotonic(), status, {"refused": refused.name})
+
 
 class Span:
     """A piece of work, from `with` on to its end; what it calls meanwhile belongs to it.
 
     Its parent is the span around it, or the request being served; otherwise it begins a trace. An
-    exception that leaves it makes its status ERROR. `context` is there inside.
+    exception that leaves it makes its status ERROR. It is used once.
     """
 
     __slots__ = (
         "_attributes",
         "_before",
-        "_begun",
+        "_holder",
         "_more",
         "_name",
-        "_parent",
         "_recorder",
-        "_slot",
-        "context",
+        "_unit",
+        "trail",
     )
 
-    context: Context
+    trail: bytes  # its trace and its own id, from `with` on
 
     def __init__(self, recorder: Recorder, name: bytes, attributes: Mapping[str, str]) -> None:
         self._recorder = recorder
@@ -70,29 +79,28 @@ class Span:
     def __enter__(self) -> Self:
         recorder = self._recorder
         caller = recorder.caller
-        self._parent: Parent | None = caller.parent
-        if self._parent is None:
-            self._before: bytes | Context = caller.trail
-            if caller.trail is recorder.root:
-                trace, parent = caller.spans.next_trace(), NO_SPAN
-            else:
-                trace, parent = caller.trail[:TRACE_SIZE], caller.trail[TRACE_SIZE:]
-            self.context = Context(trace, caller.spans.next_span())
-            caller.trail = trace + self.context.span
+        holder: Tracing | Parent = caller.parent or caller
+        self._holder = holder
+        self._before = before = holder.trail
+        if before is recorder.root:
+            parent = NO_SPAN
+            trail = caller.spans.next_trail()
         else:
-            self._before = before = self._parent.context
-            trace, parent = before
-            self.context = Context(trace, caller.spans.next_span())
-            self._parent.context = self.context
-        page, clock = recorder.page, recorder.clock
-        if page is not None and clock is not None:
-            self._begun = begin_span(
-                trace, self.context.span, parent, clock.monotonic(), self._name, self._attributes
-            )
-            self._slot = page.open_span(self._begun)
+            parent = before[TRACE_SIZE:]
+            trail = before[:TRACE_SIZE] + caller.spans.next_span()
+        self.trail = holder.trail = trail
+        page = recorder.page
+        if page is None:
+            self._unit = -1
         else:
-            self._begun = b""
+            start = recorder.clock.monotonic()  # type: ignore[union-attr] # comes with the page
+            self._unit = page.spans.open(trail, parent, start, self._name, self._attributes)
         return self
+
+    @property
+    def context(self) -> Context:
+        """Its trace and its own id, for calls that are told what they belong to."""
+        return Context(self.trail[:TRACE_SIZE], self.trail[TRACE_SIZE:])
 
     def set(self, key: str, value: str | int) -> None:
         """A further attribute, told at the end; more than ATTRIBUTES_MAX are left out."""
@@ -107,22 +115,17 @@ class Span:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        recorder = self._recorder
-        if self._parent is None:
-            assert isinstance(self._before, bytes)
-            recorder.caller.trail = self._before
-        else:
-            assert isinstance(self._before, Context)
-            self._parent.context = self._before
-        page, clock = recorder.page, recorder.clock
-        if self._begun and page is not None and clock is not None:
+        self._holder.trail = self._before
+        unit = self._unit
+        if unit >= 0:
+            recorder = self._recorder
+            now = recorder.clock.monotonic()  # type: ignore[union-attr] # comes with the page
             status = OK if kind is None else ERROR
-            now = clock.monotonic()
+            spans = recorder.page.spans  # type: ignore[union-attr] # it gave the unit
             if self._more is None:
-                ended = end_span(self._begun, now, status)
+                spans.close(unit, now, status)
             else:
-                ended = end_span(self._begun, now, status, self._more)
-            page.close_span(self._slot, ended)
+                spans.close(unit, now, status, self._more)
 
 
 class TaskTrail:

@@ -1,13 +1,13 @@
 """A request as its handler sees it: who asks, until when, in which trace."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
-from nexus.telemetry import PageWriter, begin_span, end_span
-from nexus.telemetry.span import NO_ATTRIBUTES
+from nexus.ipc.context import TRACE_SIZE
+from nexus.telemetry import SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
     NONCE_OFFSET,
@@ -43,13 +43,12 @@ class Deferred:
         "_codec",
         "_done",
         "_post",
-        "begun",
         "deadline",
         "header",
         "link",
         "sender",
         "slot",
-        "span_slot",
+        "span",
     )
 
     def __init__(
@@ -64,8 +63,7 @@ class Deferred:
         self.link = message.link
         self.slot: Slot | None = None  # a one-shot reply link, if the request brought one
         self.deadline = deadline
-        self.begun = b""  # the request's span, which is open until the reply is given
-        self.span_slot = -1
+        self.span = -1  # the unit of the request's span, which is open until the reply is given
         self._codec = codec
         self._post = post
         self._done = False
@@ -125,32 +123,30 @@ class Call:
 
     __slots__ = (
         "_cap",
-        "_context",
-        "_context_of",
         "_notes",
         "_notes_of",
         "_post",
         "_spans",
+        "_trail",
+        "_trail_of",
         "batched",
-        "begun",
         "codec",
         "deadline",
         "deferrable",
         "message",
         "moving",
-        "span_slot",
+        "span",
     )
 
     def __init__(self, spans: Spans, post: Callable[[Deferred, bytearray], None]) -> None:
         self._spans = spans
         self._post = post
-        self._context: Context | None = None
-        self._context_of: Message | None = None
+        self._trail = b""
+        self._trail_of: Message | None = None
         self._cap: Slot | None = None
         self._notes: list[tuple[str, object]] = []
         self._notes_of: Message | None = None
-        self.begun = b""  # the bytes of the span that is open for the request, if there is one
-        self.span_slot = -1
+        self.span = -1  # the unit of the span that is open for the request, if there is one
         self.batched = False  # one of several in a packet, which is answered as a whole
         self.deferrable = True
         self.moving: Slot | None = None
@@ -185,21 +181,27 @@ class Call:
         return Context(data[TRACE_OFFSET:SPAN_OFFSET], data[SPAN_OFFSET:HEADER_SIZE])
 
     @property
-    def context(self) -> Context:
+    def trail(self) -> bytes:
         """The caller's trace with a span of our own, for calls made on its behalf.
 
         The span is the one the runtime records for the request, or the one inside it that is open.
         """
-        if self._context is None or self._context_of is not self.message:
+        if self._trail_of is not self.message:
             data = self.message.data
-            self._context = Context(data[TRACE_OFFSET:SPAN_OFFSET], self._spans.next_span())
-            self._context_of = self.message
-        return self._context
+            self._trail = data[TRACE_OFFSET:SPAN_OFFSET] + self._spans.next_span()
+            self._trail_of = self.message
+        return self._trail
 
-    @context.setter
-    def context(self, context: Context) -> None:
-        self._context = context
-        self._context_of = self.message
+    @trail.setter
+    def trail(self, trail: bytes) -> None:
+        self._trail = trail
+        self._trail_of = self.message
+
+    @property
+    def context(self) -> Context:
+        """The same in two."""
+        trail = self.trail
+        return Context(trail[:TRACE_SIZE], trail[TRACE_SIZE:])
 
     def note(self, name: str, value: object) -> None:
         """Add a fact to what the runtime remembers of this call if it is refused."""
@@ -228,8 +230,7 @@ class Call:
         if self.batched:
             return DeferredItem(self.message, self.deadline, self.codec, self._post)
         deferred = Deferred(self.message, self.deadline, self.codec, self._post)
-        deferred.begun, self.begun = self.begun, b""
-        deferred.span_slot = self.span_slot
+        deferred.span = self.take_span()
         return deferred
 
     def take_cap(self) -> Slot | None:
@@ -243,30 +244,18 @@ class Call:
         assert self.moving is None, "one capability moves with a message"
         self.moving = slot
 
-    def open_span(self, page: PageWriter, name: bytes) -> None:
+    def open_span(self, spans: SpanWriter, name: bytes) -> None:
         """The runtime records the request as a span: it begins when it was taken from the queue."""
         message = self.message
         data = message.data
-        trace = data[TRACE_OFFSET:SPAN_OFFSET]
-        span = self._spans.next_span()
-        self._context = Context(trace, span)
-        self._context_of = message
-        self.begun = begun = begin_span(
-            trace, span, data[SPAN_OFFSET:HEADER_SIZE], message.now, name
-        )
-        self.span_slot = page.open_span(begun)
+        self._trail = trail = data[TRACE_OFFSET:SPAN_OFFSET] + self._spans.next_span()
+        self._trail_of = message
+        self.span = spans.open(trail, data[SPAN_OFFSET:HEADER_SIZE], message.now, name)
 
-    def close_span(
-        self,
-        page: PageWriter,
-        now: Nanos,
-        status: int,
-        attributes: Mapping[str, str] = NO_ATTRIBUTES,
-    ) -> None:
-        """The request has its reply. A deferred one has taken the span with it."""
-        if self.begun:
-            page.close_span(self.span_slot, end_span(self.begun, now, status, attributes))
-            self.begun = b""
+    def take_span(self) -> int:
+        """Whose reply is given now, or later by what takes it: the span's unit, or -1."""
+        span, self.span = self.span, -1
+        return span
 
     def begin(self, message: Message, codec: Codec, deadline: Nanos) -> None:
         """The runtime takes up a request off the fast path."""

@@ -569,7 +569,7 @@ class OrdinaryContext:
 
     async def _handle(self, call: Call, request: Any, deferred: Deferred) -> None:
         tracing = self.metrics.recorder.caller
-        before, tracing.trail = tracing.trail, call.context.trail
+        before, tracing.trail = tracing.trail, call.trail
         try:
             reply = self._desk.service.handle(call, request)
             if inspect.isawaitable(reply):

@@ -73,7 +73,6 @@ from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
 from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
-from nexus.telemetry import end_span
 from nexus.wire import (
     DEADLINE_OFFSET,
     FRAME_KIND,
@@ -334,7 +333,7 @@ class Server:
             caller.parent = call
             page = None if recorder is None else recorder.page
             if page is not None:
-                call.open_span(page, span_names[codec])
+                call.open_span(page.spans, span_names[codec])
             try:
                 reply = handle(call, request)
                 if awaits:
@@ -407,12 +406,10 @@ class Server:
     def _close_span(self, refused: IntEnum | None) -> None:
         """The request being served has its reply, or is refused with a status."""
         recorder = self._recorder
-        if recorder is not None and recorder.page is not None and recorder.clock is not None:
-            now = recorder.clock.monotonic()
-            if refused is None:
-                self._call.close_span(recorder.page, now, SPAN_OK)
-            else:
-                self._call.close_span(recorder.page, now, SPAN_ERROR, {"refused": refused.name})
+        span = self._call.take_span()
+        if span >= 0 and recorder is not None:
+            status = SPAN_OK if refused is None else SPAN_ERROR
+            recorder.close(span, status, refused)
 
     async def _on_refused_receive(self, error: AbiError) -> bool:
         """A wake-up without a message; what only a bug can cause is raised, never waited out."""
@@ -562,7 +559,7 @@ class Server:
     def _open_span(self, codec: Codec) -> None:
         """The request being served is recorded as a span from now on."""
         if self._recorder is not None and self._recorder.page is not None:
-            self._call.open_span(self._recorder.page, self._span_names[codec])
+            self._call.open_span(self._recorder.page.spans, self._span_names[codec])
 
     def _framed(self, reply: Any) -> "bytearray | Deferred":
         if isinstance(reply, Deferred):
@@ -674,12 +671,8 @@ class Server:
 
     def _post(self, deferred: Deferred, frame: bytes | bytearray) -> None:
         """A deferred reply is given: it is sent before the next wait."""
-        recorder = self._recorder
-        if deferred.begun and recorder is not None and recorder.page is not None:
-            status = SPAN_ERROR if status_of(frame) else SPAN_OK
-            assert recorder.clock is not None, "it came with the page"
-            ended = end_span(deferred.begun, recorder.clock.monotonic(), status)
-            recorder.page.close_span(deferred.span_slot, ended)
+        if deferred.span >= 0 and self._recorder is not None:
+            self._recorder.close(deferred.span, SPAN_ERROR if status_of(frame) else SPAN_OK)
         self._outbox.append((deferred, frame))
 
     async def _flush(self) -> None:

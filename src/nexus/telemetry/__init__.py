@@ -10,7 +10,6 @@ from nexus.telemetry.page import (
     GROUP_WORDS_MIN,
     PAGE_SIZE_MIN,
     PASSES_MAX,
-    SPAN_SLOT_PAYLOAD_MAX,
     WORD_MAX,
     Group,
     NoPage,
@@ -27,7 +26,7 @@ from nexus.telemetry.ring import (
     RingWriter,
     payload_size_max,
 )
-from nexus.telemetry.span import SpanRecord, begin_span, decode_span, end_span
+from nexus.telemetry.span import SpanReader, SpanRecord, SpanWriter, decode_span
 
 __all__ = [
     "DOUBTS_MAX",
@@ -37,7 +36,6 @@ __all__ = [
     "PASSES_MAX",
     "RING_HEADER_SIZE",
     "RING_SIZE_MIN",
-    "SPAN_SLOT_PAYLOAD_MAX",
     "WORD_MAX",
     "Group",
     "NoPage",
@@ -46,10 +44,10 @@ __all__ = [
     "PageWriter",
     "RingReader",
     "RingWriter",
+    "SpanReader",
     "SpanRecord",
-    "begin_span",
+    "SpanWriter",
     "decode_span",
-    "end_span",
     "page_shape",
     "payload_size_max",
 ]

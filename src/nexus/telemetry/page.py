@@ -1,9 +1,8 @@
-"""A page of living memory: words that are series, spans that are open, spans that have ended.
+"""A page of living memory: words that are series, and spans.
 
-    header    8 words: magic | size | overflow | slotless | 4 free
+    header    8 words: magic | size | overflow | lost spans | 4 free
     words     a quarter of the page: u64 cells, handed out by the reader's owner
-    slots     a quarter: open spans, each begin-number u64, size u32, crc32 u32, payload
-    spans     the rest: a ring (nexus.telemetry.ring) of spans that have ended
+    spans     the rest (nexus.telemetry.span): states, then units
 
 A counter or gauge is one word, which is stored and read whole. A histogram is a group: a sequence
 word, count, sum, and a word per bucket. The writer makes the sequence odd, stores the others, and
@@ -16,20 +15,16 @@ shows the odd sequence of whoever stored into the copy. Otherwise the former val
 barriers are the reader's alone (abi.Fence): they hold on the writer's CPU too.
 """
 
-import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from nexus.telemetry.ring import RING_SIZE_MIN, NoRing, RingReader, RingWriter, checksum
+from nexus.telemetry.span import UNIT_SIZE, UNITS_OF_SPAN_MAX, SpanReader, SpanWriter
 
 PAGE_VERSION: Final = 1
 PAGE_MAGIC: Final = int.from_bytes(b"NXPAGE\0" + bytes([PAGE_VERSION]), "little")
 WORD_SIZE: Final = 8  # bytes
 HEADER_WORDS: Final = 8
 HEADER_SIZE: Final = HEADER_WORDS * WORD_SIZE  # bytes
-SLOT_SIZE: Final = 320  # bytes; name, attributes and ids of a span at their limits fit
-SLOT: Final = struct.Struct("<QII")  # number (0: free), size, checksum
-SPAN_SLOT_PAYLOAD_MAX: Final = SLOT_SIZE - SLOT.size
 PAGE_SIZE_MIN: Final = 4096  # bytes
 WORD_MAX: Final = (1 << 63) - 1  # a counter stays there; a gauge's largest value
 PASSES_MAX: Final = 4  # over a page, until a group that was never still is given up for now
@@ -37,7 +32,6 @@ PASSES_MAX: Final = 4  # over a page, until a group that was never still is give
 MAGIC_WORD: Final = 0
 SIZE_WORD: Final = 1
 OVERFLOW_WORD: Final = 2
-SLOTLESS_WORD: Final = 3
 
 SEQUENCE: Final = 0  # words of a group, in their order
 COUNT: Final = 1
@@ -45,8 +39,6 @@ SUM: Final = 2
 BUCKETS: Final = 3
 GROUP_WORDS_MIN: Final = BUCKETS + 1
 GROUP_WORDS_MAX: Final = BUCKETS + 17
-
-_pack = SLOT.pack
 
 
 class NoPage(Exception):
@@ -56,43 +48,42 @@ class NoPage(Exception):
 class Shape(NamedTuple):
     """Where the parts of a page of one size lie (bytes)."""
 
-    words: int  # how many
-    slots_at: int
-    slots: int  # how many
-    spans_at: int
+    states_at: int
+    units_at: int
+    units: int  # how many
+    end: int
 
 
 def page_shape(size: int) -> Shape:
     """The parts of a page of `size` bytes; the same for writer and reader, and not negotiable."""
     assert size >= PAGE_SIZE_MIN
-    words = (size // 4 - HEADER_SIZE) // WORD_SIZE
-    slots_at = HEADER_SIZE + words * WORD_SIZE
-    slots = size // 4 // SLOT_SIZE
-    return Shape(words, slots_at, slots, slots_at + (slots * SLOT_SIZE + 63) // 64 * 64)
+    states_at = size // 4 // WORD_SIZE * WORD_SIZE
+    units = (size - states_at) // (WORD_SIZE + UNIT_SIZE)
+    units_at = states_at + units * WORD_SIZE
+    return Shape(states_at, units_at, units, units_at + units * UNIT_SIZE)
 
 
-assert page_shape(PAGE_SIZE_MIN).spans_at + RING_SIZE_MIN <= PAGE_SIZE_MIN
+assert page_shape(PAGE_SIZE_MIN).units >= 2 * UNITS_OF_SPAN_MAX
 
 
 class PageWriter:
     """Makes a page in `view`. `words` are its cells, `signed` the same cells for gauges."""
 
-    __slots__ = ("_free", "_header", "_number", "_slots", "_starts", "signed", "spans", "words")
+    __slots__ = ("_header", "signed", "spans", "words")
 
     def __init__(self, view: memoryview) -> None:
         shape = page_shape(len(view))
         self._header = view[:HEADER_SIZE].cast("Q")
-        self.words = view[HEADER_SIZE : shape.slots_at].cast("Q")
-        self.signed = view[HEADER_SIZE : shape.slots_at].cast("q")
-        self._slots = view[shape.slots_at : shape.slots_at + shape.slots * SLOT_SIZE]
-        self._starts = self._slots.cast("Q")
-        self._free = [each * SLOT_SIZE for each in reversed(range(shape.slots))]
-        self._number = 0
+        self.words = view[HEADER_SIZE : shape.states_at].cast("Q")
+        self.signed = view[HEADER_SIZE : shape.states_at].cast("q")
+        view[HEADER_SIZE:] = bytes(len(view) - HEADER_SIZE)
         for index in range(HEADER_WORDS):
             self._header[index] = 0
-        self._slots[:] = bytes(len(self._slots))
-        self.clear()
-        self.spans = RingWriter(view[shape.spans_at :])
+        self.spans = SpanWriter(
+            self._header,
+            view[shape.states_at : shape.units_at],
+            view[shape.units_at : shape.end],
+        )
         self._header[SIZE_WORD] = len(view)
         self._header[MAGIC_WORD] = PAGE_MAGIC
 
@@ -109,25 +100,6 @@ class PageWriter:
     def count_overflow(self, count: int) -> None:
         """`count` updates belong to no series, as their series was refused."""
         self._header[OVERFLOW_WORD] += count
-
-    def open_span(self, payload: bytes) -> int:
-        """Show an open span; the slot it has until close_span, or -1 if there is none for it."""
-        size = len(payload)
-        if not self._free or size > SPAN_SLOT_PAYLOAD_MAX:
-            self._header[SLOTLESS_WORD] += 1
-            return -1
-        at = self._free.pop()
-        self._number = number = self._number + 1
-        check = checksum(payload, number)
-        self._slots[at : at + SLOT.size + size] = _pack(number, size, check) + payload
-        return at
-
-    def close_span(self, slot: int, payload: bytes) -> None:
-        """The span has ended: it goes to the ring, and its slot is free."""
-        self.spans.put(payload)
-        if slot >= 0:
-            self._starts[slot // WORD_SIZE] = 0
-            self._free.append(slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +127,12 @@ class PageReader:
             raise NoPage("it does not begin as a page of this version does")
         if self._header[SIZE_WORD] != len(view):
             raise NoPage("its size is not that of its memory")
-        self._words = view[HEADER_SIZE : shape.slots_at].cast("Q")
-        self._slots = view[shape.slots_at : shape.slots_at + shape.slots * SLOT_SIZE]
-        try:
-            self.spans = RingReader(view[shape.spans_at :])
-        except NoRing as fault:
-            raise NoPage(f"its spans: {fault}") from fault
+        self._words = view[HEADER_SIZE : shape.states_at].cast("Q")
+        self.spans = SpanReader(
+            self._header,
+            view[shape.states_at : shape.units_at],
+            view[shape.units_at : shape.end],
+        )
         self.torn = 0  # groups that had to be read again
         self.given_up = 0  # groups whose former value stands, as no pass saw them still
         self.inconsistent = 0  # groups that were still, and whose buckets are not their count
@@ -170,6 +142,7 @@ class PageReader:
         self._kept: dict[int, Group] = {}
         self._torn: list[int] = []  # groups that this round has not accepted yet
         self._marks: dict[int, int] = {}
+        self._is_first = True  # pass of the round: the spans are read in it
 
     # ------------------------------------------------------------------ words
 
@@ -221,28 +194,31 @@ class PageReader:
         """Updates of refused series, as the writer says."""
         return min(self._header[OVERFLOW_WORD], WORD_MAX)
 
-    @property
-    def slotless(self) -> int:
-        """Spans that were open without a slot, as the writer says."""
-        return min(self._header[SLOTLESS_WORD], WORD_MAX)
-
     # ------------------------------------------------------------------ a pass
 
     def begin(self) -> None:
         """A new round: every group is to be read."""
         self._torn = list(self._groups)
+        self._is_first = True
 
     def mark(self) -> None:
         """First step: the sequences of the groups that are to be read."""
         words = self._words
         self._marks = {first: words[first + SEQUENCE] for first in self._torn}
+        if self._is_first:
+            self.spans.mark()
 
     def copy(self) -> None:
         """Second step, after a barrier: all words that were handed out."""
         self._values = self._words[: self._allotted].tolist()
+        if self._is_first:
+            self.spans.copy()
 
     def settle(self) -> bool:
         """Third step, after another barrier: accept what stood still; whether groups are torn."""
+        if self._is_first:
+            self.spans.settle()
+            self._is_first = False
         words = self._words
         torn = []
         for first, sequence in self._marks.items():
@@ -268,16 +244,6 @@ class PageReader:
             return
         self._kept[first] = Group(count, min(values[first + SUM], WORD_MAX), buckets)
 
-    # ------------------------------------------------------------------ spans
-
     def open_spans(self) -> list[bytes]:
-        """The payloads of the spans that are open now, in the order of their slots."""
-        found: list[bytes] = []
-        for at in range(0, len(self._slots), SLOT_SIZE):
-            number, size, check = SLOT.unpack_from(bytes(self._slots[at : at + SLOT.size]))
-            if number == 0 or size > SPAN_SLOT_PAYLOAD_MAX:
-                continue
-            payload = bytes(self._slots[at + SLOT.size : at + SLOT.size + size])
-            if checksum(payload, number) == check:
-                found.append(payload)
-        return found
+        """The spans that were open in the last round, for decode_span."""
+        return self.spans.open_spans()

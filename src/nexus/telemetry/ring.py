@@ -1,7 +1,7 @@
 """A ring of records in living memory: one task writes, another reads, and neither waits.
 
     header, 128 bytes = 16 words   magic | capacity | reserve | commit | count | lost | 2 free | 8 marks
-    area, `capacity` bytes         records, each on a multiple of 8: sequence u64, size u32, crc32 u32
+    area, `capacity` bytes         records, each on a multiple of 8: sequence u64, size u32, CRC-32C u32
                                    (seeded from the sequence, see `checksum`), payload
 
 Positions are bytes since the ring was made and never go back; position p lies at p % capacity, and
@@ -18,8 +18,10 @@ damaged. Of a hostile writer only that writer's own records suffer.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Final
-from zlib import crc32
+
+from google_crc32c import extend
 
 RING_VERSION: Final = 1
 RING_MAGIC: Final = int.from_bytes(b"NXRING\0" + bytes([RING_VERSION]), "little")
@@ -29,12 +31,13 @@ HEADER_WORDS: Final = 8 + MARKS
 RING_HEADER_SIZE: Final = HEADER_WORDS * WORD_SIZE  # bytes
 UNIT: Final = MARKS * WORD_SIZE  # bytes; a capacity is a multiple, so that an eighth is whole words
 RING_SIZE_MIN: Final = RING_HEADER_SIZE + 16 * UNIT  # bytes; a record of 128 fits
-RECORD: Final = struct.Struct("<QII")  # sequence, size, crc32
+RECORD: Final = struct.Struct("<QII")  # sequence, size, checksum
 RECORD_SIZE: Final = RECORD.size
 SHARE: Final = 8  # a record takes at most this part of the area: one lap holds several
 SEED_FACTOR: Final = 2_654_435_761  # Knuth's, 2^32 over the golden ratio
 SEED_MASK: Final = (1 << 32) - 1
 SEQUENCE_MAX: Final = 1 << 62  # a larger one is no record's; sums of a few still fit 64 bits
+PACKS_MAX: Final = 512  # sizes of records whose format is kept ready
 DOUBTS_MAX: Final = 3  # drains that find the same place unreadable until it counts as damaged
 
 MAGIC_WORD: Final = 0
@@ -50,6 +53,7 @@ assert MARK_WORD + MARKS == HEADER_WORDS
 
 _pack = RECORD.pack
 _unpack = RECORD.unpack_from
+_extend = extend
 
 
 class NoRing(Exception):
@@ -66,12 +70,13 @@ def payload_size_max(size: int) -> int:
 
 
 def checksum(payload: bytes, number: int) -> int:
-    """What goes with the payload of record `number`.
+    """What goes with the payload of record `number`: a CRC-32C with a seed made of the number.
 
     A seed is added to the first bytes. The bare number would cancel out in a payload that begins
     with it, and half of one record with half of the next could fit: tests/property found that.
     """
-    return crc32(payload, number * SEED_FACTOR & SEED_MASK)
+    check: int = _extend(number * SEED_FACTOR & SEED_MASK, payload)
+    return check
 
 
 class RingWriter:
@@ -79,9 +84,11 @@ class RingWriter:
 
     __slots__ = (
         "_area",
+        "_at",
         "_capacity",
         "_eighth",
         "_mark_next",
+        "_packs",
         "_position",
         "_size_max",
         "_words",
@@ -96,7 +103,9 @@ class RingWriter:
         self._eighth = self._capacity // MARKS
         self._size_max = payload_size_max(len(view))
         self._position = 0
+        self._at = 0  # where in the area the position lies
         self._mark_next = 0
+        self._packs: dict[int, Callable[..., None]] = {}
         self.sequence = 0  # records put so far, and the number of the next one
         for index in range(HEADER_WORDS):
             self._words[index] = 0
@@ -106,32 +115,51 @@ class RingWriter:
     def put(self, payload: bytes) -> None:
         """Write a record over the oldest ones; one that is too large counts as lost."""
         size = len(payload)
-        if size > self._size_max:
-            self.lost(1)
-            return
+        try:
+            pack = self._packs[size]
+        except KeyError:
+            if size > self._size_max:
+                self.lost(1)
+                return
+            pack = self._pack_of(size)
         words = self._words
         sequence = self.sequence
+        at = self._at
         position = self._position
-        end = position + ((RECORD_SIZE + size + 7) & ~7)
+        self._position = end = position + ((RECORD_SIZE + size + 7) & ~7)
         words[RESERVE_WORD] = end
         if position >= self._mark_next:
-            eighth = position // self._eighth
-            words[MARK_WORD + eighth % MARKS] = position
-            self._mark_next = (eighth + 1) * self._eighth
-        seed = sequence * SEED_FACTOR & SEED_MASK
-        record = _pack(sequence, size, crc32(payload, seed)) + payload
-        at = position % self._capacity
-        stop = at + RECORD_SIZE + size
-        if stop <= self._capacity:
-            self._area[at:stop] = record
+            self._mark(position)
+        check = _extend(sequence * SEED_FACTOR & SEED_MASK, payload)
+        self._at = following = at + end - position
+        if following < self._capacity:
+            pack(self._area, at, sequence, size, check, payload)
         else:
-            first = self._capacity - at
-            self._area[at:] = record[:first]
-            self._area[: stop - self._capacity] = record[first:]
-        self.sequence = sequence = sequence + 1
-        self._position = end
+            self._at = following - self._capacity
+            self._put_around(at, _pack(sequence, size, check) + payload)
         words[COMMIT_WORD] = end
+        self.sequence = sequence = sequence + 1
         words[COUNT_WORD] = sequence
+
+    def _pack_of(self, size: int) -> Callable[..., None]:
+        """What stores a record of this size. As many are kept as there are usual sizes."""
+        pack = struct.Struct(f"<QII{size}s").pack_into
+        if len(self._packs) < PACKS_MAX:
+            self._packs[size] = pack
+        return pack
+
+    def _mark(self, position: int) -> None:
+        """The record at `position` is the first of its eighth."""
+        eighth = position // self._eighth
+        self._words[MARK_WORD + eighth % MARKS] = position
+        self._mark_next = (eighth + 1) * self._eighth
+
+    def _put_around(self, at: int, record: bytes) -> None:
+        """Store a record that reaches the end of the area, or runs over it."""
+        first = self._capacity - at
+        piece = record[:first]
+        self._area[at : at + len(piece)] = piece
+        self._area[: len(record) - len(piece)] = record[first:]
 
     def lost(self, count: int) -> None:
         """Count records that never came into the ring; the reader sees the number."""

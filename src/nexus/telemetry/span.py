@@ -1,25 +1,58 @@
-"""A span as bytes: what is known at its beginning, and a tail with its end.
+"""Spans in a page: an array of states, and an array of units that hold what the spans are.
 
-    head         trace 16 | span 8 | parent 8 | start u64 | name size u8 | attributes u8
-    name, attributes: each key size u8, key, value size u8, value; all UTF-8
-    tail         end u64 | status u8 | attributes u8, and those attributes
+    states    a u64 for each unit: number of the span times 8, and what it is: 0 nothing (or being
+              written), 1 open, 2 + status ended
+    units     128 bytes each; a span takes as many in a row as it needs, its state is the first's
+              trace and span 24 | parent 8 | start u64 | end u64 | size u16 | name size u8 |
+              attributes u8 | more u8 | 3 free, then the name, the attributes, and more attributes
+              that came at the end: each key size u8, key, value size u8, value; all UTF-8
 
-A span without a tail is open. Everything is little-endian.
+Numbers count from 1 and are never used again. To begin a span the writer makes the state nothing,
+stores the unit and then the state; to end it, the end and then the state. So the state is to a unit
+what the sequence is to a group of words (nexus.telemetry.page): a copy is good if the state is the
+same before the first barrier and after the second. Units are used in turn, over what has ended;
+what is open stays where it is.
 """
 
 import struct
+from collections import deque
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-HEAD: Final = struct.Struct("<16s8s8sQBB")
-TAIL: Final = struct.Struct("<QBB")
-TEXT_SIZE_MAX: Final = 255  # bytes that a size of one byte can say
+WORD_SIZE: Final = 8  # bytes
+UNIT_SIZE: Final = 128  # bytes; a name of 30 characters and two short attributes fit
+HEAD: Final = struct.Struct("<24s8sQQHBBB3x")
+HEAD_SIZE: Final = HEAD.size
+END_AT: Final = 40  # of the end in a unit
+MORE_AT: Final = 52
+SIZE_AT: Final = 48
+SIZE: Final = struct.Struct("<H")
+TRACE_SIZE: Final = 16
+SPAN_SIZE: Final = 8
 ATTRIBUTES_MAX: Final = 8  # at the beginning, and as many more at the end
 NO_ATTRIBUTES: Final[dict[str, str]] = {}
-EMPTY: Final = b""
+TEXT_SIZE_MAX: Final = 255  # bytes that a size of one byte can say
+SPAN_SIZE_MAX: Final = 768  # bytes; name, and attributes of metricsd's limits twice, fit
+ROOM_FOR_MORE: Final = 32  # bytes kept free for an attribute that comes at the end
+UNITS_OF_SPAN_MAX: Final = SPAN_SIZE_MAX // UNIT_SIZE
+CLAIMS_MAX: Final = 16  # spans that are open and in the way, until one has no place
+KIND_BITS: Final = 3
+KIND_MASK: Final = 7
+OPEN: Final = 1
+ENDED: Final = 2  # and the status on top
+LOST_WORD: Final = 3  # of the page's header
+NUMBER_MAX: Final = 1 << 56  # a larger one is no span's
 
-_head = HEAD.pack
-_tail = TAIL.pack
+SINGLE: Final = 1  # a unit on its own, ended or never used; the other kinds of units:
+REST: Final = 0  # not the first one of its span
+BUSY: Final = 2  # of an open span
+LARGE: Final = 3  # of an ended one with further units
+
+assert END_AT == 24 + 8 + 8
+assert HEAD_SIZE % WORD_SIZE == 0
+assert HEAD_SIZE + TEXT_SIZE_MAX < SPAN_SIZE_MAX
+
+_put = HEAD.pack_into
 
 
 class SpanRecord(NamedTuple):
@@ -38,60 +71,245 @@ class SpanRecord(NamedTuple):
     attributes: list[tuple[str, str]]
 
 
-def begin_span(
-    trace: bytes,
-    span: bytes,
-    parent: bytes,
-    start: int,
-    name: bytes,
-    attributes: Mapping[str, str] = NO_ATTRIBUTES,
-) -> bytes:
-    """The bytes of a span that begins; `name` is UTF-8. Too many or too long attributes are cut."""
-    if not attributes:
-        return _head(trace, span, parent, start, len(name), 0) + name
-    texts, count = _packed(attributes)
-    return _head(trace, span, parent, start, len(name), count) + name + texts
+class SpanWriter:
+    """Writes spans into `states` and `units`, which are zero. Of `header` one word is its own."""
+
+    __slots__ = (
+        "_count",
+        "_cursor",
+        "_header",
+        "_kinds",
+        "_lengths",
+        "_number",
+        "_states",
+        "_units",
+        "_words",
+    )
+
+    def __init__(self, header: memoryview, states: memoryview, units: memoryview) -> None:
+        self._header = header
+        self._states = states.cast("Q")
+        self._units = units
+        self._words = units.cast("Q")
+        self._count = len(self._states)
+        self._cursor = 0
+        self._number = 0
+        self._kinds = bytearray([SINGLE]) * self._count
+        self._lengths: dict[int, int] = {}  # of spans of several units
+
+    def open(
+        self,
+        trail: bytes,
+        parent: bytes,
+        start: int,
+        name: bytes,
+        attributes: Mapping[str, str] = NO_ATTRIBUTES,
+    ) -> int:
+        """Show a span that begins; the unit it is in, or -1 if there is no place for it.
+
+        `trail` is trace and span id. Attributes that are too many or too long are cut.
+        """
+        size = HEAD_SIZE + len(name)
+        unit = self._cursor
+        if attributes or size > UNIT_SIZE or self._kinds[unit] != SINGLE:
+            return self._open_large(trail, parent, start, name, attributes)
+        states = self._states
+        states[unit] = 0
+        at = unit * UNIT_SIZE
+        self._units[at + HEAD_SIZE : at + size] = name
+        _put(self._units, at, trail, parent, start, 0, size, len(name), 0, 0)
+        self._number = number = self._number + 1
+        states[unit] = number << KIND_BITS | OPEN
+        self._kinds[unit] = BUSY
+        self._cursor = unit + 1 if unit + 1 < self._count else 0
+        return unit
+
+    def close(
+        self, unit: int, end: int, status: int, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    ) -> None:
+        """The span that was opened in `unit` has ended."""
+        if unit < 0:
+            return
+        if attributes:
+            self._add(unit, attributes)
+        self._words[(unit * UNIT_SIZE + END_AT) // WORD_SIZE] = end
+        states = self._states
+        states[unit] += ENDED + status - OPEN
+        self._kinds[unit] = SINGLE if unit not in self._lengths else LARGE
+
+    def _open_large(
+        self, trail: bytes, parent: bytes, start: int, name: bytes, attributes: Mapping[str, str]
+    ) -> int:
+        texts = [_packed(*each) for each in list(attributes.items())[:ATTRIBUTES_MAX]]
+        name = name[:TEXT_SIZE_MAX]
+        while HEAD_SIZE + len(name) + sum(map(len, texts)) + ROOM_FOR_MORE > SPAN_SIZE_MAX:
+            _ = texts.pop()
+        content = name + b"".join(texts)
+        size = HEAD_SIZE + len(content)
+        unit = self._claim(-(-(size + ROOM_FOR_MORE) // UNIT_SIZE))
+        if unit < 0:
+            self._header[LOST_WORD] += 1
+            return -1
+        at = unit * UNIT_SIZE
+        self._units[at + HEAD_SIZE : at + size] = content
+        _put(self._units, at, trail, parent, start, 0, size, len(name), len(texts), 0)
+        self._number += 1
+        self._states[unit] = self._number << KIND_BITS | OPEN
+        return unit
+
+    def _claim(self, length: int) -> int:
+        """The first of `length` units in a row, which are this span's now; -1 if none are free."""
+        first = self._cursor
+        for _ in range(CLAIMS_MAX):
+            if first + length > self._count:
+                first = 0
+            wanted = range(first, min(first + length, self._count))
+            busy = next((each for each in wanted if self._kinds[each] == BUSY), None)
+            if busy is None:
+                break
+            first = busy + self._lengths.get(busy, 1)
+        else:
+            return -1
+        if first + length > self._count:
+            return -1
+        for each in range(first, first + length):
+            self._states[each] = 0
+            if self._kinds[each] == LARGE:
+                self._forget(each)
+        if length > 1:
+            self._lengths[first] = length
+        self._kinds[first : first + length] = bytes([BUSY]) + bytes(length - 1)
+        self._cursor = (first + length) % self._count
+        return first
+
+    def _forget(self, first: int) -> None:
+        """The span that was here gives way: what is left of it are units on their own."""
+        length = self._lengths.pop(first)
+        self._kinds[first : first + length] = bytes([SINGLE]) * length
+
+    def _add(self, unit: int, attributes: Mapping[str, str]) -> None:
+        """Write attributes that came at the end, as many as there is room for."""
+        at = unit * UNIT_SIZE
+        (size,) = SIZE.unpack_from(self._units, at + SIZE_AT)
+        limit = self._lengths.get(unit, 1) * UNIT_SIZE
+        count = 0
+        for each in list(attributes.items())[:ATTRIBUTES_MAX]:
+            text = _packed(*each)
+            if size + len(text) > limit:
+                break
+            self._units[at + size : at + size + len(text)] = text
+            size += len(text)
+            count += 1
+        SIZE.pack_into(self._units, at + SIZE_AT, size)
+        self._units[at + MORE_AT] = count
 
 
-def end_span(
-    begun: bytes, end: int, status: int, attributes: Mapping[str, str] = NO_ATTRIBUTES
-) -> bytes:
-    """The bytes of the same span when it has ended; further attributes come with it."""
-    if not attributes:
-        return begun + _tail(end, status, 0)
-    texts, count = _packed(attributes)
-    return begun + _tail(end, status, count) + texts
+class SpanReader:
+    """Reads spans in the rounds of a PageReader: mark, copy, settle, with barriers between.
+
+    Each number is accepted once, when it has ended, or is open, or counts as overwritten: it ended
+    and its unit was used again before a round saw it.
+    """
+
+    def __init__(self, header: memoryview, states: memoryview, units: memoryview) -> None:
+        self._header = header
+        self._states = states.cast("Q")
+        self._units = units
+        self._seen = [0] * len(self._states)  # what a unit had when its span was accepted
+        self._marks: list[int] = []
+        self._copies: dict[int, bytes] = {}
+        self._open: list[bytes] = []
+        self._queue: deque[bytes] = deque()
+        self.accepted = 0
+        self.overwritten = 0
+        self.damaged = 0  # accepted, and dropped as nobody took them
+
+    @property
+    def lost(self) -> int:
+        """Spans that had no place among open ones, as the writer says."""
+        return min(self._header[LOST_WORD], NUMBER_MAX)
+
+    def mark(self) -> None:
+        """First step: what is there."""
+        self._marks = self._states.tolist()
+
+    def copy(self) -> None:
+        """Second step: what is new, or open."""
+        self._copies = {}
+        for unit, (state, seen) in enumerate(zip(self._marks, self._seen, strict=True)):
+            if state != seen and state & KIND_MASK and state >> KIND_BITS < NUMBER_MAX:
+                at = unit * UNIT_SIZE
+                head = state.to_bytes(WORD_SIZE, "little")
+                self._copies[unit] = head + bytes(self._units[at : at + SPAN_SIZE_MAX])
+
+    def settle(self) -> None:
+        """Third step: accept what stood still."""
+        states = self._states.tolist()
+        self._open = []
+        ended: list[tuple[int, bytes]] = []
+        unsettled = newest = 0
+        for unit, payload in self._copies.items():
+            state = self._marks[unit]
+            newest = max(newest, state >> KIND_BITS)
+            if states[unit] != state:
+                unsettled += 1
+            elif state & KIND_MASK == OPEN:
+                self._open.append(payload)
+            else:
+                self._seen[unit] = state
+                ended.append((state, payload))
+        for _, payload in sorted(ended):
+            self._queue.append(payload)
+        self.accepted += len(ended)
+        while len(self._queue) > 2 * len(self._seen):
+            _ = self._queue.popleft()
+            self.damaged += 1
+        missing = newest - self.accepted - len(self._open) - unsettled
+        self.overwritten = max(self.overwritten, missing)
+
+    def drain(self, count_max: int) -> list[bytes]:
+        """At most `count_max` spans that ended, oldest first, for decode_span."""
+        return [self._queue.popleft() for _ in range(min(count_max, len(self._queue)))]
+
+    def open_spans(self) -> list[bytes]:
+        """The spans that were open in the last round."""
+        return list(self._open)
 
 
 def decode_span(data: bytes) -> SpanRecord | None:
-    """The span in `data`, or None if there is none; any bytes get an answer."""
-    if len(data) < HEAD.size:
+    """The span in what a SpanReader gave, or None if there is none; any bytes get an answer."""
+    if len(data) < WORD_SIZE + HEAD_SIZE:
         return None
-    trace, span, parent, start, name_size, count = HEAD.unpack_from(data)
-    at = HEAD.size + name_size
+    kind = data[0] & KIND_MASK
+    content = data[WORD_SIZE:]
+    trail, parent, start, end, _, name_size, count, more = HEAD.unpack_from(content)
     found: list[tuple[str, str]] = []
-    end = status = 0
+    at = HEAD_SIZE + name_size
+    if kind == 0 or at > len(content) or max(count, more) > ATTRIBUTES_MAX:
+        return None
+    is_open = kind == OPEN
     try:
-        name = data[HEAD.size : at].decode()
-        at = _unpacked(data, at, count, found)
-        if at != len(data):
-            end, status, more = TAIL.unpack_from(data, at)
-            at = _unpacked(data, at + TAIL.size, more, found)
-    except (UnicodeDecodeError, IndexError, struct.error):
+        name = content[HEAD_SIZE:at].decode()
+        at = _unpacked(content, at, count, found)
+        if not is_open:
+            _ = _unpacked(content, at, more, found)
+    except (UnicodeDecodeError, IndexError):
         return None
-    if at != len(data):
-        return None
-    return SpanRecord(trace, span, parent, start, end, status, name, found)
+    return SpanRecord(
+        trail[:TRACE_SIZE],
+        trail[TRACE_SIZE:],
+        parent,
+        start,
+        0 if is_open else end,
+        0 if is_open else kind - ENDED,
+        name,
+        found,
+    )
 
 
-def _packed(attributes: Mapping[str, str]) -> tuple[bytes, int]:
-    pieces: list[bytes] = []
-    for key, value in attributes.items():
-        if len(pieces) == ATTRIBUTES_MAX:
-            break
-        name, text = _cut(key), _cut(value)
-        pieces.append(b"%c%b%c%b" % (len(name), name, len(text), text))
-    return EMPTY.join(pieces), len(pieces)
+def _packed(key: str, value: str) -> bytes:
+    name, text = _cut(key), _cut(value)
+    return b"%c%b%c%b" % (len(name), name, len(text), text)
 
 
 def _cut(text: str) -> bytes:
@@ -107,6 +325,8 @@ def _unpacked(data: bytes, at: int, count: int, found: list[tuple[str, str]]) ->
     for _ in range(count):
         middle = at + 1 + data[at]
         end = middle + 1 + data[middle]
+        if end > len(data):
+            raise IndexError
         found.append((data[at + 1 : middle].decode(), data[middle + 1 : end].decode()))
         at = end
     return at
