@@ -33,7 +33,6 @@ from nexus.ipc.exchange import ECHO
 from nexus.log import LOGD_NAME, Logger
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import REPLY_NAME, InitStatus, Route, Routed
-from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import (
     EVERY_RECORD,
     THIS_BOOT,
@@ -43,6 +42,7 @@ from nexus.protocols.logd import (
     Records,
     Stats,
 )
+from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.runtime import Call, Server, serve
 from nexus.services.logd.config import Settings
 from nexus.services.logd.service import Logd
