@@ -56,6 +56,7 @@ from nexus.protocols.init import (
     TaskRows,
     TaskState,
 )
+from nexus.protocols.logd import TRACE_SIZE
 from nexus.protocols.meta import GetStatus, ServiceStatus
 from nexus.protocols.testsvc import RawSession, SessionDone, SessionStep, Step
 from nexus.runtime import ServiceConfig
@@ -128,8 +129,8 @@ class Climb:
 
     def new_context(self) -> Context:
         """A trace that begins here, and its first span."""
-        spans = self.peers.caller.spans
-        return Context(spans.next_trace(), spans.next_span())
+        trail = self.peers.caller.spans.next_trail()
+        return Context(trail[:TRACE_SIZE], trail[TRACE_SIZE:])
 
     async def ahead(self, span: Nanos) -> Nanos:
         """The absolute time `span` from now."""
