@@ -62,7 +62,8 @@ def up(
         job = msgspec.structs.replace(job, watcher=theirs.fileno(), leashed=not detach)
         child = _start(job, theirs.fileno(), places)
         theirs.close()
-        watching = _Watching(child, watch, Readiness(s.name for s in plan.services), places)
+        readiness = Readiness(s.name for s in plan.services if not s.by)
+        watching = _Watching(child, watch, readiness, places)
         if detach:
             return watching.until_ready(wait, job.running.stop_ns, as_json=as_json)
         return watching.until_the_end(as_json=as_json)

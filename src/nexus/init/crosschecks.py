@@ -29,6 +29,7 @@ from nexus.init.system import (
     Use,
 )
 from nexus.kernel.core.paths import SOCKET_PATH_SIZE_MAX
+from nexus.protocols.policy import EXEC_RIGHT, Policy
 
 POLICY_STAGE: Final = 0
 CORE_STAGE: Final = 1
@@ -269,6 +270,20 @@ def check_starters(system: System) -> None:
                 "the name of a service that starts with the system",
                 f'"{service.name}", which "{service.by}" starts',
             )
+
+
+def check_spawn_rights(system: System, policy: Policy) -> None:
+    """Who starts others has the right to, for each of them."""
+    services = {service.name: service for service in system.services}
+    for service in system.services:
+        if not service.by or policy.right(service.by, EXEC_RIGHT, service.name) is not None:
+            continue
+        own = (*services[service.by].path, "capabilities")
+        raise system.wrong(
+            own if system.lines.has(own) else services[service.by].path,
+            f'the right {EXEC_RIGHT} of "{service.by}" for "{service.name}", which it starts',
+            "none",
+        )
 
 
 def _starts_others(service: Service) -> bool:

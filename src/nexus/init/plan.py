@@ -38,6 +38,7 @@ from nexus.init.crosschecks import (
     check_path,
     check_policyd,
     check_programs,
+    check_spawn_rights,
     check_starters,
     check_waits,
     in_order,
@@ -309,6 +310,8 @@ def make_plan(system: System) -> Plan:
     )
     root_size = (2 * len(services) + ROOT_LINKS_SPARE) * CONTROL_LINK_SIZE
     _check_totals(system, root_size)
+    policy = read_policy(system, [service.name for service in services])
+    check_spawn_rights(system, policy)
     return Plan(
         name=system.name,
         smp=system.smp,
@@ -317,7 +320,7 @@ def make_plan(system: System) -> Plan:
         ends_with=system.ends_with,
         services=services,
         groups=groups,
-        policy=read_policy(system, [service.name for service in services]),
+        policy=policy,
         policyd=policyd,
         policy_stale_max=system.policy_stale_max,
         stable=system.stable,
