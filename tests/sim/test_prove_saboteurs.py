@@ -1,12 +1,13 @@
 """Saboteurs on the simulated kernel: each turns exactly its rung red.
 
 Those of the phases before state run in one boot, for time's sake; `make campaign` plants them all
-in whole runs.
+in whole runs. The runs begin with the first test of this folder, on what the others leave idle.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,10 +17,12 @@ from nexus.proof.saboteurs import SABOTEURS
 from nexus.proof.sweep import problem_of
 from nexus.protocols.ladder import Ground, Phase, rung
 
+if TYPE_CHECKING:
+    from tests.sim.conftest import Sweep
+
 SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 SIM = sorted(saboteur.rung for saboteur in SABOTEURS if Ground.SIM in saboteur.grounds)
 FIRST_BOOT = tuple(Phase)[: tuple(Phase).index(Phase.STATE)]
-AT_A_TIME = 2  # runs, each a process of its own with a clock of its own; CI has two cores
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
 
@@ -40,23 +43,15 @@ def problem(number: int, directory: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def problems(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[int, Future[str]]]:
-    """The outcome of every saboteur that this session asks about, as they come in."""
-    directory = tmp_path_factory.mktemp("saboteurs")
-    items = (item for item in request.session.items if item.path == request.path)
-    numbers = [
-        item.callspec.params["number"] for item in items if isinstance(item, pytest.Function)
-    ]
-    asked = [number for number in numbers if isinstance(number, int)]
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        yield {number: pool.submit(problem, number, directory) for number in asked}
-        pool.shutdown(cancel_futures=True)
+def problems(sweep: "Sweep | None") -> "Iterator[Mapping[int, Future[str]]]":
+    """What came of each saboteur; nothing runs on beside the tests of other folders."""
+    assert sweep is not None, "these tests are what it runs for"
+    yield sweep.problems
+    sweep.close()
 
 
 @pytest.mark.parametrize("number", SIM)
 def test_a_saboteur_turns_exactly_its_rung_red(
-    number: int, problems: dict[int, Future[str]]
+    number: int, problems: "Mapping[int, Future[str]]"
 ) -> None:
     assert problems[number].result() == ""
