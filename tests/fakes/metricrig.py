@@ -302,15 +302,24 @@ def boot_linux(
     directory: Path,
     text: str,
     clients: Mapping[str, Script] | None = None,
+    on_event: Callable[[Event, Mapping[str, int]], None] | None = None,
     seconds: int = 60,
 ) -> Outcome:
-    """Run the system on the Linux kernel, in the calling process; its disk is in `directory`."""
+    """Run the system on the Linux kernel, in the calling process; its disk is in `directory`.
+
+    `on_event` hears of everything, with the pids of the tasks by name.
+    """
     scripts = {"driver": script, **(clients or {})}
     plan = plan_of(monkeypatch, text, list(scripts))
     events: list[Event] = []
+    pids: dict[str, int] = {}
 
     def record(event: Event) -> None:
         events.append(event)
+        if event.kind is EventKind.SPAWN:
+            pids[str(event.fields["name"])] = event.pid
+        if on_event is not None:
+            on_event(event, pids)
 
     kernel = LinuxKernel(
         programs_of(scripts),
