@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from nexus.proof.prove import Outcome, prove
+from nexus.proof.request import Request
+from nexus.protocols.ladder import Ground
+
+SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
+PROVEN_SEED = 5
+PROVEN_LOG = "log"  # beside the record
 AT_A_TIME = 2  # runs; CI has two cores
 BEHIND = 10  # of Linux's niceness: a test that runs in the foreground goes first
 
@@ -65,3 +72,19 @@ def sweep(
     )
     yield sweep
     sweep.close()
+
+
+@pytest.fixture(scope="session")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One run of the selftest system on two simulated CPUs, for those who only read what it left:
+    they copy what they change."""
+    folder = tmp_path_factory.mktemp("run")
+    request = Request(
+        ground=Ground.SIM,
+        system=SYSTEM,
+        smp=2,
+        seed=PROVEN_SEED,
+        record=folder / "record",
+        log=folder / PROVEN_LOG,
+    )
+    return prove(request, folder)

@@ -11,11 +11,9 @@ import pytest
 
 from nexus.abi import Event, EventKind
 from nexus.proof.checks_devices import delivered
-from nexus.proof.prove import Outcome, prove
+from nexus.proof.prove import Outcome
 from nexus.proof.remains import Remains
-from nexus.proof.request import Request
 from nexus.proof.verdict import Mismatch
-from nexus.protocols.ladder import Ground
 from nexus.services.selftest.random_rungs import DRAW_SIZE
 from nexus.services.selftest.state_rungs import BULK_KEY, FIRST_KEYS, KEPT_KEY, PUT_KEY, VICTIM_KEY
 from tests.fakes.told import Change, ChangeLeft, Told
@@ -25,13 +23,6 @@ DEVICES = (33, 49, 50, 51, 97, 98, 99, 139, 140, 141)
 STATE = (34, 100, 101, 102, 103, 104, 105, 106)
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One run of the selftest system on the simulated kernel."""
-    folder = tmp_path_factory.mktemp("run")
-    return prove(Request(ground=Ground.SIM, system=SYSTEM, smp=2, seed=5), folder)
 
 
 def _draws(event: Event) -> bool:

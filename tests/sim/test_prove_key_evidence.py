@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from nexus.abi import Event, EventKind
-from nexus.proof.prove import Outcome, prove
+from nexus.proof.prove import Outcome
 from nexus.proof.remains import Remains
-from nexus.proof.request import Request
 from nexus.proof.verdict import Mismatch
-from nexus.protocols.ladder import SELFTEST, Ground, rung
+from nexus.protocols.ladder import SELFTEST, rung
 from nexus.services.keystored.sealing import unpack, unseal
 from nexus.services.keystored.vault import DEVICE_PATH
 from nexus.services.selftest.decision_rungs import DENIED_KEY, TESTSVC_KEY
@@ -26,13 +25,6 @@ MEASURED = f"{SELFTEST}: measured #"
 POLICY_SET = "init: policy set"
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One run of the selftest system on the simulated kernel."""
-    folder = tmp_path_factory.mktemp("run")
-    return prove(Request(ground=Ground.SIM, system=SYSTEM, smp=2, seed=6), folder)
 
 
 def seed_of(outcome: Outcome) -> bytes:

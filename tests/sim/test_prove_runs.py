@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from nexus.proof.lock import run_lock
+from nexus.proof.prove import Outcome
+from tests.sim.conftest import PROVEN_LOG, PROVEN_SEED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "import sys; from nexus.proof.command import main; sys.exit(main(sys.argv[1:]))"
+SEED = 11
 GREEN_LINE = 'exit_code=0 first_failed_phase="" missing_marker=""'
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
@@ -38,11 +41,34 @@ def _json(directory: Path, *arguments: str, **environ: str) -> dict[str, Any]:
     return report
 
 
-def test_the_selftest_system_is_green_on_two_simulated_cpus(tmp_path: Path) -> None:
-    done = _prove(tmp_path, SMP="2", REQUIRE_SMP="1")
+class Twice(NamedTuple):
+    """One seed run by two interpreters with hash seeds of their own: a verdict as text, one as
+    JSON, and what each run wrote."""
 
-    assert done.stdout.splitlines()[-1] == GREEN_LINE, done.stdout
-    assert done.returncode == 0
+    text: "subprocess.CompletedProcess[str]"
+    report: dict[str, Any]
+    logs: tuple[Path, Path]
+    records: tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Twice:
+    """Two whole runs for those who only read what they left."""
+    directory = tmp_path_factory.mktemp("twice")
+    logs = (directory / "log-1", directory / "log-2")
+    records = (directory / "record-1", directory / "record-2")
+    files = [
+        ("--seed", str(SEED), "--log", str(log), "--record", str(record))
+        for log, record in zip(logs, records, strict=True)
+    ]
+    text = _prove(directory, *files[0], SMP="2", REQUIRE_SMP="1", PYTHONHASHSEED="1")
+    report = _json(directory, *files[1], SMP="2", PYTHONHASHSEED="2")
+    return Twice(text, report, logs, records)
+
+
+def test_the_selftest_system_is_green_on_two_simulated_cpus(twice: Twice) -> None:
+    assert twice.text.stdout.splitlines()[-1] == GREEN_LINE, twice.text.stdout
+    assert twice.text.returncode == 0
 
 
 @pytest.mark.parametrize("smp", [1, 3, 4])
@@ -52,12 +78,13 @@ def test_the_selftest_system_is_green_on_any_number_of_cpus(tmp_path: Path, smp:
     assert report["exit_code"] == 0, report
     smp_rungs = [rung for rung in report["rungs"] if 39 <= rung["number"] <= 47]
     assert bool(smp_rungs) == (smp > 1)
+    assert Path(report["record"]).is_relative_to(tmp_path), "where it is kept unless told otherwise"
 
 
-def test_the_json_verdict_holds_what_a_script_needs(tmp_path: Path) -> None:
-    report = _json(tmp_path, "--seed", "7", SMP="2")
+def test_the_json_verdict_holds_what_a_script_needs(twice: Twice) -> None:
+    report = twice.report
 
-    assert (report["ground"], report["seed"], report["smp"]) == ("sim", 7, 2)
+    assert (report["ground"], report["seed"], report["smp"]) == ("sim", SEED, 2)
     assert sum(len(group["rungs"]) for group in report["not_run"]) + len(report["rungs"]) == 144
     assert all(group["reason"] for group in report["not_run"])
     record = Path(report["record"]).read_text(encoding="utf-8").splitlines()
@@ -178,15 +205,10 @@ def test_a_run_while_another_one_holds_the_lock_waits_for_it(tmp_path: Path) -> 
     assert not (tmp_path / "records").exists()
 
 
-def test_one_seed_gives_one_log_to_the_byte_whatever_the_hash_seed(tmp_path: Path) -> None:
-    logs, disks = [], []
-    for hash_seed in ("1", "2"):
-        log, record = tmp_path / f"log-{hash_seed}", tmp_path / f"record-{hash_seed}"
-        files = ("--log", str(log), "--record", str(record))
-        _ = _prove(tmp_path, "--smp", "2", "--seed", "11", *files, PYTHONHASHSEED=hash_seed)
-        logs.append(log.read_bytes())
-        lines = record.read_text(encoding="utf-8").splitlines()
-        disks.append([line for line in lines if '"kind":"remains"' in line])
+def test_one_seed_gives_one_log_to_the_byte_whatever_the_hash_seed(twice: Twice) -> None:
+    logs = [log.read_bytes() for log in twice.logs]
+    lines = [record.read_text(encoding="utf-8").splitlines() for record in twice.records]
+    disks = [[line for line in each if '"kind":"remains"' in line] for each in lines]
 
     boots = [line for line in logs[0].splitlines() if line.startswith(b"boot ")]
     assert boots == [b"boot 0", b"boot 1", b"boot 2"]
@@ -195,11 +217,9 @@ def test_one_seed_gives_one_log_to_the_byte_whatever_the_hash_seed(tmp_path: Pat
     assert disks[0] == disks[1]
 
 
-def test_another_seed_gives_another_log(tmp_path: Path) -> None:
-    logs = []
-    for seed in ("11", "12"):
-        log = tmp_path / f"log-{seed}"
-        _ = _prove(tmp_path, "--smp", "2", "--seed", seed, "--log", str(log))
-        logs.append(log.read_bytes())
+def test_another_seed_gives_another_log(twice: Twice, outcome: Outcome) -> None:
+    other = outcome.record.parent / PROVEN_LOG
 
-    assert logs[0] != logs[1]
+    assert SEED != PROVEN_SEED
+    assert other.read_bytes().startswith(b"boot 0\n")
+    assert other.read_bytes() != twice.logs[0].read_bytes()
