@@ -25,6 +25,7 @@ from nexus.telemetry import (
     PageWriter,
     RingReader,
     RingWriter,
+    called,
     decode_span,
 )
 from nexus.telemetry.page import SEQUENCE
@@ -89,7 +90,7 @@ def write_page(view: memoryview) -> None:
         histogram.observe(FACTOR * (number % LAP))
         number += 1
         if number % 16 == 0:
-            span = page.spans.open(b"t" * 24, bytes(8), number, b"work", {"n": str(number)})
+            span = page.spans.open(b"t" * 24, bytes(8), number, called("work", {"n": str(number)}))
             page.spans.close(span, number, 1)
 
 

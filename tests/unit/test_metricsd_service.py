@@ -41,7 +41,7 @@ from nexus.protocols.metricsd import (
 from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.series import DEFAULT_BOUNDS, Instance
 from nexus.services.metricsd.service import Metricsd
-from nexus.telemetry import PageWriter
+from nexus.telemetry import PageWriter, called
 from nexus.wire import ReplyStatus, Request
 from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
@@ -352,9 +352,9 @@ def test_the_spans_of_a_task_that_ended_are_lost_and_its_series_are_gone() -> No
     async def body(link: Exchange, page: PageWriter) -> None:
         hits = await created(link, Kind.COUNTER, "hits")
         page.words[hits.word] = 41
-        done = page.spans.open(TRACE + span_of("alpha", 1), NO_PARENT, 10, b"done")
+        done = page.spans.open(TRACE + span_of("alpha", 1), NO_PARENT, 10, called("done"))
         page.spans.close(done, 30, SpanStatus.OK)
-        _ = page.spans.open(TRACE + span_of("alpha", 2), NO_PARENT, 20, b"cut")
+        _ = page.spans.open(TRACE + span_of("alpha", 2), NO_PARENT, 20, called("cut"))
         page.words[hits.word] = 42  # and then it ends, before anybody has looked
 
     system.client(with_page(body), name="alpha")

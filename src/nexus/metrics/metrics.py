@@ -65,13 +65,12 @@ from nexus.protocols.metricsd import (
     SeriesCreated,
 )
 from nexus.protocols.metricsd_keys import looks_secret
-from nexus.telemetry import PageWriter
-from nexus.telemetry.span import NO_ATTRIBUTES
+from nexus.telemetry import PageWriter, called
 
 METRICSD_NAME: Final = "metricsd"
 PAGE_SIZE_DEFAULT: Final = 32 * 1024  # bytes; about 1000 counters, 25 open spans, 100 ended ones
 SERIES_MAX: Final = 512  # handles of one task; further ones share the overflow
-SPAN_NAMES_MAX: Final = 256  # names and sets of keys whose spelling was looked at once
+SPAN_NAMES_MAX: Final = 256  # names, and names with attributes, that are kept ready
 UNIT_SIZE_MAX: Final = 16  # characters
 DEFAULT_BOUNDS: Final = (1_000_000, 5_000_000, 20_000_000, 100_000_000)  # ns (services.md 3.5)
 ANSWER_WAIT: Final = Nanos(1_000_000_000)  # ns until a request without an answer is made again
@@ -137,8 +136,8 @@ class Metrics:
         self._refused = 0
         self._crowded = 0
         self._overflow = 0  # updates before there was a page
-        self._names: dict[str, bytes] = {}
-        self._keys: set[tuple[str, ...]] = set()
+        self._spans: dict[str, list[Span]] = {}  # that have ended, to be used again
+        self._attributed: dict[tuple[str, tuple[tuple[str, LabelValue], ...]], list[Span]] = {}
         self._poster: Poster[Series | None] | None = None
         self._opening = False
         self._is_open = False
@@ -239,24 +238,27 @@ class Metrics:
 
     def span(self, name: str, **attributes: LabelValue) -> Span:
         """A span, for `with`. Attributes that are too many or too long are cut."""
-        spelled = self._names.get(name)
-        if spelled is None:
-            spelled = self._spelled(name)
-        if not attributes:
-            return Span(self.recorder, spelled, NO_ATTRIBUTES)
-        keys = tuple(attributes)
-        if keys not in self._keys:
-            _check_keys(name, keys)
-            if len(self._keys) < SPAN_NAMES_MAX:
-                self._keys.add(keys)
-        texts = {each: str(value)[:VALUE_SIZE_MAX] for each, value in attributes.items()}
-        return Span(self.recorder, spelled, texts)
+        try:
+            if not attributes:
+                return self._spans[name].pop()
+            return self._attributed[name, tuple(attributes.items())].pop()
+        except (KeyError, IndexError):
+            return self._make_span(name, attributes)
 
-    def _spelled(self, name: str) -> bytes:
+    def _make_span(self, name: str, attributes: dict[str, LabelValue]) -> Span:
+        home: list[Span] = []
+        if not attributes:
+            if name not in self._spans:
+                _check_name(name)
+            if len(self._spans) < SPAN_NAMES_MAX:
+                home = self._spans.setdefault(name, home)
+            return Span(self.recorder, called(name), home)
         _check_name(name)
-        if len(self._names) < SPAN_NAMES_MAX:
-            self._names[name] = name.encode()
-        return name.encode()
+        _check_keys(name, attributes)
+        if len(self._attributed) < SPAN_NAMES_MAX:
+            home = self._attributed.setdefault((name, tuple(attributes.items())), home)
+        texts = {each: str(value)[:VALUE_SIZE_MAX] for each, value in attributes.items()}
+        return Span(self.recorder, called(name, texts), home)
 
     # ------------------------------------------------------------------ the page
 

@@ -80,11 +80,15 @@ class Series:
     def wait(self) -> None:
         """metricsd has no place for it now: the values are kept here."""
         if isinstance(self._cells, Overflow):
+            self.forget()
             values = [0] * self.size
         else:
             values = [self._cells[self._index + each] for each in range(self.size)]
         self._cells = Waiting(values, self.counted)
         self._index = 0
+
+    def forget(self) -> None:
+        """Begin at 0: what came while it was refused is counted elsewhere."""
 
     def place(self, page: PageWriter, word: int) -> None:
         """metricsd reads it at `word` from now on, first of all the value it has."""
@@ -102,23 +106,31 @@ class Series:
 class Counter(Series):
     """Only grows, and stays at 2^63 - 1."""
 
-    __slots__ = ()
+    __slots__ = ("_value",)
+
+    def __init__(
+        self, kind: Kind, name: str, unit: str, labels: list[Label], bounds: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(kind, name, unit, labels, bounds)
+        self._value = 0
 
     def inc(self, amount: int = 1) -> None:
         """Add `amount`, which is not negative."""
-        assert amount >= 0, "a counter only grows"
-        cells = self._cells
-        index = self._index
-        value = cells[index] + amount
-        if value > WORD_MAX:
-            value = WORD_MAX
-        cells[index] = value
+        self._value = value = self._value + amount
+        if amount < 0 or value > WORD_MAX:
+            assert amount >= 0, "a counter only grows"
+            self._value = value = WORD_MAX
+        self._cells[self._index] = value
 
     def place(self, page: PageWriter, word: int) -> None:
         """As Series.place."""
-        page.words[word] = self._cells[0]
+        page.words[word] = self._value
         self._cells = page.words
         self._index = word
+
+    def forget(self) -> None:
+        """As Series.forget."""
+        self._value = 0
 
 
 @final
@@ -149,7 +161,7 @@ class Gauge(Series):
 class Histogram(Series):
     """How many values were at most each of the bounds, and more than the last; count and sum."""
 
-    __slots__ = ("_count",)
+    __slots__ = ("_count", "_counts", "_sum")
 
     counted = COUNT
 
@@ -158,6 +170,8 @@ class Histogram(Series):
     ) -> None:
         super().__init__(kind, name, unit, labels, bounds)
         self._count = 0
+        self._sum = 0
+        self._counts = [0] * (len(bounds) + 1)
 
     @property
     def size(self) -> int:
@@ -166,36 +180,38 @@ class Histogram(Series):
 
     def observe(self, value: int) -> None:
         """Take in one value, which is not negative. The sequence word is odd meanwhile."""
-        assert value >= 0, "buckets begin at 0"
+        self._sum = total = self._sum + value
+        if value < 0 or total > WORD_MAX:
+            assert value >= 0, "buckets begin at 0"
+            self._sum = total = WORD_MAX
+        self._count = count = self._count + 1
+        bucket = bisect_left(self.bounds, value)
+        counts = self._counts
+        counts[bucket] = seen = counts[bucket] + 1
         cells = self._cells
         index = self._index
-        count = self._count
-        bucket = index + BUCKETS + bisect_left(self.bounds, value)
-        self._count = count + 1
-        total = cells[index + SUM] + value
-        if total > WORD_MAX:
-            total = WORD_MAX
-        cells[index] = count + count + 1
-        cells[bucket] += 1
+        cells[index] = count + count - 1
+        cells[index + BUCKETS + bucket] = seen
         cells[index + SUM] = total
-        cells[index + COUNT] = count + 1
-        cells[index] = count + count + 2
-
-    def wait(self) -> None:
-        """As Series.wait."""
-        super().wait()
-        self._count = self._cells[COUNT]
+        cells[index + COUNT] = count
+        cells[index] = count + count
 
     def place(self, page: PageWriter, word: int) -> None:
         """As Series.place."""
         words = page.words
-        values = [self._cells[each] for each in range(self.size)]
         words[word + SEQUENCE] = 2 * self._count + 1
-        for each in range(COUNT, self.size):
-            words[word + each] = values[each]
+        words[word + COUNT] = self._count
+        words[word + SUM] = self._sum
+        for bucket, seen in enumerate(self._counts):
+            words[word + BUCKETS + bucket] = seen
         words[word + SEQUENCE] = 2 * self._count
         self._cells = words
         self._index = word
+
+    def forget(self) -> None:
+        """As Series.forget."""
+        self._count = self._sum = 0
+        self._counts = [0] * len(self._counts)
 
 
 def _clamped(value: int) -> int:

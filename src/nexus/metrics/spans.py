@@ -1,6 +1,5 @@
 """Spans of a task: open ones are seen in the page's slots, ended ones come into its ring."""
 
-from collections.abc import Mapping
 from contextvars import ContextVar
 from enum import IntEnum
 from types import TracebackType
@@ -10,7 +9,7 @@ from nexus.abi import Clock
 from nexus.ipc import Caller, Context, Parent, Spans
 from nexus.ipc.context import NO_SPAN, TRACE_SIZE
 from nexus.protocols.metricsd import SpanStatus
-from nexus.telemetry import PageWriter
+from nexus.telemetry import Called, PageWriter
 from nexus.telemetry.span import ATTRIBUTES_MAX
 
 OK: Final = int(SpanStatus.OK)
@@ -54,26 +53,18 @@ class Span:
     """A piece of work, from `with` on to its end; what it calls meanwhile belongs to it.
 
     Its parent is the span around it, or the request being served; otherwise it begins a trace. An
-    exception that leaves it makes its status ERROR. It is used once.
+    exception that leaves it makes its status ERROR. Behind the `with` the object is somebody else's:
+    one that has ended goes back to where the next of its name is taken from.
     """
 
-    __slots__ = (
-        "_attributes",
-        "_before",
-        "_holder",
-        "_more",
-        "_name",
-        "_recorder",
-        "_unit",
-        "trail",
-    )
+    __slots__ = ("_before", "_called", "_holder", "_home", "_more", "_recorder", "_unit", "trail")
 
     trail: bytes  # its trace and its own id, from `with` on
 
-    def __init__(self, recorder: Recorder, name: bytes, attributes: Mapping[str, str]) -> None:
+    def __init__(self, recorder: Recorder, called: Called, home: "list[Span]") -> None:
         self._recorder = recorder
-        self._name = name
-        self._attributes = attributes
+        self._called = called
+        self._home = home
         self._more: dict[str, str] | None = None
 
     def __enter__(self) -> Self:
@@ -94,7 +85,7 @@ class Span:
             self._unit = -1
         else:
             start = recorder.clock.monotonic()  # type: ignore[union-attr] # comes with the page
-            self._unit = page.spans.open(trail, parent, start, self._name, self._attributes)
+            self._unit = page.spans.open(trail, parent, start, self._called)
         return self
 
     @property
@@ -126,6 +117,8 @@ class Span:
                 spans.close(unit, now, status)
             else:
                 spans.close(unit, now, status, self._more)
+                self._more = None
+        self._home.append(self)
 
 
 class TaskTrail:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
 from nexus.ipc.context import TRACE_SIZE
-from nexus.telemetry import SpanWriter
+from nexus.telemetry import Called, SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
     NONCE_OFFSET,
@@ -244,7 +244,7 @@ class Call:
         assert self.moving is None, "one capability moves with a message"
         self.moving = slot
 
-    def open_span(self, spans: SpanWriter, name: bytes) -> None:
+    def open_span(self, spans: SpanWriter, name: Called) -> None:
         """The runtime records the request as a span: it begins when it was taken from the queue."""
         message = self.message
         data = message.data

@@ -73,6 +73,7 @@ from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
 from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
+from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
     FRAME_KIND,
@@ -94,6 +95,7 @@ BINDS_MAX: Final = 56  # reply links kept, one per link into the endpoint
 ONE_SHOTS_MAX: Final = 8  # reply links of deferred one-shot requests
 OWN_SLOTS: Final = 32  # of the table for the service itself, and one message on its way
 REMARKS_MAX: Final = 32  # refused calls remembered with their notes
+SETTINGS_ERROR_MAX: Final = 200  # characters of a sentence in a record
 LOG_PAUSE_LEAST: Final = Nanos(5_000_000)  # ns between two looks after lines that wait
 LOG_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
 PROBE_TEXT: Final = "log probe"  # of the record that a probe asks for
@@ -200,7 +202,7 @@ class Server:
         self._metrics = metrics
         self._recorder = recorder if metrics is None else metrics.recorder
         self._span_names = {
-            codec: f"{protocol.name}.{codec.request_type.__name__}"[:SPAN_NAME_SIZE_MAX].encode()
+            codec: called(f"{protocol.name}.{codec.request_type.__name__}"[:SPAN_NAME_SIZE_MAX])
             for codec in protocol.codecs.values()
         }
         self._handle = service.handle
@@ -733,6 +735,9 @@ class Server:
                 on_settings(msgspec.msgpack.decode(request.settings, type=dict[str, Any]))
             )
         except msgspec.DecodeError as error:  # a ValidationError is one
+            if self._log is not None:
+                fields = {"error": str(error)[:SETTINGS_ERROR_MAX]}
+                _ = self._log.write(Level.WARN, "new settings are not taken", fields)
             raise call.refuse(MetaStatus.BAD_SETTINGS) from error
         return Configured()
 

@@ -26,7 +26,7 @@ from nexus.telemetry.ring import (
     RingWriter,
     payload_size_max,
 )
-from nexus.telemetry.span import SpanReader, SpanRecord, SpanWriter, decode_span
+from nexus.telemetry.span import Called, SpanReader, SpanRecord, SpanWriter, called, decode_span
 
 __all__ = [
     "DOUBTS_MAX",
@@ -37,6 +37,7 @@ __all__ = [
     "RING_HEADER_SIZE",
     "RING_SIZE_MIN",
     "WORD_MAX",
+    "Called",
     "Group",
     "NoPage",
     "NoRing",
@@ -47,6 +48,7 @@ __all__ = [
     "SpanReader",
     "SpanRecord",
     "SpanWriter",
+    "called",
     "decode_span",
     "page_shape",
     "payload_size_max",

@@ -23,7 +23,8 @@ WORD_SIZE: Final = 8  # bytes
 UNIT_SIZE: Final = 128  # bytes; a name of 30 characters and two short attributes fit
 HEAD: Final = struct.Struct("<24s8sQQHBBB3x")
 HEAD_SIZE: Final = HEAD.size
-END_AT: Final = 40  # of the end in a unit
+UNIT_WORDS: Final = UNIT_SIZE // WORD_SIZE
+END_WORD: Final = 5  # of a unit: when the span has ended
 MORE_AT: Final = 52
 SIZE_AT: Final = 48
 SIZE: Final = struct.Struct("<H")
@@ -38,6 +39,7 @@ UNITS_OF_SPAN_MAX: Final = SPAN_SIZE_MAX // UNIT_SIZE
 CLAIMS_MAX: Final = 16  # spans that are open and in the way, until one has no place
 KIND_BITS: Final = 3
 KIND_MASK: Final = 7
+NUMBER_STEP: Final = 1 << KIND_BITS
 OPEN: Final = 1
 ENDED: Final = 2  # and the status on top
 LOST_WORD: Final = 3  # of the page's header
@@ -48,11 +50,9 @@ REST: Final = 0  # not the first one of its span
 BUSY: Final = 2  # of an open span
 LARGE: Final = 3  # of an ended one with further units
 
-assert END_AT == 24 + 8 + 8
+assert END_WORD * WORD_SIZE == 24 + 8 + 8
 assert HEAD_SIZE % WORD_SIZE == 0
 assert HEAD_SIZE + TEXT_SIZE_MAX < SPAN_SIZE_MAX
-
-_put = HEAD.pack_into
 
 
 class SpanRecord(NamedTuple):
@@ -71,16 +71,36 @@ class SpanRecord(NamedTuple):
     attributes: list[tuple[str, str]]
 
 
+class Called(NamedTuple):
+    """What a span is called, ready to be stored: its name, and attributes behind it."""
+
+    content: bytes
+    name_size: int
+    attributes: int
+
+
+def called(name: str, attributes: Mapping[str, str] = NO_ATTRIBUTES) -> Called:
+    """What is too many or too long is cut."""
+    spelled = _cut(name)
+    texts = [_packed(*each) for each in list(attributes.items())[:ATTRIBUTES_MAX]]
+    while HEAD_SIZE + len(spelled) + sum(map(len, texts)) + ROOM_FOR_MORE > SPAN_SIZE_MAX:
+        _ = texts.pop()
+    content = spelled + b"".join(texts)
+    return Called(content, len(spelled), len(texts))
+
+
 class SpanWriter:
     """Writes spans into `states` and `units`, which are zero. Of `header` one word is its own."""
 
     __slots__ = (
         "_count",
         "_cursor",
+        "_given",
         "_header",
         "_kinds",
         "_lengths",
         "_number",
+        "_puts",
         "_states",
         "_units",
         "_words",
@@ -95,31 +115,42 @@ class SpanWriter:
         self._cursor = 0
         self._number = 0
         self._kinds = bytearray([SINGLE]) * self._count
+        self._given = [0] * self._count  # the number of the span that was opened in a unit, shifted
+        self._puts = {
+            each: struct.Struct(f"{HEAD.format}{each}s").pack_into
+            for each in range(UNIT_SIZE - HEAD_SIZE - ROOM_FOR_MORE + 1)
+        }  # by the size of what spans of one unit are called
         self._lengths: dict[int, int] = {}  # of spans of several units
 
-    def open(
-        self,
-        trail: bytes,
-        parent: bytes,
-        start: int,
-        name: bytes,
-        attributes: Mapping[str, str] = NO_ATTRIBUTES,
-    ) -> int:
+    def open(self, trail: bytes, parent: bytes, start: int, called: "Called") -> int:
         """Show a span that begins; the unit it is in, or -1 if there is no place for it.
 
-        `trail` is trace and span id. Attributes that are too many or too long are cut.
+        `trail` is trace and span id.
         """
-        size = HEAD_SIZE + len(name)
+        content, name_size, count = called
         unit = self._cursor
-        if attributes or size > UNIT_SIZE or self._kinds[unit] != SINGLE:
-            return self._open_large(trail, parent, start, name, attributes)
+        put = self._puts.get(len(content))
+        if put is None or self._kinds[unit] != SINGLE:
+            return self._open_slowly(trail, parent, start, called)
         states = self._states
         states[unit] = 0
-        at = unit * UNIT_SIZE
-        self._units[at + HEAD_SIZE : at + size] = name
-        _put(self._units, at, trail, parent, start, 0, size, len(name), 0, 0)
-        self._number = number = self._number + 1
-        states[unit] = number << KIND_BITS | OPEN
+        size = HEAD_SIZE + len(content)
+        put(
+            self._units,
+            unit * UNIT_SIZE,
+            trail,
+            parent,
+            start,
+            0,
+            size,
+            name_size,
+            count,
+            0,
+            content,
+        )
+        self._number = number = self._number + NUMBER_STEP
+        self._given[unit] = number
+        states[unit] = number + OPEN
         self._kinds[unit] = BUSY
         self._cursor = unit + 1 if unit + 1 < self._count else 0
         return unit
@@ -132,29 +163,24 @@ class SpanWriter:
             return
         if attributes:
             self._add(unit, attributes)
-        self._words[(unit * UNIT_SIZE + END_AT) // WORD_SIZE] = end
-        states = self._states
-        states[unit] += ENDED + status - OPEN
-        self._kinds[unit] = SINGLE if unit not in self._lengths else LARGE
+        self._words[unit * UNIT_WORDS + END_WORD] = end
+        self._states[unit] = self._given[unit] + ENDED + status
+        self._kinds[unit] = LARGE if unit in self._lengths else SINGLE
 
-    def _open_large(
-        self, trail: bytes, parent: bytes, start: int, name: bytes, attributes: Mapping[str, str]
-    ) -> int:
-        texts = [_packed(*each) for each in list(attributes.items())[:ATTRIBUTES_MAX]]
-        name = name[:TEXT_SIZE_MAX]
-        while HEAD_SIZE + len(name) + sum(map(len, texts)) + ROOM_FOR_MORE > SPAN_SIZE_MAX:
-            _ = texts.pop()
-        content = name + b"".join(texts)
+    def _open_slowly(self, trail: bytes, parent: bytes, start: int, called: "Called") -> int:
+        """A span of several units, or one that has another in its way."""
+        content, name_size, count = called
         size = HEAD_SIZE + len(content)
-        unit = self._claim(-(-(size + ROOM_FOR_MORE) // UNIT_SIZE))
+        unit = self._claim(-(-size // UNIT_SIZE))
         if unit < 0:
             self._header[LOST_WORD] += 1
             return -1
         at = unit * UNIT_SIZE
         self._units[at + HEAD_SIZE : at + size] = content
-        _put(self._units, at, trail, parent, start, 0, size, len(name), len(texts), 0)
-        self._number += 1
-        self._states[unit] = self._number << KIND_BITS | OPEN
+        HEAD.pack_into(self._units, at, trail, parent, start, 0, size, name_size, count, 0)
+        self._number += NUMBER_STEP
+        self._given[unit] = self._number
+        self._states[unit] = self._number + OPEN
         return unit
 
     def _claim(self, length: int) -> int:
