@@ -13,7 +13,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from time import monotonic_ns
@@ -196,10 +196,15 @@ class Collector:
     def __init__(self, port: int, busy: int) -> None:
         self.received: list[tuple[str, Any]] = []
         self.refused = 0
+        self._connections: list[socket.socket] = []
         keeper = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                keeper._connections.append(self.connection)
 
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -226,6 +231,9 @@ class Collector:
     def end(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._connections:  # they would live on in their threads
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
 

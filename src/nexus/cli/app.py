@@ -190,12 +190,17 @@ def call(
         float, typer.Option("--timeout", min=0.01, max=60, help="Seconds to wait for the answer.")
     ] = 5.0,
     json: Json = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say which trace it is, for `nexus trace`.")
+    ] = False,
 ) -> None:
     """Ask a service of a running system one thing, as operator."""
     from nexus.cli.ask import asked
     from nexus.cli.call import call as act
 
-    code = act(asked(name), service, request, arguments or [], timeout, as_json=json)
+    code = act(
+        asked(name), service, request, arguments or [], timeout, as_json=json, verbose=verbose
+    )
     raise typer.Exit(code)
 
 
@@ -255,6 +260,43 @@ def logs(
         boot=boot,
     )
     act(asked(name), wanted, last=last, follow=follow, as_json=json)
+
+
+@app.command(
+    epilog=_examples(
+        "nexus trace                               # what happened last",
+        "nexus trace --last 5 --service timed",
+        "nexus trace 4bf92f3577b34da6 --logs",
+        "nexus trace 4bf92f3577b34da6 --chrome trace.json",
+    )
+)
+def trace(
+    trace_id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="The trace, or how its id begins.")
+    ] = "",
+    name: LongName = None,
+    last: Annotated[
+        int, typer.Option("--last", "-n", "-l", min=1, max=1_000, help="How many traces to show.")
+    ] = 1,
+    service: Annotated[
+        str | None, typer.Option("--service", "-s", help="Only traces with a span of this service.")
+    ] = None,
+    logs: Annotated[
+        bool, typer.Option("--logs", help="Show the log lines of the trace between its spans.")
+    ] = False,
+    chrome: Annotated[
+        Path | None,
+        typer.Option("--chrome", help="Write a file that Perfetto opens.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what a command set off in which services, as a tree."""
+    from nexus.cli.ask import asked
+    from nexus.cli.trace import Wanted
+    from nexus.cli.trace import trace as act
+
+    wanted = Wanted(trace=trace_id, last=last, service=service, with_logs=logs)
+    act(asked(name), wanted, chrome=chrome, as_json=json)
 
 
 @app.command(

@@ -27,13 +27,23 @@ ASKABLE_META: Final = ("Health", "GetStatus")
 
 
 def call(
-    asked: Asked, service: str, name: str, words: Sequence[str], seconds: float, *, as_json: bool
+    asked: Asked,
+    service: str,
+    name: str,
+    words: Sequence[str],
+    seconds: float,
+    *,
+    as_json: bool,
+    verbose: bool = False,
 ) -> int:
-    """Ask and print; the exit code. Raises CommandFailed and UsageError."""
+    """Ask and print; the exit code. `verbose` says which trace it is, beside the answer. Raises
+    CommandFailed and UsageError."""
     protocol, kind = find_request(service, name, asked.protocols(service))
     request = make_request(kind, words)
     try:
         with asked.client() as client:
+            if verbose:
+                tell(f"nexus: trace {client.trace}")
             reply = client.relay(service, protocol, request, seconds)
     except (ServiceRefused, Unanswered) as error:
         outcome = "refused" if isinstance(error, ServiceRefused) else "unanswered"

@@ -133,6 +133,11 @@ class OperatorClient:
     ) -> None:
         self._socket.close()
 
+    @property
+    def trace(self) -> str:
+        """The id of the trace that everything asked here belongs to (`nexus trace`)."""
+        return self._trace.hex()
+
     def ask(self, request: Request[ReplyT], seconds: float) -> ReplyT:
         """operator's own answer. Raises Unanswered with its status."""
         return self._repeated(lambda until: self._ask_once(request, until), seconds)

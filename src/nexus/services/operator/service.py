@@ -27,6 +27,7 @@ from nexus.abi import (
 )
 from nexus.ipc import Peer, deadline_after, offer_bulk
 from nexus.log import FieldValue
+from nexus.protocols.exportd import PROTOCOL as EXPORTD
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import (
     SYSTEM_CONTROL,
@@ -101,7 +102,14 @@ LOOKS: Final = (
 """Requests that change nothing. A command that follows the log asks twice a second: of these the
 first of a connection is audited, the others are counted."""
 
-KNOWN: Final = META.dispatch | INIT.dispatch | LOGD.dispatch | POLICYD.dispatch
+KNOWN: Final = (
+    META.dispatch
+    | INIT.dispatch
+    | LOGD.dispatch
+    | POLICYD.dispatch
+    | METRICSD.dispatch
+    | EXPORTD.dispatch
+)
 META_NUMBER: Final = META.number.to_bytes(2, "little")
 PROTOCOL_OFFSET: Final = 4
 
