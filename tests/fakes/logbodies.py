@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nexus.abi import CapClose, LinkCreate, LinkTerms, SleepUntil, Slot, TaskStats, service_id
+from nexus.abi import CapClose, LinkCreate, LinkTerms, Now, SleepUntil, Slot, TaskStats, service_id
 from nexus.ipc import Refused
 from nexus.log import Logger
 from nexus.protocols.logd import (
@@ -10,6 +10,7 @@ from nexus.protocols.logd import (
     RATE_WINDOW_NS,
     TEXT_SIZE_MAX,
     Append,
+    Appended,
     Field,
     Level,
     LogdStatus,
@@ -213,3 +214,50 @@ async def flood(task: Task) -> Any:
     assert mine.accepted + mine.rate_limited == 6 * RATE_MAX
     assert mine.accepted == stats.used_records - kept[-1] + mine.overwritten
     return {"kept": kept, "other": [other.accepted, other.overwritten], "dropped": stats.dropped}
+
+
+FLOOD = 1_000_000  # lines of one task, as fast as it can
+FLOOD_FLUSH = 1000  # lines between two flushes, as a busy service's loop would
+CALM_CALLS = 100  # of the task beside the flood
+CALM_PAUSE = 20 * MS
+CALM_MAX = 250 * MS  # what a call to logd may take during the flood
+
+
+async def ring_flood(task: Task) -> Any:
+    """A million lines into the own ring; what became of each, by both accounts."""
+    log = task.log
+    await log.begin()
+    for number in range(FLOOD):
+        log.info("flood", number=number)
+        if number % FLOOD_FLUSH == 0:
+            await log.flush()
+    await task.settle()
+    counts = log.counts()
+    logd = await task.client()
+    stats = await task.stats(logd)
+    mine = row(stats)
+    kept = await task.records(logd)
+    assert counts.waiting == counts.outstanding == 0, counts
+    return {
+        "sent": counts.written,
+        "ours": [counts.acknowledged, counts.refused, counts.lost_overwritten],
+        "theirs": [mine.accepted, mine.invalid_args + mine.over_limit + mine.damaged, mine.unread],
+        "others": [each.fields[0].value for each in kept if each.service == service_id("other")],
+        "last": [each.fields[0].value for each in kept if each.text == "flood"][-1:],
+        "used": [stats.used_records <= stats.capacity_records, stats.used_size],
+        "capacity": stats.capacity_size,
+        "total": [stats.total, stats.used_records + stats.dropped],
+    }
+
+
+async def calm(task: Task) -> None:
+    """Somebody else, while the flood is on: each record is taken, each call in time."""
+    logd = await task.client()
+    slowest = 0
+    for number in range(CALM_CALLS):
+        began = await Now()
+        outcome = await logd.call(line(f"calm {number}"), await ahead(CALM_MAX))
+        assert isinstance(outcome, Appended), outcome
+        slowest = max(slowest, await Now() - began)
+        await task.pause(CALM_PAUSE + SECOND // RATE_MAX)
+    assert slowest < CALM_MAX

@@ -56,8 +56,10 @@ MS = 1_000_000
 SECOND = 1_000 * MS
 TERMS = LinkTerms(8, 16 * 1024, 0)
 STEP = 50 * MS
+OWNER_SIZE = 160 * 1024  # bytes of links of each task, so that six of them fit the default total
 RESTART = "restart-logd"  # a route nobody has: the root starts logd again instead
 READER = "client"  # the one that may read
+BESIDE = "beside"  # the one that runs while the others do
 RESULT = "result"
 
 NO_STATS = Stats(*[0] * (len(Stats.__struct_fields__) - 1), [])  # type: ignore[arg-type]
@@ -187,7 +189,14 @@ class Root:
         self.services: dict[str, Spawned] = {}
 
     async def start(self, name: str) -> Spawned:
-        spec = SpawnSpec(name, name, control=self.boot.endpoint, delegations=16)
+        spec = SpawnSpec(
+            name,
+            name,
+            control=self.boot.endpoint,
+            delegations=16,
+            endpoints=32,
+            owner_size=OWNER_SIZE,
+        )
         self.services[name] = await Spawn(spec)
         return self.services[name]
 
@@ -208,14 +217,21 @@ class Root:
         return Routed(spawned.service, spawned.generation, *TERMS, TERMS.depth, TERMS.size)
 
     async def run(self, clients: list[str]) -> None:
-        """Start the services, then one client after the other."""
+        """Start the services, then one client after the other; the one beside them from then on."""
         for name in (LOGD_NAME, "mallory"):
             _ = await self.start(name)
         server = Server(self, INIT, self.boot)
+        started = [await self.start(name) for name in clients if name == BESIDE]
         for name in clients:
-            spawned = await self.start(name)
-            while not await self.is_over(spawned):
-                _ = await server.step(await ahead(STEP))
+            if name != BESIDE:
+                await self.see_to_its_end(server, await self.start(name))
+        for spawned in started:
+            await self.see_to_its_end(server, spawned)
+
+    async def see_to_its_end(self, server: Server, spawned: Spawned) -> None:
+        """Answer routes until this client has ended."""
+        while not await self.is_over(spawned):
+            _ = await server.step(await ahead(STEP))
 
     async def is_over(self, spawned: Spawned) -> bool:
         try:

@@ -6,7 +6,10 @@ from nexus.protocols.logd import RATE_MAX
 from nexus.testing.rig import linux_rig
 from tests.fakes.logbodies import (
     BURST,
+    FLOOD,
+    calm,
     restarts,
+    ring_flood,
     sinks,
     slots_then_routes,
     stats_probe,
@@ -47,3 +50,17 @@ def test_configured_slots_whose_logd_is_gone_give_way_to_routing() -> None:
 
     assert seen["taken"] == [True, True]
     assert (seen["acknowledged"], seen["found"]) == (2, ["over routes"])
+
+
+def test_a_million_records_of_one_task_are_accounted_for_and_cost_nobody_else_anything() -> None:
+    """The default budgets: 1024 records in 256 KiB, and 4096 of a sender's stream in a second."""
+    seen, _ = observe(linux_rig(), beside=calm, other=three_lines, client=ring_flood)
+
+    assert seen["sent"] == sum(seen["ours"]) == sum(seen["theirs"]) == FLOOD
+    assert seen["ours"] == seen["theirs"]
+    assert seen["ours"][2] > 0, "it was faster than logd has to be"
+    assert seen["last"] == [str(FLOOD - 1)]
+    assert seen["others"] == ["one", "two", "three"]
+    assert seen["used"][0]
+    assert seen["used"][1] <= seen["capacity"] == 256 * 1024
+    assert seen["total"][0] == seen["total"][1]

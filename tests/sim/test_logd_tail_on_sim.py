@@ -11,6 +11,7 @@ from nexus.testing.device import Device, Run, simulate
 
 pytestmark = pytest.mark.sim
 
+MS = 1_000_000
 EVERY = 2  # seconds between two writes of the tail, and what a cut may cost
 SYSTEM = f"""
 [system]
@@ -178,3 +179,51 @@ def test_a_killed_logd_starts_again_and_what_it_had_persisted_is_still_of_this_b
     _ = simulate(file, scenario, seed=9)
 
     assert found == [["persisted", "after"]]
+
+
+@pytest.mark.parametrize("moment", [*range(1900, 2300, 40)])
+def test_a_power_cut_at_any_moment_around_a_write_leaves_a_beginning(
+    file: Path, moment: int
+) -> None:
+    """Every 40 ms around the time at which the first records are written."""
+
+    async def scenario(device: Device) -> None:
+        began = await device.now()
+        for number in range(8):
+            await say(device, f"token.{number}")
+        spent = (await device.now() - began) // MS
+        await device.sleep(f"{moment - spent}ms")
+        await device.cut_power()
+
+    run = simulate(file, scenario, seed=moment)
+    before, now, stats = looked(file, run, seed=moment + 1)
+
+    assert tokens(before) in ([], [f"token.{number}" for number in range(8)])
+    assert stats.tail_lost == 0
+    assert [ended["end"] for ended in told(now)] in ([], ["cut off"])
+    assert bool(told(now)) is bool(before)
+
+
+@pytest.mark.parametrize("moment", [*range(0, 2400, 300)])
+def test_a_logd_killed_at_any_moment_finds_what_waits_in_the_rings(file: Path, moment: int) -> None:
+    found: list[list[str]] = []
+
+    async def scenario(device: Device) -> None:
+        for number in range(4):
+            await say(device, f"token.{number}")
+        await device.sleep(f"{moment + 1}ms")
+        _ = await device.kill("logd")
+        await say(device, "while.away")
+        await device.sleep("5s")
+        assert await device.ask("logd", GetStats()) == Stale(), "the link to the first one"
+        found.append(tokens(await device.logs()))
+
+    _ = simulate(file, scenario, seed=moment + 1)
+
+    (texts,) = found
+    assert texts[-1] == "while.away"
+    before = [f"token.{number}" for number in range(4)]
+    kept = texts[:-1]
+    assert kept == before[len(before) - len(kept) :], "the window's, which it had taken, is lost"
+    if moment > 1000 * EVERY + 200:
+        assert kept == before
