@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from nexus.abi import INIT_NAME, Event, EventKind, Nanos, SpawnReason, service_id
+from nexus.abi import Event, EventKind, Nanos, SpawnReason, service_id
 from nexus.proof.checks import KILLED, healthy, hex_of, measured
 from nexus.proof.trace import FAIL_WORD, Line, Trace
 from nexus.proof.verdict import Case, Check, demand, demand_equal
 from nexus.protocols.execd import ExecdStatus
 from nexus.protocols.ladder import SELFTEST
 from nexus.protocols.policyd import Reason, Verdict
+from nexus.protocols.testsvc import LAST_LINE
 from nexus.services.selftest.exec_rungs import (
     ALTERED,
     CODE,
@@ -351,30 +352,38 @@ def execd_malformed(case: Case, trace: Trace, line: Line) -> None:
 
 
 def last_words(_case: Case, trace: Trace, line: Line) -> None:
-    """#129: init killed it and nobody asked for that; its line was written before its death, by the
-    kernel's record, and taken in after it, from a ring: a message says nothing of when it was
-    written."""
-    evidence = line.evidence
-    report, pid = evidence["report"], evidence["pid"]
-    started, spawn = _spawn_of(trace, COPY, evidence)
-    ended, event = _exit_of(trace, COPY, evidence)
+    """#129: the runner killed each copy when it had written its last words; they stand in its report,
+    and at least once logd found them in the ring of a task that had been killed already."""
+    copies = line.evidence["copies"]
+    demand(copies, "no copy was killed")
+    demand_equal(len({each["token"] for each in copies}), len(copies), "different tokens")
+    late = [_last_words(trace, line, each) for each in copies]
+    demand(any(late), "logd had every line before its writer was killed")
+
+
+def _last_words(trace: Trace, line: Line, told: Evidence) -> bool:
+    """What is told of one copy is so; whether its words were read after it was killed."""
+    report, pid = told["report"], told["pid"]
+    started, spawn = _spawn_of(trace, COPY, told)
+    ended, event = _exit_of(trace, COPY, told)
     demand(started < ended < line.place, "the report was read before the death")
     demand_equal(event.fields["signal"], KILLED, "how it died, by the kernel")
     demand_equal(
         (report["pid"], report["signal"], report["name"]), (pid, KILLED, COPY), "the crash report"
     )
-    ends = [
-        each.evidence["reason"]
+    last = [
+        each
         for each in trace.lines
-        if (each.printer, each.text) == (INIT_NAME, f"init: end of {COPY}")
-        and each.evidence["generation"] == evidence["generation"]
+        if (each.printer, each.text, each.generation) == (COPY, LAST_LINE, told["generation"])
     ]
-    demand_equal(ends, ["hang"], "why init ended it")
-    demand_equal(evidence["service"], _id(COPY), "whose the record is")
-    demand(report["last"].endswith(evidence["token"]), f"the last record: {report['last']!r}")
-    written, taken = evidence["written"], evidence["taken"]
-    demand(spawn.time < written < event.time, f"written at {written}, it lived until {event.time}")
-    demand(taken > event.time, f"taken in {event.time - taken} ns before the death")
+    demand_equal(len(last), 1, f"last lines of generation {told['generation']}")
+    demand(last[0].place < ended, "its last line came after its death")
+    demand_equal(told["service"], _id(COPY), "whose the record is")
+    demand(report["last"].endswith(told["token"]), f"the last record: {report['last']!r}")
+    written = told["written"]  # a message does not say that; what came by a ring does
+    demand(spawn.time < written <= last[0].time, f"written at {written}, killed at {last[0].time}")
+    taken: int = told["taken"]
+    return taken > last[0].time
 
 
 CHECKS: Final[Mapping[int, Check]] = MappingProxyType(

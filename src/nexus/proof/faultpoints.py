@@ -3,13 +3,15 @@
 Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages that are to arrive
 with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; rung 81
 asks policyd for a right from which it does not come back; rung 84 has execd start a program whose
-file has one byte changed; and demo.testsvc gets its attacks by raw system calls on grounds that have
-them.
+file has one byte changed; rung 129 has the copies of demo.testsvc killed that have written their last
+words, as the kernel of a machine without memory kills; and demo.testsvc gets its attacks by raw
+system calls on grounds that have them.
 """
 
 # ruff: noqa: SLF001 (a fault point is inside)
 
 import importlib.util
+import signal
 import socket
 import struct
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from nexus.abi import Nanos, Pid, SleepUntil
+from nexus.abi import ConsoleWrite, Nanos, Pid, Sender, SleepUntil
 from nexus.init import launches, programs
 from nexus.init.programs import ProgramSource
 from nexus.proof.escapes import escape
@@ -25,10 +27,12 @@ from nexus.proof.hostile import foreign_credentials
 from nexus.proof.sabotage import replace
 from nexus.protocols.ladder import Ground
 from nexus.protocols.policyd import Check, Decision
+from nexus.protocols.testsvc import LAST_LINE
 from nexus.runtime import Call
 from nexus.services.demo import testsvc
 from nexus.services.policyd.service import Policyd
 from nexus.services.selftest.decision_rungs import HOLD_RIGHT
+from nexus.services.selftest.exec_rungs import COPY
 from nexus.services.selftest.identity_rungs import FOREIGN_CREDENTIALS, FORGED_SENDERS
 from nexus.services.selftest.watch_rungs import ESCAPE
 
@@ -97,7 +101,17 @@ HOLD_SPAN: Final = 60_000_000_000  # ns; init ends a task that hangs long before
 
 def _plant_sim() -> None:
     from nexus.kernel.sim.ipc import Ipc
-    from nexus.kernel.sim.objects import Link
+    from nexus.kernel.sim.kernel import SimKernel
+    from nexus.kernel.sim.objects import BLOCKED, Link, Task
+
+    def console_write(kernel: SimKernel, task: Task, trap: ConsoleWrite) -> Any:
+        told = original_write(kernel, task, trap)
+        if (task.name, trap.line) != (COPY, LAST_LINE):
+            return told
+        kernel.end(task, 0, signal.SIGKILL)
+        return BLOCKED
+
+    original_write = replace(SimKernel, "_console_write", console_write)
 
     def deliver(ipc: Ipc, link: Link) -> None:
         data, pid, cap = link.queue[-1]
@@ -109,7 +123,15 @@ def _plant_sim() -> None:
 
 def _plant_linux() -> None:
     from nexus.kernel.linux.driver import Driver
+    from nexus.kernel.linux.kernel import LinuxKernel
     from nexus.kernel.linux.objects import OwnerLink
+
+    def console(kernel: LinuxKernel, sender: Sender, line: str, evidence: bytes) -> None:
+        original_console(kernel, sender, line, evidence)
+        if (kernel.names[sender.service], line) == (COPY, LAST_LINE):
+            signal.pidfd_send_signal(kernel.children[sender.pid].pidfd, signal.SIGKILL)
+
+    original_console = replace(LinuxKernel, "console", console)
 
     def own(driver: Driver, *arguments: Any) -> OwnerLink:
         link: OwnerLink = original(driver, *arguments)

@@ -12,6 +12,7 @@ from nexus.abi import (
     AbiError,
     BootImage,
     CapClose,
+    ConsoleWrite,
     EndpointClose,
     EndpointCreate,
     Exit,
@@ -52,6 +53,7 @@ from nexus.protocols.statefsd import Durability
 from nexus.protocols.statefsd import Put as StatePut
 from nexus.protocols.testsvc import (
     HELD_COUNT_MAX,
+    LAST_LINE,
     PROTOCOL,
     Answered,
     AskedInit,
@@ -81,6 +83,7 @@ from nexus.protocols.testsvc import (
     SeenBy,
     SessionDone,
     SessionStep,
+    Silent,
     Step,
     TestsvcRequest,
     TestsvcStatus,
@@ -88,7 +91,6 @@ from nexus.protocols.testsvc import (
     UseLink,
     UseMetrics,
     UseState,
-    Written,
 )
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Seen, Whoami
@@ -271,16 +273,14 @@ class Testsvc:
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
         return Answered(int(answer.status if isinstance(answer, Refused) else ReplyStatus.OK))
 
-    async def _last_words(self, call: Call, request: LastWords) -> Deferred:
+    async def _last_words(self, call: Call, request: LastWords) -> Silent:
         if self.log is None:
             raise call.refuse(TestsvcStatus.SESSION_BROKEN)
-        answer = call.defer()
         words = f"{LAST_WORDS} {request.token}"
         self.log.info(words, token=request.token)
-        answer.reply(Written())
-        await self.server.send_given()
+        await ConsoleWrite(LAST_LINE)
         _ = await SleepUntil(Nanos(call.now + SILENCE))  # in which the log is not flushed
-        return answer
+        raise call.refuse(TestsvcStatus.SESSION_BROKEN)
 
     async def _over_given_link(
         self, call: Call, name: str, protocol: WireProtocol, request: Request[ReplyT]

@@ -15,7 +15,7 @@ from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
 from nexus.protocols.testsvc import UseKeys, UseState
 from nexus.services.selftest.climb import CALL_WAIT, Climb
-from nexus.services.selftest.exec_rungs import EXECD_NAME, EXIT42, crash_once
+from nexus.services.selftest.exec_rungs import EXECD_NAME, EXIT42, use_execd
 from nexus.services.selftest.rung import Evidence, expect, require
 from nexus.wire import Request
 
@@ -77,7 +77,7 @@ async def _use_all(climb: Climb) -> None:
     uses: dict[str, tuple[Request[Any], ...]] = {
         "logd": (Query(climb.config.boot, 1, 1, EVERY_RECORD),),
         "metricsd": (GetSeries(1, 1, 0, ""),),
-        "execd": (GetReport(NO_REPORT),),
+        "execd": (GetReport(NO_REPORT), GetReport(NO_REPORT)),
         "rngd": (GetEntropy(1),),
         "statefsd": (Get(UNUSED_KEY),),
         "keystored": (GetPublicKey(), GetKey(UNUSED_NAME)),
@@ -87,7 +87,7 @@ async def _use_all(climb: Climb) -> None:
         for request in requests if name in climb.clients else ():
             _ = await climb.client(name).call(request, await climb.ahead(CALL_WAIT))
     if climb.services >= {EXECD_NAME, EXIT42}:
-        await crash_once(climb)  # whose report execd has statefsd keep
+        await use_execd(climb)
 
 
 async def no_resource_left_behind(climb: Climb) -> Evidence:
