@@ -245,7 +245,10 @@ def _word_of(packed: str, word: int) -> int:
         raise Mismatch(f"no page came with it: {error}") from error
     for _ in range(word + 1):
         demand(reader.allot() is not None, f"the page has no word {word}")
+    reader.begin()
+    reader.mark()
     reader.copy()
+    _ = reader.settle()
     return reader.gauge(word)
 
 

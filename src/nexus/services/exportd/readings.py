@@ -1,5 +1,6 @@
 """What metricsd knows, page by page: series as they are now, and the spans since the last time."""
 
+from contextlib import suppress
 from typing import Final
 
 from nexus.abi import Nanos
@@ -73,6 +74,11 @@ class Readings:
                 break
             since = page.next
         return found
+
+    async def open(self, until: Nanos) -> None:
+        """Take the way to metricsd now, as far as it is there."""
+        with suppress(NoReading):
+            _ = await self._metricsd(until)
 
     async def _metricsd(self, until: Nanos) -> Client:
         try:

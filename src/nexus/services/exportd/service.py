@@ -42,6 +42,7 @@ from nexus.services.exportd.exposition import chosen, exposition
 from nexus.services.exportd.pages import Asked, Visit
 from nexus.services.exportd.readings import NoReading, Readings
 
+OPEN_MAX: Final = Nanos(200_000_000)  # ns for the way to metricsd at the start
 SCRAPE_TIME_MAX: Final = Nanos(800_000_000)  # ns for reading all series; a probe waits behind it
 EXPORT_TIME_MAX: Final = Nanos(800_000_000)  # ns for what goes to the collector, the same
 SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times in a minute
@@ -85,8 +86,10 @@ class Exportd:
         self._origin = otlp.Origin(names, f"{config.boot_id.hex()[:12]}", __version__)
 
     async def start(self) -> None:
-        """Its ports are open from the start; the way to metricsd is looked for when it is asked."""
+        """Its ports are open from the start; the way to metricsd is taken if it is there, and else
+        looked for when it is asked."""
         self._clock = await ClockMap()
+        await self._readings.open(deadline_after(await Now(), OPEN_MAX))
         if self._collector_port is not None:
             self._export_due = deadline_after(await Now(), self._every)
 

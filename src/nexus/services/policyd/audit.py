@@ -17,12 +17,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from nexus.abi import Nanos, ServiceId
+from nexus.abi import Nanos, ServiceId, service_id
 from nexus.ipc import Client, Posted, Poster, Refused, deadline_after
 from nexus.protocols.logd import FIELDS_SIZE_MAX, Append, Appended, Field, Level, LogdStatus
 from nexus.services.policyd.shares import Kind, Share, Shares, Suppressed
 from nexus.wire import ReplyStatus
 
+POLICYD_NAME: Final = "policyd"
+POLICYD: Final = service_id(POLICYD_NAME)
 SCOPE: Final = "policyd.audit"
 TEXT: Final = "audit"
 POSTS_MAX: Final = 8  # posts of one turn, so that a turn has a bound: about 0.1 ms
@@ -112,6 +114,17 @@ class Audit:
         self._queue(share, taken, appended(fields, denied=denied), number, denied=denied)
         self._decisions += number > 0
         self._wake_by(max(Nanos(now + POST_PAUSE), self._not_before))
+
+    def say(self, level: Level, text: str, fields: dict[str, str]) -> bool:
+        """Queue a record of policyd's own, which is of no decision; whether it has a place."""
+        share = self._shares.of(POLICYD, POLICYD_NAME)
+        taken = share.take(Kind.MALFORMED, self._now)
+        if taken is None:
+            return False  # what policyd says of itself takes no place of a decision
+        told = [Field(key, value) for key, value in fields.items()]
+        self._queue(share, taken, Append(level, SCOPE, text, told), 0, denied=False)
+        self._wake_by(max(self._now, self._not_before))
+        return True
 
     async def hurry(self, now: Nanos) -> None:
         """Post the record just put if nothing is before it: in logd's queue it outlives us.

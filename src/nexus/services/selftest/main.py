@@ -6,16 +6,17 @@ import msgspec
 
 from nexus.abi import (
     EVIDENCE_SIZE_MAX,
+    INIT_NAME,
     AbiError,
     BootImage,
     ConsoleWrite,
     Nanos,
     TaskStats,
 )
-from nexus.ipc import Client, Exchange, Peers, RetryBudget
+from nexus.ipc import Client, Exchange, Peers, RetryBudget, RetryTokens, retry_until
 from nexus.protocols.execd import PROTOCOL as EXECD
 from nexus.protocols.exportd import PROTOCOL as EXPORTD
-from nexus.protocols.init import AwaitReady, Ready
+from nexus.protocols.init import AwaitReady, Health, Ready, TaskState
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.ladder import SELFTEST, boot_of, last_boot
@@ -48,6 +49,9 @@ START_BUDGET: Final = Nanos(30_000_000_000)  # ns; a whole system starts in a se
 CONNECT_ATTEMPTS_MAX: Final = 200
 CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
+OTHERS_MAX: Final = Nanos(8_000_000_000)  # ns; an interpreter of its own imports for a second
+OTHERS_BACKOFF: Final = Nanos(5_000_000)  # ns
+OTHERS_LOOK: Final = Nanos(250_000_000)  # ns; twice as long as libraries pause between two looks
 END_RUNG: Final = 144
 
 PROTOCOLS: Final[dict[str, Protocol]] = {
@@ -105,6 +109,7 @@ async def _connect(
     if not isinstance(control, Exchange):
         return f"no link to init: {control!r}"
     climb = Climb(boot, config, peers, control)
+    await _await_others(climb, until)
     budget = RetryBudget(attempts_max=CONNECT_ATTEMPTS_MAX, backoff=CONNECT_BACKOFF, deadline=until)
     for name in (each for each in config.uses if each not in ON_DEMAND):
         client = await peers.connect(name, PROTOCOLS[name], budget)
@@ -112,6 +117,29 @@ async def _connect(
             return f"no link to {name}: {client!r}"
         climb.clients[name] = client
     return await _share(climb, until) or climb
+
+
+async def _await_others(climb: Climb, until: Nanos) -> None:
+    """Wait until the others work and have found whom they use; our own planned links are what the
+    system is then not ready without. A service may have two links to another, one of its own and
+    one of a library's, of which the plan knows one: what is held at ready is to have both."""
+    budget = RetryBudget(
+        attempts_max=CONNECT_ATTEMPTS_MAX,
+        backoff=OTHERS_BACKOFF,
+        deadline=Nanos(min(until, await climb.ahead(OTHERS_MAX))),
+    )
+    _ = await retry_until(lambda: _unwell(climb), bool, budget, RetryTokens())
+    _ = await climb.pause(OTHERS_LOOK)
+
+
+async def _unwell(climb: Climb) -> list[str]:
+    """The services that start with the system and have not answered their health probe."""
+    names = [
+        row.name
+        for row in (await climb.tasks()).rows
+        if row.state is not TaskState.ON_DEMAND and row.name not in (INIT_NAME, climb.boot.name)
+    ]
+    return [name for name in names if (await climb.record(name)).health is not Health.OK]
 
 
 async def _share(climb: Climb, until: Nanos) -> str:
