@@ -20,7 +20,7 @@ owner_size = "512KiB"
 [service.policyd]
 program = "policyd"
 capabilities = ["ipc.core", "policy.authority"]
-uses = {{ logd = {{ depth = 64, sync = false }} }}
+uses = {{ logd = {{ depth = 64, sync = false }}, metricsd = {{ sync = false }} }}
 health = {{ deadline = "2s", every = "250ms", answer = "500ms" }}
 
 [service.logd]
@@ -64,12 +64,24 @@ pause_max_ms = 1000
 """
 
 OPERATED: Final = """
+[device.rng]
+kind = "entropy"
+
+[service.rngd]
+program = "rngd"
+stage = "core"
+hardware = ["rng"]
+capabilities = ["ipc.core", "policy.delegate", "device.mmio.rng:window rng"]
+uses = { policyd = {}, logd = { sync = false }, metricsd = { sync = false } }
+restart = { backoff = "10ms" }
+
 [service.operator]
 program = "operator"
 stage = "core"
 ports = ["operator"]
 capabilities = [
-    "ipc.core", "log.read", "metrics.read", "port.operator", "system.control", "system.observe",
+    "ipc.core", "log.read", "metrics.read", "port.operator", "rng.entropy", "system.control",
+    "system.observe",
 ]
 
 [service.operator.uses]
@@ -77,6 +89,7 @@ policyd = { sync = false }
 logd = { sync = false }
 metricsd = { sync = false }
 timed = { sync = false }
+rngd = { sync = false }
 exportd = { sync = false }
 """
 """A door for commands, for who runs the system for real."""

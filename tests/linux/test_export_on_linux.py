@@ -22,9 +22,13 @@ from typing import Any, Final
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from nexus.cli.client import OperatorClient
+from nexus.protocols.rngd import PROTOCOL as RNGD
+from nexus.protocols.rngd import GetEntropy
 from tests.fakes.exportsystem import OPERATED, system_text
 from tests.fakes.machine import Machine, machine, python_of
 from tests.fakes.otlpreader import read_metrics, read_traces
+from tests.fakes.traceevents import check_trace_events
 
 pytestmark = pytest.mark.linux
 
@@ -309,3 +313,49 @@ def test_it_listens_at_what_was_declared_and_nowhere_else(system: Exporting) -> 
     ]
 
     assert [row[1] for row in listening] == [f"0100007F:{system.page_port:04X}"]
+
+
+def test_one_command_is_one_trace_through_two_services(system: Exporting, tmp_path: Path) -> None:
+    answer = system.host.ok("call", "rngd", "get-entropy", "size=8", "--verbose", "--json")
+    trace = answer.err.split()[-1]
+
+    def spans() -> Any:
+        shown = system.host.run("trace", trace, "--json")
+        found = shown.json[0]["spans"] if shown.code == 0 else []
+        return found if len(found) > 1 else None
+
+    drawn, checked = eventually(spans, "both spans")
+
+    assert (drawn["service"], drawn["name"]) == ("rngd", "rngd.GetEntropy")
+    assert (checked["service"], checked["name"]) == ("policyd", "policyd.CheckFor")
+    assert checked["parent"] == drawn["span"]
+    assert 0 < checked["duration_ns"] < drawn["duration_ns"]
+    lines = system.host.ok("trace", trace[:12], "--logs").out.splitlines()
+    assert lines[0].startswith(f"trace {trace}  2 spans of 2 services")
+    assert lines[1].startswith("rngd.GetEntropy")
+    assert any(line.startswith("└─ policyd.CheckFor") for line in lines)
+    file = tmp_path / "trace.json"
+    _ = system.host.ok("trace", trace, "--chrome", str(file))
+    check_trace_events(json.loads(file.read_text()))
+    assert "no span of the trace" in system.host.run("trace", "00" * 16).err
+
+
+def test_one_trace_goes_on_over_a_restart(system: Exporting) -> None:
+    runtime = system.socket_path.parent
+    with OperatorClient(runtime, "exporting", lambda: True) as client:
+        _ = client.relay("rngd", RNGD, GetEntropy(8), PATIENCE)
+        _ = system.host.ok("restart", "rngd")
+        _ = client.relay("rngd", RNGD, GetEntropy(8), PATIENCE)
+        trace = client.trace
+
+    def generations() -> Any:
+        shown = system.host.run("trace", trace, "--json")
+        spans = shown.json[0]["spans"] if shown.code == 0 else []
+        found = [each["generation"] for each in spans if each["name"] == "rngd.GetEntropy"]
+        return found if len(found) > 1 else None
+
+    first, second = eventually(generations, "the spans of both instances")
+    assert second == first + 1
+    text = system.host.ok("trace", trace).out
+    assert f"rngd#{first} " in text
+    assert f"rngd#{second} " in text
