@@ -14,7 +14,7 @@ ASK_TIME: Final = 10.0  # seconds; init gives a service two to take its settings
 SENTENCES: Final = {
     ReloadOutcome.IN_FORCE: "the new settings are in force",
     ReloadOutcome.NEEDS_RESTART: "cannot change them while it runs: `nexus restart {name}`",
-    ReloadOutcome.REFUSED: "does not take them; the old ones are in force: see `nexus check`",
+    ReloadOutcome.REFUSED: "does not take them; the old ones are in force: `nexus logs -s {name}`",
     ReloadOutcome.NO_ANSWER: "did not answer; it has them when it starts again",
     ReloadOutcome.AT_START: "does not run; it has them when it starts",
 }

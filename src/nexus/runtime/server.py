@@ -51,6 +51,7 @@ from nexus.log.lastwords import Writer, write_last_words
 from nexus.metrics import Recorder
 from nexus.metrics.spans import ERROR as SPAN_ERROR
 from nexus.metrics.spans import OK as SPAN_OK
+from nexus.protocols.logd import Level
 from nexus.protocols.meta import (
     FACTS_MAX,
     PROBES_MAX,
@@ -279,6 +280,8 @@ class Server:
         log = self._log
         metrics = self._metrics
         recorder = self._recorder
+        page = None if recorder is None else recorder.page
+        spans = None if page is None else page.spans
         span_names = self._span_names
         timed = next_time is not None or log is not None or metrics is not None
         forever = deadline == NEVER
@@ -333,9 +336,8 @@ class Server:
             call.codec = codec
             call.deadline = until
             caller.parent = call
-            page = None if recorder is None else recorder.page
-            if page is not None:
-                call.open_span(page.spans, span_names[codec])
+            if spans is not None:
+                call.open_span(spans, span_names[codec])
             try:
                 reply = handle(call, request)
                 if awaits:
@@ -346,8 +348,8 @@ class Server:
                 self._close_span(status)
                 return (yield from self._refuse(slot, message, status, request).__await__())
             caller.parent = None
-            if page is not None:
-                self._close_span(None)
+            if call.span >= 0:
+                recorder.close(call.take_span(), SPAN_OK)  # type: ignore[union-attr] # it opened it
             if type(reply) is not codec.reply_type or call.moving is not None:
                 yield from self._conclude(slot, self._framed(reply)).__await__()
                 return True
@@ -736,7 +738,7 @@ class Server:
             )
         except msgspec.DecodeError as error:  # a ValidationError is one
             if self._log is not None:
-                fields = {"error": str(error)[:SETTINGS_ERROR_MAX]}
+                fields: dict[str, FieldValue] = {"error": str(error)[:SETTINGS_ERROR_MAX]}
                 _ = self._log.write(Level.WARN, "new settings are not taken", fields)
             raise call.refuse(MetaStatus.BAD_SETTINGS) from error
         return Configured()

@@ -58,6 +58,7 @@ ANSWER_WAIT: Final = Nanos(5_000_000_000)  # ns for a durable write; a slow card
 DISCOVERY_WAIT: Final = Nanos(50_000_000)  # ns of one search for statefsd
 LOOK_PAUSE: Final = Nanos(100_000_000)  # ns between two tries, doubling
 LOOK_PAUSE_MAX: Final = Nanos(5_000_000_000)  # ns
+GRACE: Final = Nanos(1_000_000_000)  # ns after our start in which statefsd need not be there
 POLL: Final = Nanos(2_000_000)  # ns between two looks after an answer, doubling
 POLL_MAX: Final = Nanos(50_000_000)  # ns
 RECOVERY_MAX: Final = Nanos(30_000_000_000)  # ns; then windows begin without the old ones
@@ -238,8 +239,9 @@ class Store:
         return True
 
     def _wait(self, now: Nanos) -> None:
-        """Something did not succeed: the next try is a little later."""
-        self.failed += 1
+        """Something did not succeed: the next try is a little later. What starts beside us may
+        take a moment."""
+        self.failed += self._begun is not None and now - self._begun > GRACE
         self._again = deadline_after(now, self._pause)
         self._pause = min(Nanos(2 * self._pause), LOOK_PAUSE_MAX)
 
