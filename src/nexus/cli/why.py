@@ -329,7 +329,7 @@ def _when(story: Story) -> str:
 
 
 def _ran(crash: Crash) -> str:
-    return span(crash.duration / NANOS)
+    return span(crash.duration / NANOS) if crash.duration >= NANOS else _ms(crash.duration)
 
 
 def _ms(nanos: int) -> str:

@@ -20,10 +20,10 @@ from nexus.protocols.execd import (
     ReportExit,
 )
 from nexus.protocols.logd import PAGE_MAX, LastRecords, Record, Records
-from nexus.protocols.metricsd import SPAN_ROWS_MAX, GetSpans, Span, SpanPage
+from nexus.protocols.metricsd import SPAN_ROWS_MAX, GetSpans, Span, SpanPage, SpanStatus
 from nexus.services.execd.asked import Asked
 
-SPAN_PAGES_MAX: Final = 32  # pages of spans that are looked through for the last ones
+SPAN_LOOKS_MAX: Final = 64  # questions for the last page; half of them find a number of 32 bits
 HIDDEN: Final = frozenset({EVENT_KEY, PART_KEY})  # fields of a last word that say nothing to people
 
 
@@ -107,31 +107,53 @@ def _traceback(own: Sequence[Record]) -> str:
 
 
 async def _take_spans(found: Evidence, metricsd: Asked, end: ReportExit, until: Nanos) -> None:
-    """The spans that were open, and the last that ended: pages from the oldest on."""
-    since = 0
-    kept: list[Span] = []
-    for _ in range(SPAN_PAGES_MAX):
-        request = GetSpans(since, SPAN_ROWS_MAX, b"", service_id(end.name), end.pid, "")
-        page = await metricsd.ask(request, until)
-        if not isinstance(page, SpanPage):
-            found.missing.append(f"spans: {metricsd.name}, {metricsd.why}")
-            break
-        own = (each for each in page.spans if each.generation == end.generation)
-        kept = _latest([*kept, *own])
-        if not page.spans or page.next <= since:
-            break
-        since = page.next
+    """The spans that were open, and the last that ended."""
+    spans = await _last_spans(metricsd, end, until)
+    if spans is None:
+        found.missing.append(f"spans: {metricsd.name}, {metricsd.why}")
+        return
+    kept = _latest([each for each in spans if each.generation == end.generation])
     found.spans = [_span(each) for each in kept]
     if not found.trace:
         found.trace = next((each.trace.hex() for each in reversed(kept) if any(each.trace)), "")
 
 
+async def _last_spans(metricsd: Asked, end: ReportExit, until: Nanos) -> list[Span] | None:
+    """The last page of the task's spans. No more are coming, so it is found by halving: behind
+    `low` there is more than a page, from `top` on there is no more than one."""
+    low, look, step = -1, 0, SPAN_ROWS_MAX
+    top: int | None = None
+    last: list[Span] | None = None
+    for _ in range(SPAN_LOOKS_MAX):
+        request = GetSpans(look, SPAN_ROWS_MAX, b"", service_id(end.name), end.pid, "")
+        page = await metricsd.ask(request, until)
+        if not isinstance(page, SpanPage):
+            return last
+        if page.next:
+            low = look
+        else:
+            top, last = look, page.spans
+        if top is None:
+            look, step = look + step, 2 * step
+        elif low + 1 < top:
+            look = (low + top) // 2
+        else:
+            break
+    return last
+
+
 def _latest(spans: Sequence[Span]) -> list[Span]:
-    """The open ones and the last that ended, as many as a report takes; the open ones last."""
-    order = sorted(spans, key=lambda each: (not each.end, each.end or each.start))
+    """The last that ended and then those that were open, as many as a report takes."""
+    order = sorted(spans, key=lambda each: (_was_open(each), each.end or each.start))
     return order[-LAST_SPANS_MAX:]
 
 
+def _was_open(span: Span) -> bool:
+    """Whether its task ended before it did."""
+    return not span.end or span.status is SpanStatus.LOST
+
+
 def _span(span: Span) -> LastSpan:
-    end = span.wall + span.end - span.start if span.end else 0
-    return LastSpan(span.name, span.wall, end)
+    return LastSpan(
+        span.name, span.wall, 0 if _was_open(span) else span.wall + span.end - span.start
+    )
