@@ -8,6 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from nexus.abi import (
     AbiError,
     BootImage,
@@ -62,7 +64,7 @@ READER = "client"  # the one that may read
 BESIDE = "beside"  # the one that runs while the others do
 RESULT = "result"
 
-NO_STATS = Stats(*[0] * (len(Stats.__struct_fields__) - 1), [])  # type: ignore[arg-type]
+NO_STATS = msgspec.convert([0] * (len(Stats.__struct_fields__) - 1) + [[]], Stats)  # all zero
 Body = Callable[["Task"], Awaitable[object]]
 
 
