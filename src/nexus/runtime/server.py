@@ -47,6 +47,7 @@ from nexus.abi import (
 )
 from nexus.ipc import Caller, Peers, Spans
 from nexus.ipc.exchange import close_if_any
+from nexus.log import FieldValue
 from nexus.log.lastwords import Writer, write_last_words
 from nexus.metrics import Recorder
 from nexus.metrics.spans import ERROR as SPAN_ERROR
