@@ -1,10 +1,10 @@
 """What metricsd knows, page by page: series as they are now, and the spans since the last time."""
 
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from nexus.abi import Nanos
-from nexus.ipc import Client
+from nexus.ipc import CallFailure, Client, Refused, Stale
 from nexus.protocols.metricsd import (
     PROTOCOL as METRICSD,
 )
@@ -19,6 +19,9 @@ from nexus.protocols.metricsd import (
     SpanPage,
 )
 from nexus.runtime.program import Context, Unreachable
+from nexus.wire import Request
+
+ReplyT = TypeVar("ReplyT")
 
 METRICSD_NAME: Final = "metricsd"
 SPANS_MAX: Final = 512  # of one export; the next one goes on where it ended
@@ -26,6 +29,14 @@ SPANS_MAX: Final = 512  # of one export; the next one goes on where it ended
 
 class NoReading(Exception):
     """metricsd gave none; the text says why."""
+
+
+async def _told(
+    client: Client, request: Request[ReplyT], until: Nanos
+) -> ReplyT | Refused | CallFailure:
+    """metricsd's answer. After Stale nothing was sent, and the way to its next instance is there."""
+    outcome = await client.call(request, until)
+    return await client.call(request, until) if isinstance(outcome, Stale) else outcome
 
 
 class Readings:
@@ -44,7 +55,7 @@ class Readings:
         since = 0
         while True:  # each page begins behind the one before
             asked = GetSeries(since, SERIES_ROWS_MAX, 0, "")
-            page = await client.call(asked, until)
+            page = await _told(client, asked, until)
             if not isinstance(page, SeriesPage):
                 raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
             rows += page.series
@@ -64,7 +75,7 @@ class Readings:
         since = self._since
         while len(found) < SPANS_MAX:
             asked = GetSpans(since, SPAN_ROWS_MAX, b"", 0, 0, "")
-            page = await client.call(asked, until)
+            page = await _told(client, asked, until)
             if not isinstance(page, SpanPage):
                 raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
             ended = [span for span in page.spans if span.end]
