@@ -10,7 +10,7 @@ turn has it. What the log could not take is counted, and every series is told ag
 from collections.abc import Mapping
 from typing import Final, Protocol
 
-from nexus.abi import Nanos
+from nexus.abi import Nanos, service_id
 from nexus.protocols.logd import FIELDS_SIZE_MAX, Level
 from nexus.protocols.metricsd import Kind, Span
 from nexus.services.metricsd.config import SECOND, Settings
@@ -19,6 +19,12 @@ from nexus.services.metricsd.spans import Kept
 
 METRIC_EVENT: Final = "metric.v1"
 SPAN_EVENT: Final = "span.v1"
+SPAN_SHARE: Final = (
+    4  # of the records, one in so many may be of a span: the journal is no trace store
+)
+UNTOLD: Final = frozenset(service_id(name) for name in ("logd", "metricsd"))
+"""Whose spans the journal is not told of: they come of telling it, and would never end."""
+
 BUCKETS_SIZE_MAX: Final = 128  # characters of all buckets; beyond it only count and sum are told
 FIELD_COST: Final = 2  # bytes of a field besides key and value, as logd counts
 
@@ -64,6 +70,7 @@ class Exporter:
         self._turn: list[int] = []  # series of this turn that are still to be told, reversed
         self._budget_at: Nanos | None = None
         self._budget = 0  # records that may be written now
+        self._span_budget = 0  # of these, of spans
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -91,6 +98,7 @@ class Exporter:
         if self._budget_at is None or now - self._budget_at >= SECOND:
             self._budget_at = now
             self._budget = self._rate
+            self._span_budget = max(1, self._rate // SPAN_SHARE)
         self._write_series()
         self._write_spans()
 
@@ -120,10 +128,14 @@ class Exporter:
         if self._turn:
             return  # series first: a span is told once, and later is as good
         for span in self._kept.since(self._span_next):
-            if not self._budget:
+            if not self._budget or not self._span_budget:
                 return
             self.lost += span.number - self._span_next
             self._span_next = span.number
+            if span.service in UNTOLD:
+                self._span_next = span.number + 1
+                continue
+            self._span_budget -= 1
             if not self._write(f"span {span.name}", span_fields(span)):
                 return
             self._span_next = span.number + 1

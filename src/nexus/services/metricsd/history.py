@@ -1,12 +1,13 @@
 """The history of every series, in windows: in memory, and on disk where there is a store."""
 
+from collections.abc import Callable
 from typing import Final
 
 from nexus.abi import Nanos, ServiceId
 from nexus.protocols.metricsd import GetHistory, Kind, Resolution, Window, WindowPage
 from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.rollup import Rollups
-from nexus.services.metricsd.series import Key, Series, sorted_labels
+from nexus.services.metricsd.series import GONE_MAX, OWN_MAX, Key, Series, sorted_labels
 from nexus.services.metricsd.store import Connect, Say, Store
 from nexus.wire import encode
 
@@ -37,9 +38,14 @@ class History:
             boot,
             boot.to_bytes(BOOT_SIZE, "big") + boot_id,  # a machine without entropy repeats ids
         )
+        self._rollups.entries_max = entries_max(settings)
         self._store: Store | None = None
         if connect is not None and log is not None and settings.retention:
             self._store = Store(settings, self._rollups, connect, log, generation=generation)
+
+    def remember(self, is_known: Callable[[Key], bool]) -> None:
+        """What a series said is not forgotten as long as it is known so."""
+        self._rollups.is_known = is_known
 
     def start(self, now: Nanos, offset: int) -> None:
         """The clocks are known: without a store windows begin, with one when it was read."""
@@ -50,6 +56,7 @@ class History:
     def configure(self, settings: Settings) -> None:
         """Use these from now on. Whether there is a store at all is for the next start."""
         self._settings = settings
+        self._rollups.entries_max = entries_max(settings)
         for resolution, closed in self._rollups.configure(
             settings.short_ns, settings.long_ns, settings.windows
         ):
@@ -112,14 +119,15 @@ class History:
     def losses(self) -> list[tuple[str, int]]:
         """What was lost, as counters of metricsd's own."""
         store = self._store
-        if store is None:
-            return []
-        return [
-            ("nexus_retention_writes_refused_total", store.refused),
-            ("nexus_retention_failed_total", store.failed),
-            ("nexus_retention_windows_dropped_total", store.dropped),
-            ("nexus_retention_records_lost_total", store.recovered.lost),
-        ]
+        found = [("nexus_history_readings_refused_total", self._rollups.refused)]
+        if store is not None:
+            found += [
+                ("nexus_retention_writes_refused_total", store.refused),
+                ("nexus_retention_failed_total", store.failed),
+                ("nexus_retention_windows_dropped_total", store.dropped),
+                ("nexus_retention_records_lost_total", store.recovered.lost),
+            ]
+        return found
 
     def counts(self) -> dict[str, int]:
         """As Stats tells it."""
@@ -137,3 +145,8 @@ class History:
             "recovered": 0 if store is None else store.recovered.records,
             "recovery_lost": 0 if store is None else store.recovered.lost,
         }
+
+
+def entries_max(settings: Settings) -> int:
+    """Series that one window may have: all that live, those that ended in it, and our own."""
+    return settings.series + GONE_MAX + OWN_MAX

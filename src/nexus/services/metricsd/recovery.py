@@ -176,11 +176,11 @@ class Recovery:
             for closed in rollups.closed[resolution]:
                 if closed.place.boot_id == rollups.boot_id:
                     for entry in closed.entries():
-                        rollups.know(entry)
+                        rollups.know(entry, closed.start)
         open_ = rollups.open[Resolution.SHORT]
         if open_ is not None:
             for entry in open_.entries.values():
-                rollups.know(copied(entry))
+                rollups.know(copied(entry), open_.start)
 
     def _make_long(self, rollups: Rollups, short: Nanos, long: Nanos, now: Nanos) -> None:
         """Make the long windows that were not written, of the short ones that are in them."""

@@ -12,7 +12,7 @@ a histogram its new observations, with `min` and `max` the bounds of their bucke
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -25,6 +25,7 @@ from nexus.services.metricsd.wal import Meta, chunks, part_of, unpack
 
 I64_MAX: Final = (1 << 63) - 1
 U64_MAX: Final = (1 << 64) - 1
+ENTRIES_MAX: Final = 384  # series of a window, unless the settings say otherwise
 BUCKETS_MAX: Final = BOUNDS_MAX + 1
 
 
@@ -187,6 +188,10 @@ class Rollups:
         self.sequence = 0  # of the latest segment of the WAL
         self.offset = 0  # ns from the kernel's clock to 1970
         self.windows_max = windows_max
+        self.entries_max = ENTRIES_MAX  # series of one window
+        self.refused = 0  # readings of series beyond that
+        self.is_known: Callable[[Key], bool] = _anything
+        """Whether somebody has this series now: then what it said must not be forgotten."""
         self.closed: dict[Resolution, list[Closed]] = {each: [] for each in Resolution}
         self.open: dict[Resolution, Open | None] = dict.fromkeys(Resolution)
         self._lengths = {Resolution.SHORT: short, Resolution.LONG: long}
@@ -194,10 +199,12 @@ class Rollups:
         self._has_taken = False
         self._told: dict[Key, int] = {}  # start of the last long window that has the series
 
-    def know(self, entry: Entry) -> None:
-        """What an earlier metricsd of this boot took in last; readings go on from there."""
+    def know(self, entry: Entry, start: int) -> None:
+        """What an earlier metricsd of this boot took in last, in a window that began at `start`;
+        readings go on from there."""
         if not self._has_taken:
             self._bases[entry.key] = entry
+            self._told[entry.key] = start
 
     @property
     def has_begun(self) -> bool:
@@ -271,7 +278,9 @@ class Rollups:
         """Add a reading to a window; one that changed nothing makes no new entry."""
         found = open_.entries.get(key)
         if found is None:
-            if changed:
+            if changed and len(open_.entries) >= self.entries_max:
+                self.refused += 1
+            elif changed:
                 open_.entries[key] = copied(entry)
                 open_.dirty.add(key)
             return
@@ -279,11 +288,6 @@ class Rollups:
         found.life, found.state = entry.life, entry.state
         if changed:
             open_.dirty.add(key)
-
-    def forget(self, key: Key) -> None:
-        """Nobody will read this series again."""
-        _ = self._bases.pop(key, None)
-        _ = self._told.pop(key, None)
 
     # ------------------------------------------------------------------ windows
 
@@ -312,19 +316,23 @@ class Rollups:
 
     def _carry(self, open_: Open) -> None:
         """What a series said must outlive the windows that say it: a later metricsd goes on from
-        there. A series that was told too long ago is told again, with no count."""
+        there. One that was told too long ago is told again, with no count, or forgotten if nobody
+        has it any more."""
         for key in open_.entries:
             self._told[key] = open_.start
         kept = self.closed[Resolution.LONG]
         if len(kept) + 1 < self.windows_max:
             return
-        oldest = (
-            kept[len(kept) + 1 - self.windows_max].start if len(kept) >= self.windows_max else 0
-        )
-        for key, base in self._bases.items():
-            if self._told.get(key, 0) <= oldest and key not in open_.entries:
-                open_.entries[key] = Entry(*key, base.life, Figures(), base.state)
-                self._told[key] = open_.start
+        oldest = kept[len(kept) + 1 - self.windows_max].start
+        for key, base in list(self._bases.items()):
+            if self._told.get(key, 0) > oldest:
+                continue
+            if not self.is_known(key):
+                del self._bases[key]
+                _ = self._told.pop(key, None)
+                continue
+            open_.entries[key] = Entry(*key, base.life, Figures(), base.state)
+            self._told[key] = open_.start
 
     def keep(self, resolution: Resolution, closed: Closed) -> None:
         """Keep a window; `expired` says what is too old."""
@@ -362,6 +370,11 @@ class Rollups:
         return any(
             closed.find(needle, key) is not None for kept in self.closed.values() for closed in kept
         )
+
+
+def _anything(_key: Key) -> bool:
+    """Whoever has no table of series forgets none."""
+    return True
 
 
 def told(start: int, boot: int, figures: Figures) -> Window:

@@ -22,6 +22,7 @@ OWN: Final = ServiceId(0)  # owner of metricsd's own series
 GONE_MAX: Final = 256  # series of instances that ended, kept to be read
 REFUSED_NAMES_MAX: Final = 32  # metrics counted one by one when they are refused; then "other"
 REFUSED_NAME: Final = "nexus_series_refused_total"
+OWN_MAX: Final = 64  # series of metricsd's own: REFUSED_NAMES_MAX, and one per kind of loss
 OTHER: Final = "other"
 COUNTER_MAX: Final = (1 << 63) - 1  # what a Series can tell; there a counter stays
 SUM_MAX: Final = (1 << 64) - 1

@@ -133,6 +133,7 @@ class Metricsd:
         self._open = OpenSpans(settings.spans_open, settings.spans_open_each)
         self._kept = Kept(settings.spans_kept)
         self._history = History(settings) if history is None else history
+        self._history.remember(lambda key: self._table.find(key) is not None)
         self._exporter = Exporter(log, settings, self._table, self._kept)
         self._pages: dict[Instance, Page] = {}
         self._links: dict[LinkId, Instance] = {}  # over which an instance was heard
@@ -414,7 +415,8 @@ class Metricsd:
 
     async def _series_page(self, request: GetSeries) -> SeriesPage:
         """As many as fit; the pages are read for those that are told."""
-        self._say_own()
+        if request.since <= 1:
+            self._say_own()
         wanted: list[Series] = []
         for series in self._table.since(max(1, request.since)):
             if self._wants(request, series.key.service, series.key.name):
