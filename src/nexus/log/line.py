@@ -26,8 +26,10 @@ MARK_SIZE: Final = len(MARK.encode())  # bytes
 CUT_KEY: Final = "log.cut"  # the field that says how many fields were cut or left out
 FIELD_OVERHEAD: Final = 2  # bytes of a field besides key and value (services.md 1.3)
 INT_BITS_MAX: Final = 64  # of an integer shown in decimal; Python refuses to show very large ones
-QUICK_INT: Final = 1 << INT_BITS_MAX
 CUT_FIELD_SIZE: Final = len(CUT_KEY) + FIELD_OVERHEAD + 3  # bytes; the count has 3 digits at most
+is_plain: Final = frozenset({str, int, float, bool, type(None)}).issuperset
+"""Whether all of these types are those of values that are packed as they are."""
+
 NO_KEY: Final = re.compile(r"[^a-z0-9_.-]")
 
 assert SCOPE_SIZE_MAX > MARK_SIZE
@@ -49,24 +51,6 @@ def make_line(
     text, text_cut = cut(text, TEXT_SIZE_MAX)
     shown, fields_cut = _fields(fields or {})
     return Line(Append(level, scope, text, shown), scope_cut or text_cut or fields_cut)
-
-
-def quick_values(fields: Mapping[str, FieldValue]) -> list[str] | None:
-    """The values as they are shown, None if one of them is no plain and small one."""
-    values: list[str] = []
-    for value in fields.values():
-        kind = type(value)
-        if kind is str:
-            values.append(value)  # type: ignore[arg-type]
-        elif kind is int:
-            if not -QUICK_INT < value < QUICK_INT:  # type: ignore[operator]
-                return None
-            values.append(str(value))
-        elif kind is float or kind is bool or value is None:
-            values.append(str(value))
-        else:
-            return None
-    return values
 
 
 def cut(text: str, size_max: int) -> tuple[str, bool]:

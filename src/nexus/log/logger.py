@@ -48,7 +48,7 @@ from nexus.ipc import (
     TimedOut,
     deadline_after,
 )
-from nexus.log.line import FieldValue, Line, make_line, quick_values
+from nexus.log.line import FieldValue, Line, is_plain, make_line
 from nexus.log.payload import KEY_SEPARATOR, pack, packed, sendable, unpack
 from nexus.protocols.logd import (
     FIELDS_MAX,
@@ -69,6 +69,7 @@ LOGD_NAME: Final = "logd"
 RING_SIZE_DEFAULT: Final = 64 * 1024  # bytes; about 500 lines, more than a burst of a start
 QUEUE_MAX: Final = 64  # lines that wait in the task for a message; of at most 1 KiB each
 SURE_SIZE: Final = 240  # bytes of a payload so small that no part of it can be too large
+SURE_SCOPE: Final = SCOPE_SIZE_MAX // 4  # characters that never need more bytes than a scope has
 SHAPES_MAX: Final = 256  # sets of keys known by heart; a program has as many as lines of code
 BELL_PAUSE: Final = Nanos(10_000_000)  # ns between two doorbells, doubling while nothing moves
 BELL_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
@@ -81,6 +82,8 @@ FULL_PAUSE: Final = Nanos(5_000_000)  # ns until a full logd is tried again
 RATE_PAUSE: Final = Nanos(RATE_WINDOW_NS)  # ns; the window that refused is over then
 ROUTE_ATTEMPTS_MAX: Final = 3  # of one search
 ROUTE_BACKOFF: Final = Nanos(5_000_000)  # ns
+
+ERROR, WARN, INFO, DEBUG, TRACE = (int(each) for each in Level)
 
 assert RING_SIZE_DEFAULT <= RING_SIZE_MAX
 assert SURE_SIZE < SCOPE_SIZE_MAX + 256, "text and fields of a sure payload are inside their bounds"
@@ -195,6 +198,7 @@ class Logger:
         self._ring_size = ring_size
         self._clock: Clock | None = None
         self._ring: RingWriter | None = None
+        self._direct: RingWriter | None = None  # the ring, while lines go straight into it
         self._memory: Slot | None = None  # the ring's, while there is one
         self._begun = False
         self._lines: deque[bytes] = deque()  # payloads that wait for the ring, or for a message
@@ -224,23 +228,23 @@ class Logger:
 
     def error(self, text: str, **fields: FieldValue) -> None:
         """Something is broken, and somebody should look."""
-        _ = self.write(Level.ERROR, text, fields)
+        _ = self._write(ERROR, text, fields, self.scope)
 
     def warning(self, text: str, **fields: FieldValue) -> None:
         """Something is not as it should be; it goes on."""
-        _ = self.write(Level.WARN, text, fields)
+        _ = self._write(WARN, text, fields, self.scope)
 
     def info(self, text: str, **fields: FieldValue) -> None:
         """What a reader of the log wants to know of an ordinary day."""
-        _ = self.write(Level.INFO, text, fields)
+        _ = self._write(INFO, text, fields, self.scope)
 
     def debug(self, text: str, **fields: FieldValue) -> None:
         """What helps to find a fault."""
-        _ = self.write(Level.DEBUG, text, fields)
+        _ = self._write(DEBUG, text, fields, self.scope)
 
     def trace(self, text: str, **fields: FieldValue) -> None:
         """Every step."""
-        _ = self.write(Level.TRACE, text, fields)
+        _ = self._write(TRACE, text, fields, self.scope)
 
     def write(
         self,
@@ -251,13 +255,19 @@ class Logger:
         scope: str | None = None,
     ) -> bool:
         """Write one line, cut to what a record may have; whether it is on its way now."""
+        return self._write(int(level), text, fields or {}, self.scope if scope is None else scope)
+
+    # One function with everything in it: a line costs less than ten calls of an empty one.
+    def _write(self, level: int, text: str, fields: Mapping[str, FieldValue], scope: str) -> bool:
         if level > self.level:
             self._filtered += 1
             return False
         self._written += 1
-        payload = self._payload(level, self.scope if scope is None else scope, text, fields or {})
-        if self._ring is not None and not self._by_message:
-            self._ring.put(payload)
+        payload = self._quick_payload(level, text, fields, scope) or self._payload(
+            level, text, fields, scope
+        )
+        if self._direct is not None:
+            self._direct.put(payload)
             return True
         reason = self._no_room()
         if reason is not None:
@@ -279,33 +289,41 @@ class Logger:
         else:
             self._missed += 1
 
-    def _payload(
-        self, level: Level, scope: str, text: str, fields: Mapping[str, FieldValue]
+    def _quick_payload(
+        self, level: int, text: str, fields: Mapping[str, FieldValue], scope: str
     ) -> bytes:
-        """A line as it lies in the ring. Small ones of plain values, nearly all, take no detour."""
+        """A small line of plain values, as nearly all are; nothing if it needs a second look."""
+        shape = self._shapes.get(tuple(fields))
+        values: list[FieldValue] = list(fields.values())
+        if shape is None or not is_plain(map(type, values)) or len(scope) > SURE_SCOPE:
+            return b""
+        if shape.order is not None:
+            values = [values[index] for index in shape.order]
+        clock = self._clock
         parent = self._caller.parent
+        written = 0 if clock is None else clock.monotonic()
         trace = span = b""
         if parent is not None:
-            trace, span = parent.context.trace, parent.context.span
-        written = 0 if self._clock is None else self._clock.monotonic()
-        shape = self._shapes.get(tuple(fields))
-        if shape is not None and len(scope) * 4 <= SCOPE_SIZE_MAX:
-            values = quick_values(fields)
-            if values is not None:
-                if shape.order is not None:
-                    values = [values[index] for index in shape.order]
-                try:
-                    payload = pack(
-                        (int(level), written, scope, text, shape.keys, values, trace, span)
-                    )
-                except UnicodeEncodeError:  # half a surrogate pair
-                    payload = b""
-                if 0 < len(payload) <= SURE_SIZE:
-                    return payload
-        line = make_line(level, scope, text, fields)
+            context = parent.context
+            trace, span = context.trace, context.span
+        try:
+            payload = pack((level, written, scope, text, shape.keys, values, trace, span))
+        except (UnicodeEncodeError, OverflowError):  # half a surrogate pair; more than 64 bits
+            return b""
+        return payload if len(payload) <= SURE_SIZE else b""
+
+    def _payload(
+        self, level: int, text: str, fields: Mapping[str, FieldValue], scope: str
+    ) -> bytes:
+        """Any line, cut to what a record may have."""
+        line = make_line(Level(level), scope, text, fields)
         self._cut += line.is_cut
         self._learn(fields, line)
-        return packed(line.request, written, trace, span)
+        written = 0 if self._clock is None else self._clock.monotonic()
+        parent = self._caller.parent
+        if parent is None:
+            return packed(line.request, written)
+        return packed(line.request, written, parent.context.trace, parent.context.span)
 
     def _learn(self, fields: Mapping[str, FieldValue], line: Line) -> None:
         """Know this set of keys by heart if it is written as it stands."""
@@ -377,8 +395,8 @@ class Logger:
         except AbiError:
             await self._let_go_of_memory()
             return
-        while self._ring is not None and self._lines:
-            self._ring.put(self._lines.popleft())
+        self._direct = self._ring
+        self._move_to_ring()
 
     async def open(self, until: Nanos) -> bool:
         """Find logd and give it the ring, waiting at most until `until`; whether it has it.
@@ -544,7 +562,7 @@ class Logger:
             self._again = deadline_after(self._now, RATE_PAUSE)
 
     async def _let_go_of_memory(self) -> None:
-        self._ring = None
+        self._ring = self._direct = None
         memory, self._memory = self._memory, None
         if memory is not None:
             await CapClose(memory)
@@ -646,6 +664,7 @@ class Logger:
 
     def _use(self, exchange: Exchange) -> None:
         self._poster = Poster(exchange, self._on_ended, wait=ANSWER_WAIT)
+        self._direct = None if isinstance(exchange, OneShots) else self._ring
         self._stream_of = None
         self._bound += 1
         self._again = Nanos(0)
@@ -658,6 +677,7 @@ class Logger:
         await self._take(await self._read_clock())
         poster.abandon()
         self._poster = None
+        self._direct = self._ring
         self._stream_of = None
         if isinstance(poster.exchange, OneShots):
             poster.exchange.end()

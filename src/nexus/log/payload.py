@@ -4,7 +4,8 @@
 
 `written` is the writer's clock (ns, 0 if it had none), `keys` are the fields' keys in one string,
 separated by KEY_SEPARATOR, so that a reader knows a whole set of them at a glance; `trace` and
-`span` are empty if the line belongs to no call. Who has written it stands nowhere: that is the
+`span` are empty if the line belongs to no call. A value that is no text is packed as it is, and
+shown as str() shows it. Who has written it stands nowhere: that is the
 kernel's to say.
 """
 
@@ -28,7 +29,7 @@ class Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     scope: str
     text: str
     keys: str
-    values: list[str]
+    values: list[str | int | float | bool | None]
     trace: Annotated[bytes, Blob(size_max=TRACE_SIZE)]
     span: Annotated[bytes, Blob(size_max=SPAN_SIZE)]
 
@@ -36,7 +37,10 @@ class Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     def fields(self) -> list[Field]:
         """Keys and values, in order; what is too many of the one or the other is left out."""
         names = self.keys.split(KEY_SEPARATOR) if self.keys else []
-        return [Field(key, value) for key, value in zip(names, self.values, strict=False)]
+        return [
+            Field(key, value if type(value) is str else str(value))
+            for key, value in zip(names, self.values, strict=False)
+        ]
 
 
 pack: Final = msgspec.msgpack.Encoder().encode

@@ -29,11 +29,13 @@ CORE_CLAIMS: Final = frozenset({"pid"})
 """Keys that core senders may use about others, as a crash record does (RFC-0011), and nobody
 else."""
 
-SURE_SIZE: Final = 240  # bytes of a payload in which only the scope can be too large
+SURE_SIZE: Final = 120  # bytes of a payload in which only the scope can be too large: a value of
+# 9 bytes is shown with 24 characters at most, and there are as many values as known keys
 SURE_SCOPE: Final = SCOPE_SIZE_MAX // 4  # characters that never need more bytes than a scope has
 KEYS_KNOWN_MAX: Final = 64  # sets of keys of one stream that need no second look
 
-assert min(TEXT_SIZE_MAX, FIELDS_SIZE_MAX) >= SURE_SIZE, "key and value have their 2 bytes there"
+assert TEXT_SIZE_MAX >= SURE_SIZE
+assert FIELDS_SIZE_MAX >= SURE_SIZE + FIELDS_MAX * (24 - 1), "a value of 1 byte, shown with 24"
 
 
 def claims_identity(request: Append, *, is_core: bool) -> bool:
@@ -62,19 +64,15 @@ def is_over_limit(request: Append) -> bool:
 
 
 class Looker:
-    """Looks at the lines of one stream, and knows the sets of keys it has seen to be good."""
+    """Looks at the lines of one stream, and knows the sets of keys it has seen to be good.
+
+    A payload of at most SURE_SIZE bytes, with a scope of at most SURE_SCOPE characters and as many
+    values as its keys in `known`, is a record for certain, at one glance.
+    """
 
     def __init__(self, *, is_core: bool) -> None:
         self._is_core = is_core
-        self._known: dict[str, int] = {"": 0}  # good keys, and how many they are
-
-    def is_sure(self, payload: Payload, size: int) -> bool:
-        """Whether this is a record for certain, at one glance."""
-        return (
-            size <= SURE_SIZE
-            and len(payload.scope) <= SURE_SCOPE
-            and self._known.get(payload.keys) == len(payload.values)
-        )
+        self.known: dict[str, int] = {"": 0}  # good keys, and how many they are
 
     def refusal_of(self, payload: Payload) -> LogdStatus | None:
         """Why this is no record of the journal; as for a message, and in the same order."""
@@ -89,13 +87,14 @@ class Looker:
             or _fields_size(keys, payload.values) > FIELDS_SIZE_MAX
         ):
             return LogdStatus.OVER_LIMIT
-        if len(self._known) < KEYS_KNOWN_MAX:
-            self._known[payload.keys] = len(keys)
+        if len(self.known) < KEYS_KNOWN_MAX:
+            self.known[payload.keys] = len(keys)
         return None
 
     def _claims(self, keys: list[str]) -> bool:
         return keys_claim(keys, is_core=self._is_core)
 
 
-def _fields_size(keys: list[str], values: list[str]) -> int:
-    return sum(map(text_size, keys)) + sum(map(text_size, values)) + FIELD_OVERHEAD * len(keys)
+def _fields_size(keys: list[str], values: list[str | int | float | bool | None]) -> int:
+    shown = [value if type(value) is str else str(value) for value in values]
+    return sum(map(text_size, keys)) + sum(map(text_size, shown)) + FIELD_OVERHEAD * len(keys)

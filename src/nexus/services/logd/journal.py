@@ -130,7 +130,9 @@ class Journal:
 
         Times strictly increase. `wall` is the wall's clock at `now`.
         """
-        if len(payloads) <= 1:
+        if len(payloads) <= self._part_count and (
+            len(payloads) <= 1 or _size_of(payloads) <= self._part_size
+        ):
             self._add(sender, payloads, row, now, wall)
             return self.last
         part: list[bytes] = []
@@ -147,7 +149,7 @@ class Journal:
 
     def _add(self, sender: Sender, payloads: list[bytes], row: Row, now: Nanos, wall: int) -> None:
         count = len(payloads)
-        size = RECORD_OVERHEAD * count + sum(map(len, payloads))
+        size = _size_of(payloads)
         service = sender.service
         if self._count + count > self.records_max or self.size + size > self.size_max:
             self._make_room(count, size, service)
@@ -206,10 +208,13 @@ class Journal:
         while self._count and (
             self._count + count > self.records_max or self.size + size > self.size_max
         ):
-            self._push_out(self._next_out(count, size, service))
+            chunk, most = self._next_out(count, size, service)
+            needed = self._count + count - self.records_max
+            self._push_out(chunk, max(1, min(most, needed)))
 
-    def _next_out(self, count: int, size: int, service: ServiceId | None) -> Chunk:
-        """Whose oldest record goes first: the oldest of all, or of who holds too much.
+    def _next_out(self, count: int, size: int, service: ServiceId | None) -> tuple[Chunk, int]:
+        """Whose oldest record goes first: the oldest of all, or of who holds too much; and how
+        many of it may go until that is to be asked again.
 
         What is about to be added counts for its sender, but for the last record of it.
         """
@@ -219,25 +224,27 @@ class Journal:
                 own.count + count - 1 > self._count_share
                 or own.size + size - size // count > self._size_share
             ):
-                return own.chunks[0]
+                return own.chunks[0], own.count + count - 1 - self._count_share
         for large in self._large:
             holding = self._holdings[large]
             if holding.count > self._count_share or holding.size > self._size_share:
-                return holding.chunks[0]
+                return holding.chunks[0], holding.count - self._count_share
         self._large.clear()
-        return self._chunks[0]
+        return self._chunks[0], count
 
-    def _push_out(self, chunk: Chunk) -> None:
+    def _push_out(self, chunk: Chunk, most: int) -> None:
+        """The oldest records of a chunk go, at most so many."""
         index = chunk.start
-        size = RECORD_OVERHEAD + len(chunk.payloads[index])
-        chunk.payloads[index] = b""
-        chunk.start = index + 1
-        chunk.row.current.overwritten += 1
+        gone = chunk.payloads[index : index + most]
+        count, size = len(gone), _size_of(gone)
+        chunk.payloads[index : index + count] = [b""] * count
+        chunk.start = index + count
+        chunk.row.current.overwritten += count
         service = chunk.sender.service
         holding = self._holdings[service]
-        self._count -= 1
+        self._count -= count
         self.size -= size
-        holding.count -= 1
+        holding.count -= count
         holding.size -= size
         if chunk.start < len(chunk.payloads):
             return
@@ -247,6 +254,11 @@ class Journal:
         if not holding.chunks:
             del self._holdings[service]
             self._large.discard(service)
+
+
+def _size_of(payloads: list[bytes]) -> int:
+    """What these records count for."""
+    return RECORD_OVERHEAD * len(payloads) + sum(map(len, payloads))
 
 
 def text_size(text: str) -> int:

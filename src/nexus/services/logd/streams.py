@@ -24,7 +24,7 @@ from nexus.protocols.logd import (
     LogdStatus,
     Record,
 )
-from nexus.services.logd.checks import Looker
+from nexus.services.logd.checks import SURE_SCOPE, SURE_SIZE, Looker
 from nexus.services.logd.journal import PAYLOAD_SIZE_MAX, Journal
 from nexus.services.logd.senders import Row
 from nexus.telemetry.ring import RingReader
@@ -211,16 +211,22 @@ class Streams:
 
     def _good(self, stream: Stream, payloads: list[bytes]) -> list[bytes]:
         """Those that are records; the others are refused and counted."""
-        looker = stream.looker
+        known = stream.looker.known.get
         good: list[bytes] = []
+        keep = good.append
         for data in payloads:
             try:
                 payload = unpack(data)
             except NO_PAYLOAD:
                 self._on_no_record(stream)
                 continue
-            if looker.is_sure(payload, len(data)) or self._takes(stream, payload, len(data)):
-                good.append(data)
+            sure = (
+                len(data) <= SURE_SIZE
+                and len(payload.scope) <= SURE_SCOPE
+                and known(payload.keys) == len(payload.values)
+            )
+            if sure or self._takes(stream, payload, len(data)):
+                keep(data)
         return good
 
     def _takes(self, stream: Stream, payload: Payload, size: int) -> bool:
