@@ -163,7 +163,7 @@ WRONG = [
     ("service = 3", 3, "one of the keys", '"service"'),
     ("[service.timed]", 3, 'the key "program" or "module" in service.timed', "none"),
     ("[service.timed]\nprogram = 7", 4, "service.timed.program to be a name", "7"),
-    ('[service.timed]\nprogram = "clock"', 4, "a program, one of demo.exit0, demo.exit42", '"clock"'),
+    ('[service.timed]\nprogram = "clock"', 4, "a program, one of demo.exit0, ", '"clock"'),
     ('[service.Timed]\nprogram = "timed"', 3, "to be a name of at most 48 small", '"Timed"'),
     ('[service.init-lite]\nprogram = "timed"', 3, "a name that is not reserved", '"init-lite"'),
     (TIMED_ENTRY + 'qos = "high"', 6, 'one of "idle", "normal"', '"high"'),

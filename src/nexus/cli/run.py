@@ -1,4 +1,4 @@
-"""`nexus run PROGRAM [ARGUMENTS]`: have execd start a program, as operator, and wait for its end."""
+"""`nexus run PROGRAM [ARGUMENTS]`: have execd start a program as operator, and wait for its end."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -33,8 +33,10 @@ WAIT_TIME: Final = 20.0  # seconds of one look at the end; operator passes on no
 KEY: Final = "an environment variable is KEY=VALUE, the key in capitals, digits and _"
 EXIT_CODES: Final = 256
 
+EXPLAIN: Final = f"nexus explain operator execd {PROC_SPAWN}"
+
 REFUSED: Final = {
-    ReplyStatus.DENIED: f"operator may not start it: see `nexus explain operator execd {PROC_SPAWN}`",
+    ReplyStatus.DENIED: f"operator may not start it: see `{EXPLAIN}`",
     ExecdStatus.NO_PROGRAM: 'no service with start = "demand" and by = "execd" has this name',
     ExecdStatus.RUNNING: "it runs already",
     ExecdStatus.BAD_DIGEST: "its files were changed since the system was started",

@@ -238,7 +238,7 @@ def _start_lines(story: Story) -> Iterator[str]:
     record = story.record
     if record.state is TaskState.FAILED and record.reason in REASONS:
         yield f"{INDENT}not started: {REASONS[record.reason]}"
-        yield f"{INDENT}its grants are decided by its entry and the policy: `nexus check` shows both"
+        yield f"{INDENT}its entry and the policy decide what it is granted: see `nexus check`"
     if not record.spawn_refused:
         return
     reason = SPAWN_REASONS.get(SpawnReason(record.spawn_reason), "the kernel gave no reason")

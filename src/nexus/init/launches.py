@@ -129,7 +129,7 @@ class Launches:
             self.note_denied(record)
             await starting.later.refuse(ReplyStatus.DENIED)
         elif self._init.is_going_down or record.state is TaskState.LEFT_OUT:
-            await self.on_no_start(record)
+            _ = await self.on_no_start(record)
         else:
             record.launch = starting.launch
             await self._init.grants.decide(record)

@@ -601,8 +601,8 @@ class Service:
     """One service as the file declares it, defaults filled in.
 
     `program` is empty for a service with an `entry` of its own, and the other way round; an
-    absent `group` is one of its own; `probe_every` and `probe_answer` None are left to the plan; `by`
-    is empty for a service that starts with the system.
+    absent `group` is one of its own; `probe_every` and `probe_answer` None are left to the plan;
+    `by` is empty for a service that starts with the system.
     """
 
     name: str

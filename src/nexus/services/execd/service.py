@@ -7,7 +7,7 @@ Decision: docs/adr/0019.
 
     Exec: the requester is the sender, has proc.spawn for the program --> init's Launch
     ReportExit, from init: --> the child's end is told, who waits is answered
-                           --> a crash: evidence from logd and metricsd, a record, a report in statefsd
+                           --> a crash: evidence of logd and metricsd, a record, a durable report
 """
 
 import json
@@ -144,9 +144,8 @@ class Execd:
     async def start(self) -> None:
         """Read the kept reports, and find the children that an earlier instance has started."""
         self._clock = await ClockMap()
-        until = await self._context.after(OPEN_MAX)
         for asked in (self._logd, self._metricsd, self._policyd):
-            await asked.open(until)
+            await asked.open(await self._context.after(OPEN_MAX))
         await self._keeping.load(await self._context.after(LOAD_MAX))
         await self._adopt()
 
