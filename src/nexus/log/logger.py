@@ -11,9 +11,10 @@ is the way to logd. Not one line is lost without being counted under the reason.
 """
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from nexus.abi import (
@@ -164,10 +165,10 @@ class _Tag(Enum):
 
 
 class _Shape(NamedTuple):
-    """A set of keys as it is written, and where each value comes from if they are sorted so."""
+    """A set of keys as it is written, and what takes the values in that order."""
 
     keys: str
-    order: tuple[int, ...] | None
+    take: Callable[[Mapping[str, FieldValue]], Sequence[FieldValue]]
 
 
 class Logger:
@@ -203,7 +204,7 @@ class Logger:
         self._begun = False
         self._lines: deque[bytes] = deque()  # payloads that wait for the ring, or for a message
         self._elsewhere: deque[tuple[Level, str, dict[str, FieldValue], str]] = deque()
-        self._shapes: dict[tuple[str, ...], _Shape] = {(): _Shape("", None)}
+        self._shapes: dict[tuple[str, ...], _Shape] = {(): _Shape("", _values)}
         self._ended: Counter[str] = Counter()  # lines that wait no more, by the name of the count
         self._written = 0
         self._missed = 0  # lines from elsewhere that found no place
@@ -294,11 +295,12 @@ class Logger:
     ) -> bytes:
         """A small line of plain values, as nearly all are; nothing if it needs a second look."""
         shape = self._shapes.get(tuple(fields))
-        values: list[FieldValue] = list(fields.values())
-        if shape is None or not is_plain(map(type, values)) or len(scope) > SURE_SCOPE:
+        if shape is None or len(scope) > SURE_SCOPE:
             return b""
-        if shape.order is not None:
-            values = [values[index] for index in shape.order]
+        keys, take = shape
+        values = take(fields)
+        if not is_plain(map(type, values)):
+            return b""
         clock = self._clock
         parent = self._caller.parent
         written = 0 if clock is None else clock.monotonic()
@@ -307,7 +309,7 @@ class Logger:
             context = parent.context
             trace, span = context.trace, context.span
         try:
-            payload = pack((level, written, scope, text, shape.keys, values, trace, span))
+            payload = pack((level, written, scope, text, keys, values, trace, span))
         except (UnicodeEncodeError, OverflowError):  # half a surrogate pair; more than 64 bits
             return b""
         return payload if len(payload) <= SURE_SIZE else b""
@@ -332,10 +334,8 @@ class Logger:
             return
         in_order = sorted(names)
         if [field.key for field in line.request.fields] == in_order:
-            order = None
-            if in_order != list(names):
-                order = tuple(names.index(name) for name in in_order)
-            self._shapes[names] = _Shape(KEY_SEPARATOR.join(in_order), order)
+            take = itemgetter(*in_order) if len(names) > 1 else _values
+            self._shapes[names] = _Shape(KEY_SEPARATOR.join(in_order), take)
 
     def _no_room(self) -> str | None:
         """Under which count a line that would wait is lost right away; None if it may wait."""
@@ -717,6 +717,10 @@ class Logger:
             "log_refused_total": counts.refused,
             "log_lost_total": counts.lost,
         }
+
+
+def _values(fields: Mapping[str, FieldValue]) -> Sequence[FieldValue]:
+    return tuple(fields.values())
 
 
 _REFUSALS: Final = ("refused_invalid_args", "refused_over_limit", "refused_rate_limited")
