@@ -1,4 +1,4 @@
-"""Saboteurs of execd's rungs: 23, 24, 37, 55, 84-94 and 129."""
+"""Saboteurs of execd's and exportd's rungs: 23-26, 37, 38, 55, 84-94, 129 and 130."""
 
 # ruff: noqa: SLF001 (saboteurs break what is private)
 
@@ -6,10 +6,11 @@ import json
 from functools import partial
 from typing import Any, Final
 
-from nexus.abi import BootImage, ConsoleWrite, Nanos, SleepUntil
+from nexus.abi import BootImage, ConsoleWrite, Nanos, SleepUntil, service_id
 from nexus.init.launches import Launches
 from nexus.init.record import Record
-from nexus.proof.plants_init import missing, withheld
+from nexus.proof.plants_init import missing, wait_longer, withheld
+from nexus.proof.plants_keys import execute_instead
 from nexus.proof.plants_policy import route_to_logd
 from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.execd import Ended, Exec, GetPrograms, ProgramRows, Report, Started, Wait
@@ -18,17 +19,25 @@ from nexus.protocols.ladder import SELFTEST, Ground
 from nexus.runtime import Call, Server
 from nexus.services.demo import exit0, exit42, hello
 from nexus.services.execd.service import Execd
+from nexus.services.logd.streams import Stream, Streams
 from nexus.services.selftest.exec_rungs import (
     BAD_NONCE,
+    COPY,
     EXECD_NAME,
     EXIT0,
     EXIT42,
     HELLO,
     NOBODY,
 )
+from nexus.services.selftest.export_rungs import EXPORTD_NAME
 from nexus.wire import nonce_of
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+SIM: Final = frozenset({Ground.SIM})
+LINUX: Final = frozenset({Ground.LINUX})
+BOTH: Final = SIM | LINUX
+ENTRY: Final = "nexus.proof.planted_exportd:sabotaged"
+LATE: Final = 38
+INSIDE: Final = (LATE, 130)  # broken in exportd itself: planted_exportd
 SILENT: Final = "demo: started"  # what a program says whose own line execd prints
 LINGER: Final = Nanos(100_000_000)  # ns that demo.exit0 lives while its end is already told
 FIRST: Final = 1  # generation
@@ -189,6 +198,32 @@ def _malformed_dropped() -> None:
     original = replace(Server, "_send", send)
 
 
+def _ring_freed_at_exit() -> None:
+    """#129: what is left in the ring of a copy when it ends is read by nobody."""
+
+    def drain_to_end(streams: Streams, stream: Stream, *rest: Any) -> None:
+        if stream.sender.service != service_id(COPY):
+            original(streams, stream, *rest)
+
+    original = replace(Streams, "drain_to_end", drain_to_end)
+
+
+def _inside_sim(number: int) -> None:
+    """The simulator runs exportd in this process."""
+    from nexus.proof.planted_exportd import plant  # which imports what init must not
+
+    plant(number)
+    if number == LATE:
+        wait_longer()
+
+
+def _inside_linux(number: int) -> None:
+    """exportd has an interpreter of its own."""
+    execute_instead(EXPORTD_NAME, f"{ENTRY} {number}")
+    if number == LATE:
+        wait_longer()
+
+
 SABOTEURS: Final = (
     Saboteur(rung=23, grounds=BOTH, plant=partial(missing, EXECD_NAME)),
     Saboteur(rung=24, grounds=BOTH, plant=partial(withheld, EXECD_NAME)),
@@ -205,4 +240,9 @@ SABOTEURS: Final = (
     Saboteur(rung=92, grounds=BOTH, plant=_pid_of_another),
     Saboteur(rung=93, grounds=BOTH, plant=_denied_after_the_start),
     Saboteur(rung=94, grounds=BOTH, plant=_malformed_dropped),
+    Saboteur(rung=25, grounds=BOTH, plant=partial(missing, EXPORTD_NAME)),
+    Saboteur(rung=26, grounds=BOTH, plant=partial(withheld, EXPORTD_NAME)),
+    Saboteur(rung=129, grounds=BOTH, plant=_ring_freed_at_exit),
+    *(Saboteur(rung=each, grounds=SIM, plant=partial(_inside_sim, each)) for each in INSIDE),
+    *(Saboteur(rung=each, grounds=LINUX, plant=partial(_inside_linux, each)) for each in INSIDE),
 )

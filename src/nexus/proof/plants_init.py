@@ -66,8 +66,23 @@ def _all_but_the_last(original: Callable[[Any], list[Any]]) -> Callable[[Any], l
     return lambda plan: original(plan)[:-1]
 
 
-def ready_late(kind: type) -> None:
-    """A service of this class becomes ready after its deadline, and init waits all the same.
+def ready_late(kind: type, unready: int = PROBES_UNREADY) -> None:
+    """A service of this class becomes ready after its deadline, and init waits all the same."""
+    unready_first(kind, unready)
+    wait_longer()
+
+
+def wait_longer() -> None:
+    """init waits for a health probe that is answered late."""
+
+    def patient(watch: Watch, record: Record, since: Nanos) -> Nanos:
+        return Nanos(original(watch, record, since) + PATIENCE)
+
+    original = replace(Watch, "late_time", patient)
+
+
+def unready_first(kind: type, unready: int) -> None:
+    """A service of this class is not ready for so many probes.
 
     Only its first instance: a later one, in a process of its own on linux, is ready at once.
     """
@@ -78,20 +93,16 @@ def ready_late(kind: type) -> None:
     ) -> None:
         nonlocal probes
         if boot.generation > 1:
-            probes = PROBES_UNREADY
+            probes = unready
         original_init(server, service, protocol, boot, *rest, **options)
 
     def faulty(_service: Any) -> bool:
         nonlocal probes
         probes += 1
-        return probes > PROBES_UNREADY
-
-    def patient(watch: Watch, record: Record, since: Nanos) -> Nanos:
-        return Nanos(original(watch, record, since) + PATIENCE)
+        return probes > unready
 
     kind.ready = faulty  # type: ignore[attr-defined]
     original_init = replace(Server, "__init__", made)
-    original = replace(Watch, "late_time", patient)
 
 
 SABOTEURS: Final = (

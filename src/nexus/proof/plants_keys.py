@@ -32,11 +32,15 @@ def _inside_sim(number: int) -> None:
 
 
 def _inside_linux(number: int) -> None:
-    """init executes the sabotaged keystored in the place of its own."""
-    entry = f"{PROGRAMS[KEYSTORED].module}:main"
+    execute_instead(KEYSTORED, f"{ENTRY} {number}")
+
+
+def execute_instead(name: str, other: str) -> None:
+    """init executes this sabotaged program in the place of its own."""
+    entry = f"{PROGRAMS[name].module}:main"
 
     def execute(wanted: str, *rest: Any, **options: Any) -> NoReturn:
-        original(f"{ENTRY} {number}" if wanted == entry else wanted, *rest, **options)
+        original(other if wanted == entry else wanted, *rest, **options)
         raise AssertionError("execute does not return")
 
     original = replace(linux_kernel, "execute", execute)

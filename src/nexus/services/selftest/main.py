@@ -95,7 +95,8 @@ async def main(boot: BootImage) -> int:
     _ = await server.step(until)
     ready = await climb.control.finish(started)
     if not isinstance(ready, Ready):
-        await _fail("start", f"the system is not ready: {ready!r}")
+        missing = [f"{row.client}-{row.server}" for row in await climb.links() if not row.taken]
+        await _fail("start", f"the system is not ready: {ready!r}, not linked: {missing}")
         return EXIT_RED
     climb.held_at_ready = held(await TaskStats())
     return await _climb(climb)
