@@ -14,12 +14,16 @@ IDENTIFIERS = ("traceId", "spanId", "parentSpanId")
 
 def read_traces(body: Any) -> ExportTraceServiceRequest:
     """A request to /v1/traces; unknown fields and wrong types raise ParseError."""
-    return json_format.ParseDict(_as_protobuf(body), ExportTraceServiceRequest())
+    request = ExportTraceServiceRequest()
+    json_format.ParseDict(_as_protobuf(body), request)
+    return request
 
 
 def read_metrics(body: Any) -> ExportMetricsServiceRequest:
     """A request to /v1/metrics."""
-    return json_format.ParseDict(_as_protobuf(body), ExportMetricsServiceRequest())
+    request = ExportMetricsServiceRequest()
+    json_format.ParseDict(_as_protobuf(body), request)
+    return request
 
 
 def _as_protobuf(value: Any) -> Any:

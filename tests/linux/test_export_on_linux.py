@@ -102,7 +102,7 @@ def test_the_page_is_read_by_prometheus_client(system: Exporting) -> None:
     assert (status, kind) == (200, "application/openmetrics-text; version=1.0.0; charset=utf-8")
     samples = {
         sample.name: (sample.value, sample.labels)
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
         for sample in family.samples
     }
     value, labels = samples["pump_strokes_total"]
@@ -195,7 +195,7 @@ def test_a_prometheus_that_scrapes_the_system_answers_with_the_value(
 
 
 class Collector:
-    """An HTTP server of Python's that refuses as many bodies as it is told, and keeps the others."""
+    """An HTTP server of Python's that refuses as many bodies as it is told and keeps the rest."""
 
     def __init__(self, port: int, busy: int) -> None:
         self.received: list[tuple[str, Any]] = []

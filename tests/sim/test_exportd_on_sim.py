@@ -64,7 +64,7 @@ async def scraped(device: Device, *, tcp: bool = False) -> tuple[str, str]:
 def value_of(text: str, name: str, **labels: str) -> float:
     (found,) = [
         sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     ]
@@ -208,8 +208,14 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         assert work.status.code == work.status.STATUS_CODE_ERROR
         assert work.end_time_unix_nano - work.start_time_unix_nano == end.at - started.at
         assert {each.key: each.value.string_value for each in work.attributes}["k"] == "v"
-        names = {each.value.string_value for each in resources[0].resource.attributes}
-        assert "tester" in names
+        (resource,) = [
+            each.resource
+            for each in resources
+            if work in [span for scope in each.scope_spans for span in scope.spans]
+        ]
+        assert {each.key: each.value.string_value for each in resource.attributes}[
+            "service.name"
+        ] == "tester"
         metrics = [
             metric
             for body in collector.received

@@ -1,4 +1,4 @@
-"""The queue for a collector: bounded, tried again with pauses, and everything dropped is counted."""
+"""The queue for a collector: bounded, tried again with pauses, every drop counted."""
 
 from typing import Final
 

@@ -3,8 +3,8 @@
 from contextlib import suppress
 from typing import Final, TypeVar
 
-from nexus.abi import Nanos
-from nexus.ipc import CallFailure, Client, Refused, Stale
+from nexus.abi import Nanos, Now
+from nexus.ipc import CallFailure, Client, Refused, Stale, TimedOut, deadline_after
 from nexus.protocols.metricsd import (
     PROTOCOL as METRICSD,
 )
@@ -24,6 +24,7 @@ from nexus.wire import Request
 ReplyT = TypeVar("ReplyT")
 
 METRICSD_NAME: Final = "metricsd"
+SILENCE: Final = Nanos(1_000_000_000)  # ns without questions after one in vain: probes wait behind
 SPANS_MAX: Final = 512  # of one export; the next one goes on where it ended
 
 
@@ -34,7 +35,7 @@ class NoReading(Exception):
 async def _told(
     client: Client, request: Request[ReplyT], until: Nanos
 ) -> ReplyT | Refused | CallFailure:
-    """metricsd's answer. After Stale nothing was sent, and the way to its next instance is there."""
+    """metricsd's answer. After Stale nothing was sent, and there is a way to its next instance."""
     outcome = await client.call(request, until)
     return await client.call(request, until) if isinstance(outcome, Stale) else outcome
 
@@ -45,6 +46,7 @@ class Readings:
     def __init__(self, context: Context, series_max: int) -> None:
         self._context = context
         self._series_max = series_max
+        self._silent_until = Nanos(0)
         self._since = 0  # spans with lower numbers were seen
         self._generation = 0  # of the metricsd that counts them
 
@@ -53,11 +55,10 @@ class Readings:
         client = await self._metricsd(until)
         rows: list[Series] = []
         since = 0
-        while True:  # each page begins behind the one before
-            asked = GetSeries(since, SERIES_ROWS_MAX, 0, "")
-            page = await _told(client, asked, until)
+        while True:
+            page = await _told(client, GetSeries(since, SERIES_ROWS_MAX, 0, ""), until)
             if not isinstance(page, SeriesPage):
-                raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
+                raise await self._none(page)
             rows += page.series
             if len(rows) > self._series_max:
                 raise NoReading(f"more than {self._series_max} series")
@@ -77,7 +78,7 @@ class Readings:
             asked = GetSpans(since, SPAN_ROWS_MAX, b"", 0, 0, "")
             page = await _told(client, asked, until)
             if not isinstance(page, SpanPage):
-                raise NoReading(f"{METRICSD_NAME}: {type(page).__name__}")
+                raise await self._none(page)
             ended = [span for span in page.spans if span.end]
             found += ended
             self._since = max([self._since, *(span.number + 1 for span in ended)])
@@ -91,7 +92,16 @@ class Readings:
         with suppress(NoReading):
             _ = await self._metricsd(until)
 
+    async def _none(self, outcome: Refused | CallFailure) -> NoReading:
+        """Why there is no page; a silent metricsd is left alone for a while."""
+        if isinstance(outcome, TimedOut):
+            self._silent_until = deadline_after(await Now(), SILENCE)
+        what = outcome.status.name if isinstance(outcome, Refused) else type(outcome).__name__
+        return NoReading(f"{METRICSD_NAME}: {what}")
+
     async def _metricsd(self, until: Nanos) -> Client:
+        if await Now() < self._silent_until:
+            raise NoReading(f"{METRICSD_NAME}: it has just not answered")
         try:
             return await self._context.client(METRICSD_NAME, METRICSD, until)
         except Unreachable as fault:

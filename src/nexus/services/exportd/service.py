@@ -1,4 +1,4 @@
-"""exportd: what metricsd knows, to whoever may read it: a page to scrape, and bodies to a collector.
+"""exportd: what metricsd knows, for the outside: a page to scrape, and bodies for a collector.
 
 Owns its stream ports, the connections at them, and the queue for the collector, all of which are
 lost with it. It is told series and spans by metricsd and trusts nobody else: what comes in from
@@ -274,10 +274,7 @@ class Exportd:
             effect = effects.pop(0)
             match effect:
                 case Dial():
-                    try:
-                        self._collector.on_dialled(await PortDial(port))
-                    except AbiError as error:
-                        effects += self._collector.on_no_dial(error.status.name, now)
+                    effects += await self._dial(port, now)
                 case Transmit():
                     await self._transmit(port)
                 case HangUp():
@@ -290,6 +287,13 @@ class Exportd:
                 "collector is there" if there else "collector is away",
                 why=self._collector.last_failure,
             )
+
+    async def _dial(self, port: Slot, now: Nanos) -> list[Effect]:
+        try:
+            self._collector.on_dialled(await PortDial(port))
+        except AbiError as error:
+            return self._collector.on_no_dial(error.status.name, now)
+        return []
 
     async def _transmit(self, port: Slot) -> None:
         """Send what the port takes; its room, or its end, are told."""
