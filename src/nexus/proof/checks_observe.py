@@ -340,7 +340,7 @@ def retention(case: Case, trace: Trace, line: Line) -> None:
             demand(rows, f"no {resolution} window of {name}")
             lost = [row for row in rows if row not in after[name][resolution]]
             demand_equal(lost, [], f"{resolution} windows of {name} that are no longer told")
-    counter, gauge = before["selftest.counter"], before["selftest.gauge"]
+    counter, gauge = before["selftest.counter"], before["selftest.level"]
     settings = msgspec.convert(dict(case.plan.by_name[METRICSD].settings), MetricsdSettings)
     demand_equal(evidence["lengths"], [settings.short_ns, settings.long_ns], "lengths of windows")
     first, *_ = evidence["added"]
@@ -356,8 +356,9 @@ def retention(case: Case, trace: Trace, line: Line) -> None:
     _folded(counter["short"], counter["long"], settings.long_ns)
     for row in gauge["short"] + gauge["long"]:
         _of_two(row, evidence["set"])
-    demand_equal(gauge["short"][-1][5], GAUGE_LAST, "the gauge in its last window")
-    demand_equal(min(row[3] for row in gauge["long"]), GAUGE_LAST, "the least of the gauge")
+    demand_equal(gauge["short"][-1][5], evidence["set"][-1], "the gauge in its last window")
+    least = min(row[3] for row in gauge["long"])
+    demand_equal(least, min(evidence["set"]), "the least of the gauge")
     demand_equal(
         max(row[4] for row in gauge["long"]), max(evidence["set"]), "the most of the gauge"
     )

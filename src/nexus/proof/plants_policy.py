@@ -1,6 +1,5 @@
 """Saboteurs of policy, journal, sandbox and watchdog, as `SABOTEURS` below lists them."""
 
-import dataclasses
 from functools import partial
 from typing import Any, Final
 
@@ -15,11 +14,12 @@ from nexus.proof.plants_init import missing, ready_late, withheld
 from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.init import Route
 from nexus.protocols.ladder import SELFTEST, Ground
-from nexus.protocols.logd import FIELDS_SIZE_MAX, Append, Query
+from nexus.protocols.logd import FIELDS_SIZE_MAX, Append
 from nexus.protocols.policyd import Decision, Reason, Verdict
 from nexus.runtime import Server
 from nexus.services.logd import journal
 from nexus.services.logd.journal import Journal
+from nexus.services.logd.reading import Page, Wanted
 from nexus.services.logd.senders import Row
 from nexus.services.logd.service import Logd
 from nexus.services.policyd.audit import Audit
@@ -132,10 +132,10 @@ def _one_limit_for_all() -> None:
 def _page_skips() -> None:
     """#116: what does not fit on the page is left out, and the page goes on behind it."""
 
-    def page(kept: Journal, query: Query) -> journal.Page:
-        found: journal.Page = original(kept, query)
-        if len(found.records) < query.count and found.next <= kept.total:
-            return dataclasses.replace(found, next=found.next + 1)
+    def page(kept: Journal, since: int, count: int, wanted: Wanted) -> Page:
+        found: Page = original(kept, since, count, wanted)
+        if len(found.records) < count and found.next <= kept.last:
+            return found._replace(next=found.next + 1)
         return found
 
     original = replace(Journal, "page", page)
