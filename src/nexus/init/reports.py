@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from nexus.abi import ExitInfo, Nanos
 from nexus.init.crosschecks import EXECD_PROGRAM
 from nexus.init.reasons import UNCOUNTED, Reason
@@ -71,7 +73,7 @@ class Reports:
             action=action[:WHY_SIZE_MAX],
             asked=asked,
             again=record.state is TaskState.BACKING_OFF,
-            lost=self.lost,
+            lost=0,
         )
         waiting = self._waiting.setdefault(record.name, deque())
         if len(waiting) >= REPORTS_MAX:
@@ -101,7 +103,8 @@ class Reports:
                 self._done(each)
 
         deadline = Nanos(self._init.now + ANSWER_MAX)
-        each.told = await self._init.ask(each.execd, each.report, deadline, on_reported)
+        report = msgspec.structs.replace(each.report, lost=self.lost)
+        each.told = await self._init.ask(each.execd, report, deadline, on_reported)
         if not each.told:
             each.due = Nanos(self._init.now + AGAIN)
 
