@@ -1,9 +1,9 @@
-"""Whole proof runs beside the tests: each is a process of its own, under a clock of its own."""
+"""Whole proof runs that several tests read, and those that run beside the tests."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,64 +12,78 @@ from nexus.proof.prove import Outcome, prove
 from nexus.proof.request import Request
 from nexus.protocols.ladder import Ground
 
-SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
+ROOT = Path(__file__).parents[2]
+SYSTEM = ROOT / "systems" / "selftest.toml"
 PROVEN_SEED = 5
 PROVEN_LOG = "log"  # beside the record
-AT_A_TIME = 2  # runs; CI has two cores
-BEHIND = 10  # of Linux's niceness: a test that runs in the foreground goes first
-
-Problem = Callable[[int, Path], str]
 SABOTEURS = "test_prove_saboteurs.py"
+AT_A_TIME = 2  # processes that plant saboteurs; CI has two cores
 
 
 class Sweep:
-    """Plants saboteurs in the background, each in a run of its own, and has what came of them."""
+    """Saboteurs, planted by processes of their own while the tests go on."""
 
-    def __init__(self, problem: Problem, numbers: list[int], directory: Path) -> None:
-        self._pool = ThreadPoolExecutor(AT_A_TIME, initializer=_go_behind)
-        self.problems: Mapping[int, Future[str]] = {
-            number: self._pool.submit(partial(problem, number, directory)) for number in numbers
-        }
+    def __init__(self, numbers: list[int], directory: Path) -> None:
+        self._found: dict[int, str] = {}
+        self._shares = [numbers[first::AT_A_TIME] for first in range(AT_A_TIME)]
+        environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+        self._sweepers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.sim.sweeper", str(directory), *map(str, share)],
+                cwd=ROOT,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for share in self._shares
+        ]
+
+    def problem(self, number: int) -> str:
+        """What is wrong with the verdict on a run with this saboteur, "" if nothing is."""
+        while number not in self._found:
+            self._found.update([self._next(number)])
+        return self._found[number]
+
+    def _next(self, number: int) -> tuple[int, str]:
+        share = next(index for index, share in enumerate(self._shares) if number in share)
+        output = self._sweepers[share].stdout
+        assert output is not None
+        line = output.readline()
+        assert line, f"the process that plants #{number} has ended"
+        found, _, problem = line.rstrip("\n").partition(" ")
+        return int(found), problem
 
     def close(self) -> None:
-        """Begin no further run, and wait for those that were begun."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _go_behind() -> None:
-    """Linux's niceness is a thread's, and what the thread starts inherits it."""
-    os.setpriority(os.PRIO_PROCESS, 0, BEHIND)
+        """Plant no more; their boots end with them."""
+        for sweeper in self._sweepers:
+            sweeper.terminate()
+            _ = sweeper.communicate()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask about the saboteurs last of this folder: by then most of their runs are over."""
-    here = [index for index, item in enumerate(items) if item.path.parent == Path(__file__).parent]
-    ordered = sorted((items[index] for index in here), key=lambda item: item.path.name == SABOTEURS)
-    for index, item in zip(here, ordered, strict=True):
-        items[index] = item
+    """Ask about the saboteurs last of all: by then most of their runs are over."""
+    items.sort(key=lambda item: item.path.name == SABOTEURS)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sweep(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Sweep | None]:
-    """The outcome of every saboteur that this session asks about, as they come in; begun with the
-    first test of this folder. These tests measure no time: what runs beside them changes nothing.
+    """The saboteurs that this session asks about, begun with the first test of this folder.
+
+    No test from here on measures time, and the boots wait on virtual clocks alone.
     """
-    asked = [
-        item
+    numbers = [
+        item.callspec.params["number"]
         for item in request.session.items
         if item.path.name == SABOTEURS and isinstance(item, pytest.Function)
     ]
-    numbers = [item.callspec.params["number"] for item in asked]
-    if not numbers:
+    asked = [number for number in numbers if isinstance(number, int)]
+    if not asked:
         yield None
         return
-    sweep = Sweep(
-        asked[0].module.problem,
-        [number for number in numbers if isinstance(number, int)],
-        tmp_path_factory.mktemp("saboteurs"),
-    )
+    sweep = Sweep(asked, tmp_path_factory.mktemp("saboteurs"))
     yield sweep
     sweep.close()
 
