@@ -10,7 +10,7 @@ from nexus.proof.checks import KILLED, healthy, hex_of, measured
 from nexus.proof.trace import FAIL_WORD, Line, Trace
 from nexus.proof.verdict import Case, Check, demand, demand_equal
 from nexus.protocols.execd import ExecdStatus
-from nexus.protocols.ladder import SELFTEST
+from nexus.protocols.ladder import SELFTEST, rung
 from nexus.protocols.policyd import Reason, Verdict
 from nexus.protocols.testsvc import LAST_LINE
 from nexus.services.selftest.exec_rungs import (
@@ -192,7 +192,11 @@ def child_exited(_case: Case, trace: Trace, line: Line) -> None:
     at, event = _end_by_kernel(trace, values)
     demand(at < line.place, "the kernel recorded the end after the line")
     demand_equal(values["code"], str(event.fields["code"]), "code on the line")
-    if _is_first(values, EXIT0):
+    of_exit0 = [
+        each for each in _said_by_execd(trace, EXITED) if _is_first(values_of(each.text), EXIT0)
+    ]
+    demand_equal(len(of_exit0), 1, f"lines about the end of {EXIT0}")
+    if line == of_exit0[0]:
         _exit0_reaped(trace, line, values)
 
 
@@ -253,7 +257,9 @@ def crash_line(_case: Case, trace: Trace, line: Line) -> None:
     demand_equal(values["code"], str(event.fields["code"]), "code on the line")
     demand_equal(values.get("signal", "0"), str(event.fields["signal"]), "signal on the line")
     told = measured(trace, 91)
-    crashes = [each for each in _crash_lines(trace) if _is_first(values_of(each.text), EXIT42)]
+    crashes = [
+        each for each in _said_by_execd(trace, CRASHED) if _is_first(values_of(each.text), EXIT42)
+    ]
     demand_equal(len(crashes), 1, f"crash lines of {EXIT42}")
     demand(_own_line(trace, EXIT42).place < crashes[0].place, f"{EXIT42} had not begun")
     crash = values_of(crashes[0].text)
@@ -264,8 +270,12 @@ def crash_line(_case: Case, trace: Trace, line: Line) -> None:
     demand_equal(told["reports"], [[told["report"]]] * 2, "reports before and after it")
 
 
-def _crash_lines(trace: Trace) -> list[Line]:
-    text = "execd: crash report pid="
+EXITED: Final = rung(88).marker
+CRASHED: Final = rung(91).marker
+
+
+def _said_by_execd(trace: Trace, text: str) -> list[Line]:
+    """The lines of execd that begin so."""
     return [
         line for line in trace.lines if line.printer == EXECD_NAME and line.text.startswith(text)
     ]

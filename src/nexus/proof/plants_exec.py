@@ -95,15 +95,15 @@ def _never_started() -> None:
     """#86: the second start of demo.hello, which is that rung's own."""
     seen = 0
 
-    async def launch(execd: Execd, call: Call, request: Exec, *rest: Any) -> Launched:
+    async def exec_(execd: Execd, call: Call, request: Exec) -> Started:
         nonlocal seen
         seen += request.program == HELLO
         if request.program == HELLO and seen == SECOND:
-            return Launched(NOBODY - 1, SECOND, execd._programs[HELLO])
-        launched: Launched = await original(execd, call, request, *rest)
-        return launched
+            return Started(NOBODY - 1, SECOND)
+        started: Started = await original(execd, call, request)
+        return started
 
-    original = replace(Execd, "_launch", launch)
+    original = replace(Execd, "_exec", exec_)
 
 
 def _told_before_reaped() -> None:
@@ -111,9 +111,9 @@ def _told_before_reaped() -> None:
 
     async def told(_execd: Execd, name: str, launched: Launched) -> None:
         if name == EXIT0:
-            evidence = {"name": name, "pid": launched.pid, "code": exit0.CODE}
-            line = f"execd: child exited pid={launched.pid} code={exit0.CODE}"
-            await ConsoleWrite(line, json.dumps(evidence).encode())
+            who = f"name={EXIT0} generation={launched.generation}"
+            line = f"execd: child exited pid={launched.pid} code={exit0.CODE} {who}"
+            await ConsoleWrite(line, json.dumps({"name": name}).encode())
 
     async def say(execd: Execd, line: str, evidence: Any) -> None:
         if not (line.startswith("execd: child exited") and evidence["name"] == EXIT0):
