@@ -1,4 +1,4 @@
-"""metricsd in a system of its own on the simulated kernel: history over restarts, boots and cuts."""
+"""metricsd in a system of its own on the simulated kernel: history over kills, boots and cuts."""
 
 from functools import partial
 from typing import Any, Final

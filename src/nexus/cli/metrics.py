@@ -1,4 +1,4 @@
-"""`nexus metrics`: the series of a running system, as metricsd reads them now, and their history."""
+"""`nexus metrics`: the series of a running system as metricsd reads them now, and their history."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -156,9 +156,10 @@ def _labels(series: Series) -> str:
 
 
 def _shown(value: str) -> str:
-    """A label's value, in which no character moves a cursor or ends a line."""
+    """A label's value, in which no character ends it or a line, or moves a cursor."""
     return "".join(
-        each if each.isprintable() and each not in '\\"' else ascii(each)[1:-1] for each in value
+        f"\\{each}" if each in '\\"' else each if each.isprintable() else ascii(each)[1:-1]
+        for each in value
     )
 
 

@@ -165,9 +165,9 @@ class SpanEnd(Request[Taken], op=7, idempotent=False, refuses=MetricsdStatus):
 
 
 class Series(Message):
-    """A series as metricsd last read it. `value` is a counter's or gauge's; a histogram has `count`,
-    `sum` and `buckets`. `at` is when it was read (kernel clock). `live` is false for a series of an
-    instance that has ended. `service` 0 is metricsd's own, about what it refused."""
+    """A series as metricsd last read it. `value` is a counter's or gauge's; a histogram has
+    `count`, `sum` and `buckets`. `at` is when it was read (kernel clock). `live` is false for a
+    series of an instance that has ended. `service` 0 is metricsd's own, about what it refused."""
 
     series: Annotated[int, U32()]
     service: Annotated[int, U64()]
@@ -204,8 +204,11 @@ class GetSeries(Request[SeriesPage], op=8, idempotent=True):
 
 class Window(Message):
     """A roll-up: what one series did from `start` (ns since 1970) on. Of a counter `sum` is the
-    increase; of a gauge `count` is readings, `sum`, `min`, `max`, `last` their values; of a
-    histogram `count` and `sum` are observations, `buckets` their counts. `boot` is the boot."""
+    increase, `count` the readings that found one, `min` and `max` the smallest and the largest of
+    them, `last` its value; of a gauge `count` is readings, `sum`, `min`, `max`, `last` their
+    values; of a histogram `count` and `sum` are observations, `buckets` their counts, `min` and
+    `max` the bounds of the lowest and the highest bucket among them, `last` all observations of
+    that instance. `boot` is the number of the boot."""
 
     start: Annotated[int, U64()]
     boot: Annotated[int, U32()]

@@ -181,25 +181,28 @@ def _status_of(number: int) -> SpanStatus:
 
 
 async def read_values(pages: Iterable[Page]) -> None:
-    """Copy the words of these pages; histograms that are being written are read again.
-
-    Two barriers per pass serve all pages, and none is needed where there is no histogram.
-    """
+    """One round over these pages, words and spans; histograms that are being written are read
+    again. Two barriers per pass serve all pages."""
     torn = [page.reader for page in pages]
     for reader in torn:
         reader.begin()
     for _ in range(PASSES_MAX):
-        for reader in torn:
-            reader.mark()
-        await _fence()
-        for reader in torn:
-            reader.copy()
-        await _fence()
-        torn = [reader for reader in torn if reader.settle()]
-        if not torn:
-            return
+        torn = await _passed(torn)
     for reader in torn:
         reader.give_up()
+
+
+async def _passed(readers: list[PageReader]) -> list[PageReader]:
+    """One pass over pages; those with histograms that did not stand still."""
+    if not readers:
+        return []
+    for reader in readers:
+        reader.mark()
+    await _fence()
+    for reader in readers:
+        reader.copy()
+    await _fence()
+    return [reader for reader in readers if reader.settle()]
 
 
 async def _fence() -> None:

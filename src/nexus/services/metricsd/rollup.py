@@ -53,8 +53,9 @@ class Figures(msgspec.Struct, array_like=True):
 
 
 class Entry(msgspec.Struct, array_like=True):
-    """One series in one window, as it is kept: its key, what happened, and what it said at the end
-    in which of its lives, from which a later reading goes on. With no count it is only carried on."""
+    """One series in one window, as it is kept: its key, what happened, and what it said at the end,
+    in which of its lives: from there a later reading goes on. Without a count it is only carried.
+    """
 
     service: int
     kind: int
@@ -71,7 +72,7 @@ class Entry(msgspec.Struct, array_like=True):
 
 
 class Place(NamedTuple):
-    """Which window it is: of which boot, how long, the how many-th since that boot's clock was 0."""
+    """Which window it is: of which boot, how long, and its number since that boot's clock was 0."""
 
     boot_id: bytes
     length: Nanos

@@ -411,7 +411,7 @@ class Metricsd:
             case GetHistory():
                 return self._history_page(call, request)
             case GetSpans():
-                return self._span_page(request)
+                return await self._span_page(request)
 
     async def _series_page(self, request: GetSeries) -> SeriesPage:
         """As many as fit; the pages are read for those that are told."""
@@ -453,11 +453,14 @@ class Metricsd:
             raise call.refuse(MetricsdStatus.NOT_FOUND)
         return page
 
-    def _span_page(self, request: GetSpans) -> SpanPage:
-        """Spans that ended, then those that are open. The rings are read first."""
-        for page in self._pages.values():
-            if request.service in (0, page.instance.service):
-                self._drain(page)
+    async def _span_page(self, request: GetSpans) -> SpanPage:
+        """Spans that ended, then those that are open. The pages are read first."""
+        pages = [
+            page for page in self._pages.values() if request.service in (0, page.instance.service)
+        ]
+        await read_values(pages)
+        for page in pages:
+            self._drain(page)
         rows: list[Span] = []
         size = 0
         for span in self._spans_since(request):

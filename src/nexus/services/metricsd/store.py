@@ -264,14 +264,19 @@ class Store:
         if not self._is_listed and not self._reading and not self._listed:
             request = ListKeys(ROOT.encode(), self._after, LIST_MAX)
             self._reading += await self._post(request, now, "list")
-        while self._listed and self._reading < READS_MAX:
-            key = self._listed[0]
-            if not await self._post(Get(key.encode()), now, key):
-                return
-            _ = self._listed.popleft()
-            self._reading += 1
+        room = READS_MAX - self._reading
+        asked = [key for key in list(self._listed)[:room] if await self._is_asked(key, now)]
+        self._reading += len(asked)
         if self._is_listed and not self._listed and not self._reading:
             self._begin()
+
+    async def _is_asked(self, key: str, now: Nanos) -> bool:
+        """Ask for a key's value; one that cannot be asked for now stays in the list."""
+        self._listed.remove(key)
+        is_sent = await self._post(Get(key.encode()), now, key)
+        if not is_sent:
+            self._listed.append(key)
+        return is_sent
 
     def _begin(self) -> None:
         """What can be known is known: windows begin."""
