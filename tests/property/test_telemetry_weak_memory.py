@@ -282,7 +282,7 @@ def test_a_writer_that_stores_before_the_sequence_is_odd_is_found() -> None:
 
 # ------------------------------------------------------------------ the ring
 
-PAYLOAD_SIZE: Final = 16  # bytes: records of 32, and 32 of them are one lap
+PIECE: Final = 32  # bytes that are copied at once: one record, or there were too many choices
 LAP: Final = (RING_SIZE_MIN - 128) // 32
 AHEAD: Final = LAP - 1  # records of the first lap that are all visible
 LATE: Final = (
@@ -394,7 +394,9 @@ def every_run(run: Callable[[Memory], None], base: bytes, stores: Sequence[Store
 
 def reader_at(kind: type[RingReader], base: bytes, number: int) -> RingReader:
     """A reader that has taken all records before `number`."""
-    return kind(memoryview(bytearray(base)), taken=32 * number, sequence=number)
+    reader = kind(memoryview(bytearray(base)), taken=32 * number, sequence=number)
+    reader._piece_size = PIECE
+    return reader
 
 
 def read_all(
@@ -432,14 +434,24 @@ def ring_mistakes(kind: type[RingReader], number: int, early: int = 2) -> tuple[
     return every_run(run, base, stores), mistakes
 
 
-class NoChecksum(RingReader):
+class OneByOne(RingReader):
+    """Takes each record by itself, as a reader does after a jump: here mistakes are planted."""
+
+    def _take_some(self, commit: int, steps: int, payloads: list[bytes]) -> int:
+        payload = self._take(commit)
+        if payload is not None:
+            payloads.append(payload)
+        return steps - 1
+
+
+class NoChecksum(OneByOne):
     """A reader that believes what fits by its number."""
 
     def _fits(self, number: int, payload: bytes, check: int) -> bool:
         return self._is_due(number)
 
 
-class NoNumber(RingReader):
+class NoNumber(OneByOne):
     """A reader that believes a checksum, whatever record it belongs to."""
 
     def _is_due(self, number: int) -> bool:
@@ -452,6 +464,12 @@ def test_no_reordering_makes_the_ring_give_what_was_never_put(number: int, early
     runs, mistakes = ring_mistakes(RingReader, number, early)
 
     assert runs > 100
+    assert mistakes == 0
+
+
+def test_taking_records_one_by_one_is_as_right() -> None:
+    _, mistakes = ring_mistakes(OneByOne, AHEAD, 1)
+
     assert mistakes == 0
 
 

@@ -39,14 +39,14 @@ class Recorder:
         self.page: PageWriter | None = None
         self.clock: Clock | None = None
 
-    def close(self, span: int, status: int, refused: IntEnum | None = None) -> None:
+    def close(self, unit: int, status: int, refused: IntEnum | None = None) -> None:
         """The span in this unit of the page has ended now."""
-        page, clock = self.page, self.clock
-        assert page is not None and clock is not None, "it is in the page"  # noqa: PT018
+        now = self.clock.monotonic()  # type: ignore[union-attr] # comes with the page
+        spans = self.page.spans  # type: ignore[union-attr] # it gave the unit
         if refused is None:
-            page.spans.close(span, clock.monotonic(), status)
+            spans.close(unit, now, status)
         else:
-            page.spans.close(span, clock.monotonic(), status, {"refused": refused.name})
+            spans.close(unit, now, status, {"refused": refused.name})
 
 
 class Span:

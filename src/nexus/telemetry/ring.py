@@ -37,6 +37,7 @@ SHARE: Final = 8  # a record takes at most this part of the area: one lap holds 
 SEED_FACTOR: Final = 2_654_435_761  # Knuth's, 2^32 over the golden ratio
 SEED_MASK: Final = (1 << 32) - 1
 SEQUENCE_MAX: Final = 1 << 62  # a larger one is no record's; sums of a few still fit 64 bits
+PIECE_SIZE: Final = 8192  # bytes that are copied at once
 PACKS_MAX: Final = 512  # sizes of records whose format is kept ready
 DOUBTS_MAX: Final = 3  # drains that find the same place unreadable until it counts as damaged
 
@@ -184,6 +185,7 @@ class RingReader:
         if self._words[CAPACITY_WORD] != self._capacity:
             raise NoRing("its capacity is not that of its memory")
         self._size_max = payload_size_max(len(view))
+        self._piece_size = max(PIECE_SIZE, RECORD_SIZE + self._size_max)
         self.taken = max(0, taken) & ~7  # the position (bytes) of the next record
         self.sequence = max(0, sequence)  # every record before it is accounted for
         self.accepted = 0
@@ -216,19 +218,58 @@ class RingReader:
         one that is not all visible yet: it is damaged when DOUBTS_MAX drains found it so.
         """
         payloads: list[bytes] = []
-        for _ in range(count_max):
+        steps = count_max
+        while steps > 0:
             commit = self._commit()
             if commit <= self.taken:
                 break
             if self._reserve(commit) - self.taken > self._capacity:
                 self._jump(commit)
+                steps -= 1
                 continue
-            payload = self._take(commit)
-            if payload is not None:
-                payloads.append(payload)
-            elif self._doubts:
+            if self._number == self.sequence:
+                steps = self._take_some(commit, steps, payloads)
+            else:
+                steps -= 1
+                payload = self._take(commit)
+                if payload is not None:
+                    payloads.append(payload)
+            if self._doubts:
                 break
         return payloads
+
+    def _take_some(self, commit: int, steps: int, payloads: list[bytes]) -> int:
+        """Take records as long as they follow each other well; the steps that are left.
+
+        They are copied at once, and looked at when it is known that none was overwritten meanwhile.
+        """
+        base = self.taken
+        piece = self._copy(base, min(commit - base, self._piece_size))
+        newest = self._commit()
+        if self._reserve(newest) - base > self._capacity:
+            self._jump(newest)
+            return steps - 1
+        number, at, size_max, limit = self.sequence, 0, self._size_max, len(piece)
+        while steps > 0 and at + RECORD_SIZE <= limit:
+            found, size, check = _unpack(piece, at)
+            begin = at + RECORD_SIZE
+            end = begin + size
+            if found != number or size > size_max or end > limit:
+                break
+            payload = piece[begin:end]
+            if _extend(number * SEED_FACTOR & SEED_MASK, payload) != check:
+                break
+            payloads.append(payload)
+            at = (end + 7) & ~7
+            number += 1
+            steps -= 1
+        if at:
+            self._doubts = 0
+            self.accepted += number - self.sequence
+            self.taken, self.sequence, self._number = base + at, number, number
+            return steps
+        self._doubt(commit)
+        return steps - 1
 
     def settle(self) -> None:
         """The writer has ended and nothing is pending: what it put and nobody saw is damaged.
