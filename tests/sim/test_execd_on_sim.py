@@ -436,3 +436,45 @@ def test_a_child_that_hangs_is_killed_and_its_report_says_why(
     seen = boot_sim(monkeypatch, script, text=text, victims={"victim": victim_of(hangs)})
 
     assert seen.result() == [9, "hang", LAST]
+
+
+def test_spans_that_were_open_and_the_trace_are_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def dies_inside(context: Context) -> None:
+        with context.metrics.span("pump.Before"):
+            pass
+        _ = context.metrics.span("pump.Turn").__enter__()  # never left: here a killed task unwinds
+        await ConsoleWrite("driver: outside kill victim")
+        _ = await SleepUntil(Nanos(await Now() + 60 * SECOND))
+
+    async def script(hands: ExecHands) -> Any:
+        report = await hands.crash_of("victim")
+        spans = [[each.name, each.end > 0] for each in report.spans]
+        return [spans, report.missing]
+
+    seen = boot_sim(
+        monkeypatch,
+        script,
+        text=system(clients={"victim": ()}),
+        victims={"victim": victim_of(dies_inside)},
+    )
+
+    spans, missing = seen.result()
+    assert missing == ""
+    assert [each for each in spans if each[0].startswith("pump.")] == [
+        ["pump.Before", True],
+        ["pump.Turn", False],
+    ]
+
+
+def test_a_policyd_that_is_away_denies_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(hands: ExecHands) -> Any:
+        await hands.outside("kill policyd")
+        denied = await hands.start("demo.exit0")
+        return denied.status.name
+
+    seen = boot_sim(monkeypatch, script)
+
+    assert seen.result() == "DENIED"
+    assert "demo.exit0" not in _spawns(seen.events)
