@@ -1,11 +1,13 @@
 """gauge: reads the serial port with asyncio, answers who asks for the pressure."""
 
 import asyncio
+import logging
 import os
 import time
 from typing import Final
 
 from nexus.abi import Nanos
+from nexus.log.handler import LogHandler
 from nexus.runtime import Call
 from nexus.runtime.program import OrdinaryContext
 from serial_gauge.lines import LINE_SIZE_MAX, pascal_of
@@ -65,6 +67,7 @@ class Gauge:
 async def main(context: OrdinaryContext) -> int:
     """Listen and serve until init says Stop. What ends the listening ends the program: init
     starts another, and says why."""
+    logging.getLogger().addHandler(LogHandler(context.log))  # what asyncio has to say
     gauge = Gauge()
     async with asyncio.TaskGroup() as group:
         listening = group.create_task(gauge.listen(context.descriptor("serial")))

@@ -126,7 +126,7 @@ def page_of(entries: Iterable[Entry], wanted: Wanted, count: int, boot: int, end
 
 
 def last_of(entries: Iterable[Entry], count: int, boot: int) -> list[Record]:
-    """The last `count` of these, which come latest first, in the order of ids; as one page takes."""
+    """The last `count` of these, which come latest first, in the order of ids; a page at most."""
     found: list[Record] = []
     size = 0
     for entry in entries:

@@ -473,8 +473,8 @@ class Logd:
 
     async def _tell_refusals(self) -> None:
         """Say on the console, once per reason, that a record was refused; a full one, next time."""
-        while self._untold:
-            status, service = self._untold.popitem()
+        for status, service in list(self._untold.items()):
+            del self._untold[status]
             if status in self._told:
                 continue
             reason = status.name.lower()

@@ -176,8 +176,7 @@ class TailStore:
             request = ListKeys(PREFIX, self._after, LIST_MAX)
             self._keys_asked = await poster.post(request, now, _Keys()) is Posted.SENT
             self._reading += self._keys_asked
-        while self._to_read and self._reading < READS_MAX:
-            number = self._to_read[0]
+        for number in list(self._to_read)[: max(0, READS_MAX - self._reading)]:
             key = PREFIX + b"%016x" % number
             if await poster.post(Get(key), now, number) is not Posted.SENT:
                 break

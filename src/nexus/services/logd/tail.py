@@ -1,8 +1,8 @@
 """The persisted tail: which records are written to the device, when, and what is read back.
 
     away --statefsd found--> listing --keys--> reading --all values--> on
-    on: records come --TAIL_EVERY, or soon for what is important--> a segment is written --stored--> on
-                                                                                    --failed--> on
+    on --records came, `every` ago, or IMPORTANT_WAIT if one is--> writing
+    writing --stored, or failed: the same again later--> on
 
 A segment is one value of statefsd under its number. The open one is written again with what came
 since until it is large enough, then the next one begins; the oldest are deleted in the same batch
@@ -177,7 +177,7 @@ class Tail:
         return told
 
     def page(self, boot: int, since: int, count: int, ready: Wanted) -> Page:
-        """A page of an earlier boot, or of earlier instances in this one; `next` is 0 at its end."""
+        """A page of an earlier boot, or of earlier instances here; `next` is 0 at its end."""
         entries = (
             entry
             for kept in self._kept
