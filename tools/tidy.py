@@ -128,11 +128,12 @@ def banned_names(tree: Tree) -> Iterator[Fault]:
 def dead_modules(tree: Tree) -> Iterator[Fault]:
     """Every module of the package is reached: imported, or named where commands are declared.
 
-    A module that only its own tests import is dead; nexus.testing is there for tests.
+    A module that only its own tests import is dead; nexus.testing is there for tests. What an
+    example's program imports is there for programs.
     """
     wanted: set[str] = set()
     for path in tree.modules:
-        shipped = path.startswith("src/")
+        shipped = path.startswith("src/") or ("/src/" in path and path.startswith("examples/"))
         if not shipped and not any(OF_TESTS.search(line) for line in tree.lines(path)):
             continue
         for node in ast.walk(tree.parse(path)):
