@@ -43,7 +43,8 @@ def _page_of_the_start() -> None:
         except NoReading:
             first[id(readings)] = []
 
-    async def series(readings: Readings, _until: Nanos) -> Any:
+    async def series(readings: Readings, until: Nanos) -> Any:
+        _ = await original(readings, until)
         return first[id(readings)]
 
     original_open = replace(Readings, "open", opened)

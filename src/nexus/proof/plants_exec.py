@@ -6,6 +6,8 @@ import json
 from functools import partial
 from typing import Any, Final
 
+import msgspec
+
 from nexus.abi import BootImage, ConsoleWrite, Nanos, SleepUntil, service_id
 from nexus.init.launches import Launches
 from nexus.init.record import Record
@@ -155,11 +157,9 @@ def _pid_of_another() -> None:
 
     def write(execd: Execd, report: Report, *rest: Any) -> None:
         if report.crash.name == EXIT42 and pids:
-            report.crash.pid, pid = pids[-1], report.crash.pid
-            original(execd, report, *rest)
-            report.crash.pid = pid
-        else:
-            original(execd, report, *rest)
+            crash = msgspec.structs.replace(report.crash, pid=pids[-1])
+            report = msgspec.structs.replace(report, crash=crash)
+        original(execd, report, *rest)
 
     _on_launched(seen)
     original = replace(Execd, "_write_record", write)
