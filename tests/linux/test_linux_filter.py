@@ -15,6 +15,8 @@ from nexus.abi import (
     Isolation,
     ListenGrant,
     SecretBackend,
+    StreamGrant,
+    StreamRole,
 )
 from nexus.kernel.linux import durable, seccomp
 from nexus.kernel.linux.seccomp import Stage
@@ -415,3 +417,26 @@ def test_each_stage_of_an_interpreter_is_stricter_than_the_one_before(machine: s
     executable = number_of(machine, seccomp.MMAP)
     assert answer(machine, executable, 0, 4096, 5, stage=Stage.IMPORT) == ALLOW
     assert answer(machine, executable, 0, 4096, 5) == EPERM
+
+
+@pytest.mark.parametrize("role", list(StreamRole))
+def test_a_stream_port_adds_accept_alone_and_no_way_to_connect(
+    machine: str, role: StreamRole
+) -> None:
+    column = seccomp.MACHINES[machine].column
+    address = "" if role is StreamRole.UNIX else "127.0.0.1"
+    grants = Grants(stream_ports=(StreamGrant("far", role, address, 4318 if address else 0),))
+    added = set(seccomp.allowed_calls(machine, grants)) - set(seccomp.allowed_calls(machine))
+
+    assert added == set(seccomp.ACCEPT_CALLS)
+    for number, flags in ((seccomp.SENDTO[column], 3), (seccomp.SENDMSG[column], 2)):
+        plain = [0] * 6
+        fast = [0] * 6
+        fast[flags] = seccomp.MSG_FASTOPEN
+        assert answer(machine, number, *plain, grants=grants) == ALLOW
+        expected = ALLOW if role is StreamRole.UNIX else EPERM
+        assert answer(machine, number, *fast, grants=grants) == expected
+    for name in ("socket", "connect", "bind"):
+        number = FORBIDDEN[name][column]
+        assert number is not None
+        assert answer(machine, number, grants=grants) == EPERM
