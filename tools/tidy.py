@@ -17,6 +17,7 @@ from typing import Final
 from tools.service_loops import loops
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+EXAMPLE: Final = re.compile(r"examples/[^/]+/src/.*\.py")
 CODE: Final = ("src", "tests", "tools", "fuzz", "bench")
 LINE_LENGTH_MAX: Final = 100  # characters; ruff's formatter breaks what it can at the same number
 TEXT_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes; a larger file is data, not text to check
@@ -92,6 +93,11 @@ class Tree:
         return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     @cached_property
+    def examples(self) -> list[str]:
+        """The programs of the examples."""
+        return [path for path in self.paths if EXAMPLE.fullmatch(path)]
+
+    @cached_property
     def modules(self) -> list[str]:
         """Every Python file that we wrote."""
         return [path for path in self.paths if path.endswith(".py") and path.split("/")[0] in CODE]
@@ -132,8 +138,8 @@ def dead_modules(tree: Tree) -> Iterator[Fault]:
     example's program imports is there for programs.
     """
     wanted: set[str] = set()
-    for path in tree.modules:
-        shipped = path.startswith("src/") or ("/src/" in path and path.startswith("examples/"))
+    for path in (*tree.modules, *tree.examples):
+        shipped = path.startswith(("src/", "examples/"))
         if not shipped and not any(OF_TESTS.search(line) for line in tree.lines(path)):
             continue
         for node in ast.walk(tree.parse(path)):
