@@ -62,10 +62,17 @@ class Told:
         case = dataclasses.replace(self.case, boots=tuple(self.traces))
         EVERY_CHECK[self.number](case, self.traces[self.boot], self.line())
 
+    def check_line(self, text: str) -> None:
+        """Compare what is said in this line of the rung."""
+        case = dataclasses.replace(self.case, boots=tuple(self.traces))
+        trace = self.traces[self.boot]
+        line = next(line for line in trace.lines if line.text == text)
+        EVERY_CHECK[self.number](case, trace, line)
+
     def line(self) -> Line:
-        """The rung's own line, in its own boot."""
-        marker = rung(self.number).marker
-        return next(line for line in self.traces[self.boot].lines if line.text == marker)
+        """The rung's own line, in its own boot; the first that fits a prefix."""
+        row = rung(self.number)
+        return next(line for line in self.traces[self.boot].lines if row.matches(line.text))
 
 
 def _changed(event: Event, text: str, change: Change) -> Event:

@@ -17,6 +17,7 @@ STEPS_MAX: Final = 96  # steps of one raw session
 STEP_DATA_SIZE_MAX: Final = 128  # bytes
 SESSION_WAIT_MAX_MS: Final = 5_000
 ASKED_COUNT_MAX: Final = 8  # requests of one AskInit
+LAST_LINE: Final = "demo.testsvc: last words are written"
 HANG_MAX_MS: Final = 60_000  # longer than any watchdog of a test waits
 
 
@@ -247,13 +248,13 @@ class AskExecd(Request[Answered], op=17, idempotent=False, refuses=TestsvcStatus
     """The request carries a SEND link to execd; ask execd over it for its programs."""
 
 
-class Written(Message):
-    """The line stands in demo.testsvc's own log, and nobody has been told."""
+class Silent(Message):
+    """Never sent."""
 
 
-class LastWords(Request[Written], op=18, idempotent=False, refuses=TestsvcStatus):
-    """Write a line with the field `token` into your own log, answer, and do nothing from then on:
-    no doorbell is rung for it, and no further request served.
+class LastWords(Request[Silent], op=18, idempotent=False, refuses=TestsvcStatus):
+    """Write a line with the field `token` into your own log, say LAST_LINE on the console, where a
+    proof run kills you for it, and do nothing from then on: no doorbell is rung for the line.
 
     *Refuses*: SESSION_BROKEN (it has no way to logd).
     """
