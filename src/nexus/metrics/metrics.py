@@ -19,12 +19,11 @@ from nexus.abi import (
     NEVER,
     NO_WAIT,
     AbiError,
+    CapClone,
     CapClose,
-    CapDerive,
     ClockMap,
     Nanos,
     Now,
-    Rights,
     Slot,
     Status,
     VmoCreate,
@@ -354,7 +353,7 @@ class Metrics:
         """Give metricsd the page."""
         assert self._slot is not None
         try:
-            given = await CapDerive(self._slot, Rights.MAP)
+            given = await CapClone(self._slot)  # a VMO moves with MAP only
         except AbiError as error:
             if error.status is not Status.NO_SPACE:
                 raise
