@@ -166,7 +166,7 @@ class Exportd:
         for visit in list(self._visits.values()):
             if visit.is_late(now):
                 self._scrapes_refused += visit.refused
-                await self._send(visit)
+                _ = await self._send(visit)
                 await self._close(visit)
         await self._act(self._collector.on_time(now), now)
         if self._export_due is not None and self._export_due <= now:
