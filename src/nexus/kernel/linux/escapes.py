@@ -289,13 +289,14 @@ def _write_policy_page(_target: Target) -> None:
 
 
 def _make_writable(offset: int) -> None:
-    """Of any mapping of the table there is: a fork has init's too."""
+    """Of any mapping of the table there is. (A fork has init's view, but not what that is of.)"""
     views = [found for found in gc.get_objects() if isinstance(found, IdentityView)]
-    assert views, "every task maps the table"
+    arrays: list[Any] = [view.cells.obj for view in views]
+    mappings = [array.mapping for array in arrays if array.mapping.pid == os.getpid()]
+    assert mappings, "every task maps the table"
     refused = 0
-    for view in views:
-        array: Any = view.cells.obj
-        page = ctypes.c_void_p(array.mapping.address + offset - offset % mmap.PAGESIZE)
+    for mapping in mappings:
+        page = ctypes.c_void_p(mapping.address + offset - offset % mmap.PAGESIZE)
         size = ctypes.c_size_t(mmap.PAGESIZE)
         if LIBC.mprotect(page, size, mmap.PROT_READ | mmap.PROT_WRITE) < 0:
             refused = ctypes.get_errno()
