@@ -50,6 +50,7 @@ from tests.fakes.initrig import MS, SECOND
 from tests.fakes.policyrig import order_in
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
+LOOK: Final = 20 * MS
 SERVICES: Final = ("policyd", "logd", "metricsd", "statefsd", "execd")
 DEMOS: Final = ("demo.hello", "demo.exit0", "demo.exit42")
 
@@ -250,7 +251,7 @@ def driver_of(script: Callable[[ExecHands], Any]) -> Any:
 
     async def main(boot: BootImage) -> int:
         hands = ExecHands(boot)
-        await hands.begin()
+        await hands.begin(ready=False)  # victims die meanwhile
         result = await script(hands)
         await ConsoleWrite(RESULT + boot.name, json.dumps({"result": result}).encode())
         return 0
@@ -273,9 +274,20 @@ class Victim:
         return self._at
 
     async def on_time(self, now: Nanos) -> None:
+        context = self._context
         self._at = None
-        if self._context.generation == 1:
-            await self._die(self._context)
+        if context.generation > 1:
+            return
+        if self._is_known():
+            await self._die(context)
+        else:
+            self._at = Nanos(now + LOOK)
+
+    def _is_known(self) -> bool:
+        """Whether logd has its ring, and metricsd its page."""
+        context = self._context
+        has_page = "metricsd" not in context.config.uses or context.metrics.counts().opened > 0
+        return context.log.counts().acknowledged > 0 and has_page
 
     def handle(self, _call: Any, _request: Any) -> Any:
         raise AssertionError("nobody asks")

@@ -55,8 +55,9 @@ def directory() -> Iterator[Path]:
 
 async def _is_killed(context: Context) -> None:
     context.log.info(WORDS, how="killed")
-    await ConsoleWrite("driver: outside kill killed")
-    _ = await SleepUntil(Nanos(await Now() + 60 * SECOND))
+    with context.metrics.span("victim.Turn"):
+        await ConsoleWrite("driver: outside kill killed")
+        _ = await SleepUntil(Nanos(await Now() + 60 * SECOND))
 
 
 async def _fails(context: Context) -> None:
@@ -91,7 +92,8 @@ def test_the_last_record_of_a_process_is_in_its_report_whatever_ended_it(
             crash = report.crash
             texts = [each.text for each in report.records]
             ended = [crash.pid, crash.code, crash.signal]
-            told[name] = [ended, texts, report.traceback, report.missing, report.kept]
+            spans = [[each.name, each.end] for each in report.spans]
+            told[name] = [ended, texts, report.traceback, report.missing, report.kept, spans]
         return told
 
     seen = boot_linux(
@@ -112,9 +114,9 @@ def test_the_last_record_of_a_process_is_in_its_report_whatever_ended_it(
         for event in seen.events
         if event.kind is EventKind.EXIT
     }
-    for name, (ended, texts, traceback, missing, kept) in told.items():
+    for name, (ended, texts, traceback, missing, kept, _) in told.items():
         assert ended == ends[name, 1], name
-        assert f"{WORDS} how={name}" in texts, name
+        assert f"{WORDS} how={name}" in texts, (name, told)
         assert (missing, kept) == ("", True), name
         assert bool(traceback) is (name in ("failed", "limited")), name
     signals = {"killed": signal.SIGKILL, "failed": 0, "filtered": signal.SIGSYS, "limited": 0}
@@ -126,6 +128,7 @@ def test_the_last_record_of_a_process_is_in_its_report_whatever_ended_it(
     assert told["failed"][1][-1].startswith("RuntimeError: the valve is stuck at ")
     assert told["limited"][1][-1].startswith("MemoryError at ")
     assert "_grows" in told["limited"][2]
+    assert told["killed"][5][-1] == ["victim.Turn", 0], "the span that it was in"
 
 
 def test_a_program_is_started_reaped_and_its_crash_is_there_after_a_reboot(

@@ -51,7 +51,7 @@ def _services(plan: Plan) -> list[str]:
     """What each service is and costs, in the order of their start."""
     heads = (
         "SERVICE",
-        "STAGE",
+        "START",
         "PROGRAM",
         "QOS",
         "CPU",
@@ -64,7 +64,7 @@ def _services(plan: Plan) -> list[str]:
     rows = [
         (
             service.name,
-            STAGES[service.stage],
+            f"by {service.by}" if service.by else STAGES[service.stage],
             service.program,
             service.qos.name.lower().replace("_", "-"),
             "any" if service.cpu is None else str(service.cpu),
