@@ -36,7 +36,7 @@ from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import GetSystem, GetTasks, Restart, Route, SetPolicy, Shutdown
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.interactive import RegisterFor
-from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Query, Records
+from nexus.protocols.logd import EVERY_RECORD, THIS_BOOT, Follow, Query, Records
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Stop
@@ -552,6 +552,23 @@ def test_parts_that_do_not_join_are_refused_and_bounded() -> None:
         assert more is OperatorStatus.BAD_PART
         other = outside.connect()
         assert await outside.ask(other, PutPolicyPart(8, b"x")) is OperatorStatus.BAD_PART
+
+    _ = run(body)
+
+
+def test_who_follows_the_journal_does_not_feed_it() -> None:
+    """Else each answer would be the reason for the next one."""
+
+    async def body(outside: Outside) -> None:
+        peer = outside.connect(pid=123)
+        for _ in range(5):
+            page = await outside.relay(peer, "logd", LOGD, Follow(1, 1, EVERY_RECORD))
+            assert isinstance(page, Records)
+        await outside.sleep(100 * MS)
+        wanted = structs.replace(EVERY_RECORD, key="request", value="Follow")
+        page = await outside.relay(peer, "logd", LOGD, Query(THIS_BOOT, 1, 16, wanted))
+        assert isinstance(page, Records)
+        assert len(page.records) == 1
 
     _ = run(body)
 

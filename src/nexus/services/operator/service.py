@@ -37,7 +37,7 @@ from nexus.protocols.init import (
     Restart,
     Shutdown,
 )
-from nexus.protocols.logd import LOG_READ, GetStats, Query
+from nexus.protocols.logd import LOG_READ, Follow, GetStats, Query
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import GetStatus, Health
@@ -96,7 +96,7 @@ INIT_ACTS: Final = frozenset(
 LOOKS: Final = (
     (INIT_PASSED - INIT_ACTS)
     | META_PASSED
-    | frozenset(LOGD.codecs[each].prefix for each in (Query, GetStats))
+    | frozenset(LOGD.codecs[each].prefix for each in (Query, Follow, GetStats))
     | frozenset(METRICSD.codecs[each].prefix for each in (GetSeries, GetHistory, GetSpans))
 )
 """Requests that change nothing. A command that follows the log asks twice a second: of these the
