@@ -87,6 +87,7 @@ def broken(text: str) -> str:
     return text.replace("[system]", "[sistem]")
 
 
+@pytest.mark.covers("init.BAD_SYSTEM_FILE")
 @pytest.mark.parametrize("spoilt", [wrong, broken])
 def test_another_system_and_no_system_at_all_are_refused(
     machine: SimMachine, spoilt: Callable[[str], str]

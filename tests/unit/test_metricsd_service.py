@@ -5,11 +5,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from nexus.abi import INIT_NAME, Nanos, Pid, VmoCreate, VmoSeal, VmoShare, service_id
 from nexus.ipc import Answer, Exchange, Refused
 from nexus.protocols.logd import Level
+from nexus.protocols.meta import Configure, Configured, MetaStatus
 from nexus.protocols.metricsd import (
     NAME_SIZE_MAX,
     PROTOCOL,
@@ -437,3 +439,28 @@ def test_what_changed_is_exported_with_labels_and_ids_and_only_then() -> None:
     assert first["labels"] == 'way="in"'
     assert first["owner"] == f"0x{service_id('alpha'):016x}"
     assert second["value"] == 7
+
+
+@pytest.mark.covers("meta.BAD_SETTINGS")
+def test_settings_are_taken_whole_or_not_at_all() -> None:
+    system = System()
+
+    def told(**settings: Any) -> Configure:
+        return Configure(msgspec.msgpack.encode(settings))
+
+    outcomes = system.asked(
+        told(series=99, rate=7), told(series=0), told(serious=9), Configure(b"\x01"), GetStats()
+    )
+
+    bad = Refused(MetaStatus.BAD_SETTINGS)
+    assert outcomes[:4] == [Configured(), bad, bad, bad]
+    assert (outcomes[4].series_max, outcomes[4].settings_generation) == (99, 2)
+    assert system.asked(told(series=5), name="alpha") == [Refused(ReplyStatus.DENIED)]
+
+
+@pytest.mark.covers("meta.NEEDS_RESTART")
+def test_a_service_without_the_hook_needs_a_restart() -> None:
+    async def body(link: Exchange) -> Any:
+        return await link.call(Configure(msgspec.msgpack.encode({"a": 1})), FAR)
+
+    assert Pair().client(body) == Refused(MetaStatus.NEEDS_RESTART)

@@ -128,8 +128,9 @@ def boot(
 
     `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses, and
     `places` say where the run keeps things. `policy_source` reads the policy files again on
-    SIGHUP, `plan_source` the system file for ReloadSettings; `watchdog` is the service manager's interval. `on_machine` is shown the simulated kernel
-    before it runs: its power can be planned to fail, and what is left of it be read afterwards.
+    SIGHUP, `plan_source` the system file for ReloadSettings; `watchdog` is the service manager's
+    interval. `on_machine` is shown the simulated kernel before it runs: its power can be planned to
+    fail, and what is left of it be read afterwards.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
     root = init_program(
