@@ -172,7 +172,9 @@ def exec_elf(_case: Case, trace: Trace, line: Line) -> None:
     """#86: the child that answered is the one that the kernel started, and ended for that it was."""
     evidence = line.evidence
     demand_equal(evidence["stamped"], evidence["pid"], "pid that came back from the kernel")
+    started, _ = _spawn_of(trace, HELLO, evidence)
     ended, end = _exit_of(trace, HELLO, evidence)
+    demand(_line_of(trace, 85).place < started, "it was started for another rung")
     demand(ended < line.place, "it was not ended")
     demand_equal(end.fields["signal"], KILLED, "how it ended, having answered")
 
