@@ -89,7 +89,7 @@ STATEFSD_NAME: Final = "statefsd"
 INIT: Final = service_id(INIT_NAME)
 LAUNCH_MAX: Final = Nanos(3_000_000_000)  # ns for init's answer: it asks policyd once per grant
 INIT_MAX: Final = Nanos(500_000_000)  # ns for anything else that init is asked
-OPEN_MAX: Final = Nanos(200_000_000)  # ns for finding whom it asks, at the start
+OPEN_MAX: Final = Nanos(1_000_000_000)  # ns for finding whom it asks, while init still starts others
 LOAD_MAX: Final = Nanos(1_500_000_000)  # ns for reading the kept reports; below the ready deadline
 REPORT_MAX: Final = Nanos(2_000_000_000)  # ns for all the evidence of a crash, and keeping it
 SEEN_MAX: Final = 128  # ends that are told apart from their repetition
@@ -144,8 +144,9 @@ class Execd:
     async def start(self) -> None:
         """Read the kept reports, and find the children that an earlier instance has started."""
         self._clock = await ClockMap()
+        until = await self._context.after(OPEN_MAX)
         for asked in (self._logd, self._metricsd, self._policyd):
-            await asked.open(await self._context.after(OPEN_MAX))
+            await asked.open(until)
         await self._keeping.load(await self._context.after(LOAD_MAX))
         await self._adopt()
 

@@ -42,7 +42,7 @@ from nexus.services.exportd.exposition import chosen, exposition
 from nexus.services.exportd.pages import Asked, Visit
 from nexus.services.exportd.readings import NoReading, Readings
 
-OPEN_MAX: Final = Nanos(200_000_000)  # ns for the way to metricsd at the start
+OPEN_MAX: Final = Nanos(1_000_000_000)  # ns for the way to metricsd at the start
 SCRAPE_TIME_MAX: Final = Nanos(800_000_000)  # ns for reading all series; a probe waits behind it
 EXPORT_TIME_MAX: Final = Nanos(800_000_000)  # ns for what goes to the collector, the same
 SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times in a minute
