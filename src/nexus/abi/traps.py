@@ -139,10 +139,10 @@ class Grants(NamedTuple):
     """What a service may do beyond the ABI. Nothing by default.
 
     `threads` is how many further threads it may start. `ports` name doors to the outside
-    (PortSend), `stream_ports` such whose connections are byte streams. `hardware` are devices of the bus map (DeviceQuery); `secret` is where its secret
-    is kept (SecretRead), and needs EXEC. `devices`, `listen`, `connect` (TCP port numbers) and
-    `streams` (AF_UNIX stream pairs, which asyncio needs) are for programs with ordinary libraries
-    and need EXEC.
+    (PortSend), `stream_ports` such whose connections are byte streams. `hardware` are devices of
+    the bus map (DeviceQuery); `secret` is where its secret is kept (SecretRead), and needs EXEC.
+    `devices`, `listen`, `connect` (TCP port numbers) and `streams` (AF_UNIX stream pairs, which
+    asyncio needs) are for programs with ordinary libraries and need EXEC.
     """
 
     isolation: Isolation = Isolation.FORK
