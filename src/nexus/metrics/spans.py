@@ -29,7 +29,7 @@ class Tracing(Protocol):
 
 
 class Recorder:
-    """Where the spans of a task go. Without a page they go nowhere, and traces go on all the same."""
+    """Where the spans of a task go. Without a page they go nowhere; traces go on all the same."""
 
     __slots__ = ("caller", "clock", "page", "root")
 
@@ -53,7 +53,7 @@ class Span:
     """A piece of work, from `with` on to its end; what it calls meanwhile belongs to it.
 
     Its parent is the span around it, or the request being served; otherwise it begins a trace. An
-    exception that leaves it makes its status ERROR. Behind the `with` the object is somebody else's:
+    exception that leaves it makes its status ERROR. Behind the `with` it is somebody else's:
     one that has ended goes back to where the next of its name is taken from.
     """
 

@@ -491,7 +491,7 @@ class OrdinaryContext:
         self._inner = Context(boot, ServiceConfig.of(boot), TaskTrail)
         self._clients: dict[str, OrdinaryClient] = {}
         self._desk = _Desk()
-        # Requests are taken and answered beside the program's own calls: what they share is the ids.
+        # Requests are taken and answered beside the program's own calls: they share the ids.
         caller = Caller(self._inner.peers.caller.spans)
         recorder = self._inner.metrics.recorder
         self._server = Server(self._desk, protocol, boot, caller, recorder=recorder)
