@@ -24,6 +24,7 @@ from nexus.protocols.execd import (
 from nexus.protocols.execd import Started as Child
 from nexus.protocols.hello import PROTOCOL as HELLO_PROTOCOL
 from nexus.protocols.hello import Greet
+from nexus.protocols.init import Health
 from nexus.protocols.logd import EVERY_RECORD, Filter, Query, Record
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.testsvc import AskExecd, LastWords
@@ -120,8 +121,23 @@ async def child_hello(climb: Climb) -> Evidence:
     """#85, stated: who demo.hello is by execd's answer and by init's task list."""
     child = climb.children[HELLO]
     row = await climb.task(HELLO)
+    await _well(climb, HELLO)
     _ = await _end(climb, child)
     return {"pid": child.pid, "generation": child.generation, "row": [row.pid, row.generation]}
+
+
+async def _well(climb: Climb, name: str) -> None:
+    """The child has begun its work: it has said what it says then."""
+    budget = RetryBudget(
+        attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(END_WAIT)
+    )
+    record = await retry_until(
+        lambda: climb.record(name),
+        lambda seen: seen.health is not Health.OK,
+        budget,
+        RetryTokens(),
+    )
+    expect(record.health, Health.OK, f"health of {name}")
 
 
 async def exec_elf(climb: Climb) -> Evidence:
