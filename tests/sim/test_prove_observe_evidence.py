@@ -1,5 +1,5 @@
-"""The checks of logs, metrics and spans on what a real run of three boots left behind: true evidence
-passes, and each way to lie in one place is found."""
+"""The checks of logs, metrics and spans on what a real run of three boots left behind: true
+evidence passes, and each way to lie in one place is found."""
 
 import dataclasses
 import zlib

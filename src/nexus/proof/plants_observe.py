@@ -35,7 +35,7 @@ BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
 METRICSD: Final = "metricsd"
 CLIENT: Final = service_id(SELFTEST)
 TIMED: Final = "timed"
-CLOSED: Final = 2_000_000_000  # ns that a refused sender's window stays closed: as good as for ever
+CLOSED: Final = 1_500_000_000  # ns that a refused sender's window stays closed: as good as for ever
 
 
 def _limits_compiled_in() -> None:

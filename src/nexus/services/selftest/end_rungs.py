@@ -9,7 +9,7 @@ from nexus.protocols.init import Account, GetResources, Resources
 from nexus.protocols.keystored import Get as GetKey
 from nexus.protocols.keystored import GetPublicKey
 from nexus.protocols.logd import EVERY_RECORD, Query
-from nexus.protocols.meta import Fact
+from nexus.protocols.meta import Fact, GetStatus
 from nexus.protocols.metricsd import GetSeries
 from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
@@ -120,12 +120,23 @@ async def _resources(climb: Climb, name: str) -> Resources:
     budget = RetryBudget(
         attempts_max=LOOKS_MAX, backoff=LOOK_PAUSE, deadline=await climb.ahead(LOOK_WAIT)
     )
+
+    async def look() -> Resources:
+        resources = await climb.call(climb.control, GetResources(name))
+        if _held_by(resources.now) != _held_by(resources.ready):
+            await _wake_all(climb)
+        return resources
+
     return await retry_until(
-        lambda: climb.call(climb.control, GetResources(name)),
-        lambda seen: _held_by(seen.now) != _held_by(seen.ready),
-        budget,
-        RetryTokens(),
+        look, lambda seen: _held_by(seen.now) != _held_by(seen.ready), budget, RetryTokens()
     )
+
+
+async def _wake_all(climb: Climb) -> None:
+    """Wake every service: a library looks now and then, when its task is awake, whether those that
+    it writes for have been started anew."""
+    for client in climb.clients.values():
+        _ = await client.call(GetStatus(), await climb.ahead(CALL_WAIT))
 
 
 def _same_tasks(resources: Resources) -> int:

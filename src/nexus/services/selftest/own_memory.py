@@ -27,8 +27,9 @@ from nexus.wire import Request
 
 SCOPE: Final = "selftest"  # of what is written here
 RING_SIZE: Final = 16 * 1024  # bytes; rung 115 writes much more than that before anybody looks
-SETTLE_TRIES_MAX: Final = 14  # with doubling pauses: 1 ms to 8 s
-SETTLE_PAUSE: Final = Nanos(1_000_000)  # ns
+SETTLE_TRIES_MAX: Final = 7  # of as many looks each
+SETTLE_LOOKS: Final = 8  # with doubling pauses: 2 ms to 0.3 s
+SETTLE_PAUSE: Final = Nanos(2_000_000)  # ns
 
 ReplyT = TypeVar("ReplyT")
 
@@ -101,5 +102,9 @@ async def is_settled(metrics: Metrics, until: Nanos) -> bool:
         await metrics.flush()
         return not metrics.due
 
+    async def looked() -> bool:
+        budget = RetryBudget(attempts_max=SETTLE_LOOKS, backoff=SETTLE_PAUSE, deadline=until)
+        return await retry_until(flushed, lambda done: not done, budget, RetryTokens())
+
     budget = RetryBudget(attempts_max=SETTLE_TRIES_MAX, backoff=SETTLE_PAUSE, deadline=until)
-    return await retry_until(flushed, lambda done: not done, budget, RetryTokens())
+    return await retry_until(looked, lambda done: not done, budget, RetryTokens())

@@ -1,4 +1,4 @@
-"""Rungs about log streams: opened by rule, drained to the last record, and whose records they are."""
+"""Rungs about log streams: opened by rule, drained to the last record, each under its own name."""
 
 from typing import Any, Final
 
