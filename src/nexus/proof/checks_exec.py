@@ -1,5 +1,5 @@
-"""The evidence behind the rungs about execd: what the kernel itself recorded of the tasks that execd
-started, beside what execd, its children and the journal say of them."""
+"""The evidence behind the rungs about execd: what the kernel itself recorded of the tasks that
+execd started, beside what execd, its children and the journal say of them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -125,8 +125,8 @@ def routing_execd(_case: Case, trace: Trace, line: Line) -> None:
 
 
 def elf_loaded(case: Case, trace: Trace, line: Line) -> None:
-    """#84: the kernel started demo.hello with the digest of the plan; the program whose file had one
-    byte changed it did not start at all."""
+    """#84: the kernel started demo.hello with the digest of the plan; the program whose file had
+    one byte changed it did not start at all."""
     told = measured(trace, 84)
     demand_equal(told["altered"], ALTERED, "the program with one byte changed")
     demand_equal(told["refused"], ExecdStatus.BAD_DIGEST.name, "EXEC of that program")
@@ -169,7 +169,7 @@ def child_hello(case: Case, trace: Trace, line: Line) -> None:
 
 
 def exec_elf(_case: Case, trace: Trace, line: Line) -> None:
-    """#86: the child that answered is the one that the kernel started, and ended for that it was."""
+    """#86: the child that answered is the one that the kernel started and, told to, ended."""
     evidence = line.evidence
     demand_equal(evidence["stamped"], evidence["pid"], "pid that came back from the kernel")
     started, _ = _spawn_of(trace, HELLO, evidence)
@@ -188,8 +188,8 @@ def child_exit0(case: Case, trace: Trace, line: Line) -> None:
 
 
 def child_exited(_case: Case, trace: Trace, line: Line) -> None:
-    """#88: what the line says is the end that the kernel had recorded before; and while execd waited
-    for another child it served another client."""
+    """#88: what the line says is the end that the kernel had recorded before; and while execd
+    waited for another child it served another client."""
     values = values_of(line.text)
     at, event = _end_by_kernel(trace, values)
     demand(at < line.place, "the kernel recorded the end after the line")
@@ -251,8 +251,8 @@ def child_exit42(case: Case, trace: Trace, line: Line) -> None:
 
 
 def crash_line(_case: Case, trace: Trace, line: Line) -> None:
-    """#91: what the line says is the end that the kernel recorded; and a report of the same child by
-    somebody who is not its parent was refused and changed nothing."""
+    """#91: what the line says is the end that the kernel recorded; and a report of the same child
+    by somebody who is not its parent was refused and changed nothing."""
     values = values_of(line.text)
     at, event = _end_by_kernel(trace, values)
     demand(at < line.place, "the kernel recorded the end after the line")
@@ -364,8 +364,8 @@ def execd_malformed(case: Case, trace: Trace, line: Line) -> None:
 
 
 def last_words(_case: Case, trace: Trace, line: Line) -> None:
-    """#129: the runner killed each copy when it had written its last words; they stand in its report,
-    and at least once logd found them in the ring of a task that had been killed already."""
+    """#129: the runner killed each copy when it had written its last words; they stand in its
+    report, and at least once logd found them in the ring of a task that had been killed already."""
     copies = line.evidence["copies"]
     demand(copies, "no copy was killed")
     demand_equal(len({each["token"] for each in copies}), len(copies), "different tokens")

@@ -1,5 +1,5 @@
-"""The evidence behind the rungs about exportd: what the kernel granted it, whom init's table links it
-with, and the page that the runner fetched from outside, read by a parser that is not ours."""
+"""The evidence behind the rungs about exportd: what the kernel granted it, whom init's table links
+it with, and the page that the runner fetched from outside, read by a parser that is not ours."""
 
 import http.client
 import io

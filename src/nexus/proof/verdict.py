@@ -344,7 +344,7 @@ class _Judge:
         return self._results[number].state in {State.RED, State.BLOCKED}
 
     def _mismatches(self, row: Rung, lines: Sequence[Line]) -> Iterator[str]:
-        # Others' ends may have come before, under the same prefix: the row's own is behind its edges.
+        # Others' ends may have come before, under the same prefix: the row's own line comes last.
         yield from self._misordered(row, lines[-1] if row.prefix else lines[0])
         for line in lines:
             try:
