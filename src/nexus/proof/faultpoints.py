@@ -4,8 +4,8 @@ Planted in every run of the proof, unlike saboteurs: rung 63 sends two messages 
 with a sender no kernel may accept, and the receiver's kernel has to refuse and count them; rung 81
 asks policyd for a right from which it does not come back; rung 84 has execd start a program whose
 file has one byte changed; rung 129 has the copies of demo.testsvc killed that have written their
-last words, as the kernel of a machine without memory kills; and demo.testsvc gets its attacks by raw
-system calls on grounds that have them.
+last words, as the kernel of a machine without memory kills; and demo.testsvc gets its attacks by
+raw system calls on grounds that have them.
 """
 
 # ruff: noqa: SLF001 (a fault point is inside)

@@ -1,4 +1,4 @@
-"""Rungs about execd: programs that are started, waited for and ended, and what is told of a crash."""
+"""Rungs about execd: programs that are started, waited for and ended; what is told of a crash."""
 
 from typing import Final
 
@@ -79,14 +79,8 @@ async def _end(climb: Climb, child: Child) -> Ended:
 
 async def program_table(climb: Climb) -> Evidence:
     """#37, stated: what execd says that it can start, and with which digests."""
-    execd = climb.client(EXECD_NAME)
-    page = await climb.call(execd, GetPrograms(0))
-    rows = list(page.rows)
-    for _ in range(page.total):
-        if len(rows) >= page.total:
-            break
-        rows += (await climb.call(execd, GetPrograms(len(rows)))).rows
-    return {"programs": [[row.name, row.digest] for row in rows], "total": page.total}
+    page = await climb.call(climb.client(EXECD_NAME), GetPrograms(0))
+    return {"programs": [[row.name, row.digest] for row in page.rows], "total": page.total}
 
 
 async def routing_execd(climb: Climb) -> Evidence:
@@ -179,8 +173,8 @@ async def _connected(climb: Climb, name: str) -> Client:
 
 
 async def child_exit0(climb: Climb) -> Evidence:
-    """#87, stated: who demo.exit0 was by execd's answer. Another child lives meanwhile: a kernel may
-    give the number of one that has ended to the next."""
+    """#87, stated: who demo.exit0 was by execd's answer. Another child lives meanwhile: a kernel
+    may give the number of one that has ended to the next."""
     climb.children[HELLO] = await _start(climb, HELLO)
     child = climb.children[EXIT0] = await _start(climb, EXIT0)
     return {"pid": child.pid, "generation": child.generation}
