@@ -21,6 +21,7 @@ from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import (
     Check,
     CheckFor,
+    Counts,
     Decision,
     GetCounts,
     Reason,
@@ -106,7 +107,19 @@ async def _settled_audit(climb: Climb) -> Evidence:
         RetryTokens(),
     )
     expect(counts.audit_waiting, 0, "audit records not acknowledged yet")
-    records, _ = await pages(climb, service=service_id("policyd"))
+
+    async def look() -> tuple[Counts, list[Record], Counts]:
+        first = await climb.call(policyd, GetCounts())
+        records, _ = await pages(climb, service=service_id("policyd"))
+        return first, records, await climb.call(policyd, GetCounts())
+
+    budget = RetryBudget(
+        attempts_max=SETTLE_POLLS_MAX, backoff=SETTLE_PAUSE, deadline=await climb.ahead(CALL_WAIT)
+    )
+    counts, records, after = await retry_until(  # others go on asking policyd meanwhile
+        look, lambda seen: seen[0] != seen[2] or seen[2].audit_waiting > 0, budget, RetryTokens()
+    )
+    expect(counts, after, "policyd's counts around the reading of the journal")
     generation = (await climb.task("policyd")).generation
     own = [fields_of(each) for each in records if each.generation == generation]
     numbers = sorted(int(fields["number"]) for fields in own if fields.get("number", "0") != "0")
