@@ -1,6 +1,6 @@
 """A service of one's own: its start, its context, and what is said when it cannot be."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
@@ -8,6 +8,8 @@ import pytest
 
 from nexus.abi import INIT_NAME, BootImage, Nanos, Now, Send, SleepUntil
 from nexus.ipc import Client, Exchange, Peers, Refused, RetryBudget, TimedOut
+from nexus.log.line import FieldValue
+from nexus.protocols.logd import Level
 from nexus.protocols.meta import GetStatus, Health, Healthy, MetaStatus, Stop, Stopping
 from nexus.runtime import Server, ServiceConfig
 from nexus.runtime.program import (
@@ -249,6 +251,10 @@ class SlowLog:
 
     def info(self, text: str, *, token: str) -> None:
         """Another line that waits."""
+
+    def write(self, level: Level, text: str, fields: Mapping[str, FieldValue]) -> bool:
+        """A line that finds no room."""
+        return False
 
 
 def test_a_reply_goes_out_before_the_lines_of_its_request() -> None:
