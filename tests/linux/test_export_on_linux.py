@@ -127,7 +127,7 @@ def test_promtool_has_nothing_against_the_page(system: Exporting) -> None:
     assert (said.returncode, said.stdout, said.stderr) == (0, b"", b"")
     broken = subprocess.run(
         [promtool, "check", "metrics"],
-        input=text.replace(b"# TYPE", b"# TIPE", 1) + b"pump_strokes_total oops\n",
+        input=text.replace(b"# TYPE", b"# KIND", 1) + b"pump_strokes_total oops\n",
         capture_output=True,
         timeout=PATIENCE,
     )

@@ -84,7 +84,7 @@ def wrong(text: str) -> str:
 
 
 def broken(text: str) -> str:
-    return text.replace("[system]", "[sistem]")
+    return text.replace("[system]", "[systems]")
 
 
 @pytest.mark.covers("init.BAD_SYSTEM_FILE")
