@@ -437,6 +437,6 @@ def test_a_stream_port_adds_accept_alone_and_no_way_to_connect(
         expected = ALLOW if role is StreamRole.UNIX else EPERM
         assert answer(machine, number, *fast, grants=grants) == expected
     for name in ("socket", "connect", "bind"):
-        number = FORBIDDEN[name][column]
-        assert number is not None
-        assert answer(machine, number, grants=grants) == EPERM
+        forbidden = FORBIDDEN[name][column]
+        assert forbidden is not None
+        assert answer(machine, forbidden, grants=grants) == EPERM
