@@ -62,7 +62,18 @@ from nexus.services.logd.journal import Journal
 from nexus.services.logd.senders import Row
 from nexus.services.logd.service import FOLLOW_MARGIN, Logd
 from nexus.services.logd.streams import DRAIN_COUNT, LOOK_PAUSE, Streams
-from nexus.telemetry.ring import RingReader, RingWriter
+from nexus.telemetry.ring import (
+    COMMIT_WORD,
+    MARK_WORD,
+    RECORD,
+    RECORD_SIZE,
+    RESERVE_WORD,
+    RING_HEADER_SIZE,
+    SEQUENCE_MAX,
+    RingReader,
+    RingWriter,
+    checksum,
+)
 from nexus.wire import ReplyStatus
 from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
@@ -534,3 +545,97 @@ def test_the_memory_of_a_ring_is_given_back_when_its_link_is_gone() -> None:
 
     with pytest.raises(ValueError, match="released"):
         _ = view[0]
+
+
+def forge(view: memoryview, number: int, *, lap: int = 0) -> None:
+    """A ring whose only record says that it is this one, `lap` rounds after the beginning."""
+    ring = RingWriter(view)
+    capacity = payload_area(view)
+    position = lap * capacity
+    payload = line("forged")
+    RECORD.pack_into(view, RING_HEADER_SIZE, number, len(payload), checksum(payload, number))
+    begin = RING_HEADER_SIZE + RECORD_SIZE
+    view[begin : begin + len(payload)] = payload
+    words = view[:RING_HEADER_SIZE].cast("Q")
+    words[MARK_WORD] = position
+    words[RESERVE_WORD] = words[COMMIT_WORD] = position + (RECORD_SIZE + len(payload) + 7 & ~7)
+    assert ring.sequence == 0
+
+
+def payload_area(view: memoryview) -> int:
+    """The bytes in which the records of a ring lie."""
+    return (len(view) - RING_HEADER_SIZE) // 64 * 64
+
+
+def test_a_ring_that_was_opened_at_the_last_number_there_is_ends_nobody() -> None:
+    async def body(link: Exchange) -> Any:
+        slot, view = await shared()
+        forge(view, (1 << 64) - 1)
+        _ = await opened(link, slot, 0, (1 << 64) - 1)
+        return [await rung(link), await stats(link)]
+
+    drained, _ = done(body)
+
+    assert (drained.accepted, drained.sequence) == (0, SEQUENCE_MAX)
+
+
+def test_rings_that_claim_to_have_lost_more_than_a_number_says_end_nobody() -> None:
+    async def body(link: Exchange) -> Any:
+        for _ in range(6):
+            slot, view = await shared()
+            forge(view, SEQUENCE_MAX - 1, lap=10)
+            assert await opened(link, slot) == StreamOpened(0)
+            assert (await rung(link)).overwritten == SEQUENCE_MAX - 1
+        return await stats(link)
+
+    found = done(body)
+
+    assert row(found).unread == found.unread == (1 << 64) - 1, "it stays there"
+
+
+def test_a_writer_that_goes_on_writing_is_drained_no_further_than_its_ring_is_large() -> None:
+    view = memoryview(bytearray(RING))
+    ring = RingWriter(view)
+    streams = Streams(Journal(1024, 1 << 20))
+    sender = Sender(ServiceId(5), Pid(1), 1, QosClass.NORMAL)
+    account = Row(sender.service, RATE_MAX, 1 << 20)
+    stream = streams.open(LinkId(3), sender, view, RingReader(view), account, is_core=False)
+
+    def writes_on(*_taken: object) -> None:
+        for _each in range(DRAIN_COUNT):
+            ring.put(line())
+
+    streams.on_taken = writes_on
+    writes_on()
+
+    streams.drain_to_end(stream, Nanos(1), 1)
+
+    assert 0 < stream.accepted <= RING // RECORD_SIZE
+    assert stream.reader.pending
+
+
+def test_opening_a_ring_again_and_again_is_no_way_around_the_rate() -> None:
+    async def body(link: Exchange) -> Any:
+        outcomes = []
+        for _ in range(4):
+            slot, view = await shared()
+            ring = RingWriter(view)
+            for _ in range(40):
+                ring.put(line())
+            outcomes.append(await opened(link, slot))
+        await wait(SECOND)
+        slot, view = await shared()
+        _ = RingWriter(view)
+        outcomes.append(await opened(link, slot))
+        return [outcomes, row(await stats(link)).rate_limited]
+
+    outcomes, refused = done(body, stream_rate=50)
+
+    good = [isinstance(each, StreamOpened) for each in outcomes]
+    assert good[0]
+    assert not good[3]
+    assert good[4], "in the next window"
+    assert refused == good[:4].count(False)
+    assert all(
+        each.status is LogdStatus.RATE_LIMITED for each in outcomes if isinstance(each, Refused)
+    )

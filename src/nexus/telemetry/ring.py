@@ -187,7 +187,8 @@ class RingReader:
         self._size_max = payload_size_max(len(view))
         self._piece_size = max(PIECE_SIZE, RECORD_SIZE + self._size_max)
         self.taken = max(0, taken) & ~7  # the position (bytes) of the next record
-        self.sequence = max(0, sequence)  # every record before it is accounted for
+        # Every record before it is accounted for. No number of a record comes near 64 bits.
+        self.sequence = min(max(0, sequence), SEQUENCE_MAX)
         self.accepted = 0
         self.overwritten = 0
         self.damaged = 0

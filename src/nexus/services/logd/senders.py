@@ -21,6 +21,7 @@ from nexus.protocols.logd import (
 )
 
 OTHERS: Final = ServiceId(0)  # the row of all senders that gave way
+COUNT_MAX: Final = (1 << 64) - 1  # what an answer can tell; there a counter stays
 CORE_STREAMS: Final = 4  # times the stream rate of others that a core sender has
 CORE_MAX: Final = SENDER_ROWS_MAX // 2  # core senders; the other rows are for everybody
 
@@ -81,6 +82,12 @@ class Row:
         """When the next window of its streams begins."""
         return Nanos((self.stream_start or 0) + RATE_WINDOW_NS)
 
+    def on_missing(self, unread: int, damaged: int) -> None:
+        """So many more of its streams were not read, or were no records. A ring may claim any
+        number, again with each opening: the counters stay at their largest value."""
+        self.unread = min(self.unread + unread, COUNT_MAX)
+        self.damaged = min(self.damaged + damaged, COUNT_MAX)
+
     def on_refused(self, status: LogdStatus) -> None:
         """A record of this sender was refused, which uses up nothing of its rate."""
         match status:
@@ -98,8 +105,7 @@ class Row:
         self.over_limit += other.over_limit
         self.rate_limited += other.rate_limited
         self.overwritten += other.overwritten
-        self.unread += other.unread
-        self.damaged += other.damaged
+        self.on_missing(other.unread, other.damaged)
 
     def told(self) -> SenderRow:
         """The row as it travels."""

@@ -524,8 +524,9 @@ class Logd:
         return size > RING_SIZE_MAX
 
     def _opens_too_fast(self, row: Row, now: Nanos) -> bool:
-        """Whether the sender's records of this window are used up; a stream counts as one."""
-        return row.is_over_rate(now)
+        """Whether the sender's records of this window are used up; a stream counts as one. What is
+        in an earlier ring of the link is read at once, so it must not be more than a turn of it."""
+        return row.is_over_rate(now) or not row.stream_room(now)
 
 
 def made(context: Context) -> Logd:

@@ -27,7 +27,7 @@ from nexus.protocols.logd import (
 from nexus.services.logd.checks import SURE_SCOPE, SURE_SIZE, Looker
 from nexus.services.logd.journal import PAYLOAD_SIZE_MAX, Journal
 from nexus.services.logd.senders import Row
-from nexus.telemetry.ring import RingReader
+from nexus.telemetry.ring import RECORD_SIZE, RingReader
 
 DRAIN_COUNT: Final = 64  # records of one ring in one turn; 0.1 ms
 LOOK_PAUSE: Final = Nanos(20_000_000)  # ns after a drain that found something; twice a writer's own
@@ -190,11 +190,14 @@ class Streams:
             self._look_by(Nanos(now + LOOK_PAUSE))
 
     def drain_to_end(self, stream: Stream, now: Nanos, wall: int) -> None:
-        """Everything that is in this ring now, whatever the sender's rate."""
+        """Everything that is in this ring now, whatever the sender's rate; and no more than it
+        holds: its writer may live and go on writing."""
+        most = stream.reader.accepted + len(stream.view) // RECORD_SIZE
         for _ in range(TURNS_MAX):
-            if not stream.reader.pending:
+            room = most - stream.reader.accepted
+            if not stream.reader.pending or room <= 0:
                 return
-            self._drain(stream, DRAIN_COUNT, now, wall)
+            self._drain(stream, min(room, DRAIN_COUNT), now, wall)
 
     def _drain(self, stream: Stream, count: int, now: Nanos, wall: int) -> None:
         payloads = stream.reader.drain(count)
@@ -247,10 +250,8 @@ class Streams:
     def _account(self, stream: Stream, row: Row) -> None:
         """What the reader has found missing since it was asked last."""
         reader = stream.reader
-        row.unread += reader.overwritten - stream.unread
-        stream.unread = reader.overwritten
-        row.damaged += reader.damaged - stream.damaged
-        stream.damaged = reader.damaged
+        row.on_missing(reader.overwritten - stream.unread, reader.damaged - stream.damaged)
+        stream.unread, stream.damaged = reader.overwritten, reader.damaged
 
     def drain_all(self, now: Nanos, wall: int) -> None:
         """Everything that is in the rings now: logd is about to end."""
