@@ -336,6 +336,9 @@ def test_whatever_is_on_the_device_is_a_segment_or_is_none(value: bytes) -> None
         {"version": 2},
         {"number": 4},
         {"boot": -1},
+        {"left_out": -1},
+        {"before": (1 << 64) - 1},
+        {"spent": Spent(today_size=(1 << 64) - 1)},
         {"entries": [entry(1)._replace(payload=b"junk")]},
         {"entries": [entry(1)._replace(pid=1 << 40)]},
         {"entries": [entry(-1)]},
@@ -363,3 +366,13 @@ def test_choosing_gives_each_sender_its_turn() -> None:
     chosen = choose(entries, 6 * size)
 
     assert [each.record for each in chosen] == [25, 26, 27, 28, 29, 30]
+
+
+def test_a_flood_of_errors_leaves_anothers_crash_its_place() -> None:
+    crash = entry(1, "crash", service=1, event="crash.v1")
+    errors = [entry(number, "error", service=2) for number in range(2, 40)]
+    room = entry_size(crash) + 3 * entry_size(errors[0])
+
+    chosen = choose([crash, *errors], room)
+
+    assert [each.record for each in chosen] == [1, 37, 38, 39]

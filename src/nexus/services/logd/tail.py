@@ -10,9 +10,10 @@ as a new one is written, so that the bytes on the device stay inside the budget 
 spent of the wear budget, and how many records were left out, stands in each segment beside the
 records.
 
-What does not fit into a write is left out and counted: the important go first, then the senders
-take turns, each with its latest. Records that a write of the tail may itself have caused, those of
-statefsd and those of policyd about logd, wait for somebody else's to be written with.
+What does not fit into a write is left out and counted: the important go first, and of them as of
+the others the senders take turns, each with its latest. Records that a write of the tail may itself
+have caused, those of statefsd and those of policyd about logd, wait for somebody else's to be
+written with.
 
 No I/O here: the service posts what `next_write` gives and tells what became of it.
 """
@@ -51,7 +52,7 @@ ECHOES: Final = service_id("statefsd")  # whose records a write may have caused
 DECIDER: Final = service_id("policyd")  # whose records about logd a write may have caused
 SELF: Final = b"logd"
 U32: Final = 1 << 32
-NUMBER_MAX: Final = 1 << 62  # of a segment; what claims more is none of ours
+NUMBER_MAX: Final = 1 << 62  # of a segment, and what it counts; more is none of ours
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -351,10 +352,17 @@ def read_segment(number: int, value: bytes) -> Segment | None:
     good = (
         (segment.version, segment.number) == (SEGMENT_VERSION, number)
         and 0 <= segment.boot < U32
+        and all(0 <= each < NUMBER_MAX for each in _counts(segment))
         and all(looker.refusal_of(payload) is None for payload in payloads)
         and all(_is_natural(entry) for entry in segment.entries)
     )
     return segment if good else None
+
+
+def _counts(segment: Segment) -> tuple[int, ...]:
+    """The numbers that are added to others and told."""
+    spent = segment.spent
+    return (segment.instance, segment.before, segment.left_out, spent.today_size, spent.today_count)
 
 
 def _is_natural(entry: Entry) -> bool:
@@ -396,7 +404,7 @@ def entry_size(entry: Entry) -> int:
 def choose(entries: list[Entry], room: int) -> list[Entry]:
     """Which of these are written into `room` bytes, in their order.
 
-    The important first, then one of each sender in turn, each time its latest.
+    The important first, and always one of each sender in turn, each time its latest.
     """
     if sum(map(entry_size, entries)) <= room:
         return entries
@@ -410,15 +418,16 @@ def choose(entries: list[Entry], room: int) -> list[Entry]:
 
 
 def _in_turns(entries: list[Entry]) -> Iterator[Entry]:
-    """The important ones, latest first; then the others, the senders in turns."""
-    others: dict[int, list[Entry]] = defaultdict(list)
+    """The important ones, then the others; of each the senders in turns, the latest first.
+
+    What is important is the sender's word: a flood of errors must not cost another's crash.
+    """
+    ranks: tuple[dict[int, deque[Entry]], ...] = (defaultdict(deque), defaultdict(deque))
     for entry in reversed(entries):
-        if is_important(entry.payload):
-            yield entry
-        else:
-            others[entry.service].append(entry)
-    queues = [deque(each) for _, each in sorted(others.items())]
-    while queues:
-        for queue in queues:
-            yield queue.popleft()
-        queues = [queue for queue in queues if queue]
+        ranks[0 if is_important(entry.payload) else 1][entry.service].append(entry)
+    for rank in ranks:
+        queues = [queue for _, queue in sorted(rank.items())]
+        while queues:
+            for queue in queues:
+                yield queue.popleft()
+            queues = [queue for queue in queues if queue]
