@@ -43,7 +43,7 @@ from nexus.protocols.metricsd import (
 from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.series import DEFAULT_BOUNDS, Instance
 from nexus.services.metricsd.service import Metricsd
-from nexus.telemetry import PageWriter, called
+from nexus.telemetry import PageWriter, called, page_shape
 from nexus.wire import ReplyStatus, Request
 from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
@@ -464,3 +464,46 @@ def test_a_service_without_the_hook_needs_a_restart() -> None:
         return await link.call(Configure(msgspec.msgpack.encode({"a": 1})), FAR)
 
     assert Pair().client(body) == Refused(MetaStatus.NEEDS_RESTART)
+
+
+def test_pages_that_claim_more_lost_spans_than_a_number_says_end_nobody() -> None:
+    system = System(rate=4096)
+    newest = (((1 << 56) - 1) << 3) | 2  # the state of a span that has ended, by its unit
+
+    async def body(link: Exchange) -> Any:
+        for _ in range(260):
+            slot = await VmoCreate(PAGE_SIZE)
+            view = await VmoShare(slot)
+            _ = PageWriter(view)
+            states_at = page_shape(PAGE_SIZE).states_at
+            view[states_at : states_at + 8] = newest.to_bytes(8, "little")
+            answer = await link.ask(OpenPage(), FAR, move=slot)
+            assert isinstance(answer, Answer)
+        return await link.call(GetStats(), FAR)
+
+    stats = system.client(body)
+
+    assert isinstance(stats, Stats), stats
+    assert row_of(stats, INIT_NAME).spans_lost == (1 << 64) - 1, "it stays there"
+
+
+def test_spans_that_begin_or_end_beyond_all_time_are_told_and_end_nobody() -> None:
+    system = System()
+    system.metricsd._offset = 1_800_000_000_000_000_000
+    far = (1 << 64) - 1
+    ended, left_open = span_of("alpha", 1), span_of("alpha", 2)
+
+    taken = system.asked(
+        SpanStart(ended, TRACE, NO_PARENT, 100, "work", []),
+        SpanEnd(ended, far, SpanStatus.OK, []),
+        SpanStart(left_open, TRACE, NO_PARENT, far, "work", []),
+        name="alpha",
+    )
+    (page,) = system.asked(spans())
+
+    assert taken == [Taken()] * 3
+    assert isinstance(page, SpanPage), page
+    assert [each.span for each in page.spans] == [ended, left_open]
+    first, second = page.spans
+    assert first.wall + first.end - first.start < 1 << 64, "a collector takes 64 bits"
+    assert second.start <= system.metricsd._now, "or it would never have been open for too long"

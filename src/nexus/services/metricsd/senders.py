@@ -15,6 +15,7 @@ from nexus.abi import Nanos, ServiceId
 from nexus.protocols.metricsd import SENDER_ROWS_MAX, MetricsdStatus, SenderRow
 
 OTHERS: Final = ServiceId(0)  # the row of all senders that gave way
+COUNT_MAX: Final = (1 << 64) - 1  # what an answer can tell; there a counter stays
 RATE_WINDOW: Final = Nanos(1_000_000_000)  # ns, from the first request of a window on
 ROWS_MAX: Final = SENDER_ROWS_MAX - 1  # the answer has one more, the others'
 EXACT_MAX: Final = 4 * ROWS_MAX  # senders whose rate is kept; those heard last are told
@@ -60,7 +61,13 @@ class Row:
     def add(self, other: "Row") -> None:
         """Count from now on what `other` has counted so far."""
         for name in COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(self, name, min(getattr(self, name) + getattr(other, name), COUNT_MAX))
+
+    def on_missing(self, spans: int, strays: int) -> None:
+        """So many spans more were not read, and words belong to no series. A page may claim any
+        number of spans, again with each opening."""
+        self.spans_lost = min(self.spans_lost + spans, COUNT_MAX)
+        self.stray = min(self.stray + strays, COUNT_MAX)
 
     def told(self, series: int) -> SenderRow:
         """The row as it travels."""

@@ -76,7 +76,7 @@ from nexus.services.metricsd.series import (
     sorted_labels,
 )
 from nexus.services.metricsd.spans import Begun, Kept, OpenSpans
-from nexus.telemetry import NoPage
+from nexus.telemetry import WORD_MAX, NoPage
 from nexus.wire import HEADER_SIZE, encode
 
 METRICS_TARGET: Final = "metrics"  # what metrics.read is asked for; there is one
@@ -256,7 +256,7 @@ class Metricsd:
         for page in pages:
             page.give_values(self._live_of(page.instance), self._now)
             self._drain(page)
-            self._senders.row(page.instance.service).stray += page.take_strays()
+            self._senders.row(page.instance.service).on_missing(0, page.take_strays())
             self._count_overflow(page)
 
     def _live_of(self, instance: Instance) -> list[Series]:
@@ -271,7 +271,7 @@ class Metricsd:
         for begun in page.take_overdue(Nanos(self._now - self._settings.span_ns)):
             self._timed_out += 1
             self._keep(begun, self._now, SpanStatus.TIMED_OUT)
-        row.spans_lost += page.take_spans_lost()
+        row.on_missing(page.take_spans_lost(), 0)
         row.invalid_args += page.take_faulty()
 
     def _count_overflow(self, page: Page) -> None:
@@ -369,7 +369,7 @@ class Metricsd:
                 request.trace,
                 request.parent,
                 request.name,
-                Nanos(request.at),
+                Nanos(min(request.at, self._now)),  # or it would never be open for too long
                 sorted_labels(request.attributes),
             )
         )
@@ -383,7 +383,8 @@ class Metricsd:
         begun = self._open.take(instance, request.span)
         if begun is None:
             raise call.refuse(MetricsdStatus.NOT_FOUND)
-        self._keep(begun, Nanos(request.at), request.status, sorted_labels(request.attributes))
+        end = Nanos(min(request.at, WORD_MAX))
+        self._keep(begun, end, request.status, sorted_labels(request.attributes))
         return Taken()
 
     def _keep(
