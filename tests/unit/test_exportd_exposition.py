@@ -193,3 +193,19 @@ def test_whatever_the_series_are_both_parsers_read_the_page(rows: list[Series]) 
 )
 def test_the_client_says_which_format_it_likes_best(accept: str | None, found: Format) -> None:
     assert chosen(accept) is found
+
+
+@pytest.mark.parametrize(("unit", "first"), [("", (1 << 64) - 3), ("ns", 1 << 60)])
+def test_bounds_that_are_one_number_to_a_scraper_are_one_bucket(unit: str, first: int) -> None:
+    families = parsed([histogram("wait", [7, first, first + 1], [1, 2, 3, 4], 9, unit=unit)])
+
+    (family,) = families.values()
+    buckets = [each.value for each in family.samples if each.name.endswith("_bucket")]
+    assert buckets == [1, 6, 10]
+
+
+def test_a_series_that_is_called_as_its_unit_leaves_the_page_readable() -> None:
+    families = parsed([series("seconds", Kind.GAUGE, 5, unit="s"), series("strokes")])
+
+    assert families["seconds_seconds"].samples[0].value == 5
+    assert families["strokes"].samples[0].value == 7

@@ -103,7 +103,7 @@ def _family_of(row: Series) -> Family:
         name = name.removesuffix("_total") or "total"
     scale = SCALES.get(row.unit)
     unit = "seconds" if scale is not None else exported_name(UNITS.get(row.unit, row.unit))
-    if unit and name != unit and not name.endswith(f"_{unit}"):
+    if unit and not name.endswith(f"_{unit}"):  # one that is called "seconds" too
         if scale is not None:
             name = name.removesuffix(f"_{row.unit}")
         name = f"{name}_{unit}"
@@ -143,12 +143,16 @@ def _samples(family: Family, row: Series, labels: str) -> list[str]:
         return [f"{name}_total{{{labels}}} {decimal(row.value, scale)}"]
     if row.kind is Kind.GAUGE:
         return [f"{name}{{{labels}}} {decimal(row.value, scale)}"]
-    lines = []
+    lines: list[str] = []
     count = 0
     bounds = [canonical(bound, scale) for bound in row.bounds] + ["+Inf"]
     buckets = [*row.buckets, *([0] * len(bounds))][: len(bounds)]
+    latest = -1.0  # no bound is below 0
     for bound, bucket in zip(bounds, buckets, strict=True):
         count += bucket
+        if float(bound) == latest:
+            _ = lines.pop()  # to a scraper, whose numbers are floats, these two are one
+        latest = float(bound)
         lines.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}')
     # The sum of the buckets and not `count`: a scraper refuses a histogram that contradicts itself.
     lines.append(f"{name}_count{{{labels}}} {count}")

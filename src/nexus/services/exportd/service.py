@@ -66,6 +66,7 @@ class Exportd:
         self._visits: dict[LinkId, Visit] = {}
         self._scrapes = 0
         self._scrapes_refused = 0
+        self._left_out = 0  # series of the last page that no scraper could have read
         self._window = Nanos(0)
         self._in_window = 0
         streams = context.config.streams
@@ -114,6 +115,7 @@ class Exportd:
             "visits": len(self._visits),
             "scrapes_total": self._scrapes,
             "scrapes_refused_total": self._scrapes_refused,
+            "series_left_out": self._left_out,
             "bodies_queued": self._collector.count,
             "bodies_sent_total": self._collector.sent,
             "bodies_dropped_total": self._collector.dropped,
@@ -206,6 +208,7 @@ class Exportd:
             visit.answer(503, f"{fault}\n".encode(), now, fields=(("Retry-After", "1"),))
             return
         page = exposition(rows, self._origin.names, kind)
+        self._left_out = page.left_out
         pending = sum(each.pending for each in self._visits.values())
         if len(page.text) > self._settings.page_size or (
             pending + len(page.text) > ANSWERS_SIZE_MAX
@@ -253,14 +256,15 @@ class Exportd:
         until = deadline_after(now, EXPORT_TIME_MAX)
         clock = self._clock
         assert clock is not None, "start has made it"
+        bodies: list[otlp.Body] = []
         try:
             spans = await self._readings.spans(until)
+            bodies += otlp.traces(spans, self._origin, BODY_SIZE_MAX)
             rows = await self._readings.series(until)
+            ahead = clock.wall() - clock.monotonic()
+            bodies += otlp.metrics(rows, self._origin, ahead, BODY_SIZE_MAX)
         except NoReading:
-            return  # metricsd is away: its own restart is its own news
-        ahead = clock.wall() - clock.monotonic()
-        bodies = otlp.traces(spans, self._origin, BODY_SIZE_MAX)
-        bodies += otlp.metrics(rows, self._origin, ahead, BODY_SIZE_MAX)
+            pass  # metricsd is away: its own restart is its own news, and what it told is sent
         now = await Now()
         for body in bodies:
             await self._act(self._collector.on_body(body, now), now)
