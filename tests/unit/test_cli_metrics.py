@@ -144,6 +144,15 @@ def test_every_page_is_shown_with_labels_units_and_what_has_ended(
     assert gauge.split() == ["(metricsd)", "hits", "-3", "(ended)"]
 
 
+def test_a_unit_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics(
+        Fake(Client(series(1, unit="B\x1b[2J\n"))), "", service=None, history=None, as_json=False
+    )
+
+    (line,) = shown(capsys)
+    assert line.split() == ["timed", "hits", "0", "B\\x1b[2J\\n"]
+
+
 def test_json_has_the_numbers_and_the_history(capsys: pytest.CaptureFixture[str]) -> None:
     client = Client(series(1, value=7), windows=[Window(5, 1, 2, 7, 3, 4, 7, [])])
 

@@ -139,3 +139,12 @@ def test_the_check_of_the_format_finds_what_is_wrong() -> None:
 )
 def test_a_span_of_time_has_the_unit_that_fits(nanos: int, text: str) -> None:
     assert span_text(nanos) == text
+
+
+def test_an_attribute_ends_no_line_and_moves_no_cursor() -> None:
+    told = span(1, "rngd.A", 0, 10, attributes=[Label("why", "x\x1b[2J\ntrace \u202e")])
+
+    lines = tree_lines(Trace(TRACE, [told], []), NAMES, lively=False)
+
+    assert lines[1].endswith('why="x\\x1b[2J\\ntrace \\u202e"')
+    assert all(line.isprintable() for line in lines)

@@ -8,7 +8,7 @@ from nexus.abi import service_id
 from nexus.cli.ask import Asked
 from nexus.cli.client import OperatorClient, ServiceRefused, Unanswered
 from nexus.cli.errors import CommandFailed, UsageError
-from nexus.cli.output import say, say_json
+from nexus.cli.output import say, say_json, shown
 from nexus.protocols.metricsd import (
     PROTOCOL,
     SERIES_ROWS_MAX,
@@ -53,7 +53,7 @@ def metrics(
         say("no series" + (f" of that name: {prefix}" if prefix else ""))
         return
     rows = [
-        (_owner(asked, each), f"{each.name}{_labels(each)}", _value(each), each.unit)
+        (_owner(asked, each), f"{each.name}{_labels(each)}", _value(each), shown(each.unit))
         for each in found
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -151,16 +151,8 @@ def _owner(asked: Asked, series: Series) -> str:
 def _labels(series: Series) -> str:
     if not series.labels:
         return ""
-    told = ",".join(f'{each.key}="{_shown(each.value)}"' for each in series.labels)
+    told = ",".join(f'{each.key}="{shown(each.value)}"' for each in series.labels)
     return f"{{{told}}}"
-
-
-def _shown(value: str) -> str:
-    """A label's value, in which no character ends it or a line, or moves a cursor."""
-    return "".join(
-        f"\\{each}" if each in '\\"' else each if each.isprintable() else ascii(each)[1:-1]
-        for each in value
-    )
 
 
 def _told(asked: Asked, series: Series, windows: list[Window] | None) -> dict[str, Any]:

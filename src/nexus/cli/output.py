@@ -102,6 +102,14 @@ def _plain(value: Any) -> Any:
     return msgspec.structs.asdict(value)
 
 
+def shown(value: str) -> str:
+    """What a service says of itself, in which no character ends it or a line, or moves a cursor."""
+    return "".join(
+        f"\\{each}" if each in '\\"' else each if each.isprintable() else ascii(each)[1:-1]
+        for each in value
+    )
+
+
 def say_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns; coloured on a terminal, plain and as wide as needed elsewhere."""
     kept = [tuple(row) for row in rows]

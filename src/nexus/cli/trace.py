@@ -18,7 +18,7 @@ from nexus.abi import ServiceId, service_id
 from nexus.cli.ask import Asked
 from nexus.cli.client import NANOS, OperatorClient, Unanswered
 from nexus.cli.errors import CommandFailed, UsageError
-from nexus.cli.output import is_lively, say, say_json
+from nexus.cli.output import is_lively, say, say_json, shown
 from nexus.protocols import logd, metricsd
 from nexus.protocols.logd import EVERY_RECORD, PAGE_MAX, THIS_BOOT, Query, Record
 from nexus.protocols.metricsd import (
@@ -275,7 +275,7 @@ def _rows_of(
 
 
 def _span_row(span: Span, lead: str, names: Names) -> tuple[str, str, str, str, str]:
-    tail = " ".join(f"{each.key}={_quoted(each.value)}" for each in span.attributes)
+    tail = " ".join(f"{each.key}={_quoted(shown(each.value))}" for each in span.attributes)
     took = span_text(span.end - span.start) if span.end else "open"
     who = f"{_name(span.service, names)}#{span.generation}"
     return (f"{lead}{span.name}", who, took, status_text(span.status), tail)
