@@ -318,6 +318,23 @@ def test_a_child_that_is_to_be_restarted_comes_back_until_it_crashes_too_often(
     assert again == "Started", "who wants it may have it started anew"
 
 
+def test_a_child_that_is_killed_while_it_is_to_be_started_again_can_be_started_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def script(hands: ExecHands) -> Any:
+        child = await hands.started("demo.exit42", restart=Restart.ON_CRASH)
+        _ = await hands.ended(child.pid)
+
+        killed = await hands.once("execd", Kill(child.pid))
+        record = await hands.record("demo.exit42")
+        again = await hands.start("demo.exit42")
+        return [type(killed).__name__, record.state is TaskState.ON_DEMAND, type(again).__name__]
+
+    seen = boot_sim(monkeypatch, script)
+
+    assert seen.result() == ["Killed", True, "Started"]
+
+
 async def _fails(context: Context) -> None:
     context.log.info(LAST, pump=1)
     raise RuntimeError("the valve is stuck")

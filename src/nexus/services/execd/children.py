@@ -2,6 +2,7 @@
 
     started --ended, not to be started again--> over, remembered among the last ENDS_MAX
         \\--ended, to be started again--> its next instance is the same child, under another pid
+                                       --given up before that--> no child any more
 
 A child is known by each of its pids; only who had it started may wait for it or end it.
 """
@@ -43,6 +44,7 @@ class Child(Generic[WaiterT]):
     pid: int
     generation: int
     waiters: list[WaiterT] = field(default_factory=list)
+    is_between: bool = False  # that instance has ended, and the next one was to be started
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Children(Generic[WaiterT]):
         while len(self._over) > ENDS_MAX:
             _ = self._over.popitem(last=False)
         waiters, child.waiters = child.waiters, []
+        child.is_between = again
         if not again:
             del self._living[name]
         return waiters
@@ -116,10 +119,10 @@ class Children(Generic[WaiterT]):
         for child in self._living.values():
             child.waiters = [each for each in child.waiters if each.link != link]
 
-    def keep_only(self, names: Iterable[str]) -> list[WaiterT]:
-        """init knows of these children and no others; who waited for one that it does not know."""
+    def keep_only(self, names: Iterable[str]) -> None:
+        """init knows of these children: one between two instances that is not among them was given
+        up without another end. Nobody waits for it; the ends of the others are still to be told."""
         known = set(names)
-        lost = [child for name, child in self._living.items() if name not in known]
-        for child in lost:
-            del self._living[child.name]
-        return [waiter for child in lost for waiter in child.waiters]
+        for name, child in list(self._living.items()):
+            if child.is_between and name not in known:
+                del self._living[name]

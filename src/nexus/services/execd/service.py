@@ -213,6 +213,9 @@ class Execd:
         digest = self._programs.get(request.program)
         if digest is None:
             raise call.refuse(ExecdStatus.NO_PROGRAM)
+        child = self._children.named(request.program)
+        if child is not None and child.is_between:
+            await self._adopt()  # init may have given it up
         if self._children.named(request.program) is not None:
             raise call.refuse(ExecdStatus.RUNNING)
         settings = _settings(request)
@@ -290,6 +293,7 @@ class Execd:
         if not isinstance(rows, LaunchedRows):
             self._adopt_at = await self._context.after(ADOPT_AGAIN)
             return
+        self._children.keep_only(row.name for row in rows.rows)
         for row in rows.rows:
             if self._children.named(row.name) is None:
                 starter = service_id(row.requester)
