@@ -45,6 +45,7 @@ from nexus.services.logd.journal import Journal
 from nexus.services.logd.senders import Row
 from nexus.services.logd.streams import Streams
 from nexus.telemetry import PageReader, RingReader
+from nexus.telemetry.page import BUCKETS
 from nexus.wire import encode
 
 NAME: Final = "bench.observed"
@@ -141,7 +142,7 @@ class Ours:
         page = self.metrics.recorder.page
         assert page is not None
         for series in (self.counter, self.gauge, self.histogram):
-            buckets = series.size - 3
+            buckets = series.size - BUCKETS
             word = self.reader.allot() if series.size == 1 else self.reader.allot_group(buckets)
             assert word is not None
             series.place(page, word)

@@ -106,7 +106,7 @@ def fuzz_page(rng: random.Random, turns: int, counts: Counts) -> None:
             reader = PageReader(memoryview(memory).toreadonly())
             assert (reader.allot(), reader.allot_group(3)) == (0, 1)
         spans = [
-            writer.spans.open(rng.randbytes(24), bytes(8), turn, called("x" * rng.randrange(120)))
+            writer.spans.open(rng.randbytes(24), turn, turn, called("x" * rng.randrange(120)))
             for _ in range(rng.randrange(4))
         ]
         for span in spans:

@@ -96,6 +96,10 @@ def span_of(name: str, number: int) -> bytes:
     return (service_id(name) & 0xFFFFFFFF).to_bytes(4, "little") + number.to_bytes(4, "little")
 
 
+def number_of(span: bytes) -> int:
+    return int.from_bytes(span, "little")
+
+
 def add(name: str = "hits", value: int = 1, **labels: str) -> Add:
     return Add(name, [Label(*each) for each in labels.items()], value)
 
@@ -181,7 +185,7 @@ def test_what_is_stored_in_a_page_is_what_is_read_at_that_moment() -> None:
         times = await created(link, Kind.HISTOGRAM, "times", 10, 20)
         page.words[hits.word] = 7
         page.signed[level.word] = -3
-        for at, value in enumerate((2, 3, 35, 1, 1, 1)):
+        for at, value in enumerate((3, 35, 1, 1, 1)):
             page.words[times.word + at] = value
         first = await link.call(series(service=READER), FAR)
         page.words[hits.word] = 8
@@ -200,8 +204,7 @@ def test_a_histogram_halted_in_the_middle_of_an_update_keeps_its_former_value() 
 
     async def body(link: Exchange, page: PageWriter) -> Any:
         times = await created(link, Kind.HISTOGRAM, "times", 10)
-        page.words[times.word] = 1  # odd: being written
-        page.words[times.word + 1] = 1
+        page.words[times.word] = 1  # and no bucket yet: being written
         return await link.call(series(service=READER), FAR), await link.call(GetStats(), FAR)
 
     page, stats = system.client(with_page(body))
@@ -353,10 +356,11 @@ def test_the_spans_of_a_task_that_ended_are_lost_and_its_series_are_gone() -> No
 
     async def body(link: Exchange, page: PageWriter) -> None:
         hits = await created(link, Kind.COUNTER, "hits")
+        ids = [span_of("alpha", number) for number in (1, 2)]
         page.words[hits.word] = 41
-        done = page.spans.open(TRACE + span_of("alpha", 1), NO_PARENT, 10, called("done"))
+        done = page.spans.open(TRACE + ids[0], number_of(ids[0]), 10, called("done"))
         page.spans.close(done, 30, SpanStatus.OK)
-        _ = page.spans.open(TRACE + span_of("alpha", 2), NO_PARENT, 20, called("cut"))
+        _ = page.spans.open(TRACE + ids[1], number_of(ids[1]), 20, called("cut"))
         page.words[hits.word] = 42  # and then it ends, before anybody has looked
 
     system.client(with_page(body), name="alpha")

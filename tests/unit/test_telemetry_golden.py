@@ -15,6 +15,7 @@ FILE = Path(__file__).parent.parent / "golden" / f"telemetry-{PAGE_VERSION}.hex"
 RING_SIZE = 1152
 PAGE_SIZE = 4096
 LINE = 32  # bytes
+SPAN = int.from_bytes(b"s" * 8, "little")
 
 
 def ring() -> bytes:
@@ -39,9 +40,9 @@ def page() -> bytes:
     counter.inc(41)
     gauge.set(-3)
     histogram.observe(15)
-    ended = writer.spans.open(b"t" * 16 + b"s" * 8, bytes(8), 1, called("ended", {"a": "b"}))
+    ended = writer.spans.open(b"t" * 16 + b"s" * 8, SPAN, 1, called("ended", {"a": "b"}))
     writer.spans.close(ended, 5, 1, {"c": "d"})
-    _ = writer.spans.open(b"t" * 16 + b"o" * 8, b"s" * 8, 2, called("open"))
+    _ = writer.spans.open(b"t" * 16 + b"s" * 8, SPAN + 1, 2, called("open"))
     writer.count_overflow(7)
     return bytes(memory)
 
@@ -103,7 +104,9 @@ def test_the_golden_page_is_read() -> None:
     assert ended is not None
     assert still is not None
     assert (ended.name, ended.end, ended.attributes) == ("ended", 5, [("a", "b"), ("c", "d")])
-    assert (still.name, still.parent, still.end) == ("open", b"s" * 8, 0)
+    assert (ended.trace, ended.span, ended.parent) == (b"t" * 16, b"s" * 8, bytes(8))
+    assert (still.name, still.trace, still.end) == ("open", b"t" * 16, 0)
+    assert (still.span, still.parent) == (b"t" + b"s" * 7, b"s" * 8)
 
 
 if __name__ == "__main__":

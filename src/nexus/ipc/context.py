@@ -1,6 +1,7 @@
 """W3C trace context as the frame header carries it: a trace id and the caller's span id."""
 
 import hashlib
+import struct
 from typing import Final, NamedTuple
 
 from nexus.abi import service_id
@@ -11,7 +12,8 @@ MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service
 COUNT_MASK: Final = (1 << 32) - 1
 COUNT_STEP: Final = 1 << 32  # from one span id to the next
 SPAN_MASK: Final = (1 << 64) - 1
-NO_SPAN: Final = bytes(SPAN_SIZE)  # as a parent: the span is the first of its trace
+FIRST_TRAIL: Final = struct.Struct("<8sQQ")  # a trace that ends as its first span, and that span
+NEXT_TRAIL: Final = struct.Struct("<16sQ")  # the trace of another trail, and a span
 
 
 class Context(NamedTuple):
@@ -34,27 +36,32 @@ class Spans:
     by a chance of 1 to 4 billion.
     """
 
-    __slots__ = ("_last", "_maker", "_trace", "root")
+    __slots__ = ("_last", "_maker", "root", "trace")
 
     def __init__(self, seed: bytes, name: str, generation: int) -> None:
         material = hashlib.sha256(b"%b|%b|%d" % (seed, name.encode(), generation)).digest()
         self._maker = service_id(name) & COUNT_MASK
         count = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + MAKER_SIZE], "little")
         self._last = self._maker + count * COUNT_STEP
-        self._trace = material[: TRACE_SIZE - SPAN_SIZE]  # with the first span of it a trace id
+        self.trace = material[: TRACE_SIZE - SPAN_SIZE]  # with the first span of it a trace id
         self.root = Context(material[:TRACE_SIZE], self.next_span())
 
-    def next_span(self) -> bytes:
-        """A span id that this task has not used before."""
+    def next_number(self) -> int:
+        """A span id that this task has not used before, as a number of 8 bytes."""
         self._last = number = self._last + COUNT_STEP
         if number > SPAN_MASK:
             self._last = number = self._maker + COUNT_STEP
-        return number.to_bytes(SPAN_SIZE, "little")
+        return number
+
+    def next_span(self) -> bytes:
+        """The same as bytes."""
+        return self.next_number().to_bytes(SPAN_SIZE, "little")
 
     def next_trail(self) -> bytes:
         """The first span of a trace that is begun here, with the trace before it."""
-        span = self.next_span()
-        return self._trace + span + span
+        number = self.next_number()
+        return FIRST_TRAIL.pack(self.trace, number, number)
 
 
 assert MAKER_SIZE + MAKER_SIZE == SPAN_SIZE
+assert FIRST_TRAIL.size == NEXT_TRAIL.size == TRACE_SIZE + SPAN_SIZE

@@ -278,8 +278,7 @@ class Metrics:
         self._view = view
         self._page = PageWriter(view)
         self._page.count_overflow(self._overflow)
-        self.recorder.page = self._page
-        self.recorder.clock = clock
+        self.recorder.begin(self._page, clock)
         for series in self._series.values():
             self._wait(series)
         self.due = True

@@ -13,7 +13,7 @@ from typing import Final, Protocol, final
 
 from nexus.protocols.metricsd import Kind, Label
 from nexus.telemetry import WORD_MAX, PageWriter
-from nexus.telemetry.page import BUCKETS, COUNT, SEQUENCE, SUM
+from nexus.telemetry.page import BUCKETS, COUNT, SUM
 
 GAUGE_MIN: Final = -WORD_MAX - 1
 
@@ -84,8 +84,7 @@ class Series:
             values = [0] * self.size
         else:
             values = [self._cells[self._index + each] for each in range(self.size)]
-        self._cells = Waiting(values, self.counted)
-        self._index = 0
+        self._move(Waiting(values, self.counted), 0)
 
     def forget(self) -> None:
         """Begin at 0: what came while it was refused is counted elsewhere."""
@@ -98,8 +97,12 @@ class Series:
         """metricsd will not have it: what was and will be updated is counted by `count`."""
         if isinstance(self._cells, Waiting):
             count(self._cells.updates)
-        self._cells = Overflow(self.counted, count)
-        self._index = 0
+        self._move(Overflow(self.counted, count), 0)
+
+    def _move(self, cells: Cells, index: int) -> None:
+        """Updates go to `cells` from now on, from `index` on."""
+        self._cells = cells
+        self._index = index
 
 
 @final
@@ -125,8 +128,7 @@ class Counter(Series):
     def place(self, page: PageWriter, word: int) -> None:
         """As Series.place."""
         page.words[word] = self._value
-        self._cells = page.words
-        self._index = word
+        self._move(page.words, word)
 
     def forget(self) -> None:
         """As Series.forget."""
@@ -153,69 +155,92 @@ class Gauge(Series):
     def place(self, page: PageWriter, word: int) -> None:
         """As Series.place."""
         page.signed[word] = _clamped(self._cells[0])
-        self._cells = page.signed
-        self._index = word
+        self._move(page.signed, word)
 
 
 @final
 class Histogram(Series):
     """How many values were at most each of the bounds, and more than the last; count and sum."""
 
-    __slots__ = ("_count", "_counts", "_sum")
+    __slots__ = ("_aim", "_figures", "_restart", "observe")
 
     counted = COUNT
+
+    observe: Callable[[int], None]
+    """Take in one value, which is not negative. A function and no method: it has its cells at hand,
+    and what it has seen as plain numbers."""
 
     def __init__(
         self, kind: Kind, name: str, unit: str, labels: list[Label], bounds: tuple[int, ...]
     ) -> None:
         super().__init__(kind, name, unit, labels, bounds)
-        self._count = 0
-        self._sum = 0
-        self._counts = [0] * (len(bounds) + 1)
+        self.observe, self._aim, self._figures, self._restart = _observer(bounds, self._cells)
 
     @property
     def size(self) -> int:
-        """Sequence, count, sum, and a word for each bucket."""
+        """Count, sum, and a word for each bucket."""
         return BUCKETS + len(self.bounds) + 1
 
-    def observe(self, value: int) -> None:
-        """Take in one value, which is not negative. The sequence word is odd meanwhile."""
-        self._sum = total = self._sum + value
-        if value < 0 or total > WORD_MAX:
-            assert value >= 0, "buckets begin at 0"
-            self._sum = total = WORD_MAX
-        self._count = count = self._count + 1
-        bucket = bisect_left(self.bounds, value)
-        counts = self._counts
-        counts[bucket] = seen = counts[bucket] + 1
-        cells = self._cells
-        index = self._index
-        cells[index] = count + count - 1
-        cells[index + BUCKETS + bucket] = seen
-        cells[index + SUM] = total
-        cells[index + COUNT] = count
-        cells[index] = count + count
-
     def place(self, page: PageWriter, word: int) -> None:
-        """As Series.place."""
-        words = page.words
-        words[word + SEQUENCE] = 2 * self._count + 1
-        words[word + COUNT] = self._count
-        words[word + SUM] = self._sum
-        for bucket, seen in enumerate(self._counts):
-            words[word + BUCKETS + bucket] = seen
-        words[word + SEQUENCE] = 2 * self._count
-        self._cells = words
-        self._index = word
+        """As Series.place. It stands still for a reader when the last bucket is there."""
+        cells = page.signed[word : word + self.size]
+        for index, value in enumerate(self._figures()):
+            cells[index] = min(value, WORD_MAX)
+        self._move(cells, 0)
 
     def forget(self) -> None:
         """As Series.forget."""
-        self._count = self._sum = 0
-        self._counts = [0] * len(self._counts)
+        self._restart()
+
+    def _move(self, cells: Cells, index: int) -> None:
+        assert index == 0
+        super()._move(cells, index)
+        self._aim(cells)
+
+
+def _observer(
+    bounds: tuple[int, ...], cells: Cells
+) -> tuple[
+    Callable[[int], None], Callable[[Cells], None], Callable[[], list[int]], Callable[[], None]
+]:
+    """What takes in values; where it is to store from now on; what it has seen; from 0 again."""
+    count = total = 0
+    # A bucket has the index of its cell: the bounds of the cells before it are below all values.
+    edges = (*[-1] * BUCKETS, *bounds)
+    counts = [0] * (len(edges) + 1)
+
+    def observe(value: int) -> None:
+        nonlocal count, total
+        bucket = bisect_left(edges, value)
+        assert bucket, "buckets begin at 0"
+        counts[bucket] = seen = counts[bucket] + 1
+        count += 1
+        total += value
+        cells[COUNT] = count
+        try:
+            cells[SUM] = total
+        except ValueError:  # more than a word can have
+            total = WORD_MAX
+            cells[SUM] = total
+        cells[bucket] = seen
+
+    def aim(at: Cells) -> None:
+        nonlocal cells
+        cells = at
+
+    def figures() -> list[int]:
+        return [count, total, *counts[BUCKETS:]]
+
+    def restart() -> None:
+        nonlocal count, total
+        count = total = 0
+        counts[:] = [0] * len(counts)
+
+    return observe, aim, figures, restart
 
 
 def _clamped(value: int) -> int:
     return max(GAUGE_MIN, min(value, WORD_MAX))
 
 
-assert SEQUENCE == 0, "Histogram.observe counts on it"
+assert {COUNT, SUM} == set(range(BUCKETS)), "in _observer a bucket has the index of its cell"

@@ -1,5 +1,6 @@
 """Spans of a task: open ones are seen in the page's slots, ended ones come into its ring."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from enum import IntEnum
 from types import TracebackType
@@ -7,9 +8,9 @@ from typing import Final, Protocol, Self
 
 from nexus.abi import Clock
 from nexus.ipc import Caller, Context, Parent, Spans
-from nexus.ipc.context import NO_SPAN, TRACE_SIZE
+from nexus.ipc.context import FIRST_TRAIL, NEXT_TRAIL, TRACE_SIZE
 from nexus.protocols.metricsd import SpanStatus
-from nexus.telemetry import Called, PageWriter
+from nexus.telemetry import Called, PageWriter, SpanWriter
 from nexus.telemetry.span import ATTRIBUTES_MAX
 
 OK: Final = int(SpanStatus.OK)
@@ -31,22 +32,30 @@ class Tracing(Protocol):
 class Recorder:
     """Where the spans of a task go. Without a page they go nowhere; traces go on all the same."""
 
-    __slots__ = ("caller", "clock", "page", "root")
+    __slots__ = ("caller", "now", "page", "root", "spans")
+
+    now: Callable[[], int]
+    """The clock; comes with the page."""
 
     def __init__(self, caller: Tracing) -> None:
         self.caller = caller
         self.root = caller.trail  # of calls that are made outside of any span
         self.page: PageWriter | None = None
-        self.clock: Clock | None = None
+        self.spans: SpanWriter | None = None
+
+    def begin(self, page: PageWriter, clock: Clock) -> None:
+        """From now on they go into this page."""
+        self.page = page
+        self.spans = page.spans
+        self.now = clock.monotonic
 
     def close(self, unit: int, status: int, refused: IntEnum | None = None) -> None:
         """The span in this unit of the page has ended now."""
-        now = self.clock.monotonic()  # type: ignore[union-attr] # comes with the page
-        spans = self.page.spans  # type: ignore[union-attr] # it gave the unit
+        assert self.spans is not None, "it gave the unit"
         if refused is None:
-            spans.close(unit, now, status)
+            self.spans.close(unit, self.now(), status)
         else:
-            spans.close(unit, now, status, {"refused": refused.name})
+            self.spans.close(unit, self.now(), status, {"refused": refused.name})
 
 
 class Span:
@@ -73,19 +82,19 @@ class Span:
         holder: Tracing | Parent = caller.parent or caller
         self._holder = holder
         self._before = before = holder.trail
+        ids = caller.spans
+        number = ids.next_number()
         if before is recorder.root:
-            parent = NO_SPAN
-            trail = caller.spans.next_trail()
+            around = trail = FIRST_TRAIL.pack(ids.trace, number, number)
         else:
-            parent = before[TRACE_SIZE:]
-            trail = before[:TRACE_SIZE] + caller.spans.next_span()
+            around, trail = before, NEXT_TRAIL.pack(before, number)
         self.trail = holder.trail = trail
-        page = recorder.page
-        if page is None:
+        spans = recorder.spans
+        if spans is None:
             self._unit = -1
         else:
-            start = recorder.clock.monotonic()  # type: ignore[union-attr] # comes with the page
-            self._unit = page.spans.open(trail, parent, start, self._called)
+            now = recorder.now  # recorder.now() would be sought as a method, which it is not
+            self._unit = spans.open(around, number, now(), self._called)
         return self
 
     @property
@@ -110,13 +119,13 @@ class Span:
         unit = self._unit
         if unit >= 0:
             recorder = self._recorder
-            now = recorder.clock.monotonic()  # type: ignore[union-attr] # comes with the page
+            now = recorder.now
+            spans = recorder.spans
             status = OK if kind is None else ERROR
-            spans = recorder.page.spans  # type: ignore[union-attr] # it gave the unit
             if self._more is None:
-                spans.close(unit, now, status)
+                spans.close(unit, now(), status)  # type: ignore[union-attr] # it gave the unit
             else:
-                spans.close(unit, now, status, self._more)
+                spans.close(unit, now(), status, self._more)  # type: ignore[union-attr]
                 self._more = None
         self._home.append(self)
 

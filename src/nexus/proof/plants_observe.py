@@ -148,11 +148,11 @@ def _gauges_unsigned() -> None:
     _ = replace(PageReader, "gauge", gauge)
 
 
-def _sequence_ignored() -> None:
+def _groups_taken_as_they_are() -> None:
     """#125."""
 
     def settle(reader: PageReader) -> bool:
-        torn, groups = reader.torn, list(reader._marks)
+        torn, groups = reader.torn, list(reader._torn)
         _ = original(reader)
         for first in groups:
             reader._accept(first)
@@ -207,7 +207,7 @@ SABOTEURS: Final = (
     Saboteur(rung=122, grounds=BOTH, plant=_window_stays_closed),
     Saboteur(rung=123, grounds=BOTH, plant=_export_lags),
     Saboteur(rung=124, grounds=BOTH, plant=_gauges_unsigned),
-    Saboteur(rung=125, grounds=BOTH, plant=_sequence_ignored),
+    Saboteur(rung=125, grounds=BOTH, plant=_groups_taken_as_they_are),
     Saboteur(rung=126, grounds=BOTH, plant=_span_ends_at_zero),
     Saboteur(rung=127, grounds=BOTH, plant=_told_when_sent),
     Saboteur(rung=128, grounds=BOTH, plant=_nothing_read_back),

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
-from nexus.ipc.context import TRACE_SIZE
+from nexus.ipc.context import NEXT_TRAIL, TRACE_SIZE
 from nexus.telemetry import Called, SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
@@ -135,6 +135,7 @@ class Call:
         "deferrable",
         "message",
         "moving",
+        "number",
         "span",
     )
 
@@ -146,7 +147,8 @@ class Call:
         self._cap: Slot | None = None
         self._notes: list[tuple[str, object]] = []
         self._notes_of: Message | None = None
-        self.span = -1  # the unit of the span that is open for the request, if there is one
+        self.number = 0  # the id of the request's span, if it is recorded
+        self.span = -1  # the unit it is open in, if there is one
         self.batched = False  # one of several in a packet, which is answered as a whole
         self.deferrable = True
         self.moving: Slot | None = None
@@ -187,9 +189,11 @@ class Call:
         The span is the one the runtime records for the request, or the one inside it that is open.
         """
         if self._trail_of is not self.message:
-            data = self.message.data
-            self._trail = data[TRACE_OFFSET:SPAN_OFFSET] + self._spans.next_span()
-            self._trail_of = self.message
+            message = self.message
+            data = message.data
+            number = self.number or self._spans.next_number()
+            self._trail = NEXT_TRAIL.pack(data[TRACE_OFFSET:SPAN_OFFSET], number)
+            self._trail_of = message
         return self._trail
 
     @trail.setter
@@ -247,10 +251,9 @@ class Call:
     def open_span(self, spans: SpanWriter, name: Called) -> None:
         """The runtime records the request as a span: it begins when it was taken from the queue."""
         message = self.message
-        data = message.data
-        self._trail = trail = data[TRACE_OFFSET:SPAN_OFFSET] + self._spans.next_span()
-        self._trail_of = message
-        self.span = spans.open(trail, data[SPAN_OFFSET:HEADER_SIZE], message.now, name)
+        around = message.data[TRACE_OFFSET:HEADER_SIZE]
+        self.number = number = self._spans.next_number()
+        self.span = spans.open(around, number, message.now, name)
 
     def take_span(self) -> int:
         """Whose reply is given now, or later by what takes it: the span's unit, or -1."""
@@ -262,6 +265,7 @@ class Call:
         self.message = message
         self.codec = codec
         self.deadline = deadline
+        self.number = 0
         self._cap = message.cap if codec.moves else None
 
 

@@ -83,6 +83,7 @@ from nexus.wire import (
     OP_INDEX,
     PREFIX_SIZE,
     REPLY_BIT,
+    TRACE_OFFSET,
     Codec,
     RemoteProtocolError,
     ReplyStatus,
@@ -281,9 +282,9 @@ class Server:
         log = self._log
         metrics = self._metrics
         recorder = self._recorder
-        page = None if recorder is None else recorder.page
-        spans = None if page is None else page.spans
+        spans = None if recorder is None else recorder.spans
         span_names = self._span_names
+        next_number = caller.spans.next_number
         timed = next_time is not None or log is not None or metrics is not None
         forever = deadline == NEVER
         trap.deadline = deadline
@@ -338,7 +339,9 @@ class Server:
             call.deadline = until
             caller.parent = call
             if spans is not None:
-                call.open_span(spans, span_names[codec])
+                call.number = number = next_number()  # as Call.open_span
+                around = data[TRACE_OFFSET:HEADER_SIZE]
+                call.span = spans.open(around, number, now, span_names[codec])
             try:
                 reply = handle(call, request)
                 if awaits:
@@ -349,8 +352,9 @@ class Server:
                 self._close_span(status)
                 return (yield from self._refuse(slot, message, status, request).__await__())
             caller.parent = None
-            if call.span >= 0:
-                recorder.close(call.take_span(), SPAN_OK)  # type: ignore[union-attr] # it opened it
+            if spans is not None:
+                spans.close(call.span, recorder.now(), SPAN_OK)  # type: ignore[union-attr] # has spans
+                call.span = -1  # and was, if the reply is given later
             if type(reply) is not codec.reply_type or call.moving is not None:
                 yield from self._conclude(slot, self._framed(reply)).__await__()
                 return True
@@ -563,8 +567,8 @@ class Server:
 
     def _open_span(self, codec: Codec) -> None:
         """The request being served is recorded as a span from now on."""
-        if self._recorder is not None and self._recorder.page is not None:
-            self._call.open_span(self._recorder.page.spans, self._span_names[codec])
+        if self._recorder is not None and self._recorder.spans is not None:
+            self._call.open_span(self._recorder.spans, self._span_names[codec])
 
     def _framed(self, reply: Any) -> "bytearray | Deferred":
         if isinstance(reply, Deferred):

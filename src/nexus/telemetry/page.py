@@ -4,15 +4,16 @@
     words     a quarter of the page: u64 cells, handed out by the reader's owner
     spans     the rest (nexus.telemetry.span): states, then units
 
-A counter or gauge is one word, which is stored and read whole. A histogram is a group: a sequence
-word, count, sum, and a word per bucket. The writer makes the sequence odd, stores the others, and
-makes it even, two more than before.
+A counter or gauge is one word, which is stored and read whole. A histogram is a group: count, sum,
+and a word per bucket. The writer stores the count, one more than before, then the sum, and the
+bucket last. So the group is being written as long as its buckets do not add up to its count.
 
 A group is read in two steps with a barrier before each (mark, Fence, copy, Fence, settle). What the
-copy has is accepted if the sequence was even at the mark and is the same after the second barrier:
-the first barrier shows everything that was stored before the marked sequence was, the second one
-shows the odd sequence of whoever stored into the copy. Otherwise the former value stands. The
-barriers are the reader's alone (abi.Fence): they hold on the writer's CPU too.
+copy has is accepted if the marked buckets added up to the marked count and the count is the same
+after the second barrier: the first barrier shows the sum, which was stored before the last of the
+marked buckets was, the second one shows the next count of whoever stored into the copy. Otherwise
+the former value stands. The barriers are the reader's alone (abi.Fence): they hold on the writer's
+CPU too.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,9 @@ MAGIC_WORD: Final = 0
 SIZE_WORD: Final = 1
 OVERFLOW_WORD: Final = 2
 
-SEQUENCE: Final = 0  # words of a group, in their order
-COUNT: Final = 1
-SUM: Final = 2
-BUCKETS: Final = 3
+COUNT: Final = 0  # words of a group, in their order
+SUM: Final = 1
+BUCKETS: Final = 2
 GROUP_WORDS_MIN: Final = BUCKETS + 1
 GROUP_WORDS_MAX: Final = BUCKETS + 17
 
@@ -135,13 +135,12 @@ class PageReader:
         )
         self.torn = 0  # groups that had to be read again
         self.given_up = 0  # groups whose former value stands, as no pass saw them still
-        self.inconsistent = 0  # groups that were still, and whose buckets are not their count
         self._allotted = 0
         self._values: list[int] = []  # of the words, as copied last
         self._groups: dict[int, int] = {}  # first word of a group: how many it has
         self._kept: dict[int, Group] = {}
         self._torn: list[int] = []  # groups that this round has not accepted yet
-        self._marks: dict[int, int] = {}
+        self._marks: dict[int, int] = {}  # the counts of those that were still
         self._is_first = True  # pass of the round: the spans are read in it
 
     # ------------------------------------------------------------------ words
@@ -202,9 +201,11 @@ class PageReader:
         self._is_first = True
 
     def mark(self) -> None:
-        """First step: the sequences of the groups that are to be read."""
-        words = self._words
-        self._marks = {first: words[first + SEQUENCE] for first in self._torn}
+        """First step: which of the groups that are to be read are not being written."""
+        values = self._words[: self._allotted].tolist()
+        self._marks = {
+            first: values[first + COUNT] for first in self._torn if self._is_still(first, values)
+        }
         if self._is_first:
             self.spans.mark()
 
@@ -221,11 +222,13 @@ class PageReader:
             self._is_first = False
         words = self._words
         torn = []
-        for first, sequence in self._marks.items():
-            if sequence & 1 or words[first + SEQUENCE] != sequence:
-                torn.append(first)
-            else:
+        marks, values = self._marks, self._values
+        for first in self._torn:
+            is_same = first in marks and words[first + COUNT] == marks[first]
+            if is_same and self._is_still(first, values):  # which it is, or its writer is no writer
                 self._accept(first)
+            else:
+                torn.append(first)
         self.torn += len(torn)
         self._torn = torn
         return bool(torn)
@@ -235,14 +238,18 @@ class PageReader:
         self.given_up += len(self._torn)
         self._torn = []
 
-    def _accept(self, first: int) -> None:
-        values = self._values
+    def _is_still(self, first: int, values: list[int]) -> bool:
+        """Whether no update of the group is on its way."""
         count = values[first + COUNT]
         buckets = values[first + BUCKETS : first + BUCKETS + self._groups[first]]
-        if count > WORD_MAX or sum(buckets) != count:
-            self.inconsistent += 1
-            return
-        self._kept[first] = Group(count, min(values[first + SUM], WORD_MAX), buckets)
+        return count == sum(buckets) and count <= WORD_MAX
+
+    def _accept(self, first: int) -> None:
+        values = self._values
+        buckets = values[first + BUCKETS : first + BUCKETS + self._groups[first]]
+        self._kept[first] = Group(
+            values[first + COUNT], min(values[first + SUM], WORD_MAX), buckets
+        )
 
     def open_spans(self) -> list[bytes]:
         """The spans that were open in the last round, for decode_span."""

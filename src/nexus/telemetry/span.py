@@ -3,33 +3,35 @@
     states    a u64 for each unit: number of the span times 8, and what it is: 0 nothing (or being
               written), 1 open, 2 + status ended
     units     128 bytes each; a span takes as many in a row as it needs, its state is the first's
-              trace and span 24 | parent 8 | start u64 | end u64 | size u16 | name size u8 |
+              trace 16 | parent 8 | span 8 | start u64 | end u64 | size u16 | name size u8 |
               attributes u8 | more u8 | 3 free, then the name, the attributes, and more attributes
-              that came at the end: each key size u8, key, value size u8, value; all UTF-8
+              that came at the end: each key size u8, key, value size u8, value; all UTF-8.
+              trace and parent are next to each other as in the header of a frame, and as what is
+              known of the span around; the first span of a trace is its own parent
 
 Numbers count from 1 and are never used again. To begin a span the writer makes the state nothing,
 stores the unit and then the state; to end it, the end and then the state. So the state is to a unit
-what the sequence is to a group of words (nexus.telemetry.page): a copy is good if the state is the
+what the count is to a group of words (nexus.telemetry.page): a copy is good if the state is the
 same before the first barrier and after the second. Units are used in turn, over what has ended;
 what is open stays where it is.
 """
 
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 WORD_SIZE: Final = 8  # bytes
 UNIT_SIZE: Final = 128  # bytes; a name of 30 characters and two short attributes fit
-HEAD: Final = struct.Struct("<24s8sQQHBBB3x")
+HEAD: Final = struct.Struct("<16s8s8sQQHBBB3x")
+TAIL: Final = struct.Struct("<HBBB3x")  # of the head: what is the same for all spans of a name
 HEAD_SIZE: Final = HEAD.size
 UNIT_WORDS: Final = UNIT_SIZE // WORD_SIZE
 END_WORD: Final = 5  # of a unit: when the span has ended
 MORE_AT: Final = 52
 SIZE_AT: Final = 48
 SIZE: Final = struct.Struct("<H")
-TRACE_SIZE: Final = 16
-SPAN_SIZE: Final = 8
+NO_PARENT: Final = bytes(8)
 ATTRIBUTES_MAX: Final = 8  # at the beginning, and as many more at the end
 NO_ATTRIBUTES: Final[dict[str, str]] = {}
 TEXT_SIZE_MAX: Final = 255  # bytes that a size of one byte can say
@@ -45,14 +47,17 @@ ENDED: Final = 2  # and the status on top
 LOST_WORD: Final = 3  # of the page's header
 NUMBER_MAX: Final = 1 << 56  # a larger one is no span's
 
-SINGLE: Final = 1  # a unit on its own, ended or never used; the other kinds of units:
-REST: Final = 0  # not the first one of its span
-BUSY: Final = 2  # of an open span
-LARGE: Final = 3  # of an ended one with further units
+SINGLE: Final = 0  # what a unit holds: on its own, ended or never used; or else:
+REST: Final = 1  # not the first one of its span
+LARGE: Final = 2  # of an ended span with further units
+# of an open span: its state, and that below 0 if it has further units
 
 assert END_WORD * WORD_SIZE == 24 + 8 + 8
 assert HEAD_SIZE % WORD_SIZE == 0
 assert HEAD_SIZE + TEXT_SIZE_MAX < SPAN_SIZE_MAX
+assert HEAD_SIZE - TAIL.size == SIZE_AT
+assert NUMBER_STEP + OPEN > LARGE
+assert ENDED == OPEN + 1, "SpanWriter.close adds it to the state"
 
 
 class SpanRecord(NamedTuple):
@@ -71,12 +76,20 @@ class SpanRecord(NamedTuple):
     attributes: list[tuple[str, str]]
 
 
-class Called(NamedTuple):
-    """What a span is called, ready to be stored: its name, and attributes behind it."""
+class Called:
+    """What a span is called, ready to be stored: the end of the head, its name, and attributes."""
 
-    content: bytes
-    name_size: int
-    attributes: int
+    __slots__ = ("is_short", "length", "put", "tail")
+
+    put: Callable[[memoryview, int, bytes, int, int, bytes], None]
+    """Stores a span that begins: into what, where, trace and parent, its id, when, `tail`."""
+
+    def __init__(self, content: bytes, name_size: int, attributes: int) -> None:
+        size = HEAD_SIZE + len(content)
+        self.tail = TAIL.pack(size, name_size, attributes, 0) + content
+        self.put = struct.Struct(f"<24sQQ8x{len(self.tail)}s").pack_into
+        self.length = -(-size // UNIT_SIZE)  # how many units it takes
+        self.is_short = size + ROOM_FOR_MORE <= UNIT_SIZE
 
 
 def called(name: str, attributes: Mapping[str, str] = NO_ATTRIBUTES) -> Called:
@@ -95,64 +108,46 @@ class SpanWriter:
     __slots__ = (
         "_count",
         "_cursor",
-        "_given",
+        "_ends",
         "_header",
-        "_kinds",
+        "_held",
+        "_last",
         "_lengths",
-        "_number",
-        "_puts",
+        "_next",
         "_states",
         "_units",
-        "_words",
     )
 
     def __init__(self, header: memoryview, states: memoryview, units: memoryview) -> None:
         self._header = header
         self._states = states.cast("Q")
         self._units = units
-        self._words = units.cast("Q")
+        self._ends = units.cast("Q")[END_WORD::UNIT_WORDS]
         self._count = len(self._states)
         self._cursor = 0
-        self._number = 0
-        self._kinds = bytearray([SINGLE]) * self._count
-        self._given = [0] * self._count  # the number of the span that was opened in a unit, shifted
-        self._puts = {
-            each: struct.Struct(f"{HEAD.format}{each}s").pack_into
-            for each in range(UNIT_SIZE - HEAD_SIZE - ROOM_FOR_MORE + 1)
-        }  # by the size of what spans of one unit are called
+        self._next = [*range(1, self._count), 0]
+        self._last = OPEN  # the state of the span that was opened last
+        self._held = [SINGLE] * self._count
         self._lengths: dict[int, int] = {}  # of spans of several units
 
-    def open(self, trail: bytes, parent: bytes, start: int, called: "Called") -> int:
+    def open(self, around: bytes, span: int, start: int, called: Called) -> int:
         """Show a span that begins; the unit it is in, or -1 if there is no place for it.
 
-        `trail` is trace and span id.
+        `around` is its trace and its parent's id, `span` its own id as a number. The first span of
+        a trace has its own id in both.
         """
-        content, name_size, count = called
         unit = self._cursor
-        put = self._puts.get(len(content))
-        if put is None or self._kinds[unit] != SINGLE:
-            return self._open_slowly(trail, parent, start, called)
+        held = self._held
+        if held[unit] or not called.is_short:
+            return self._open_slowly(around, span, start, called)
         states = self._states
         states[unit] = 0
-        size = HEAD_SIZE + len(content)
-        put(
-            self._units,
-            unit * UNIT_SIZE,
-            trail,
-            parent,
-            start,
-            0,
-            size,
-            name_size,
-            count,
-            0,
-            content,
-        )
-        self._number = number = self._number + NUMBER_STEP
-        self._given[unit] = number
-        states[unit] = number + OPEN
-        self._kinds[unit] = BUSY
-        self._cursor = unit + 1 if unit + 1 < self._count else 0
+        put = called.put  # and no method call: the interpreter takes a detour for what is none
+        put(self._units, unit * UNIT_SIZE, around, span, start, called.tail)
+        self._last = state = self._last + NUMBER_STEP
+        held[unit] = state
+        states[unit] = state
+        self._cursor = self._next[unit]
         return unit
 
     def close(
@@ -163,34 +158,38 @@ class SpanWriter:
             return
         if attributes:
             self._add(unit, attributes)
-        self._words[unit * UNIT_WORDS + END_WORD] = end
-        self._states[unit] = self._given[unit] + ENDED + status
-        self._kinds[unit] = LARGE if unit in self._lengths else SINGLE
+        held = self._held
+        state = held[unit]
+        if state < 0:
+            state = -state
+            held[unit] = LARGE
+        else:
+            held[unit] = SINGLE
+        self._ends[unit] = end
+        self._states[unit] = state + 1 + status
 
-    def _open_slowly(self, trail: bytes, parent: bytes, start: int, called: "Called") -> int:
+    def _open_slowly(self, around: bytes, span: int, start: int, called: Called) -> int:
         """A span of several units, or one that has another in its way."""
-        content, name_size, count = called
-        size = HEAD_SIZE + len(content)
-        unit = self._claim(-(-size // UNIT_SIZE))
+        length = called.length
+        unit = self._claim(length)
         if unit < 0:
             self._header[LOST_WORD] += 1
             return -1
-        at = unit * UNIT_SIZE
-        self._units[at + HEAD_SIZE : at + size] = content
-        HEAD.pack_into(self._units, at, trail, parent, start, 0, size, name_size, count, 0)
-        self._number += NUMBER_STEP
-        self._given[unit] = self._number
-        self._states[unit] = self._number + OPEN
+        called.put(self._units, unit * UNIT_SIZE, around, span, start, called.tail)
+        self._last = state = self._last + NUMBER_STEP
+        self._held[unit] = state if length == 1 else -state
+        self._states[unit] = state
         return unit
 
     def _claim(self, length: int) -> int:
         """The first of `length` units in a row, which are this span's now; -1 if none are free."""
         first = self._cursor
+        held = self._held
         for _ in range(CLAIMS_MAX):
             if first + length > self._count:
                 first = 0
             wanted = range(first, min(first + length, self._count))
-            busy = next((each for each in wanted if self._kinds[each] == BUSY), None)
+            busy = next((each for each in wanted if not 0 <= held[each] <= LARGE), None)
             if busy is None:
                 break
             first = busy + self._lengths.get(busy, 1)
@@ -200,18 +199,18 @@ class SpanWriter:
             return -1
         for each in range(first, first + length):
             self._states[each] = 0
-            if self._kinds[each] == LARGE:
+            if held[each] == LARGE:
                 self._forget(each)
         if length > 1:
             self._lengths[first] = length
-        self._kinds[first : first + length] = bytes([BUSY]) + bytes(length - 1)
+        held[first : first + length] = [REST] * length
         self._cursor = (first + length) % self._count
         return first
 
     def _forget(self, first: int) -> None:
         """The span that was here gives way: what is left of it are units on their own."""
         length = self._lengths.pop(first)
-        self._kinds[first : first + length] = bytes([SINGLE]) * length
+        self._held[first : first + length] = [SINGLE] * length
 
     def _add(self, unit: int, attributes: Mapping[str, str]) -> None:
         """Write attributes that came at the end, as many as there is room for."""
@@ -308,7 +307,7 @@ def decode_span(data: bytes) -> SpanRecord | None:
         return None
     kind = data[0] & KIND_MASK
     content = data[WORD_SIZE:]
-    trail, parent, start, end, _, name_size, count, more = HEAD.unpack_from(content)
+    trace, parent, span, start, end, _, name_size, count, more = HEAD.unpack_from(content)
     found: list[tuple[str, str]] = []
     at = HEAD_SIZE + name_size
     if kind == 0 or at > len(content) or max(count, more) > ATTRIBUTES_MAX:
@@ -322,9 +321,9 @@ def decode_span(data: bytes) -> SpanRecord | None:
     except (UnicodeDecodeError, IndexError):
         return None
     return SpanRecord(
-        trail[:TRACE_SIZE],
-        trail[TRACE_SIZE:],
-        parent,
+        trace,
+        span,
+        NO_PARENT if parent == span else parent,
         start,
         0 if is_open else end,
         0 if is_open else kind - ENDED,
