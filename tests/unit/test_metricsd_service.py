@@ -13,6 +13,7 @@ from nexus.ipc import Answer, Exchange, Refused
 from nexus.protocols.logd import Level
 from nexus.protocols.meta import Configure, Configured, MetaStatus
 from nexus.protocols.metricsd import (
+    METRICS_PAGE_MAX,
     NAME_SIZE_MAX,
     PROTOCOL,
     SERIES_ROWS_MAX,
@@ -468,6 +469,23 @@ def test_a_service_without_the_hook_needs_a_restart() -> None:
         return await link.call(Configure(msgspec.msgpack.encode({"a": 1})), FAR)
 
     assert Pair().client(body) == Refused(MetaStatus.NEEDS_RESTART)
+
+
+def test_a_page_of_any_size_is_more_than_metricsd_reads_every_second() -> None:
+    system = System()
+
+    async def body(link: Exchange) -> list[Any]:
+        answers = []
+        for size in (METRICS_PAGE_MAX, METRICS_PAGE_MAX + 4096):
+            slot = await VmoCreate(size)
+            _ = PageWriter(await VmoShare(slot))
+            answers.append(await link.ask(OpenPage(), FAR, move=slot))
+        return answers
+
+    largest, larger = system.client(body)
+
+    assert isinstance(largest, Answer)
+    assert larger == Refused(MetricsdStatus.OVER_LIMIT)
 
 
 def test_pages_that_claim_more_lost_spans_than_a_number_says_end_nobody() -> None:

@@ -74,6 +74,7 @@ from nexus.kernel.core.hardware import Hardware
 from nexus.kernel.core.spawn import BUDGET_SIZE_MAX
 from nexus.protocols.init import DELEGATIONS_MAX, SERVICES_MAX
 from nexus.protocols.logd import RING_SIZE_MAX
+from nexus.protocols.metricsd import METRICS_PAGE_MAX
 from nexus.protocols.policy import BOUND, RIGHT_PATTERN, RIGHT_SIZE_MAX, TARGET_SIZE_MAX
 
 FILE_SIZE_MAX: Final = 256 * 1024  # bytes; a device of 44 services needs a tenth
@@ -124,7 +125,6 @@ ENTRY_SIZE_MAX: Final = 128  # characters
 GROUPS_MAX: Final = SERVICES_MAX
 LOG_RING_DEFAULT: Final = 64 * 1024  # bytes; a burst of about 500 lines
 METRICS_PAGE_DEFAULT: Final = 32 * 1024  # bytes; a few hundred series and the latest spans
-METRICS_PAGE_MAX: Final = 256 * 1024  # bytes
 
 NAME: Final = Word(
     pattern=r"[a-z][a-z0-9]*([.-][a-z0-9]+)*",

@@ -25,6 +25,7 @@ LABELS_SIZE_MAX: Final = (
 )
 NAME_PATTERN: Final = r"^[a-zA-Z_][a-zA-Z0-9_.]*\Z"
 KEY_PATTERN: Final = r"^[a-zA-Z_][a-zA-Z0-9_.]*\Z"
+METRICS_PAGE_MAX: Final = 256 * 1024  # bytes of a page; all of it is read every second
 BOUNDS_MAX: Final = 16  # buckets of a histogram, without the last one up to infinity
 TRACE_SIZE: Final = 16  # bytes; W3C
 SPAN_SIZE: Final = 8  # bytes; the first four are the low half of its maker's service id
@@ -90,7 +91,8 @@ class PageOpened(Message):
 class OpenPage(Request[PageOpened], op=1, idempotent=True, refuses=MetricsdStatus, moves=True):
     """Read my page, the shared VMO that moves along, instead of an earlier one of this instance.
 
-    *Refuses*: INVALID_ARGS (no shared VMO, no page in it), OVER_LIMIT, RATE_LIMITED.
+    *Refuses*: INVALID_ARGS (no shared VMO, no page in it), OVER_LIMIT (larger than
+    METRICS_PAGE_MAX, or one page too many), RATE_LIMITED.
     """
 
 

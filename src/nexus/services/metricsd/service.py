@@ -19,6 +19,8 @@ from nexus.abi import (
     CONTROL_LINK_SIZE,
     AbiError,
     CapClose,
+    CapKind,
+    CapQuery,
     ClockMap,
     ConsoleWrite,
     LinkId,
@@ -28,6 +30,7 @@ from nexus.abi import (
 )
 from nexus.ipc import Client, RetryBudget, RouteFailure
 from nexus.protocols.metricsd import (
+    METRICS_PAGE_MAX,
     METRICS_READ,
     PROTOCOL,
     Add,
@@ -225,6 +228,9 @@ class Metricsd:
         if instance not in self._pages and len(self._pages) >= PAGES_MAX:
             raise call.refuse(MetricsdStatus.OVER_LIMIT)
         try:
+            info = await CapQuery(cap)
+            if info.kind is CapKind.VMO and self._is_page_over_limit(info.length):
+                raise call.refuse(MetricsdStatus.OVER_LIMIT)
             view = await VmoWatch(cap)
         except AbiError as error:
             raise call.refuse(MetricsdStatus.INVALID_ARGS) from error
@@ -669,6 +675,10 @@ class Metricsd:
     def _is_bound(self, span: bytes, instance: Instance) -> bool:
         """Whether the kernel's sender made this span id."""
         return checks.is_bound_to(span, instance.service)
+
+    def _is_page_over_limit(self, size: int) -> bool:
+        """Whether memory is larger than a page may be."""
+        return size > METRICS_PAGE_MAX
 
 
 _KINDS: Final = {Add: Kind.COUNTER, SetGauge: Kind.GAUGE, Observe: Kind.HISTOGRAM}
