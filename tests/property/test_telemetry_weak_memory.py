@@ -29,6 +29,7 @@ import pytest
 from nexus.metrics.series import Histogram
 from nexus.protocols.metricsd import Kind
 from nexus.telemetry import Group, PageReader, PageWriter, RingReader, RingWriter
+from nexus.telemetry import ring as ring_module
 from nexus.telemetry.page import BUCKETS, COUNT, SUM
 from nexus.telemetry.ring import COMMIT_WORD, COUNT_WORD, RESERVE_WORD, RING_SIZE_MIN
 
@@ -478,6 +479,20 @@ class NoNumber(OneByOne):
 def test_no_reordering_makes_the_ring_give_what_was_never_put(number: int, early: int) -> None:
     runs, mistakes = ring_mistakes(RingReader, number, early)
 
+    assert runs > 100
+    assert mistakes == 0
+
+
+@pytest.mark.parametrize("number", [0, AHEAD])
+def test_no_reordering_does_so_when_the_writer_reserves_for_several_records(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_module, "RESERVE_PART", 8)
+    reserved = [value for word, value in ring_stores()[1] if word == RESERVE_WORD]
+
+    runs, mistakes = ring_mistakes(RingReader, number, 1)
+
+    assert reserved == [32 * AHEAD + (RING_SIZE_MIN - 128) // 8]
     assert runs > 100
     assert mistakes == 0
 

@@ -12,8 +12,12 @@ MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service
 COUNT_MASK: Final = (1 << 32) - 1
 COUNT_STEP: Final = 1 << 32  # from one span id to the next
 SPAN_MASK: Final = (1 << 64) - 1
-FIRST_TRAIL: Final = struct.Struct("<8sQQ")  # a trace that ends as its first span, and that span
-NEXT_TRAIL: Final = struct.Struct("<16sQ")  # the trace of another trail, and a span
+FIRST_TRAIL: Final = struct.Struct("<8sQQ")
+NEXT_TRAIL: Final = struct.Struct("<16sQ")
+first_trail: Final = FIRST_TRAIL.pack
+"""Half a trace and the number of its first span, twice: the trace ends as that span."""
+next_trail: Final = NEXT_TRAIL.pack
+"""A trail, of which the trace is taken, and the number of a span."""
 
 
 class Context(NamedTuple):
@@ -36,21 +40,24 @@ class Spans:
     by a chance of 1 to 4 billion.
     """
 
-    __slots__ = ("_last", "_maker", "root", "trace")
+    __slots__ = ("_maker", "last", "root", "trace")
 
     def __init__(self, seed: bytes, name: str, generation: int) -> None:
         material = hashlib.sha256(b"%b|%b|%d" % (seed, name.encode(), generation)).digest()
         self._maker = service_id(name) & COUNT_MASK
         count = int.from_bytes(material[TRACE_SIZE : TRACE_SIZE + MAKER_SIZE], "little")
-        self._last = self._maker + count * COUNT_STEP
+        self.last = self._maker + count * COUNT_STEP
         self.trace = material[: TRACE_SIZE - SPAN_SIZE]  # with the first span of it a trace id
         self.root = Context(material[:TRACE_SIZE], self.next_span())
 
     def next_number(self) -> int:
         """A span id that this task has not used before, as a number of 8 bytes."""
-        self._last = number = self._last + COUNT_STEP
-        if number > SPAN_MASK:
-            self._last = number = self._maker + COUNT_STEP
+        self.last = number = self.last + COUNT_STEP
+        return number if number <= SPAN_MASK else self.begin_again()
+
+    def begin_again(self) -> int:
+        """The number after the last one that 8 bytes can hold."""
+        self.last = number = self._maker + COUNT_STEP
         return number
 
     def next_span(self) -> bytes:
@@ -60,7 +67,7 @@ class Spans:
     def next_trail(self) -> bytes:
         """The first span of a trace that is begun here, with the trace before it."""
         number = self.next_number()
-        return FIRST_TRAIL.pack(self.trace, number, number)
+        return first_trail(self.trace, number, number)
 
 
 assert MAKER_SIZE + MAKER_SIZE == SPAN_SIZE

@@ -8,7 +8,7 @@ from typing import Final, Protocol, Self
 
 from nexus.abi import Clock
 from nexus.ipc import Caller, Context, Parent, Spans
-from nexus.ipc.context import FIRST_TRAIL, NEXT_TRAIL, TRACE_SIZE
+from nexus.ipc.context import COUNT_STEP, SPAN_MASK, TRACE_SIZE, first_trail, next_trail
 from nexus.protocols.metricsd import SpanStatus
 from nexus.telemetry import Called, PageWriter, SpanWriter
 from nexus.telemetry.span import ATTRIBUTES_MAX
@@ -83,11 +83,13 @@ class Span:
         self._holder = holder
         self._before = before = holder.trail
         ids = caller.spans
-        number = ids.next_number()
+        ids.last = number = ids.last + COUNT_STEP  # as Spans.next_number, without its call
+        if number > SPAN_MASK:
+            number = ids.begin_again()
         if before is recorder.root:
-            around = trail = FIRST_TRAIL.pack(ids.trace, number, number)
+            around = trail = first_trail(ids.trace, number, number)
         else:
-            around, trail = before, NEXT_TRAIL.pack(before, number)
+            around, trail = before, next_trail(before, number)
         self.trail = holder.trail = trail
         spans = recorder.spans
         if spans is None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
-from nexus.ipc.context import NEXT_TRAIL, TRACE_SIZE
+from nexus.ipc.context import TRACE_SIZE, next_trail
 from nexus.telemetry import Called, SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
@@ -192,7 +192,7 @@ class Call:
             message = self.message
             data = message.data
             number = self.number or self._spans.next_number()
-            self._trail = NEXT_TRAIL.pack(data[TRACE_OFFSET:SPAN_OFFSET], number)
+            self._trail = next_trail(data[TRACE_OFFSET:SPAN_OFFSET], number)
             self._trail_of = message
         return self._trail
 
