@@ -6,7 +6,7 @@ from typing import Final
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from nexus.abi import service_id
+from nexus.abi import PORT_PEERS_MAX, service_id
 from nexus.ipc import Stale
 from nexus.kernel.sim import SimPeer
 from nexus.protocols.exportd import CollectorState, GetStats, Stats
@@ -117,6 +117,25 @@ def test_a_peer_that_reads_nothing_and_one_that_says_nothing_hold_nobody_up(
         assert value_of(text, "wide3_total") == 1
         facts = device.kernel.resources()
         assert facts["connections"] <= 1
+
+    _ = run(tmp_path, scenario)
+
+
+def test_peers_that_hold_every_connection_and_ask_nothing_lock_nobody_out(
+    tmp_path: Path,
+) -> None:
+    async def scenario(device: Device) -> None:
+        holders = []
+        for _ in range(2 * PORT_PEERS_MAX):
+            holders.append(connect(device, tcp=True))
+            await device.sleep("5ms")
+            _, text = await scraped(device, tcp=True)
+            assert text.endswith("# EOF\n")
+            await device.sleep("100ms")
+
+        kept = [peer for peer in holders if not peer.closed]
+        assert kept == holders[-len(kept) :], "who was silent for longest gave way"
+        assert 0 < len(kept) < PORT_PEERS_MAX
 
     _ = run(tmp_path, scenario)
 

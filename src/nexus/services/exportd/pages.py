@@ -55,6 +55,7 @@ class Visit:
         self.waits = False  # its port has no room for more of the answer
         self.waits_for_answer = False
         self.due = deadline_after(now, ASK_TIME_MAX)
+        self.heard = now  # when something came from it last
         self.refused = 0  # requests answered with an error
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_SIZE_MAX)
         self._request: h11.Request | None = None
@@ -69,6 +70,11 @@ class Visit:
         return len(self._outgoing) - self._sent
 
     @property
+    def is_answered(self) -> bool:
+        """Whether there is nothing that it asked for and has not been sent."""
+        return not self.pending and not self.waits_for_answer
+
+    @property
     def answered(self) -> bool:
         """Whether an answer has been given since the last `go_on`."""
         return self._http.our_state is h11.DONE
@@ -80,6 +86,7 @@ class Visit:
 
     def take(self, data: bytes, now: Nanos) -> Asked | None:
         """Bytes have come: what is asked for, if a request is complete."""
+        self.heard = now
         if self._ends:
             return None  # whatever follows an error
         if self._http.their_state is h11.IDLE and not self._http.trailing_data[0]:

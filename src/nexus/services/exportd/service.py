@@ -10,6 +10,7 @@ from typing import Final, assert_never
 
 from nexus import __version__
 from nexus.abi import (
+    PORT_PEERS_MAX,
     AbiError,
     Clock,
     ClockMap,
@@ -141,6 +142,7 @@ class Exportd:
             return
         visit = self._visits.get(message.link)
         if visit is None:
+            await self._make_room(message.source)
             visit = Visit(message.source, message.link, message.now)
             self._visits[message.link] = visit
         if message.data:
@@ -240,6 +242,14 @@ class Exportd:
                 return False
             visit.on_sent(len(part))
         return True
+
+    async def _make_room(self, port: Slot) -> None:
+        """One more visitor is here: the next one finds a place too. Who holds the others and asks
+        nothing, or nothing whole, gives way, the one that was silent for longest."""
+        here = [visit for visit in self._visits.values() if visit.port == port]
+        quiet = [visit for visit in here if visit.is_answered]
+        if len(here) >= PORT_PEERS_MAX - 1 and quiet:
+            await self._close(min(quiet, key=lambda each: each.heard))
 
     async def _close(self, visit: Visit) -> None:
         _ = self._visits.pop(visit.link, None)
