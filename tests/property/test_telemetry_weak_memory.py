@@ -492,7 +492,7 @@ def test_no_reordering_does_so_when_the_writer_reserves_for_several_records(
 
     runs, mistakes = ring_mistakes(RingReader, number, 1)
 
-    assert reserved == [32 * AHEAD + (RING_SIZE_MIN - 128) // 8]
+    assert reserved == [32 * LAP + (RING_SIZE_MIN - 128) // 8]
     assert runs > 100
     assert mistakes == 0
 

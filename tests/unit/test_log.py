@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ from nexus.log.logger import (
     LOOK_PAUSE,
     LOOK_PAUSE_MAX,
 )
-from nexus.log.payload import sendable, unpack
+from nexus.log.payload import SHORT, UNREADABLE, sendable, unpack
 from nexus.protocols.init import REPLY_NAME
 from nexus.protocols.logd import (
     EVERY_RECORD,
@@ -522,9 +522,31 @@ def test_a_line_is_the_same_whether_it_takes_the_short_way_or_the_long_one(
 
     for text, fields in lines:
         expected = make_line(Level.INFO, "client", text, fields).request
-        first = log._payload(Level.INFO, text, fields, "client")
-        again = log._quick_payload(Level.INFO, text, fields, "client") or first
+        for _ in range(2):
+            assert log.write(Level.INFO, text, fields, scope="client")
+        first, again = log._lines
+        log._lines.clear()
         assert sendable(unpack(first)) == sendable(unpack(again)) == expected
+
+
+def test_the_second_line_with_the_same_keys_is_a_short_one() -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    for _ in range(2):
+        log.info("line", code=200, method="get")
+
+    assert [each[0] == SHORT for each in log._lines] == [False, True]
+
+
+def test_a_value_of_no_kind_that_a_field_has_costs_itself_and_no_more() -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    log.info("line", one=1, two=2)
+    log.info("line", one=cast("Any", [1]), two=cast("Any", object))
+
+    assert [unpack(each).values for each in log._lines] == [["1", "2"], ["[1]", str(object)]]
+    log.info("line", one=cast("Any", [1]), two=2)
+    assert unpack(log._lines[-1]).values == [UNREADABLE, 2]
 
 
 def test_a_log_of_a_level_writes_what_matters_as_much_or_more() -> None:

@@ -27,9 +27,6 @@ CUT_KEY: Final = "log.cut"  # the field that says how many fields were cut or le
 FIELD_OVERHEAD: Final = 2  # bytes of a field besides key and value (services.md 1.3)
 INT_BITS_MAX: Final = 64  # of an integer shown in decimal; Python refuses to show very large ones
 CUT_FIELD_SIZE: Final = len(CUT_KEY) + FIELD_OVERHEAD + 3  # bytes; the count has 3 digits at most
-is_plain: Final = frozenset({str, int, float, bool, type(None)}).issuperset
-"""Whether all of these types are those of values that are packed as they are."""
-
 NO_KEY: Final = re.compile(r"[^a-z0-9_.-]")
 
 assert SCOPE_SIZE_MAX > MARK_SIZE

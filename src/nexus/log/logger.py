@@ -11,10 +11,9 @@ is the way to logd. Not one line is lost without being counted under the reason.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import itemgetter
 from typing import Final, NamedTuple
 
 from nexus.abi import (
@@ -49,14 +48,14 @@ from nexus.ipc import (
     TimedOut,
     deadline_after,
 )
-from nexus.log.line import FieldValue, Line, is_plain, make_line
-from nexus.log.payload import KEY_SEPARATOR, pack, packed, sendable, unpack
+from nexus.log.line import FieldValue, Line, make_line
+from nexus.log.payload import head_of, pack, packed, sendable, unpack
 from nexus.protocols.logd import (
-    FIELDS_MAX,
+    FIELDS_SIZE_MAX,
     PROTOCOL,
     RATE_WINDOW_NS,
     RING_SIZE_MAX,
-    SCOPE_SIZE_MAX,
+    TEXT_SIZE_MAX,
     Append,
     Drain,
     Drained,
@@ -70,8 +69,8 @@ LOGD_NAME: Final = "logd"
 RING_SIZE_DEFAULT: Final = 64 * 1024  # bytes; about 500 lines, more than a burst of a start
 QUEUE_MAX: Final = 64  # lines that wait in the task for a message; of at most 1 KiB each
 SURE_SIZE: Final = 240  # bytes of a payload so small that no part of it can be too large
-SURE_SCOPE: Final = SCOPE_SIZE_MAX // 4  # characters that never need more bytes than a scope has
-SHAPES_MAX: Final = 256  # sets of keys known by heart; a program has as many as lines of code
+SURE_KEYS: Final = 10  # fields that are not too large even if a byte of each is shown with 24
+HEADS_MAX: Final = 256  # kept ready; a program has as many as lines of code
 BELL_PAUSE: Final = Nanos(10_000_000)  # ns between two doorbells, doubling while nothing moves
 BELL_PAUSE_MAX: Final = Nanos(1_000_000_000)  # ns; as rare as the health probe wakes us anyway
 ANSWER_WAIT: Final = Nanos(1_000_000_000)  # ns until a line without an answer counts as lost
@@ -84,10 +83,15 @@ RATE_PAUSE: Final = Nanos(RATE_WINDOW_NS)  # ns; the window that refused is over
 ROUTE_ATTEMPTS_MAX: Final = 3  # of one search
 ROUTE_BACKOFF: Final = Nanos(5_000_000)  # ns
 
+UNSURE: Final = (KeyError, UnicodeEncodeError, OverflowError, TypeError, RecursionError)
+"""What the short way raises: keys that are new, half a surrogate pair, a number of more than 64
+bits, a value that is none of FieldValue."""
+
 ERROR, WARN, INFO, DEBUG, TRACE = (int(each) for each in Level)
 
 assert RING_SIZE_DEFAULT <= RING_SIZE_MAX
-assert SURE_SIZE < SCOPE_SIZE_MAX + 256, "text and fields of a sure payload are inside their bounds"
+assert SURE_SIZE <= TEXT_SIZE_MAX
+assert SURE_SIZE + SURE_KEYS * (24 - 1 + 2) <= FIELDS_SIZE_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,13 +168,6 @@ class _Tag(Enum):
     BELL = "there is something in the ring"
 
 
-class _Shape(NamedTuple):
-    """A set of keys as it is written, and what takes the values in that order."""
-
-    keys: str
-    take: Callable[[Mapping[str, FieldValue]], Sequence[FieldValue]]
-
-
 class Logger:
     """The log of one task. `level` is the least important level that is written.
 
@@ -198,13 +195,16 @@ class Logger:
         self._queue_max = queue_max
         self._ring_size = ring_size
         self._clock: Clock | None = None
+        self._monotonic: Callable[[], int] = int  # the clock's; 0 while there is none
         self._ring: RingWriter | None = None
         self._direct: RingWriter | None = None  # the ring, while lines go straight into it
         self._memory: Slot | None = None  # the ring's, while there is one
         self._begun = False
         self._lines: deque[bytes] = deque()  # payloads that wait for the ring, or for a message
         self._elsewhere: deque[tuple[Level, str, dict[str, FieldValue], str]] = deque()
-        self._shapes: dict[tuple[str, ...], _Shape] = {(): _Shape("", _values)}
+        # By scope, level and keys, what a short line begins with.
+        self._heads: dict[str, tuple[dict[tuple[str, ...], bytes], ...]] = {}
+        self._heads_count = 0
         self._ended: Counter[str] = Counter()  # lines that wait no more, by the name of the count
         self._written = 0
         self._missed = 0  # lines from elsewhere that found no place
@@ -264,11 +264,20 @@ class Logger:
             self._filtered += 1
             return False
         self._written += 1
-        payload = self._quick_payload(level, text, fields, scope) or self._payload(
-            level, text, fields, scope
-        )
-        if self._direct is not None:
-            self._direct.put(payload)
+        parent = self._caller.parent
+        ids = b"" if parent is None else parent.context.trace + parent.context.span
+        try:
+            payload = self._heads[scope][level][tuple(fields)] + pack(
+                [self._monotonic(), text, ids, *fields.values()]
+            )
+        except UNSURE:
+            payload = self._payload(level, text, fields, scope)
+        else:
+            if len(payload) > SURE_SIZE:
+                payload = self._payload(level, text, fields, scope)
+        direct = self._direct
+        if direct is not None:
+            direct.put(payload)
             return True
         reason = self._no_room()
         if reason is not None:
@@ -290,30 +299,6 @@ class Logger:
         else:
             self._missed += 1
 
-    def _quick_payload(
-        self, level: int, text: str, fields: Mapping[str, FieldValue], scope: str
-    ) -> bytes:
-        """A small line of plain values, as nearly all are; nothing if it needs a second look."""
-        shape = self._shapes.get(tuple(fields))
-        if shape is None or len(scope) > SURE_SCOPE:
-            return b""
-        keys, take = shape
-        values = take(fields)
-        if not is_plain(map(type, values)):
-            return b""
-        clock = self._clock
-        parent = self._caller.parent
-        written = 0 if clock is None else clock.monotonic()
-        trace = span = b""
-        if parent is not None:
-            context = parent.context
-            trace, span = context.trace, context.span
-        try:
-            payload = pack((level, written, scope, text, keys, values, trace, span))
-        except (UnicodeEncodeError, OverflowError):  # half a surrogate pair; more than 64 bits
-            return b""
-        return payload if len(payload) <= SURE_SIZE else b""
-
     def _payload(
         self, level: int, text: str, fields: Mapping[str, FieldValue], scope: str
     ) -> bytes:
@@ -321,21 +306,23 @@ class Logger:
         line = make_line(Level(level), scope, text, fields)
         self._cut += line.is_cut
         self._learn(fields, line)
-        written = 0 if self._clock is None else self._clock.monotonic()
+        written = self._monotonic()
         parent = self._caller.parent
         if parent is None:
             return packed(line.request, written)
         return packed(line.request, written, parent.context.trace, parent.context.span)
 
     def _learn(self, fields: Mapping[str, FieldValue], line: Line) -> None:
-        """Know this set of keys by heart if it is written as it stands."""
-        names = tuple(fields)
-        if line.is_cut or len(names) > FIELDS_MAX or len(self._shapes) >= SHAPES_MAX:
+        """Keep the head of such lines ready if scope and keys are written as they stand."""
+        request, names = line.request, tuple(fields)
+        if line.is_cut or len(names) > SURE_KEYS or self._heads_count == HEADS_MAX:
             return
-        in_order = sorted(names)
-        if [field.key for field in line.request.fields] == in_order:
-            take = itemgetter(*in_order) if len(names) > 1 else _values
-            self._shapes[names] = _Shape(KEY_SEPARATOR.join(in_order), take)
+        if [field.key for field in request.fields] == sorted(names):
+            head = head_of(request.level, request.scope, names)
+            if head is not None:
+                heads = self._heads.setdefault(request.scope, tuple({} for _ in Level))
+                heads[request.level][names] = head
+                self._heads_count += 1
 
     def _no_room(self) -> str | None:
         """Under which count a line that would wait is lost right away; None if it may wait."""
@@ -388,7 +375,7 @@ class Logger:
             return
         self._begun = True
         try:
-            self._clock = await ClockMap()
+            _ = await self._read_clock()
             if self._ring_size:
                 self._memory = await VmoCreate(self._ring_size)
                 self._ring = RingWriter(await VmoShare(self._memory))
@@ -435,6 +422,7 @@ class Logger:
     async def _read_clock(self) -> Nanos:
         if self._clock is None:
             self._clock = await ClockMap()
+            self._monotonic = self._clock.monotonic
         return self._clock.monotonic()
 
     async def _send(self, now: Nanos) -> None:
@@ -717,10 +705,6 @@ class Logger:
             "log_refused_total": counts.refused,
             "log_lost_total": counts.lost,
         }
-
-
-def _values(fields: Mapping[str, FieldValue]) -> Sequence[FieldValue]:
-    return tuple(fields.values())
 
 
 _REFUSALS: Final = ("refused_invalid_args", "refused_over_limit", "refused_rate_limited")

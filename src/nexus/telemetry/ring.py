@@ -2,13 +2,13 @@
 
     header, 16 words          magic | capacity | reserve | commit | count | lost | 2 free | 8 marks
     area, `capacity` bytes    records, each on a multiple of 8: sequence u64, size u32, CRC-32C u32
-                              (seeded from the sequence, see `checksum`), payload
+                              (with the sequence, see `checksum`), payload
 
 Positions are bytes since the ring was made and never go back; position p lies at p % capacity, and
-a record may run over the end. To put one, the writer stores `reserve` (what the record will
-overwrite is gone from now on), the record, `commit` and `count`, in this order. A mark is the
-position of the first record that begins in its eighth of the area: where a reader goes on that
-was overtaken.
+a record may run over the end. To put one, the writer stores `reserve` (what lies a lap before it is
+gone from now on), the record, `commit` and `count`, in this order. It reserves for a few records at
+once. A mark is the position of the first record that begins in its eighth of the area: where a
+reader goes on that was overtaken.
 
 A reader trusts nothing but what it has copied and whose checksum and sequence fit. That is what
 makes a record whole where memory is weakly ordered too, and not the order of the stores.
@@ -34,8 +34,8 @@ RING_SIZE_MIN: Final = RING_HEADER_SIZE + 16 * UNIT  # bytes; a record of 128 fi
 RECORD: Final = struct.Struct("<QII")  # sequence, size, checksum
 RECORD_SIZE: Final = RECORD.size
 SHARE: Final = 8  # a record takes at most this part of the area: one lap holds several
-SEED_FACTOR: Final = 2_654_435_761  # Knuth's, 2^32 over the golden ratio
-SEED_MASK: Final = (1 << 32) - 1
+CHECK_MASK: Final = (1 << 32) - 1
+RESERVE_PART: Final = 64  # so large a part of the area is reserved at once
 SEQUENCE_MAX: Final = 1 << 62  # a larger one is no record's; sums of a few still fit 64 bits
 PIECE_SIZE: Final = 8192  # bytes that are copied at once
 PACKS_MAX: Final = 512  # sizes of records whose format is kept ready
@@ -71,12 +71,12 @@ def payload_size_max(size: int) -> int:
 
 
 def checksum(payload: bytes, number: int) -> int:
-    """What goes with the payload of record `number`: a CRC-32C with a seed made of the number.
+    """What goes with the payload of record `number`: its CRC-32C, and the number added to that.
 
-    A seed is added to the first bytes. The bare number would cancel out in a payload that begins
-    with it, and half of one record with half of the next could fit: tests/property found that.
+    The number as the seed of the CRC would be added to the first bytes: it cancels out in a payload
+    that begins with it, and half of one record with half of the next fits. tests/property found it.
     """
-    check: int = _extend(number * SEED_FACTOR & SEED_MASK, payload)
+    check: int = _extend(0, payload) ^ number & CHECK_MASK
     return check
 
 
@@ -87,10 +87,11 @@ class RingWriter:
         "_area",
         "_at",
         "_capacity",
+        "_clear",
         "_eighth",
+        "_lap",
         "_mark_next",
         "_packs",
-        "_position",
         "_size_max",
         "_words",
         "sequence",
@@ -103,10 +104,11 @@ class RingWriter:
         self._words = view[:RING_HEADER_SIZE].cast("Q")
         self._eighth = self._capacity // MARKS
         self._size_max = payload_size_max(len(view))
-        self._position = 0
-        self._at = 0  # where in the area the position lies
+        self._lap = 0  # the position at which this lap began
+        self._at = 0  # where in the area the next record begins
+        self._clear = 0  # up to there in the area a record is just stored: no reserving, no mark
         self._mark_next = 0
-        self._packs: dict[int, Callable[..., None]] = {}
+        self._packs: dict[int, tuple[Callable[..., None], int]] = {}
         self.sequence = 0  # records put so far, and the number of the next one
         for index in range(HEADER_WORDS):
             self._words[index] = 0
@@ -117,43 +119,54 @@ class RingWriter:
         """Write a record over the oldest ones; one that is too large counts as lost."""
         size = len(payload)
         try:
-            pack = self._packs[size]
+            pack, step = self._packs[size]
         except KeyError:
             if size > self._size_max:
                 self.lost(1)
                 return
-            pack = self._pack_of(size)
-        words = self._words
-        sequence = self.sequence
+            pack, step = self._pack_of(size)
         at = self._at
-        position = self._position
-        self._position = end = position + ((RECORD_SIZE + size + 7) & ~7)
-        words[RESERVE_WORD] = end
-        if position >= self._mark_next:
-            self._mark(position)
-        check = _extend(sequence * SEED_FACTOR & SEED_MASK, payload)
-        self._at = following = at + end - position
-        if following < self._capacity:
+        following = at + step
+        sequence = self.sequence
+        check = _extend(0, payload) ^ sequence & CHECK_MASK
+        if following <= self._clear:
             pack(self._area, at, sequence, size, check, payload)
         else:
-            self._at = following - self._capacity
-            self._put_around(at, _pack(sequence, size, check) + payload)
-        words[COMMIT_WORD] = end
+            self._make_way(at, following)
+            if following <= self._capacity:
+                pack(self._area, at, sequence, size, check, payload)
+            else:
+                self._put_around(at, _pack(sequence, size, check) + payload)
+                self._lap += self._capacity
+                following -= self._capacity
+                self._clear = 0  # of this lap nothing is known
+        self._at = following
+        words = self._words
+        words[COMMIT_WORD] = self._lap + following
         self.sequence = sequence = sequence + 1
         words[COUNT_WORD] = sequence
 
-    def _pack_of(self, size: int) -> Callable[..., None]:
-        """What stores a record of this size. As many are kept as there are usual sizes."""
-        pack = struct.Struct(f"<QII{size}s").pack_into
-        if len(self._packs) < PACKS_MAX:
-            self._packs[size] = pack
-        return pack
+    def _pack_of(self, size: int) -> tuple[Callable[..., None], int]:
+        """What stores a record of this size, and the bytes it takes with what fills it up.
 
-    def _mark(self, position: int) -> None:
-        """The record at `position` is the first of its eighth."""
-        eighth = position // self._eighth
-        self._words[MARK_WORD + eighth % MARKS] = position
-        self._mark_next = (eighth + 1) * self._eighth
+        As many are kept as there are usual sizes.
+        """
+        found = (struct.Struct(f"<QII{size}s").pack_into, (RECORD_SIZE + size + 7) & ~7)
+        if len(self._packs) < PACKS_MAX:
+            self._packs[size] = found
+        return found
+
+    def _make_way(self, at: int, following: int) -> None:
+        """Reserve what the record at `at` takes, and some more; mark the first one of an eighth."""
+        position = self._lap + at
+        reserved = max(self._lap + following, position + self._capacity // RESERVE_PART)
+        self._words[RESERVE_WORD] = reserved
+        if position >= self._mark_next:
+            eighth = position // self._eighth
+            self._words[MARK_WORD + eighth % MARKS] = position
+            self._mark_next = (eighth + 1) * self._eighth
+        # A record that ends at a mark's place or before it begins before it.
+        self._clear = min(reserved, self._mark_next) - self._lap
 
     def _put_around(self, at: int, record: bytes) -> None:
         """Store a record that reaches the end of the area, or runs over it."""
@@ -250,25 +263,30 @@ class RingReader:
         if self._reserve(newest) - base > self._capacity:
             self._jump(newest)
             return steps - 1
-        number, at, size_max, limit = self.sequence, 0, self._size_max, len(piece)
-        while steps > 0 and at + RECORD_SIZE <= limit:
-            found, size, check = _unpack(piece, at)
+        at, size_max, limit = 0, self._size_max, len(piece)
+        last = limit - RECORD_SIZE
+        before = len(payloads)
+        unpack, extended, keep = _unpack, _extend, payloads.append
+        for number in range(self.sequence, self.sequence + steps):
+            if at > last:
+                break
+            found, size, check = unpack(piece, at)
             begin = at + RECORD_SIZE
             end = begin + size
             if found != number or size > size_max or end > limit:
                 break
             payload = piece[begin:end]
-            if _extend(number * SEED_FACTOR & SEED_MASK, payload) != check:
+            if extended(0, payload) ^ number & CHECK_MASK != check:
                 break
-            payloads.append(payload)
+            keep(payload)
             at = (end + 7) & ~7
-            number += 1
-            steps -= 1
-        if at:
+        count = len(payloads) - before
+        if count:
             self._doubts = 0
-            self.accepted += number - self.sequence
-            self.taken, self.sequence, self._number = base + at, number, number
-            return steps
+            self.accepted += count
+            self.taken = base + at
+            self._number = self.sequence = self.sequence + count
+            return steps - count
         self._doubt(commit)
         return steps - 1
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from nexus.log.payload import KEY_SEPARATOR, Payload
+from nexus.log.payload import HEAD_SIZE_INDEX, KEY_SEPARATOR, SHORT, Payload
 from nexus.protocols.logd import (
     FIELDS_MAX,
     FIELDS_SIZE_MAX,
@@ -29,13 +29,13 @@ CORE_CLAIMS: Final = frozenset({"pid"})
 """Keys that core senders may use about others, as a crash record does (RFC-0011), and nobody
 else."""
 
-SURE_SIZE: Final = 120  # bytes of a payload in which only the scope can be too large: a value of
-# 9 bytes is shown with 24 characters at most, and there are as many values as known keys
-SURE_SCOPE: Final = SCOPE_SIZE_MAX // 4  # characters that never need more bytes than a scope has
-KEYS_KNOWN_MAX: Final = 64  # sets of keys of one stream that need no second look
+SURE_SIZE: Final = 240  # bytes of a short line in which nothing is too large: each of its parts
+# is text as it is shown, or a value of at most 9 bytes that is shown with 24 characters
+SURE_KEYS: Final = 10  # of a short line that needs no second look
+HEADS_KNOWN_MAX: Final = 64  # heads of short lines of one stream that need no second look
 
 assert TEXT_SIZE_MAX >= SURE_SIZE
-assert FIELDS_SIZE_MAX >= SURE_SIZE + FIELDS_MAX * (24 - 1), "a value of 1 byte, shown with 24"
+assert FIELDS_SIZE_MAX >= SURE_SIZE + SURE_KEYS * (24 - 1 + FIELD_OVERHEAD)
 
 
 def claims_identity(request: Append, *, is_core: bool) -> bool:
@@ -64,15 +64,15 @@ def is_over_limit(request: Append) -> bool:
 
 
 class Looker:
-    """Looks at the lines of one stream, and knows the sets of keys it has seen to be good.
+    """Looks at the lines of one stream, and knows the heads of short ones it has seen to be good.
 
-    A payload of at most SURE_SIZE bytes, with a scope of at most SURE_SCOPE characters and as many
-    values as its keys in `known`, is a record for certain, at one glance.
+    A payload of at most SURE_SIZE bytes whose head is one of `heads` is a record for certain, at
+    one glance: there are scope and keys in it, and whatever follows is shown as something.
     """
 
     def __init__(self, *, is_core: bool) -> None:
         self._is_core = is_core
-        self.known: dict[str, int] = {"": 0}  # good keys, and how many they are
+        self.heads: set[bytes] = set()
 
     def refusal_of(self, payload: Payload) -> LogdStatus | None:
         """Why this is no record of the journal; as for a message, and in the same order."""
@@ -87,9 +87,16 @@ class Looker:
             or _fields_size(keys, payload.values) > FIELDS_SIZE_MAX
         ):
             return LogdStatus.OVER_LIMIT
-        if len(self.known) < KEYS_KNOWN_MAX:
-            self.known[payload.keys] = len(keys)
         return None
+
+    def learn(self, data: bytes, payload: Payload) -> None:
+        """These bytes are that payload, and it was no reason to refuse it."""
+        if (
+            data[0] == SHORT
+            and len(payload.values) <= SURE_KEYS
+            and len(self.heads) < HEADS_KNOWN_MAX
+        ):
+            self.heads.add(data[: data[HEAD_SIZE_INDEX]])
 
     def _claims(self, keys: list[str]) -> bool:
         return keys_claim(keys, is_core=self._is_core)

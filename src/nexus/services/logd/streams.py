@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nexus.abi import LinkId, Nanos, Sender
-from nexus.log.payload import NO_PAYLOAD, Payload, unpack
+from nexus.log.payload import HEAD_SIZE_INDEX, NO_PAYLOAD, unpack
 from nexus.protocols.logd import (
     PAGE_MAX,
     STREAMS_MAX,
@@ -24,7 +24,7 @@ from nexus.protocols.logd import (
     LogdStatus,
     Record,
 )
-from nexus.services.logd.checks import SURE_SCOPE, SURE_SIZE, Looker
+from nexus.services.logd.checks import SURE_SIZE, Looker
 from nexus.services.logd.journal import PAYLOAD_SIZE_MAX, Journal
 from nexus.services.logd.senders import Row
 from nexus.telemetry.ring import RECORD_SIZE, RingReader
@@ -214,38 +214,33 @@ class Streams:
 
     def _good(self, stream: Stream, payloads: list[bytes]) -> list[bytes]:
         """Those that are records; the others are refused and counted."""
-        known = stream.looker.known.get
-        good: list[bytes] = []
-        keep = good.append
-        for data in payloads:
-            try:
-                payload = unpack(data)
-            except NO_PAYLOAD:
-                self._on_no_record(stream)
-                continue
-            sure = (
-                len(data) <= SURE_SIZE
-                and len(payload.scope) <= SURE_SCOPE
-                and known(payload.keys) == len(payload.values)
-            )
-            if sure or self._takes(stream, payload, len(data)):
-                keep(data)
-        return good
+        heads = stream.looker.heads
+        sizes = list(map(len, payloads))
+        if (
+            min(sizes) > HEAD_SIZE_INDEX
+            and max(sizes) <= SURE_SIZE
+            and heads.issuperset([data[: data[HEAD_SIZE_INDEX]] for data in payloads])
+        ):
+            return payloads
+        return [data for data in payloads if self._takes(stream, data)]
 
-    def _takes(self, stream: Stream, payload: Payload, size: int) -> bool:
+    def _takes(self, stream: Stream, data: bytes) -> bool:
+        try:
+            payload = unpack(data)
+        except NO_PAYLOAD:
+            stream.refused += 1
+            stream.row.current.damaged += 1
+            return False
         refusal = stream.looker.refusal_of(payload)
-        if refusal is None and size > PAYLOAD_SIZE_MAX:
+        if refusal is None and len(data) > PAYLOAD_SIZE_MAX:
             refusal = LogdStatus.OVER_LIMIT
         if refusal is None:
+            stream.looker.learn(data, payload)
             return True
         stream.refused += 1
         stream.row.current.on_refused(refusal)
         self.on_refused(refusal, stream)
         return False
-
-    def _on_no_record(self, stream: Stream) -> None:
-        stream.refused += 1
-        stream.row.current.damaged += 1
 
     def _account(self, stream: Stream, row: Row) -> None:
         """What the reader has found missing since it was asked last."""
