@@ -90,6 +90,7 @@ class RingWriter:
         "_clear",
         "_eighth",
         "_lap",
+        "_lost",
         "_mark_next",
         "_packs",
         "_size_max",
@@ -104,6 +105,7 @@ class RingWriter:
         self._words = view[:RING_HEADER_SIZE].cast("Q")
         self._eighth = self._capacity // MARKS
         self._size_max = payload_size_max(len(view))
+        self._lost = 0
         self._lap = 0  # the position at which this lap began
         self._at = 0  # where in the area the next record begins
         self._clear = 0  # up to there in the area a record is just stored: no reserving, no mark
@@ -177,7 +179,8 @@ class RingWriter:
 
     def lost(self, count: int) -> None:
         """Count records that never came into the ring; the reader sees the number."""
-        self._words[LOST_WORD] += count
+        self._lost += count
+        self._words[LOST_WORD] = self._lost
 
 
 class RingReader:
