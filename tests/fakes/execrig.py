@@ -329,14 +329,18 @@ def boot_sim(
     *,
     text: str | None = None,
     victims: Mapping[str, Any] | None = None,
+    absent: Sequence[str] = (),
     disk: Disk | None = None,
     seed: int = 1,
     seconds: int = 60,
     crashes: bool = False,
 ) -> Outcome:
-    """Run the system on the simulated kernel. `crashes`: a task may end by an exception."""
+    """Run the system on the simulated kernel. `crashes`: a task may end by an exception.
+
+    The kernel has not got the programs that are `absent`, and refuses to start them.
+    """
     mains = {"driver": driver_of(script), **(victims or {})}
-    plan = plan_of(monkeypatch, system() if text is None else text, list(mains))
+    plan = plan_of(monkeypatch, system() if text is None else text, [*mains, *absent])
     events: list[Event] = []
 
     def record(event: Event) -> None:

@@ -1,12 +1,16 @@
 """execd in a whole system on the simulated kernel: starting, waiting, denying, and crashes."""
 
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from nexus.abi import ConsoleWrite, EventKind, Nanos, Now, SleepUntil, SpawnReason
-from nexus.init import launches
-from nexus.init.programs import measured
+from nexus.init.programs import PROGRAMS
 from nexus.ipc import Refused
 from nexus.protocols.execd import (
     ARGUMENT_SIZE_MAX,
@@ -27,7 +31,7 @@ from nexus.protocols.init import TaskState
 from nexus.protocols.logd import EVERY_RECORD, Query, Records
 from nexus.runtime.program import Context
 from nexus.wire import ReplyStatus
-from tests.fakes.execrig import ExecHands, boot_sim, system, victim_of
+from tests.fakes.execrig import DEMO_ENTRY, ExecHands, boot_sim, system, victim_of
 from tests.fakes.initrig import MS, SECOND
 
 pytestmark = pytest.mark.sim
@@ -172,28 +176,75 @@ def test_what_execd_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_program_whose_files_were_changed_is_not_started(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def exit0_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """demo.exit0 is a copy of itself, and this is its file."""
+    source = PROGRAMS["demo.exit0"]
+    original = importlib.import_module(source.module).__file__
+    assert original is not None
+    file = tmp_path / "exit0_of_a_test.py"
+    assert file.write_bytes(Path(original).read_bytes()) > 0
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PROGRAMS, source.name, replace(source, module=file.stem))
+    yield file
+    _ = sys.modules.pop(file.stem, None)
+
+
+def _change_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    assert file.write_bytes(content) == len(content)
+
+
+def test_a_program_whose_file_has_one_byte_changed_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, exit0_file: Path
 ) -> None:
-    changed = [True]
-
-    def once_changed(source: Any) -> str:
-        found = measured(source)
-        return f"{int(found[0], 16) ^ 1:x}{found[1:]}" if changed.pop() else found
-
-    monkeypatch.setattr(launches, "measured", once_changed)
-
     async def script(hands: ExecHands) -> Any:
+        before = await hands.record("demo.exit0")
+        _change_one_bit(exit0_file)
         refused = await hands.start("demo.exit0")
-        changed.append(False)
+        after = await hands.record("demo.exit0")
+        _change_one_bit(exit0_file)
         child = await hands.started("demo.exit0")
-        return [refused.status.name, isinstance(child, Started)]
+        return [refused.status.name, after == before, after.state, child.pid, child.generation]
 
     seen = boot_sim(monkeypatch, script)
 
-    assert seen.result() == ["BAD_DIGEST", True]
-    spawned = [each for each in _spawns(seen.events) if each == "demo.exit0"]
-    assert len(spawned) == 1
+    status, is_unchanged, state, pid, generation = seen.result()
+    assert status == ExecdStatus.BAD_DIGEST.name
+    assert is_unchanged
+    assert (state, generation) == (TaskState.ON_DEMAND, 1)
+    assert _pids(seen.events, "demo.exit0") == [pid], "only the one of the plan"
+
+
+def test_a_program_that_init_cannot_start_has_failed_and_another_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def script(hands: ExecHands) -> Any:
+        refused = [await hands.start("lost"), await hands.start("lost")]
+        record = await hands.record("lost")
+        other = await hands.started("demo.exit0")
+        _ = await hands.ended(other.pid)
+        return [
+            [each.status.name for each in refused],
+            record.state,
+            record.pid,
+            record.spawn_reason,
+        ]
+
+    text = system() + DEMO_ENTRY.format(name="lost")
+    seen = boot_sim(monkeypatch, script, text=text, absent=["lost"])
+
+    refused, state, pid, reason = seen.result()
+    assert refused == [ExecdStatus.FAILED.name] * 2, "and not that it runs"
+    assert (state, pid, reason) == (TaskState.ON_DEMAND, 0, SpawnReason.INVALID_PAYLOAD)
+    assert _pids(seen.events, "lost") == []
+
+
+def _pids(events: Any, name: str) -> list[int]:
+    return [
+        each.pid for each in events if each.kind is EventKind.SPAWN and each.fields["name"] == name
+    ]
 
 
 def _spawns(events: Any) -> list[str]:

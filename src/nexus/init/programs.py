@@ -215,8 +215,11 @@ def measured(source: ProgramSource) -> str:
     """The digest of the program's files as they are now; "" if one is gone."""
     importlib.invalidate_caches()
     try:
-        return own_digest(source) if source.entry else program_digest.__wrapped__(source.module)
-    except OSError:
+        if source.entry:
+            return own_digest(source)
+        spec = importlib.util.find_spec(source.module)
+        return "" if spec is None else _digest([spec])
+    except (OSError, ModuleNotFoundError):  # a file, or the package that it was in
         return ""
 
 
