@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.abi import Nanos, ServiceId
+from nexus.ipc import TimedOut
 from nexus.protocols.metricsd import Kind, Resolution, Window
+from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.recovery import Recovery
 from nexus.services.metricsd.rollup import (
     I64_MAX,
@@ -18,6 +20,7 @@ from nexus.services.metricsd.rollup import (
     segment_of,
 )
 from nexus.services.metricsd.series import Key, State
+from nexus.services.metricsd.store import Store
 from nexus.services.metricsd.wal import (
     PART_SIZE_MAX,
     RECORDS_MAX,
@@ -293,3 +296,29 @@ def test_numbers_that_fit_no_answer_are_left_out() -> None:
 
     ((window),) = seen(made, HITS)
     assert window.sum == window.last == I64_MAX
+
+
+class Quiet:
+    """A log that nobody reads."""
+
+    def warning(self, text: str, **fields: str | int) -> None:
+        del text, fields
+
+
+def test_what_cannot_be_written_for_days_is_not_remembered_for_ever() -> None:
+    async def connect(_until: Nanos) -> TimedOut:
+        return TimedOut()
+
+    made = rollups()
+    made.begin(Nanos(0))
+    store = Store(Settings(), made, connect, Quiet(), generation=1)
+    for number in range(200):
+        made.on_reading(HITS, 1, value(number + 1), (), live=True)
+        for resolution, closed in made.on_time(Nanos((number + 1) * SHORT)):
+            store.on_closed(resolution, closed)
+            for old in made.expired(resolution):
+                store.on_expired(resolution, old)
+
+    assert store.dropped > 150
+    assert len(store._windows) <= 2 * made.windows_max
+    assert not store._stale

@@ -108,7 +108,10 @@ def test_what_a_device_says_was_spent_is_a_burst_at_most() -> None:
     budget = WearBudget(bytes_per_day=2400, writes_per_day=2400)
 
     budget.restore(Spent(START, 1 << 60, 1 << 60, -5, -5))
+    full = WearBudget(bytes_per_day=2400, writes_per_day=2400)
+    full.restore(Spent(START, 0, 0, (1 << 64) - 1, (1 << 64) - 1))
 
+    assert full.written_today(START) == 2400, "no more than may be"
     assert not budget.spend(1, START, important=True)
     assert budget.spend(50, START + HOUR, important=True)
     assert budget.written_today(START + HOUR) == 50

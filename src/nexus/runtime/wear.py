@@ -124,8 +124,8 @@ class WearBudget:
         elif spent.at < self._at:
             self._pay_off(self._at - max(spent.at, 0))
         if max(spent.at, 0) // DAY == self._at // DAY:
-            self._today_size += max(spent.today_size, 0)
-            self._today_count += max(spent.today_count, 0)
+            self._today_size += min(max(spent.today_size, 0), self.bytes_per_day)
+            self._today_count += min(max(spent.today_count, 0), self.writes_per_day)
 
     def _pass_to(self, now: int) -> None:
         """Time has passed; a clock that was set back has only moved."""

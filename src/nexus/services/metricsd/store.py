@@ -109,6 +109,7 @@ class Window:
     resolution: Resolution
     closed: Closed
     next_part: int = 0
+    tried: int = 0  # parts that may be on the device
 
 
 class Store:
@@ -291,7 +292,7 @@ class Store:
         if not rollups.has_begun:
             rollups.begin(self._now)
         for resolution, closed in self.recovered.unwritten:
-            self.on_closed(resolution, closed)
+            self.on_closed(resolution, closed, tried=len(closed.parts))
         self._next_wal = Nanos(self._now + settings.wal_ns)
 
     async def _write(self, now: Nanos) -> None:
@@ -314,6 +315,8 @@ class Store:
         if not await self._post(request, now, job):
             self._out = None
             self._take_back(job)
+        elif job.slot is None:
+            self._windows[0].tried = self._windows[0].next_part + 1
 
     def _take_back(self, job: Job) -> None:
         """A write was not made, or nobody knows: all of it is to be written again."""
@@ -397,17 +400,20 @@ class Store:
 
     # ------------------------------------------------------------------ windows
 
-    def on_closed(self, resolution: Resolution, closed: Closed) -> None:
-        """A window is over and is to be written."""
-        self._windows.append(Window(resolution, closed))
+    def on_closed(self, resolution: Resolution, closed: Closed, *, tried: int = 0) -> None:
+        """A window is over and is to be written; `tried` parts of it may be already."""
+        self._windows.append(Window(resolution, closed, tried=tried))
 
     def on_expired(self, resolution: Resolution, closed: Closed) -> None:
-        """A window is too old: its keys go, and it is not written if it was not yet."""
+        """A window is too old: its keys go, and it is not written if it was not yet. Where nothing
+        can be written for days, nothing is remembered of what never was."""
+        parts = len(closed.parts)
         for window in [each for each in self._windows if each.closed is closed]:
             self._windows.remove(window)
             self.dropped += 1
             self._release(closed.place)
-        for part in range(len(closed.parts)):
+            parts = window.tried
+        for part in range(parts):
             self._stale.append(window_key(resolution, closed.start, part))
 
     def _release(self, place: Place) -> None:
