@@ -322,3 +322,14 @@ def test_what_cannot_be_written_for_days_is_not_remembered_for_ever() -> None:
     assert store.dropped > 150
     assert len(store._windows) <= 2 * made.windows_max
     assert not store._stale
+
+
+def test_a_gauge_may_have_the_least_value_there_is() -> None:
+    made = rollups()
+    made.begin(Nanos(0))
+    made.on_reading(LEVEL, 1, value(-(1 << 63)), (), live=True)
+
+    _ = made.on_time(SHORT)
+
+    (window,) = seen(made, LEVEL)
+    assert window.min == window.last == -(1 << 63)

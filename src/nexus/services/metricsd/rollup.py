@@ -24,6 +24,7 @@ from nexus.services.metricsd.series import Key, Labels, State
 from nexus.services.metricsd.wal import Meta, chunks, part_of, unpack
 
 I64_MAX: Final = (1 << 63) - 1
+I64_MIN: Final = -(1 << 63)
 U64_MAX: Final = (1 << 64) - 1
 ENTRIES_MAX: Final = 384  # series of a window, unless the settings say otherwise
 BUCKETS_MAX: Final = BOUNDS_MAX + 1
@@ -135,7 +136,7 @@ def _is_sound(figures: Figures) -> bool:
     signed = (figures.sum, figures.min, figures.max, figures.last)
     unsigned = (figures.count, *figures.buckets)
     return (
-        all(abs(each) <= I64_MAX for each in signed)
+        all(I64_MIN <= each <= I64_MAX for each in signed)
         and all(0 <= each <= U64_MAX for each in unsigned)
         and len(figures.buckets) <= BUCKETS_MAX
     )
