@@ -284,6 +284,7 @@ class Server:
         recorder = self._recorder
         spans = None if recorder is None else recorder.spans
         span_names = self._span_names
+        clock = None if recorder is None or spans is None else recorder.now
         next_number = caller.spans.next_number
         timed = next_time is not None or log is not None or metrics is not None
         forever = deadline == NEVER
@@ -352,9 +353,9 @@ class Server:
                 self._close_span(status)
                 return (yield from self._refuse(slot, message, status, request).__await__())
             caller.parent = None
-            if spans is not None:
-                spans.close(call.span, recorder.now(), SPAN_OK)  # type: ignore[union-attr] # has spans
-                call.span = -1  # and was, if the reply is given later
+            if clock is not None and call.span >= 0:  # it is not if the reply is given later
+                spans.close(call.span, clock(), SPAN_OK)  # type: ignore[union-attr] # as the clock
+                call.span = -1
             if type(reply) is not codec.reply_type or call.moving is not None:
                 yield from self._conclude(slot, self._framed(reply)).__await__()
                 return True
