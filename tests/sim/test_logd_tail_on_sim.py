@@ -54,6 +54,17 @@ program = "timed"
 capabilities = ["ipc.core"]
 uses = {{ logd = {{ sync = false }} }}
 """
+OBSERVED = (
+    SYSTEM.replace("sync = false } }", "sync = false }, metricsd = { sync = false } }").replace(
+        "policyd = {}, statefsd = {}", "policyd = {}, statefsd = {}, metricsd = { sync = false }"
+    )
+    + """
+[service.metricsd]
+program = "metricsd"
+capabilities = ["ipc.core", "policy.delegate"]
+uses = { policyd = {}, logd = { sync = false } }
+"""
+)
 
 
 @pytest.fixture
@@ -144,7 +155,9 @@ def test_records_of_three_boots_stand_beside_each_other(file: Path) -> None:
 
 
 def test_a_quiet_system_writes_nothing_to_its_device(file: Path) -> None:
-    """statefsd's own records and policyd's about logd cause no write, which would cause them."""
+    """statefsd's own records, policyd's about logd and metricsd's of the spans of both cause no
+    write, which would cause them."""
+    _ = file.write_text(OBSERVED)
     written: list[Stats] = []
 
     async def scenario(device: Device) -> None:

@@ -49,7 +49,7 @@ def line(text: str = "", fields: tuple[Field, ...] = (), level: Level = Level.IN
     return Append(level, "test", text, list(fields))
 
 
-def page(journal: Journal, since: int = 0, count: int = PAGE_MAX, **values: Any) -> Page:
+def page(journal: Journal, since: int = 0, /, count: int = PAGE_MAX, **values: Any) -> Page:
     return journal.page(since, count, Wanted(msgspec.structs.replace(EVERY_RECORD, **values)))
 
 
@@ -320,6 +320,24 @@ def test_paging_goes_on_behind_what_is_pushed_out_meanwhile() -> None:
     assert [record.record for record in second.records] == list(range(17, 31))
     assert [record.record for record in third.records] == list(range(31, 46))[:PAGE_MAX]
     assert journal.oldest == 26, "26 to 30 were read before they can be missed"
+
+
+def test_filters_by_time_trace_and_instance() -> None:
+    journal = Journal(16, SIZE_MIN)
+    row = Row(PEER, 1)
+    for number in (1, 2, 3):
+        who = Sender(PEER, Pid(107), number, QosClass.NORMAL)
+        payload = packed(line(), 0, bytes([number]) * 16, bytes(8))
+        _ = journal.append(who, [payload], row, Nanos(number * SECOND), number * SECOND)
+
+    assert paged(journal, since=2 * SECOND) == [2, 3]
+    assert paged(journal, until=2 * SECOND) == [1], "what is at that moment is not before it"
+    assert paged(journal, since=2 * SECOND, until=3 * SECOND) == [2]
+    assert paged(journal, trace=bytes([2]) * 16) == [2]
+    assert paged(journal, trace=bytes([9]) * 16) == []
+    assert paged(journal, generation=3) == [3]
+    assert paged(journal, pid=107) == [1, 2, 3]
+    assert paged(journal, pid=108) == []
 
 
 def test_filters_by_level_sender_and_field() -> None:

@@ -378,6 +378,39 @@ def test_each_ring_has_its_turn_and_core_senders_come_first() -> None:
     assert taken == [0, 1, 2, 3, 1, 2, 3]
 
 
+def test_a_core_sender_that_comes_later_is_drained_before_those_that_wait() -> None:
+    rings = Rings(4)
+    for number in (1, 2, 3):
+        for _ in range(150):
+            rings.writers[number].put(line())
+    for _ in range(4):
+        rings.step()  # the core sender's, which is empty, and one turn of each other
+    for _ in range(3 * DRAIN_COUNT):
+        rings.writers[0].put(line())
+    core = rings.streams.of(LinkId(0))
+    assert core is not None
+    _ = rings.streams.on_bell(core, Nanos(rings.now), 0)
+
+    for _ in range(2):
+        rings.step()
+
+    assert rings.rows[0].accepted == 3 * DRAIN_COUNT, "what its doorbell left was next, all of it"
+    assert [row.accepted for row in rings.rows[1:]] == [DRAIN_COUNT] * 3
+
+
+def test_what_a_dead_writer_put_last_and_nobody_could_read_is_damaged() -> None:
+    rings = Rings(2)
+    for text in ("first", "second", "ruined"):
+        rings.writers[1].put(line(text))
+    at = rings.memory[1].index(b"ruined")
+    rings.memory[1][at : at + 6] = b"RUINED"
+
+    rings.streams.end(LinkId(1), Nanos(rings.now), 0)
+
+    row = rings.rows[1]
+    assert (row.accepted, row.damaged, row.unread) == (2, 1, 0), "no record after it shows the gap"
+
+
 @given(st.data())
 def test_whatever_a_hostile_writer_leaves_in_its_ring_only_its_own_records_suffer(
     data: st.DataObject,

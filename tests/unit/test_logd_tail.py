@@ -159,15 +159,19 @@ def test_records_are_written_together_every_few_seconds_and_errors_soon() -> Non
 def test_what_a_write_may_itself_have_caused_waits_for_somebody_elses_record() -> None:
     machine = Machine()
     statefsd, policyd = service_id("statefsd"), service_id("policyd")
+    metricsd = service_id("metricsd")
 
     machine.add(entry(1, "error", service=statefsd))
     machine.add(entry(2, service=policyd, subject="logd"))
+    machine.add(entry(3, service=metricsd, event="span.v1"))
     alone = machine.run(100 * EVERY)
-    machine.add(entry(3, service=policyd, subject="pump"))
+    machine.add(entry(4, service=metricsd, event="metric.v1"))
     together = machine.run(EVERY)
+    machine.add(entry(5, service=policyd, subject="pump"))
+    again = machine.run(EVERY)
 
-    assert (alone, together) == (0, 1)
-    assert machine.kept() == [1, 2, 3]
+    assert (alone, together, again) == (0, 1, 1)
+    assert machine.kept() == [1, 2, 3, 4, 5]
 
 
 def test_a_segment_is_written_again_until_it_is_large_enough() -> None:

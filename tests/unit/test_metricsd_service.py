@@ -446,6 +446,25 @@ def test_what_changed_is_exported_with_labels_and_ids_and_only_then() -> None:
     assert second["value"] == 7
 
 
+def test_a_span_that_comes_of_telling_the_journal_is_not_told_to_it() -> None:
+    """logd's tail is written by statefsd, whose span would be a record, and that one be written."""
+    system = System()
+
+    async def body(link: Exchange) -> None:
+        parents = [span_of(name, 9) for name in ("logd", "metricsd", "alpha")]
+        for number, parent in enumerate(parents, 1):
+            span = span_of("statefsd", number)
+            begun = SpanStart(span, TRACE, parent, 100, f"work{number}", [])
+            _ = await link.call(begun, FAR)
+            _ = await link.call(SpanEnd(span, 200, SpanStatus.OK, []), FAR)
+        await system.metricsd.on_time(Nanos(20_000_000_000))
+
+    system.client(body, name="statefsd")
+
+    assert [each["name"] for each in system.lines.written] == ["work3"]
+    assert system.metricsd._exporter.lost == 0
+
+
 @pytest.mark.covers("meta.BAD_SETTINGS")
 def test_settings_are_taken_whole_or_not_at_all() -> None:
     system = System()

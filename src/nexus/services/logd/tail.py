@@ -51,6 +51,8 @@ IMPORTANT: Final = (b"crash.v1", b"exception.v1")  # events that are written soo
 ECHOES: Final = service_id("statefsd")  # whose records a write may have caused
 DECIDER: Final = service_id("policyd")  # whose records about logd a write may have caused
 SELF: Final = b"logd"
+OBSERVER: Final = service_id("metricsd")  # who tells of the spans that a write has caused
+SPAN: Final = b"span.v1"
 U32: Final = 1 << 32
 NUMBER_MAX: Final = 1 << 62  # of a segment, and what it counts; more is none of ours
 
@@ -393,7 +395,11 @@ def is_important(payload: bytes) -> bool:
 
 def is_echo(service: int, payload: bytes) -> bool:
     """Whether a write of the tail may itself have caused this record."""
-    return service == ECHOES or (service == DECIDER and SELF in payload)
+    return (
+        service == ECHOES
+        or (service == DECIDER and SELF in payload)
+        or (service == OBSERVER and SPAN in payload)
+    )
 
 
 def entry_size(entry: Entry) -> int:

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from nexus.abi import Nanos, service_id
 from nexus.protocols.logd import FIELDS_SIZE_MAX, Level
 from nexus.protocols.metricsd import Kind, Span
+from nexus.services.metricsd.checks import MAKER_SIZE, maker_of
 from nexus.services.metricsd.config import SECOND, Settings
 from nexus.services.metricsd.series import Series, Table
 from nexus.services.metricsd.spans import Kept
@@ -23,7 +24,9 @@ SPAN_SHARE: Final = (
     4  # of the records, one in so many may be of a span: the journal is no trace store
 )
 UNTOLD: Final = frozenset(service_id(name) for name in ("logd", "metricsd"))
-"""Whose spans the journal is not told of: they come of telling it, and would never end."""
+"""Whose spans the journal is not told of: they come of telling it, and would never end. So do those
+of whom they have asked to write something down."""
+UNTOLD_MAKERS: Final = frozenset(maker_of(service) for service in UNTOLD)
 
 BUCKETS_SIZE_MAX: Final = 128  # characters of all buckets; beyond it only count and sum are told
 FIELD_COST: Final = 2  # bytes of a field besides key and value, as logd counts
@@ -132,7 +135,7 @@ class Exporter:
                 return
             self.lost += span.number - self._span_next
             self._span_next = span.number
-            if span.service in UNTOLD:
+            if _comes_of_telling(span):
                 self._span_next = span.number + 1
                 continue
             self._span_budget -= 1
@@ -147,6 +150,11 @@ class Exporter:
             return False
         self.exported += 1
         return True
+
+
+def _comes_of_telling(span: Span) -> bool:
+    """Whether logd or metricsd made this span, or the request that it served."""
+    return span.service in UNTOLD or span.parent[:MAKER_SIZE] in UNTOLD_MAKERS
 
 
 def metric_fields(series: Series) -> dict[str, str | int]:
