@@ -16,6 +16,7 @@ from nexus.protocols.metricsd import (
     GetSeries,
     GetSpans,
     Kind,
+    Label,
     SeriesPage,
     SpanPage,
     SpanStatus,
@@ -318,3 +319,30 @@ def test_the_same_seed_makes_the_same_spans() -> None:
         return found
 
     assert trails() == trails()
+
+
+class Naming:
+    """Counts files by their names, which are whatever somebody called them."""
+
+    PROTOCOL = PROTOCOL
+
+    def __init__(self, context: Context) -> None:
+        self._files = context.metrics.counter(
+            "files_total", file=b"a\xff".decode("utf-8", "surrogateescape")
+        )
+
+    def handle(self, _call: Call, request: Add) -> Sum:
+        self._files.inc()
+        return Sum(request.a)
+
+
+def test_a_label_that_utf8_cannot_say_is_spelled_out_and_ends_nobody() -> None:
+    watched = Watched()
+    watched.serve(Naming)
+
+    sums = watched.ask(Add(1, 2))
+    watched.pause(200 * MS)
+
+    assert sums == [Sum(1)]
+    assert watched.series()["files_total"].labels == [Label("file", "a\\udcff")]
+    assert watched.ask(Add(3, 2)) == [Sum(3)], "it lives"

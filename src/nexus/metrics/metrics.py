@@ -187,7 +187,7 @@ class Metrics:
         bounds: tuple[int, ...],
         labels: Mapping[str, LabelValue],
     ) -> SeriesT:
-        texts = {each: str(labels[each]) for each in sorted(labels)}
+        texts = {each: _text(labels[each]) for each in sorted(labels)}
         key = (kind, name, tuple(texts.items()))
         found = self._series.get(key)
         if found is None:
@@ -520,7 +520,14 @@ def _check_keys(name: str, keys: Collection[str]) -> None:
             raise ValueError(f"{name}: the label {key!r} looks as if a secret came with it")
 
 
+def _text(value: LabelValue) -> str:
+    """A label's value as it travels. What UTF-8 cannot say (half a surrogate pair, as names of
+    files have) is spelled out."""
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 def _is_too_large(labels: Mapping[str, str]) -> bool:
     """Whether values that came at run time are larger than a series may have."""
-    size = sum(len(key) + len(text.encode(errors="replace")) for key, text in labels.items())
+    size = sum(len(key) + len(text.encode()) for key, text in labels.items())
     return size > LABELS_SIZE_MAX or any(len(each) > VALUE_SIZE_MAX for each in labels.values())
