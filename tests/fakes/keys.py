@@ -240,6 +240,7 @@ class KeySystem:
             posts=["logd"],
             settings={},
             trace_seed=SEED,
+            log_ring=0,  # lines go by message, which the fake logd understands
         )
         _ = self.system.start("keystored", keystored_main, config.encoded())
 

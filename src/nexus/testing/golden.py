@@ -64,10 +64,8 @@ def _sample(info: inspect.Type, which: str) -> Any:
             size = least or 0
             longest = max(size, _short(most))
             typical = "ab" * max(size, min(longest, 6))
-            last = "z" * longest
-            if pattern is not None and not re.match(pattern, last):
-                last = "f" * longest  # hexadecimal
-            return _pick(which, "a" * size, typical[: max(size, min(longest, 6))], last)
+            text = _pick(which, "a" * size, typical[: max(size, min(longest, 6))], "z" * longest)
+            return text if pattern is None else _matching(pattern, text)
         case inspect.BytesType(min_length=least, max_length=most):
             size = least or 0
             longest = max(size, _short(most))
@@ -89,6 +87,12 @@ def _sample(info: inspect.Type, which: str) -> Any:
 
 def _pick(which: str, least: Any, typical: Any, most: Any) -> Any:
     return {LEAST: least, TYPICAL: typical, MOST: most}[which]
+
+
+def _matching(pattern: str, text: str) -> str:
+    """The text, or one as long in capitals or in hexadecimal, whichever the pattern allows."""
+    found = (each for each in (text, text.upper(), "f" * len(text)) if re.match(pattern, each))
+    return next(found, text)
 
 
 def _short(most: int | None) -> int:
