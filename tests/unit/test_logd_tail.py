@@ -218,6 +218,16 @@ def test_what_does_not_fit_is_left_out_and_counted_the_important_are_not() -> No
     assert (told.records, told.lost, told.left_out) == (len(kept), 0, machine.tail.left_out)
 
 
+def test_what_several_writes_have_left_out_adds_up() -> None:
+    machine = Machine()
+    for begin in (1, 1001, 2001):
+        machine.add(*[entry(begin + number, "x" * 100) for number in range(1000)])
+        _ = machine.run(EVERY)
+
+    (told,) = Machine(machine.device, boot=2).told
+    assert told.left_out + told.records + told.lost == 3000
+
+
 def test_a_failed_write_is_made_again_later_and_later_and_loses_nothing() -> None:
     machine = Machine()
     machine.add(entry(1))
@@ -248,6 +258,8 @@ def test_the_wear_budget_bounds_bytes_and_writes_and_survives_a_restart() -> Non
     assert machine.tail.writes <= 12
     assert machine.tail.budget.refused > 0
     assert machine.device.written == first, "what the first had spent is spent"
+    assert small().has_room(3000, WALL + again.now)
+    assert not again.tail.budget.has_room(3000, WALL + again.now)
 
 
 def test_ids_of_a_restarted_logd_stand_beside_those_of_the_first() -> None:

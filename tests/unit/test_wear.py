@@ -81,6 +81,16 @@ def test_what_was_spent_survives_a_restart_also_when_it_is_read_late() -> None:
     assert second.written_today(START + 2) == 110
 
 
+def test_writes_that_were_spent_survive_a_restart_as_bytes_do() -> None:
+    first, second = (WearBudget(bytes_per_day=1_000_000, writes_per_day=48) for _ in range(2))
+    assert [first.spend(1, START, important=True) for _ in range(2)] == [True, True]
+
+    second.restore(first.spent(START))
+
+    assert not second.spend(1, START, important=True)
+    assert second.spend(1, START + HOUR, important=True)
+
+
 def test_a_clock_that_is_set_back_pays_nothing_off_and_one_set_forward_a_burst_at_most() -> None:
     budget = WearBudget(bytes_per_day=2400, writes_per_day=2400)
     while budget.spend(1, START, important=True):
