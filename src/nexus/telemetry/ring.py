@@ -20,8 +20,7 @@ damaged. Of a hostile writer only that writer's own records suffer.
 import struct
 from collections.abc import Callable
 from typing import Final
-
-from google_crc32c import extend
+from zlib import crc32
 
 RING_VERSION: Final = 1
 RING_MAGIC: Final = int.from_bytes(b"NXRING\0" + bytes([RING_VERSION]), "little")
@@ -54,7 +53,6 @@ assert MARK_WORD + MARKS == HEADER_WORDS
 
 _pack = RECORD.pack
 _unpack = RECORD.unpack_from
-_extend = extend
 
 
 class NoRing(Exception):
@@ -71,13 +69,12 @@ def payload_size_max(size: int) -> int:
 
 
 def checksum(payload: bytes, number: int) -> int:
-    """What goes with the payload of record `number`: its CRC-32C, and the number added to that.
+    """What goes with the payload of record `number`: its CRC-32, and the number added to that.
 
     The number as the seed of the CRC would be added to the first bytes: it cancels out in a payload
     that begins with it, and half of one record with half of the next fits. tests/property found it.
     """
-    check: int = _extend(0, payload) ^ number & CHECK_MASK
-    return check
+    return crc32(payload) ^ number & CHECK_MASK
 
 
 class RingWriter:
@@ -130,7 +127,7 @@ class RingWriter:
         at = self._at
         following = at + step
         sequence = self.sequence
-        check = _extend(0, payload) ^ sequence & CHECK_MASK
+        check = crc32(payload) ^ sequence & CHECK_MASK
         if following <= self._clear:
             pack(self._area, at, sequence, size, check, payload)
         else:
@@ -269,7 +266,7 @@ class RingReader:
         at, size_max, limit = 0, self._size_max, len(piece)
         last = limit - RECORD_SIZE
         before = len(payloads)
-        unpack, extended, keep = _unpack, _extend, payloads.append
+        unpack, checked, keep = _unpack, crc32, payloads.append
         for number in range(self.sequence, self.sequence + steps):
             if at > last:
                 break
@@ -279,7 +276,7 @@ class RingReader:
             if found != number or size > size_max or end > limit:
                 break
             payload = piece[begin:end]
-            if extended(0, payload) ^ number & CHECK_MASK != check:
+            if checked(payload) ^ number & CHECK_MASK != check:
                 break
             keep(payload)
             at = (end + 7) & ~7
