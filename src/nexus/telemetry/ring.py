@@ -1,7 +1,7 @@
 """A ring of records in living memory: one task writes, another reads, and neither waits.
 
     header, 16 words          magic | capacity | reserve | commit | count | lost | 2 free | 8 marks
-    area, `capacity` bytes    records, each on a multiple of 8: sequence u64, size u32, CRC-32C u32
+    area, `capacity` bytes    records, each on a multiple of 8: sequence u64, size u32, checksum u32
                               (with the sequence, see `checksum`), payload
 
 Positions are bytes since the ring was made and never go back; position p lies at p % capacity, and
