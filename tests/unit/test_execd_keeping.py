@@ -30,6 +30,7 @@ class Store:
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
         self.away = False
+        self.reads_left: int | None = None  # then it is silent
 
     async def ask(self, request: Any, _until: Nanos) -> Any:
         if self.away:
@@ -38,7 +39,11 @@ class Store:
             case ListKeys(after=after, count=count):
                 keys = sorted(key for key in self.values if key > after)
                 return Keys(keys[:count], len(keys) > count)
+            case Get() if self.reads_left == 0:
+                return None
             case Get(key=key):
+                if self.reads_left:
+                    self.reads_left -= 1
                 if key not in self.values:
                     return Refused(StatefsdStatus.NOT_FOUND)
                 return Value(self.values[key], 1)
@@ -173,6 +178,22 @@ def test_a_damaged_report_is_counted_dropped_and_stops_nothing(damage: bytes) ->
     assert [each.crash.report for each in second.since(0, "")] == [numbers[1], number]
     assert number == 3
     assert FOLDER + b"000000000001" not in store.values
+
+
+def test_a_report_that_could_not_be_read_now_is_left_for_the_next_start() -> None:
+    store = Store()
+    first = keeping_of(store)
+    numbers = [keep(first) for _ in range(3)]
+    store.reads_left = 1
+
+    second = keeping_of(store, boot=1)
+    store.reads_left = None
+    after = keep(second)
+    third = keeping_of(store, boot=2)
+
+    assert (second.damaged, second.unread, len(second)) == (0, 2, 2)
+    assert after == numbers[-1] + 1, "its number is used all the same"
+    assert [each.crash.report for each in third.since(0, "")] == [*numbers, after]
 
 
 def test_a_report_in_the_place_of_another_is_damaged() -> None:

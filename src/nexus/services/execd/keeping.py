@@ -57,6 +57,7 @@ class Keeping:
         self._next = 1
         self.gave_way = 0
         self.damaged = 0
+        self.unread = 0  # left where they are, for the next start
 
     @property
     def unsaved(self) -> int:
@@ -93,6 +94,9 @@ class Keeping:
 
     async def _read(self, number: int, until: Nanos) -> None:
         value = await self._statefsd.ask(Get(_key(number)), until)
+        if value is None:  # statefsd has gone, or is slow: the report may be as good as any
+            self.unread += 1
+            return
         report = _report(value.value) if isinstance(value, Value) else None
         if report is None or report.crash.report != number:
             self.damaged += 1

@@ -204,6 +204,7 @@ class Execd:
             "crashes_total": self._crashes,
             "gave_way_total": self._keeping.gave_way,
             "damaged_total": self._keeping.damaged,
+            "unread_total": self._keeping.unread,
         }
 
     # ------------------------------------------------------------------ starting
