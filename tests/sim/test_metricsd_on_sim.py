@@ -260,6 +260,13 @@ def test_the_budget_of_wear_stops_the_writes_and_says_so(monkeypatch: pytest.Mon
     assert warned == 1
     assert served, "what is in memory is told all the same"
 
+    async def look(hands: MetricHands) -> Any:
+        await add(hands)
+        await hands.nap(1000 * MS)
+        return (await hands.stats()).written_today
+
+    assert written <= machine.boot(look).result() <= most, "what was spent is spent in any boot"
+
 
 def test_a_flood_of_label_sets_is_refused_counted_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
