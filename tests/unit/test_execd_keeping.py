@@ -18,7 +18,7 @@ from nexus.protocols.statefsd import (
     decode_changes,
 )
 from nexus.services.execd.config import Settings
-from nexus.services.execd.keeping import AGAIN, FOLDER, Keeping, fitted
+from nexus.services.execd.keeping import AGAIN, FOLDER, NEXT, Keeping, fitted
 from nexus.wire import encode
 
 UNTIL = Nanos(10**9)
@@ -234,3 +234,23 @@ def test_a_report_that_is_too_large_loses_its_oldest_records_first() -> None:
     assert len(encode(found)) <= REPORT_SIZE_MAX
     assert found.records[-1].text == "last"
     assert found.traceback == large.traceback
+
+
+def test_several_that_could_not_be_written_are_written_one_after_the_other() -> None:
+    store = Store()
+    keeping = keeping_of(store)
+    store.away = True
+    for _ in range(3):
+        _ = keep(keeping)
+    store.away = False
+    times = []
+
+    while keeping.unsaved:
+        due = keeping.next_time()
+        assert due is not None
+        run(keeping.on_time(due, UNTIL))
+        times.append((due, keeping.next_time()))
+
+    assert len(times) == 3
+    assert [after for _, after in times] == [*(Nanos(due + NEXT) for due, _ in times[:2]), None]
+    assert len([key for key in store.values if key.startswith(FOLDER)]) == 3

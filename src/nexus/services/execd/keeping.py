@@ -36,6 +36,9 @@ PAGES_MAX: Final = COUNT_MAX // LIST_MAX + 2  # of keys that are read at the sta
 BOOT_NUMBERS: Final = 1000  # a boot's numbers if the kept ones cannot be read
 AGAIN: Final = Nanos(1_000_000_000)  # ns until statefsd is tried again, doubling
 AGAIN_MAX: Final = Nanos(60_000_000_000)  # ns
+NEXT: Final = Nanos(
+    1_000_000
+)  # ns until the next of several is written; others are served meanwhile
 
 _decode: Final = strict_decoder(Report)
 
@@ -156,7 +159,7 @@ class Keeping:
         if number is not None:
             del self._unsaved[number]
             self._reports[number] = _with_kept(self._reports[number])
-        self._again = now if self._unsaved or self._dropped else None
+        self._again = Nanos(now + NEXT) if self._unsaved or self._dropped else None
 
     def next_time(self) -> Nanos | None:
         """When statefsd is to be tried again."""
