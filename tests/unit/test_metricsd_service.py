@@ -50,6 +50,7 @@ from tests.fakes.gate import ListGate
 from tests.fakes.pair import FAR, Pair
 
 READER = service_id(INIT_NAME)
+SECOND = 1_000_000_000
 TRACE = bytes(range(1, 17))
 NO_PARENT = bytes(8)
 PAGE_SIZE = 32 * 1024
@@ -373,6 +374,92 @@ def test_the_spans_of_a_task_that_ended_are_lost_and_its_series_are_gone() -> No
     ]
     (hits,) = read(system, service=service_id("alpha"))
     assert (hits.value, hits.live) == (42, False)
+
+
+def test_of_a_span_in_a_page_only_what_a_message_could_say_is_told() -> None:
+    """Its writer stores what it likes there; the facade's checks are not in its way."""
+    system = System()
+
+    async def body(_link: Exchange, page: PageWriter) -> None:
+        whose = [span_of("alpha", number) for number in range(1, 5)] + [span_of("beta", 5)]
+        names = ["good", "worse", "no name", "good", "good"]
+        attributes = [{"kind": "bread"}, {"api_password": "x", "kind": "bread"}, {}, {}, {}]
+        traces = [TRACE, TRACE, TRACE, bytes(16), TRACE]
+        for span, name, told, trace in zip(whose, names, attributes, traces, strict=True):
+            unit = page.spans.open(trace + span, number_of(span), 10, called(name, told))
+            page.spans.close(unit, 30, SpanStatus.OK)
+
+    system.client(with_page(body), name="alpha")
+
+    found, stats = system.asked(spans(), GetStats())
+
+    assert [(each.name, [one.key for one in each.attributes]) for each in found.spans] == [
+        ("good", ["kind"]),
+        ("worse", []),
+    ]
+    assert row_of(stats, "alpha").invalid_args == 4, "each is counted, and so are the attributes"
+
+
+def test_a_span_in_a_page_that_never_ends_times_out_once() -> None:
+    system = System(span_time_max="1s")
+
+    async def body(link: Exchange, page: PageWriter) -> Any:
+        span = span_of(INIT_NAME, 1)
+        unit = page.spans.open(TRACE + span, number_of(span), 10, called("stuck"))
+        for at in (5, 10):
+            await system.metricsd.on_time(Nanos(at * SECOND))
+        page.spans.close(unit, 11 * SECOND, SpanStatus.OK)
+        await system.metricsd.on_time(Nanos(15 * SECOND))
+        return await link.call(spans(), FAR), await link.call(GetStats(), FAR)
+
+    found, stats = system.client(with_page(body))
+
+    (stuck,) = found.spans
+    assert (stuck.status, stuck.end) == (SpanStatus.TIMED_OUT, 5 * SECOND)
+    assert stats.spans_timed_out == 1
+
+
+def test_a_span_by_message_that_never_ends_times_out_and_is_counted() -> None:
+    system = System(span_time_max="1s")
+
+    async def body(link: Exchange) -> Any:
+        _ = await link.call(start(span_of(INIT_NAME, 1)), FAR)
+        for at in (5, 10):
+            await system.metricsd.on_time(Nanos(at * SECOND))
+        return await link.call(spans(), FAR), await link.call(GetStats(), FAR)
+
+    found, stats = system.client(body)
+
+    assert [(each.status, each.end) for each in found.spans] == [(SpanStatus.TIMED_OUT, 5 * SECOND)]
+    assert (stats.spans_timed_out, stats.open_spans) == (1, 0)
+
+
+def test_the_cap_of_all_series_holds_and_the_names_of_the_refused_are_bounded() -> None:
+    system = System(series=2, rate=4096)
+
+    answers = system.asked(*[add(f"more{number}") for number in range(42)], name="alpha")
+
+    assert answers[:2] == [Taken()] * 2
+    assert answers[2:] == [Refused(MetricsdStatus.OVER_LIMIT)] * 40
+    refused = [each for each in read(system) if each.name == "nexus_series_refused_total"]
+    assert sum(each.value for each in refused) == 40
+    assert len(refused) == 33, "32 by name, and the others together"
+
+
+def test_a_counter_that_goes_back_in_its_page_is_not_believed() -> None:
+    system = System()
+
+    async def body(link: Exchange, page: PageWriter) -> list[int]:
+        hits = await created(link, Kind.COUNTER, "hits")
+        values = []
+        for value in (7, 3, 8):
+            page.words[hits.word] = value
+            told = await link.call(series(service=READER), FAR)
+            assert isinstance(told, SeriesPage)
+            values.append(told.series[0].value)
+        return values
+
+    assert system.client(with_page(body)) == [7, 7, 8]
 
 
 def test_nobody_reads_without_the_right() -> None:
