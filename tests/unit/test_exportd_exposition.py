@@ -49,6 +49,15 @@ def parsed(rows: Sequence[Series]) -> dict[str, Any]:
     return {family.name: family for family in read_openmetrics(text)}  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize(
+    ("unit", "seconds"), [("s", 7.0), ("ms", 7e-3), ("us", 7e-6), ("ns", 7e-9)]
+)
+def test_a_time_is_told_in_seconds_whatever_its_unit(unit: str, seconds: float) -> None:
+    (sample,) = parsed([series("waited", Kind.GAUGE, unit=unit)])["waited_seconds"].samples
+
+    assert sample.value == seconds
+
+
 def test_a_counter_ends_in_total_and_says_whose_it_is() -> None:
     families = parsed([series("pump.strokes", labels={"valve": 'a"b\\c\nd'})])
 
