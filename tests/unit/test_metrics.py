@@ -7,6 +7,7 @@ import pytest
 
 from nexus.abi import BootImage, Nanos, Now, Pid, SleepUntil, Slot, service_id
 from nexus.ipc import Client, Peers, RetryBudget
+from nexus.ipc import Context as Trace
 from nexus.metrics import SERIES_MAX, Counter, Gauge, Histogram, Metrics
 from nexus.metrics.series import GAUGE_MIN
 from nexus.protocols.metricsd import (
@@ -15,6 +16,7 @@ from nexus.protocols.metricsd import (
 from nexus.protocols.metricsd import (
     GetSeries,
     GetSpans,
+    GetStats,
     Kind,
     Label,
     SeriesPage,
@@ -164,6 +166,29 @@ def test_each_request_is_a_span_and_what_is_inside_belongs_to_it() -> None:
     ]
     (told,) = [each for each in spans if each.name == "own.Add" and each.status == SpanStatus.ERROR]
     assert [(each.key, each.value) for each in told.attributes] == [("refused", "TOO_LARGE")]
+
+
+def test_a_request_of_no_trace_begins_one_and_is_charged_to_nobody() -> None:
+    watched = Watched()
+    watched.serve()
+
+    async def nowhere(peers: Peers) -> Any:
+        budget = RetryBudget(attempts_max=3, backoff=Nanos(MS), deadline=FAR)
+        found = await peers.connect("own", PROTOCOL, budget)
+        assert isinstance(found, Client), found
+        return await found.call(Add(1, 2), FAR, Trace(bytes(16), bytes(8)))
+
+    assert watched.system.client(nowhere) == Sum(3)
+    watched.pause(200 * MS)
+    spans = watched.spans()
+    stats = watched.read(GetStats())
+
+    around = {each.name: each for each in spans}
+    assert any(around["own.Add"].trace)
+    assert around["adding"].trace == around["own.Add"].trace
+    assert around["adding"].parent == around["own.Add"].span
+    (row,) = [each for each in stats.rows if each.service == service_id("own")]
+    assert row.invalid_args == 0
 
 
 def test_a_restarted_metricsd_is_found_again_and_counters_keep_their_values() -> None:

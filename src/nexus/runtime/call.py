@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
-from nexus.ipc.context import TRACE_SIZE, next_trail
+from nexus.ipc.context import TRACE_SIZE, first_trail, next_trail
 from nexus.telemetry import Called, SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
@@ -21,6 +21,7 @@ from nexus.wire import (
 )
 
 NOTES_MAX: Final = 16  # facts of one call
+NO_TRACE: Final = bytes(TRACE_SIZE)  # no trace id (W3C); a caller may send it all the same
 
 NOT_FOR_HANDLERS: Final = (ReplyStatus.OK, ReplyStatus.REFUSED_ITEM)
 
@@ -190,9 +191,11 @@ class Call:
         """
         if self._trail_of is not self.message:
             message = self.message
-            data = message.data
             number = self.number or self._spans.next_number()
-            self._trail = next_trail(data[TRACE_OFFSET:SPAN_OFFSET], number)
+            around = message.data[TRACE_OFFSET:HEADER_SIZE]
+            if around.startswith(NO_TRACE):
+                around = self.begun(number)
+            self._trail = next_trail(around[:TRACE_SIZE], number)
             self._trail_of = message
         return self._trail
 
@@ -253,7 +256,13 @@ class Call:
         message = self.message
         around = message.data[TRACE_OFFSET:HEADER_SIZE]
         self.number = number = self._spans.next_number()
+        if around.startswith(NO_TRACE):
+            around = self.begun(number)
         self.span = spans.open(around, number, message.now, name)
+
+    def begun(self, number: int) -> bytes:
+        """What is around a request whose caller is in no trace: one that begins with its span."""
+        return first_trail(self._spans.trace, number, number)
 
     def take_span(self) -> int:
         """Whose reply is given now, or later by what takes it: the span's unit, or -1."""

@@ -74,7 +74,7 @@ from nexus.protocols.meta import (
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
-from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
+from nexus.runtime.call import NO_TRACE, Call, Deferred, DeferredItem, Refusal
 from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
@@ -342,6 +342,8 @@ class Server:
             if spans is not None:
                 call.number = number = next_number()  # as Call.open_span
                 around = data[TRACE_OFFSET:HEADER_SIZE]
+                if around.startswith(NO_TRACE):
+                    around = call.begun(number)
                 call.span = spans.open(around, number, now, span_names[codec])
             try:
                 reply = handle(call, request)
