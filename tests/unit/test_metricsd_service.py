@@ -400,6 +400,39 @@ def test_of_a_span_in_a_page_only_what_a_message_could_say_is_told() -> None:
     assert row_of(stats, "alpha").invalid_args == 4, "each is counted, and so are the attributes"
 
 
+def test_an_attribute_at_a_spans_end_is_held_to_the_rules_of_its_beginning() -> None:
+    system = System()
+    span = span_of("alpha", 1)
+
+    answers = system.asked(
+        start(span),
+        SpanEnd(span, 200, SpanStatus.OK, [Label("api_password", "x")]),
+        SpanEnd(span, 300, SpanStatus.OK, [Label("kind", "bread")]),
+        name="alpha",
+    )
+    (page,) = system.asked(spans())
+
+    assert answers == [Taken(), Refused(MetricsdStatus.INVALID_ARGS), Taken()]
+    (told,) = page.spans
+    assert (told.end, told.attributes) == (300, [Label("kind", "bread")])
+
+
+def test_a_service_that_floods_spans_pushes_out_its_own() -> None:
+    system = System(spans_kept=8, rate=4096)
+    for name, count in (("beta", 3), ("alpha", 40)):
+        made = [span_of(name, number) for number in range(1, count + 1)]
+        ends = [SpanEnd(each, 200, SpanStatus.OK, []) for each in made]
+        _ = system.asked(
+            *[each for pair in zip(map(start, made), ends, strict=True) for each in pair], name=name
+        )
+
+    (page,) = system.asked(spans())
+
+    services = [each.service for each in page.spans]
+    assert services.count(service_id("beta")) == 3
+    assert len(services) == 8
+
+
 def test_a_span_in_a_page_that_never_ends_times_out_once() -> None:
     system = System(span_time_max="1s")
 
