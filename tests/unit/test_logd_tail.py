@@ -33,6 +33,7 @@ SECOND = 1_000_000_000
 WALL = 1_790_000_000 * SECOND
 EVERY = Nanos(5 * SECOND)
 PUMP = service_id("pump")
+EXECD = service_id("execd")
 ALL = Wanted(EVERY_RECORD)
 
 
@@ -238,6 +239,20 @@ def test_a_failed_write_is_made_again_later_and_later_and_loses_nothing() -> Non
     assert 5 <= failed <= 9
     assert stored == 1
     assert machine.kept() == [1]
+
+
+def test_errors_of_anybody_do_not_use_up_what_a_crash_needs() -> None:
+    machine = Machine(budget=WearBudget(24 * 16384, 24 * 12), trusted={EXECD})
+    for number in range(1, 41):
+        machine.add(entry(number, "error"))
+        _ = machine.run(EVERY)
+    of_errors = machine.tail.writes
+    machine.add(entry(41, "crashed", service=EXECD, event="crash.v1"))
+    _ = machine.run(EVERY)
+
+    assert of_errors == 9, "three quarters of an hour's twelve"
+    assert machine.tail.writes == 10
+    assert 41 in machine.kept()
 
 
 def test_the_wear_budget_bounds_bytes_and_writes_and_survives_a_restart() -> None:

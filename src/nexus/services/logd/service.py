@@ -73,6 +73,7 @@ from nexus.services.logd.streams import Stream, Streams
 from nexus.services.logd.tail import Ended, Tail
 from nexus.telemetry.ring import NoRing, RingReader
 
+EXECD_NAME: Final = "execd"  # who tells of crashes
 JOURNAL_TARGET: Final = "journal"  # what log.read is asked for; there is one
 STATEFSD_NAME: Final = "statefsd"
 SCOPE: Final = "logd"  # of logd's own records
@@ -145,6 +146,7 @@ class Logd:
                 size_max=settings.tail_bytes,
                 every=Nanos(settings.tail_every * 1_000_000_000),
                 budget=WearBudget(settings.tail_written_bytes, settings.tail_writes),
+                trusted=settings.core_ids | {service_id(EXECD_NAME)},
             )
             self._tail.begin_after(base)
             self._store = TailStore(self._tail, look, self._on_told)

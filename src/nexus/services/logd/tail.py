@@ -20,6 +20,7 @@ No I/O here: the service posts what `next_write` gives and tells what became of 
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -124,10 +125,21 @@ class Found:
 
 class Tail:
     """Decides about the tail; `boot` and `instance` are ours. Times are ns: of the kernel's clock
-    for waits, of the wall for the budget."""
+    for waits, of the wall for the budget.
+
+    The part of the budget that is kept for what is important is spent on the word of `trusted`
+    services alone: whoever writes errors without end does not use up what a crash needs.
+    """
 
     def __init__(
-        self, *, boot: int, instance: int, size_max: int, every: Nanos, budget: WearBudget
+        self,
+        *,
+        boot: int,
+        instance: int,
+        size_max: int,
+        every: Nanos,
+        budget: WearBudget,
+        trusted: AbstractSet[int] = frozenset(),
     ) -> None:
         assert size_max >= 2 * SEGMENT_SIZE_MAX, "of one segment there is always a next one"
         self.boot = boot
@@ -139,6 +151,7 @@ class Tail:
         self.left_out = 0  # of this instance
         self.writes = 0
         self._instance = instance
+        self._trusted = trusted
         self._size_max = size_max
         self._every = every
         self._kept: deque[_Kept] = deque()
@@ -234,7 +247,9 @@ class Tail:
         room = SEGMENT_SIZE_MAX - SEGMENT_HEAD_SIZE - sum(map(entry_size, old))
         chosen = choose(new, room)
         upto = new[-1].record if new else self._persisted
-        important = is_end or any(is_important(each.payload) for each in chosen)
+        important = is_end or any(
+            each.service in self._trusted and is_important(each.payload) for each in chosen
+        )
         number = self._number if self._open is None else self._open.number
         # Ids leave no gaps: what the journal has pushed out meanwhile is left out as well.
         left_out = self.left_out + upto - self._persisted - len(chosen)
