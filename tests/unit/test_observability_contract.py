@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import pytest
 
-from nexus.protocols import logd, metricsd
+from nexus.protocols import execd, logd, metricsd
 from nexus.protocols.ladder import RUNGS, rung
 from nexus.services.metricsd import config
 from nexus.wire import ReplyStatus
@@ -21,8 +21,13 @@ NONE: Final = "-"
 MODULES: Final[dict[str, tuple[ModuleType, ...]]] = {
     "logd": (logd,),
     "metricsd": (metricsd, config),
+    "execd": (execd,),
 }
-STATUSES: Final = {"logd": logd.LogdStatus, "metricsd": metricsd.MetricsdStatus}
+STATUSES: Final = {
+    "logd": logd.LogdStatus,
+    "metricsd": metricsd.MetricsdStatus,
+    "execd": execd.ExecdStatus,
+}
 
 
 class Row(NamedTuple):
@@ -64,6 +69,8 @@ def _constant(service: str, name: str) -> int:
 
 def _is_counter(service: str, name: str) -> bool:
     module = MODULES[service][0]
+    if not hasattr(module, "SenderRow"):
+        return False
     return name in {*module.SenderRow.__struct_fields__, *module.Stats.__struct_fields__}
 
 
