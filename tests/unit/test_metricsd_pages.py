@@ -1,14 +1,17 @@
-"""The pages metricsd keeps open: so many and no more."""
+"""The pages metricsd keeps open: so many and no more, and read between barriers."""
 
 from typing import Any
 
 import pytest
 
-from nexus.abi import SleepUntil, VmoCreate, VmoShare
+from nexus.abi import Fence, Pid, SleepUntil, VmoCreate, VmoShare, service_id
 from nexus.ipc import Answer, Exchange, Refused
 from nexus.protocols.metricsd import MetricsdStatus, OpenPage, PageOpened
 from nexus.services.metricsd import service as service_module
-from nexus.telemetry import PageWriter
+from nexus.services.metricsd.pages import Page, read_values
+from nexus.services.metricsd.series import Instance
+from nexus.telemetry import Group, PageWriter
+from nexus.telemetry.page import BUCKETS, COUNT, SUM
 from tests.fakes.pair import FAR
 from tests.unit.test_metricsd_service import PAGE_SIZE, System
 
@@ -39,3 +42,33 @@ def test_one_page_more_than_there_may_be_is_refused_until_another_ends(
 
     refused = Refused(MetricsdStatus.OVER_LIMIT)
     assert answers == [*[PageOpened] * 6, refused, refused, PageOpened, PageOpened]
+
+
+def test_an_update_whose_count_is_seen_last_is_found_by_the_barrier_behind_the_copy() -> None:
+    """As tests/property/test_telemetry_weak_memory.py has it, of the passes that metricsd makes."""
+    memory = memoryview(bytearray(PAGE_SIZE))
+    words = PageWriter(memory).words
+    page = Page(Instance(service_id("alpha"), 1, Pid(7)), memory)
+    first = page.reader.allot_group(2)
+    assert first is not None
+    words[first + COUNT], words[first + SUM], words[first + BUCKETS] = 1, 5, 1
+    buffered: list[tuple[int, int]] = []  # stores that were issued and are not visible yet
+    barriers = 0
+
+    work = read_values([page])
+    try:
+        while True:
+            assert isinstance(work.send(None), Fence)
+            barriers += 1
+            for word, value in buffered:
+                words[word] = value
+            buffered.clear()
+            if barriers == 1:  # between the mark and the copy a second update is made
+                buffered += [(first + COUNT, 2), (first + BUCKETS + 1, 1)]
+                words[first + SUM] = 20
+    except StopIteration:
+        pass
+
+    assert page.reader.group(first) == Group(2, 20, [1, 1])
+    assert (page.reader.torn, page.reader.given_up) == (1, 0)
+    assert barriers == 4, "two for each pass"
