@@ -1,19 +1,22 @@
 """From the words of `nexus call` to a request, and from a reply to words."""
 
 import json
+import socket as socketlib
 import time
+from contextlib import closing
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import pytest
 
 from nexus.cli.call import call, find_request, make_request, shown, value_of
-from nexus.cli.client import ServiceRefused, Unanswered
+from nexus.cli.client import OperatorClient, ServiceRefused, Unanswered
 from nexus.cli.errors import UsageError
 from nexus.protocols.logd import PROTOCOL as LOGD
 from nexus.protocols.logd import Append, Field, Level
 from nexus.protocols.meta import GetStatus, Health
-from nexus.protocols.operator import OperatorStatus
+from nexus.protocols.operator import PORT, OperatorStatus
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Cancel, Register, TimedStatus, Timer
 from nexus.wire import U16, U64, Blob, Bool, List, Message, Protocol, Request, Text
@@ -222,3 +225,35 @@ def test_a_call_without_its_answer_ends_with_1_and_says_the_status(
 def test_a_call_with_its_answer_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert asked(Timer(7, 8), as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["timer_id"] == 7
+
+
+class Unused(OperatorClient):
+    """An operator that uses no service at all; the system has metricsd."""
+
+    def __init__(self, socket: Path) -> None:
+        with closing(socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_SEQPACKET)) as door:
+            door.bind(str(socket / f"{PORT}.sock"))
+            door.listen()
+            super().__init__(socket, "plant", lambda: True, lambda service: service == "metricsd")
+
+    def _ask_once(self, request: Any, _until: int) -> Any:
+        raise Unanswered("operator", type(request).__name__, OperatorStatus.NO_SERVICE)
+
+
+def test_a_service_that_the_system_does_not_have_is_told_in_a_plain_sentence(
+    tmp_path: Path,
+) -> None:
+    with Unused(tmp_path) as client:
+        with pytest.raises(Unanswered) as absent:
+            _ = client.relay("execd", TIMED, Cancel(1), 1.0)
+        with pytest.raises(Unanswered) as unused:
+            _ = client.relay("metricsd", TIMED, Cancel(1), 1.0)
+
+    assert str(absent.value) == (
+        "this system has no execd: add it to the system file, and to operator's uses"
+    )
+    assert absent.value.status is OperatorStatus.NO_SERVICE
+    assert str(unused.value) == (
+        "metricsd did not answer Cancel: NO_SERVICE, "
+        "operator's entry in the system file does not use it"
+    )

@@ -130,7 +130,11 @@ def test_the_story_has_the_evidence_what_was_done_and_what_is_missing() -> None:
     report = report_of(
         crash_of(),
         records=[LastRecord(WALL, Level.WARN, "hot"), LastRecord(WALL, 99, "level nobody knows")],
-        spans=[LastSpan("pump.Turn", WALL, WALL + 2_000_000), LastSpan("pump.Stop", WALL, 0)],
+        spans=[
+            LastSpan("pump.Turn", WALL, WALL + 2_000_000),
+            LastSpan("pump.Look", WALL, WALL + 43_210),
+            LastSpan("pump.Stop", WALL, 0),
+        ],
         trace="ab" * 16,
         missing="spans: metricsd, TimedOut",
         kept=False,
@@ -145,6 +149,7 @@ def test_the_story_has_the_evidence_what_was_done_and_what_is_missing() -> None:
         "generation 1, ran 3.0s",
         "warn  hot",
         "pump.Turn took 2.0 ms",
+        "pump.Look took 43.2 us",
         "pump.Stop was open",
         f"trace      {'ab' * 16}",
         "build 0123456789abcdef",

@@ -1,7 +1,7 @@
 """What the commands that ask a running system share: which one, its plan, and its services."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,16 @@ class Asked:
 
     def client(self) -> OperatorClient:
         """A connection; raises CommandFailed."""
-        return client_of(self.running)
+        return client_of(self.running, self.has)
+
+    def has(self, service: str) -> bool:
+        """Whether the system has this service; True if its file cannot be read any more."""
+        from nexus.init.errors import SystemFileError
+
+        try:
+            return service in self.plan.by_name
+        except SystemFileError:
+            return True
 
     def protocols(self, service: str) -> tuple[Protocol, ...]:
         """What `service` speaks. Raises UsageError."""
@@ -61,10 +70,14 @@ class Asked:
         return protocols_of(sources_of(self.plan)[planned.program])
 
 
-def client_of(running: Running) -> OperatorClient:
+def client_of(
+    running: Running, has: Callable[[str], bool] = lambda _service: True
+) -> OperatorClient:
     """A connection to operator of a running system. Raises CommandFailed."""
     home = base_dirs(os.environ, os.getuid())[1] / running.title
-    return OperatorClient(Path(running.runtime), running.title, lambda: is_alive(running, home))
+    return OperatorClient(
+        Path(running.runtime), running.title, lambda: is_alive(running, home), has
+    )
 
 
 def asked(title: str | None) -> Asked:

@@ -59,6 +59,16 @@ class Unanswered(CommandFailed):
         self.status = status
 
 
+class NoService(Unanswered):
+    """The system has no such service."""
+
+    def __init__(self, service: str) -> None:
+        CommandFailed.__init__(
+            self, f"this system has no {service}: add it to the system file, and to operator's uses"
+        )
+        self.status = OperatorStatus.NO_SERVICE
+
+
 class ServiceRefused(CommandFailed):
     """The service said no."""
 
@@ -89,12 +99,20 @@ class SystemEnded(CutOff):
 class OperatorClient:
     """Speaks nexus.protocols.operator over the socket in `runtime`. Raises CommandFailed.
 
-    `runs` says whether the system has an init now; it is asked when operator says nothing.
+    `runs` says whether the system has an init now; it is asked when operator says nothing. `has`
+    says whether the system has a service; it is asked when operator uses none of that name.
     """
 
-    def __init__(self, runtime: Path, title: str, runs: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        runtime: Path,
+        title: str,
+        runs: Callable[[], bool],
+        has: Callable[[str], bool] = lambda _service: True,
+    ) -> None:
         self._title = title
         self._runs = runs
+        self._has = has
         self._nonces = itertools.count(1)
         self._trace = secrets.token_bytes(16)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -154,6 +172,8 @@ class OperatorClient:
             try:
                 relayed = self._ask_once(Relay(service, bytes(frame)), until)
             except Unanswered as error:
+                if error.status is OperatorStatus.NO_SERVICE and not self._has(service):
+                    raise NoService(service) from None
                 raise Unanswered(service, name, error.status) from None
             reply: ReplyT = self._read(service, name, codec, frame, relayed.frame)
             return reply

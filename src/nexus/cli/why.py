@@ -40,6 +40,7 @@ DENIALS_MAX: Final = 3  # that are told, the latest
 DENIAL_PAGES_MAX: Final = 64  # pages of the journal that are looked through for them
 EARLIER_MAX: Final = 5  # crashes before the one that is told whole
 NANOS: Final = 1_000_000_000
+MILLI: Final = 1_000  # us
 EXECD_NAME: Final = "execd"
 LOGD_NAME: Final = "logd"
 INDENT: Final = "    "
@@ -263,7 +264,7 @@ def _report_lines(story: Story, report: Report) -> Iterator[str]:
         text = f"{_clock(each.at)}  {level:<5} {each.text}"
         yield _labelled("last words" if index == 0 else "", text)
     for index, span_ in enumerate(report.spans):
-        state = f"took {_ms(span_.end - span_.start)}" if span_.end else "was open"
+        state = f"took {_short(span_.end - span_.start)}" if span_.end else "was open"
         text = f"{_clock(span_.start)}  {span_.name} {state}"
         yield _labelled("spans" if index == 0 else "", text)
     for index, frame in enumerate(_frames(report)):
@@ -329,11 +330,13 @@ def _when(story: Story) -> str:
 
 
 def _ran(crash: Crash) -> str:
-    return span(crash.duration / NANOS) if crash.duration >= NANOS else _ms(crash.duration)
+    return span(crash.duration / NANOS) if crash.duration >= NANOS else _short(crash.duration)
 
 
-def _ms(nanos: int) -> str:
-    return f"{max(0, nanos) / 1e6:.1f} ms"
+def _short(nanos: int) -> str:
+    """A duration below seconds, in ms or in us, to a tenth."""
+    micros = max(0, nanos) / 1e3
+    return f"{micros:.1f} us" if micros < MILLI else f"{micros / MILLI:.1f} ms"
 
 
 def _clock(wall: int) -> str:
