@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Final
 
+from nexus.abi import service_id
 from nexus.ipc import Refused
 from nexus.protocols.keystored import (
     KEYGEN_RIGHT,
@@ -11,10 +12,14 @@ from nexus.protocols.keystored import (
     GenerateKey,
     GetPublicKey,
 )
+from nexus.protocols.logd import GetStats as LogStats
+from nexus.protocols.metricsd import METRICS_READ, SERIES_ROWS_MAX, GetSeries
+from nexus.protocols.metricsd import GetStats as MetricsStats
 from nexus.protocols.statefsd import Durability, Get, Put
 from nexus.testing.device import Device, simulate
 
 DEVICE: Final = Path(__file__).parents[2] / "systems" / "device.toml"
+STATEFSD: Final = service_id("statefsd")
 KEY: Final = b"/state/plant/limit"
 RIGHTS: Final = (
     KEYGEN_RIGHT,
@@ -80,3 +85,38 @@ def test_every_service_is_back_after_its_death_with_its_device() -> None:
     _ = simulate(DEVICE, after, seed=5, rights=RIGHTS, after=run)
 
     assert run.exit_code == 0
+
+
+def test_a_device_at_rest_counts_no_requests_and_writes_nothing() -> None:
+    """systems/device.toml declares no metric: what is there are the requests of each service."""
+    counted: list[dict[str, int]] = []
+    written: list[tuple[int, int]] = []
+
+    async def look(device: Device) -> None:
+        page = await device.call("metricsd", GetSeries(1, SERIES_ROWS_MAX, STATEFSD, "nexus_"))
+        counted.append({each.name: each.value for each in page.series})
+        metrics = await device.call("metricsd", MetricsStats())
+        log = await device.call("logd", LogStats())
+        written.append((metrics.written_today, log.tail_written_today))
+
+    async def scenario(device: Device) -> None:
+        _ = await device.kill("statefsd")  # that it has its way to metricsd for certain
+        await device.sleep("30s")
+        _ = await device.ask("statefsd", Get(KEY))  # the link to its first instance ends
+        await look(device)
+        await device.sleep("30s")
+        for _ in range(2):
+            await look(device)
+            await device.sleep("90s")
+        for _ in range(3):
+            _ = await device.call("statefsd", put(b"80", Durability.ACCEPTED))
+        _ = await device.ask("statefsd", put(b"x", key=b"/state/limit"))
+        await device.sleep("2s")
+        await look(device)
+
+    _ = simulate(DEVICE, scenario, seed=5, rights=(*RIGHTS, METRICS_READ), within="10min")
+
+    _, before, after, busy = counted
+    assert after == before == {}
+    assert written[2] == written[1]
+    assert busy == {"nexus_requests_total": 4, "nexus_request_errors_total": 1}

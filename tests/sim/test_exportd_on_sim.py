@@ -92,6 +92,21 @@ def test_a_scrape_says_what_was_counted_a_moment_ago(tmp_path: Path) -> None:
     assert "exportd: ready" in console
 
 
+def test_a_service_without_metrics_has_those_of_its_requests(tmp_path: Path) -> None:
+    async def scenario(device: Device) -> None:
+        await device.sleep("5s")
+        for _ in range(3):
+            _ = await stats(device)
+        await device.sleep("2s")
+
+        _, text = await scraped(device)
+
+        assert value_of(text, "nexus_requests_total", service="exportd", instance="1") == 3
+        assert value_of(text, "nexus_request_errors_total", service="exportd") == 0
+
+    _ = run(tmp_path, scenario)
+
+
 def test_a_peer_that_reads_nothing_and_one_that_says_nothing_hold_nobody_up(
     tmp_path: Path,
 ) -> None:

@@ -20,6 +20,7 @@ from nexus.protocols.metricsd import (
     SPAN_ROWS_MAX,
     Add,
     CreateSeries,
+    GetHistory,
     GetSeries,
     GetSpans,
     GetStats,
@@ -29,6 +30,7 @@ from nexus.protocols.metricsd import (
     Observe,
     OpenPage,
     PageOpened,
+    Resolution,
     SenderRow,
     Series,
     SeriesCreated,
@@ -583,6 +585,115 @@ def test_a_span_that_comes_of_telling_the_journal_is_not_told_to_it() -> None:
 
     assert [each["name"] for each in system.lines.written] == ["work3"]
     assert system.metricsd._exporter.lost == 0
+
+
+REQUESTS = ["nexus_requests_total", "nexus_request_errors_total", "nexus_spans_unread_total"]
+
+
+def record(page: PageWriter, name: str, number: int, status: int, parent: bytes) -> None:
+    """As alpha's runtime records a request that came out so."""
+    unit = page.spans.open(TRACE + parent, number, 10, called(name))
+    page.spans.close(unit, 30, status)
+
+
+def own_number(number: int) -> int:
+    return number_of(span_of("alpha", number))
+
+
+def test_requests_are_counted_of_the_service_that_answered_them() -> None:
+    """Not its own spans, and not what logd and metricsd ask of it; no record, no history."""
+    system = System()
+    asked = (
+        ("alpha.GetLevel", SpanStatus.OK, "beta"),
+        ("alpha.SetLevel", SpanStatus.ERROR, "beta"),
+        ("alpha.SetLevel", SpanStatus.OK, "alpha"),
+        ("alpha.work", SpanStatus.ERROR, "alpha"),
+        ("work", SpanStatus.ERROR, "alpha"),
+        ("alpha.GetLevel", SpanStatus.OK, "logd"),
+        ("alpha.GetLevel", SpanStatus.ERROR, "metricsd"),
+    )
+
+    async def body(_link: Exchange, page: PageWriter) -> None:
+        for number, (name, status, asker) in enumerate(asked, 1):
+            record(page, name, own_number(number), status, span_of(asker, 99))
+        await system.metricsd.on_time(Nanos(5 * SECOND))
+        record(page, "alpha.GetLevel", own_number(8), SpanStatus.OK, span_of("beta", 100))
+        await system.metricsd.on_time(Nanos(40 * SECOND))
+
+    system.client(with_page(body), name="alpha")
+
+    found = read(system, service=service_id("alpha"))
+    history = [
+        system.asked(GetHistory(each.service, each.name, [], Resolution.SHORT, 0, 9))[0]
+        for each in found
+    ]
+
+    assert [(each.name, each.value) for each in found] == [(REQUESTS[0], 4), (REQUESTS[1], 1)]
+    assert [each.kind for each in found] == [Kind.COUNTER] * 2
+    assert history == [Refused(MetricsdStatus.NOT_FOUND)] * 2
+    assert {each["event"] for each in system.lines.written} == {"span.v1"}
+
+
+def test_requests_take_no_room_of_a_service_and_its_next_instance_begins_anew() -> None:
+    system = System(series=1, series_per_service=1, series_per_metric=1)
+    values: list[list[tuple[str, int, bool]]] = []
+
+    async def body(link: Exchange, page: PageWriter) -> None:
+        record(page, "alpha.GetLevel", own_number(1), SpanStatus.OK, span_of("beta", 99))
+        await system.metricsd.on_time(Nanos((len(values) + 1) * 5 * SECOND))
+        assert await link.call(add(), FAR) == Taken()
+
+    for generation in (1, 2):
+        system.client(with_page(body), name="alpha")
+        rows = read(system, service=service_id("alpha"))
+        values.append([(each.name, each.value, each.live) for each in rows])
+        assert {each.generation for each in rows} == {generation}
+
+    (stats,) = system.asked(GetStats())
+    assert values == [[(REQUESTS[0], 1, False), (REQUESTS[1], 0, False), ("hits", 1, False)]] * 2
+    assert stats.series == 0
+
+
+def test_what_is_not_read_in_time_of_the_requests_is_told() -> None:
+    system = System()
+    many = 4 * page_shape(PAGE_SIZE).units
+
+    async def body(_link: Exchange, page: PageWriter) -> None:
+        for number in range(1, many + 1):
+            record(page, "alpha.GetLevel", own_number(number), SpanStatus.OK, span_of("beta", 99))
+        await system.metricsd.on_time(Nanos(5 * SECOND))
+
+    system.client(with_page(body), name="alpha")
+
+    found = {each.name: each.value for each in read(system, service=service_id("alpha"))}
+    assert found[REQUESTS[2]] > many // 2
+    assert found[REQUESTS[0]] + found[REQUESTS[2]] == many
+
+
+def test_a_request_that_its_service_did_not_survive_is_an_error() -> None:
+    system = System()
+
+    async def body(_link: Exchange, page: PageWriter) -> None:
+        _ = page.spans.open(TRACE + span_of("beta", 9), own_number(1), 10, called("alpha.SetLevel"))
+
+    system.client(with_page(body), name="alpha")
+
+    found = read(system, service=service_id("alpha"))
+    assert [(each.name, each.value) for each in found] == [(REQUESTS[0], 1), (REQUESTS[1], 1)]
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_nobody_counts_requests_but_metricsd(name: str) -> None:
+    system = System()
+
+    async def body(link: Exchange, _page: PageWriter) -> Any:
+        made = CreateSeries(Kind.COUNTER, name, [], [], "")
+        return await link.call(made, FAR), await link.call(add(name), FAR)
+
+    answers = system.client(with_page(body), name="alpha")
+
+    assert answers == (Refused(MetricsdStatus.INVALID_ARGS),) * 2
+    assert read(system, service=service_id("alpha")) == []
 
 
 @pytest.mark.covers("meta.BAD_SETTINGS")

@@ -116,7 +116,7 @@ class Exporter:
                 series.exported = None
 
     def _is_changed(self, series: Series) -> bool:
-        return series.state != series.exported
+        return not series.passing and series.state != series.exported
 
     def _write_series(self) -> None:
         while self._turn and self._budget:

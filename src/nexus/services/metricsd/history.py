@@ -66,7 +66,9 @@ class History:
             self._store.configure(settings)
 
     def on_reading(self, series: Series) -> None:
-        """What a series says now."""
+        """What a series says now; one that passes is not kept."""
+        if series.passing:
+            return
         life = series.instance.generation
         if not series.paged:  # its value is kept here, and begins anew with us
             life |= self._generation << GENERATION_BITS

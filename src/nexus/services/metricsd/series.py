@@ -80,6 +80,7 @@ class Series:
     live: bool = True
     counted: bool = True  # against the caps
     paged: bool = False  # it is updated in a page, also while that is opened anew
+    passing: bool = False  # told to who asks, and neither exported nor kept in the history
     exported: State | None = None
 
     def __post_init__(self) -> None:
@@ -248,6 +249,16 @@ class Table:
         if series is not None and series.live:
             self.end(series)
         return self.add(key, instance, "", (), counted=False)
+
+    def passing(self, key: Key, instance: Instance) -> Series | None:
+        """As `visible`, for what would be a record at every turn; None if a later instance of the
+        service has it."""
+        series = self._by_key.get(key)
+        if series is not None and series.live and series.instance.generation > instance.generation:
+            return None
+        series = self.visible(key, instance)
+        series.passing = True
+        return series
 
     def end(self, series: Series) -> None:
         """The instance of a series has ended; the series that went first is forgotten for it."""

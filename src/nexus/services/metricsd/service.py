@@ -67,6 +67,8 @@ from nexus.services.metricsd.config import Settings
 from nexus.services.metricsd.export import Exporter, Log
 from nexus.services.metricsd.history import History
 from nexus.services.metricsd.pages import Page, read_values
+from nexus.services.metricsd.requests import NAMES as REQUEST_NAMES
+from nexus.services.metricsd.requests import Requests
 from nexus.services.metricsd.senders import Row, Senders
 from nexus.services.metricsd.series import (
     DEFAULT_BOUNDS,
@@ -132,6 +134,7 @@ class Metricsd:
         self._needs_log = needs_log
         self._table = Table(_caps(settings))
         self._own = Own(self._table, own)
+        self._requests = Requests(self._table)
         self._senders = Senders(settings.core_ids, settings.core_rate, settings.rate)
         self._open = OpenSpans(settings.spans_open, settings.spans_open_each)
         self._kept = Kept(settings.spans_kept)
@@ -273,11 +276,13 @@ class Metricsd:
         row = self._senders.row(page.instance.service)
         for begun, end, status in page.take_spans():
             row.spans += 1
-            self._keep(begun, end, status)
+            self._keep_of_page(begun, end, status)
         for begun in page.take_overdue(Nanos(self._now - self._settings.span_ns)):
             self._timed_out += 1
-            self._keep(begun, self._now, SpanStatus.TIMED_OUT)
-        row.on_missing(page.take_spans_lost(), 0)
+            self._keep_of_page(begun, self._now, SpanStatus.TIMED_OUT)
+        lost = page.take_spans_lost()
+        row.on_missing(lost, 0)
+        self._requests.on_unread(page.instance, lost, self._now)
         row.invalid_args += page.take_faulty()
 
     def _count_overflow(self, page: Page) -> None:
@@ -295,6 +300,8 @@ class Metricsd:
             checks.series_fault(request.name, request.labels),
             checks.bounds_fault(request.kind, request.bounds),
         )
+        if request.name in REQUEST_NAMES:
+            fault = MetricsdStatus.INVALID_ARGS
         if fault is not None:
             raise call.refuse(fault)
         if page is None:
@@ -338,6 +345,8 @@ class Metricsd:
 
     def _update(self, call: Call, instance: Instance, request: Add | SetGauge | Observe) -> Taken:
         fault = checks.series_fault(request.name, request.labels)
+        if request.name in REQUEST_NAMES:
+            fault = MetricsdStatus.INVALID_ARGS
         if fault is not None:
             raise call.refuse(fault)
         kind = _KINDS[type(request)]
@@ -401,6 +410,11 @@ class Metricsd:
         more: tuple[tuple[str, str], ...] = (),
     ) -> None:
         _ = self._kept.add(begun, end, status, more, self._offset)
+
+    def _keep_of_page(self, begun: Begun, end: Nanos, status: SpanStatus) -> None:
+        """A span that was read in a page, where the runtime records requests."""
+        self._requests.on_ended(begun, status, self._now)
+        self._keep(begun, end, status)
 
     # ------------------------------------------------------------------ reading
 
@@ -586,7 +600,10 @@ class Metricsd:
             await self._read_pages([page])
             unfinished = page.open_spans()
         await self._close_page(instance)
-        for begun in (*unfinished, *self._open.of(instance)):
+        for begun in unfinished:
+            self._lost += 1
+            self._keep_of_page(begun, self._now, SpanStatus.LOST)
+        for begun in self._open.of(instance):
             _ = self._open.take(instance, begun.span)
             self._lost += 1
             self._keep(begun, self._now, SpanStatus.LOST)
