@@ -24,7 +24,7 @@ from nexus.services.metricsd.recovery import Recovery
 from nexus.services.metricsd.rollup import Closed, Rollups, segment_of
 from nexus.services.metricsd.series import Key, State
 from nexus.services.metricsd.store import ACTIVE, DELETES_MAX, Phase, Store
-from nexus.services.metricsd.wal import RECORDS_MAX, ROOT, segment_key, window_key
+from nexus.services.metricsd.wal import RECORDS_MAX, ROOT, WEAR_KEY, segment_key, window_key
 
 MS: Final = 1_000_000
 SHORT, LONG = Nanos(100 * MS), Nanos(600 * MS)
@@ -62,6 +62,7 @@ class Device:
         self.away = False  # no answer comes
         self.full = False  # nothing can be posted
         self.spoilt: bytes | None = None
+        self.corrupted: set[str] = set()  # keys whose values cannot be given
         self.batches: list[dict[str, bytes | None]] = []
         self.exchange = SimpleNamespace(peer=SimpleNamespace(alive=True))
         self.outstanding = 0
@@ -89,6 +90,8 @@ class Device:
                 key = request.key.decode()
                 if key not in self.values:
                     return Refused(StatefsdStatus.NOT_FOUND)
+                if key in self.corrupted:
+                    return Refused(StatefsdStatus.CORRUPTED)
                 is_spoilt = self.spoilt is not None and "/wal/" in key
                 return Value(self.spoilt if is_spoilt else self.values[key], 1)  # type: ignore[arg-type]
             case Batch():
@@ -102,6 +105,7 @@ class Device:
         if len(batch) < len(changes):
             return Refused(StatefsdStatus.INVALID_KEY)
         self.batches.append(batch)
+        self.corrupted -= set(batch)
         for key, data in batch.items():
             if data is None:
                 _ = self.values.pop(key, None)
@@ -361,3 +365,29 @@ def test_of_a_half_written_window_the_part_counts_before_the_wal_and_the_wal_for
     assert len(after.closed[Resolution.SHORT]) == 1
     assert found.lost == 0
     assert found.stale == [window_key(Resolution.SHORT, closed.start, 0)]
+
+
+def test_a_half_written_window_is_written_whole_by_the_next_metricsd() -> None:
+    values, _ = half_written()
+    rig = Rig()
+    rig.rollups.boot, rig.rollups.boot_id = 1, b"next"
+    rig.device.values |= values
+    rig.begin()
+
+    rig.run(1000 * MS)
+
+    assert len(rig.store._windows) == 0
+    assert rig.windows() == rig.wanted() != set()
+
+
+def test_what_is_damaged_on_the_device_does_not_stop_the_writing() -> None:
+    rig = Rig()
+    rig.device.values = dict.fromkeys([WEAR_KEY, segment_key(1)], b"x")
+    rig.device.corrupted = {WEAR_KEY, segment_key(1)}
+    rig.begin()
+
+    rig.read(1)
+    rig.run(200 * MS)
+
+    assert rig.store.is_active
+    assert rig.windows() == rig.wanted() != set()

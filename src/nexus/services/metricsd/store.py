@@ -305,6 +305,8 @@ class Store:
         job = self._next_window() or self._next_segment(now)
         if job is None:
             return
+        for key in {job.key, WEAR_KEY} & set(self._stale):
+            self._stale.remove(key)  # it is written: no batch has a key twice
         while self._stale and len(job.deletes) < DELETES_MAX:
             job.deletes.append(self._stale.popleft())
         if not self._spend(job):
