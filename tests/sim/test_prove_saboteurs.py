@@ -1,6 +1,6 @@
 """Saboteurs on the simulated kernel: each turns exactly its rung red.
 
-Those of the phases before state run in one boot, for time's sake; `make campaign` plants them all
+Those run as far as the phase of their rung, for time's sake; `make campaign` plants them all
 in whole runs. `conftest` has them run beside the tests of this folder and of those after it, and
 asked about last.
 """

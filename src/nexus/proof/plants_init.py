@@ -63,7 +63,19 @@ def _link_left_out() -> None:
 
 
 def _all_but_the_last(original: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
-    return lambda plan: original(plan)[:-1]
+    """Without the last one between services that are there from the start on."""
+
+    def rows(plan: Any) -> list[Any]:
+        made = original(plan)
+        demanded = {service.name for service in plan.services if service.by}
+        last = max(
+            index
+            for index, row in enumerate(made)
+            if demanded.isdisjoint({row.planned.client, row.planned.server})
+        )
+        return made[:last] + made[last + 1 :]
+
+    return rows
 
 
 def ready_late(kind: type, unready: int = PROBES_UNREADY) -> None:

@@ -23,16 +23,23 @@ class Hello:
         self._context = context
         self._arguments: list[str] = context.settings.get("arguments", [])
         self._environment: dict[str, str] = context.settings.get("environment", {})
+        self._has_spoken = False
 
-    async def start(self) -> None:
-        """Say that it runs, by the pid that the kernel gave it."""
-        boot = self._context.boot
-        evidence = {"pid": boot.pid, "generation": boot.generation, "arguments": self._arguments}
-        await ConsoleWrite(LINE, json.dumps(evidence).encode())
+    async def handle(self, _call: Call, _request: HelloRequest) -> Greeting:
+        """The greeting; the first one is told on the console, by the pid that the kernel gave.
 
-    def handle(self, _call: Call, _request: HelloRequest) -> Greeting:
-        """The greeting."""
+        Whoever asks knows from execd that this runs, and execd has said so before: told at the
+        start, the two lines would race.
+        """
         boot = self._context.boot
+        if not self._has_spoken:
+            self._has_spoken = True
+            evidence = {
+                "pid": boot.pid,
+                "generation": boot.generation,
+                "arguments": self._arguments,
+            }
+            await ConsoleWrite(LINE, json.dumps(evidence).encode())
         variables = [Variable(key, value) for key, value in self._environment.items()]
         return Greeting(boot.pid, boot.generation, self._arguments, variables)
 

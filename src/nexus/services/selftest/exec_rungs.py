@@ -116,6 +116,9 @@ async def child_hello(climb: Climb) -> Evidence:
     child = climb.children[HELLO]
     row = await climb.task(HELLO)
     await _well(climb, HELLO)
+    hello = await _connected(climb, HELLO)
+    _ = await climb.call(hello, Greet())  # which it tells on the console
+    await climb.peers.discard(hello.peer)
     _ = await _end(climb, child)
     return {"pid": child.pid, "generation": child.generation, "row": [row.pid, row.generation]}
 
