@@ -4,9 +4,10 @@ Those that another service can have as well are public: `plants_policy` plants t
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, Final
 
-from nexus.abi import BootImage, Nanos, Pid, Sender, service_id
+from nexus.abi import BootImage, Nanos, Now, Pid, Sender, SleepUntil, service_id
 from nexus.init import links
 from nexus.init.plan import PlannedService
 from nexus.init.record import Record
@@ -21,6 +22,7 @@ from nexus.services.timed import Timed
 
 BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
 PROBES_UNREADY: Final = 150  # of 20 ms each: past the readiness deadline of 2 s
+START_MAX: Final = Nanos(4_000_000_000)  # ns; the longest readiness deadline of the system
 PATIENCE: Final = Nanos(8_000_000_000)  # ns that init waits longer than the system file says
 
 Lookup = Callable[[Pid], Sender | None]
@@ -56,6 +58,19 @@ def withheld(name: str) -> None:
 
     original_lookup = replace(Ipc, "make_lookup", make_lookup)
     original_sender = replace(IdentityView, "sender_of", sender_of)
+
+
+def _client_withheld() -> None:
+    """The same of the ladder's client, which gives up as late as it may: with its end everything
+    ends, and the others are to have their own time to start."""
+    withheld(SELFTEST)
+    client = import_module("nexus.services.selftest.main")
+
+    async def late(rung: str, why: str) -> None:
+        _ = await SleepUntil(Nanos(await Now() + START_MAX))
+        await original(rung, why)
+
+    original = replace(client, "_fail", late)
 
 
 def _link_left_out() -> None:
@@ -122,7 +137,7 @@ SABOTEURS: Final = (
     Saboteur(rung=13, grounds=BOTH, plant=partial(missing, "timed")),
     Saboteur(rung=14, grounds=BOTH, plant=partial(withheld, "timed")),
     Saboteur(rung=27, grounds=BOTH, plant=partial(missing, SELFTEST)),
-    Saboteur(rung=28, grounds=BOTH, plant=partial(withheld, SELFTEST)),
+    Saboteur(rung=28, grounds=BOTH, plant=_client_withheld),
     Saboteur(rung=29, grounds=BOTH, plant=_link_left_out),
     Saboteur(rung=32, grounds=BOTH, plant=partial(ready_late, Timed)),
 )

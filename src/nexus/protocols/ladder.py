@@ -512,7 +512,7 @@ RUNGS: Final = (
         phase=Phase.BRING_UP,
         marker="metricsd: ready",
         printer="metricsd",
-        after=(12,),
+        after=(10, 12),  # its sink is logd: it is ready when it has found that
         grounds=ALL,
         claim=(
             "Health probe answered; its status gives the configured log sink and the limits, "
