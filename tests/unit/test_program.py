@@ -291,6 +291,32 @@ def test_lines_that_wait_are_looked_after_when_the_log_says_so() -> None:
     assert 17 <= log.flushes <= 20, "once in 1.05 s"
 
 
+def test_a_time_that_comes_while_the_log_is_driven_is_not_slept_over() -> None:
+    around = Around()
+
+    class Hasty(Adder):
+        """Its time comes whenever its log has been driven."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late: list[int] = []
+
+        def next_time(self) -> Nanos | None:
+            return Nanos(1) if log.flushes > len(self.late) else None
+
+        async def on_time(self, _now: Nanos) -> None:
+            self.late.append(await Now() - (log.again - SECOND))
+
+    log = SlowLog()
+    hasty = Hasty()
+    around.system.start("own", lambda boot: Server(hasty, PROTOCOL, boot, log=log).run())
+
+    around.kernel.run(around.system.add_client(_sleep(20 * SECOND)))
+
+    assert len(hasty.late) >= 17
+    assert set(hasty.late) == {0}
+
+
 def test_the_context_tells_the_name_the_generation_and_the_time() -> None:
     around = Around()
     seen: list[Any] = []

@@ -302,10 +302,12 @@ class Server:
                 if wake is not None:
                     if wake <= self._latest:
                         yield from self._drive(log).__await__()
+                        self._hurry(next_time)
                     elif wake < trap.deadline:
                         trap.deadline = wake
             if metrics is not None and (metrics.due or metrics.next_look <= self._latest):
                 yield from self._tend(metrics).__await__()
+                self._hurry(next_time)
             if self._outbox:
                 yield from self._flush().__await__()
             if busy is not None and busy():
@@ -368,6 +370,12 @@ class Server:
             account.replies += 1
             trap.slot = slot
             trap.data = frame
+
+    def _hurry(self, next_time: Callable[[], Nanos | None] | None) -> None:
+        """Something was awaited behind the service's back: its time may have come with that."""
+        due = None if next_time is None else next_time()
+        if due is not None and due < self._trap.deadline:
+            self._trap.deadline = due
 
     def _check_sent(self) -> None:
         """The trap's reply did not go out: its caller does not read, or is gone."""
