@@ -304,8 +304,8 @@ def test_a_time_that_comes_while_the_log_is_driven_is_not_slept_over() -> None:
         def next_time(self) -> Nanos | None:
             return Nanos(1) if log.flushes > len(self.late) else None
 
-        async def on_time(self, _now: Nanos) -> None:
-            self.late.append(await Now() - (log.again - SECOND))
+        def on_time(self, _now: Nanos) -> None:
+            self.late.append(around.kernel.now - (log.again - SECOND))
 
     log = SlowLog()
     hasty = Hasty()
