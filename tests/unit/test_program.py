@@ -272,6 +272,41 @@ def test_lines_that_wait_are_looked_after_again_and_ever_more_rarely() -> None:
     assert 15 <= log.flushes <= 40, "about once a second, after a few early looks"
 
 
+def test_a_time_that_comes_while_the_log_is_driven_is_not_slept_over() -> None:
+    around = Around()
+
+    class Hasty(Adder):
+        """Its time comes whenever its log has been driven."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late: list[int] = []
+
+        def next_time(self) -> Nanos | None:
+            return Nanos(1) if log.flushes > len(self.late) else None
+
+        async def on_time(self, _now: Nanos) -> None:
+            self.late.append(await Now() - log.driven)
+
+    class TimedLog(SlowLog):
+        """A log that remembers when it was last driven."""
+
+        driven = Nanos(0)
+
+        async def flush(self) -> None:
+            await super().flush()
+            self.driven = await Now()
+
+    log = TimedLog()
+    hasty = Hasty()
+    around.system.start("own", lambda boot: Server(hasty, PROTOCOL, boot, log=log).run())
+
+    around.kernel.run(around.system.add_client(_sleep(20 * SECOND)))
+
+    assert len(hasty.late) >= 15
+    assert set(hasty.late) == {0}
+
+
 def test_the_context_tells_the_name_the_generation_and_the_time() -> None:
     around = Around()
     seen: list[Any] = []

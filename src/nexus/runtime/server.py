@@ -247,6 +247,7 @@ class Server:
                 trap.deadline = deadline  # it may still be that of a busy turn
             if log is not None and log.due:
                 yield from self._drive(log).__await__()
+                self._hurry(next_time)
             if self._outbox:
                 yield from self._flush().__await__()
             if busy is not None and busy():
@@ -299,6 +300,12 @@ class Server:
             account.replies += 1
             trap.slot = slot
             trap.data = frame
+
+    def _hurry(self, next_time: Callable[[], Nanos | None] | None) -> None:
+        """Something was awaited behind the service's back: its time may have come with that."""
+        due = None if next_time is None else next_time()
+        if due is not None and due < self._trap.deadline:
+            self._trap.deadline = due
 
     def _check_sent(self) -> None:
         """The trap's reply did not go out: its caller does not read, or is gone."""

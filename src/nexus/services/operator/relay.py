@@ -42,6 +42,7 @@ REACH_MAX: Final = Nanos(150_000_000)  # ns; eight clients at once stay below a 
 REACH_PAUSE: Final = Nanos(500_000_000)  # ns; a service that hangs costs one REACH_MAX per pause
 LOOK_PAUSE: Final = Nanos(500_000_000)  # ns between looks for a service that nobody asks for
 LOOK_GAP: Final = Nanos(1_000_000)  # ns between two such looks; what came meanwhile goes first
+AT_ONCE: Final = Nanos(1)  # ns; long past
 ONE_TRY: Final = 1  # route requests per search; the command outside asks again
 
 Refusal = OperatorStatus | ReplyStatus
@@ -98,8 +99,12 @@ class Relay:
         return service in self._known
 
     def next_time(self) -> Nanos | None:
-        """The earliest deadline of what is on its way, or when to look for a link that lacks."""
+        """The earliest deadline of what is on its way, or when to look for a link that lacks; a
+        time that is past when something has ended while the task awaited something else."""
+        buffer = self._peers.caller.correlator.buffer
         times = [passing.pending.deadline for passing in self._passing.values()]
+        if any(nonce in buffer or each.pending.early for nonce, each in self._passing.items()):
+            times.append(AT_ONCE)
         times += [known.look for known in self._known.values() if known.peer is None]
         return min(times, default=None)
 

@@ -185,8 +185,10 @@ class Operator:
 
     async def on_time(self, now: Nanos) -> None:
         """End what is late, and find a link that lacks."""
+        await self._tell(self._relay.swept())
         await self._tell(self._relay.on_time(now))
         await self._relay.look(now)
+        await self._tell(self._relay.swept())
         for visitor in list(self._visitors.values()):
             if not visitor.busy and visitor.idle_due <= now:
                 await self._close(visitor)
