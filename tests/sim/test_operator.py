@@ -17,6 +17,7 @@ from nexus.abi import (
     Event,
     EventKind,
     LinkId,
+    Message,
     Nanos,
     Now,
     PeerIdentity,
@@ -58,7 +59,7 @@ from nexus.protocols.policyd import PolicydStatus, ReloadBulk
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Cancel, Register, TimedStatus, Timer, Wait
 from nexus.runtime import Call, Deferred, Server, ServiceConfig
-from nexus.services.operator.relay import Ended, Passing
+from nexus.services.operator.relay import AT_ONCE, Ended, Passing
 from nexus.services.operator.relay import Relay as Relaying
 from nexus.services.operator.service import IDLE_MAX, Operator
 from nexus.wire import (
@@ -677,3 +678,23 @@ def test_the_kernel_is_asked_who_is_there() -> None:
     assert operator._is_welcome(PeerIdentity(1, 1234))
     assert not Operator(Slot(2), operator._relay, Silent(), 5)._is_welcome(PeerIdentity(1, 6))
     assert Operator(Slot(2), operator._relay, Silent(), 5)._is_welcome(PeerIdentity(1, 5))
+
+
+def test_an_answer_that_came_while_something_else_was_awaited_is_told_at_once() -> None:
+    operator, _ = operator_alone()
+    relay = operator._relay
+    relay._known.clear()  # it looks for nobody
+    passing = ended(Relay, b"").passing
+    correlator = relay._peers.caller.correlator
+    correlator.on_sent(passing.pending)
+    relay._passing[passing.pending.nonce] = passing
+    due = operator.next_time()
+
+    message = Message(passing.inner, None, LinkId(7), None, Nanos(3), Slot(4))  # type: ignore[arg-type]
+    _ = correlator.buffer.push(passing.pending.nonce, message)
+
+    assert (due, operator.next_time()) == (9, AT_ONCE)
+    with pytest.raises(StopIteration):  # without a wait
+        operator.on_time(Nanos(3)).send(None)
+    assert operator.facts()["passing"] == 0
+    assert operator.next_time() is None
