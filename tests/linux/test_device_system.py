@@ -53,7 +53,8 @@ def is_up(host: Machine, name: str, generation: int) -> bool:
 
 def decided(host: Machine, right: str) -> list[tuple[str, str]]:
     """The decisions about a right in the journal: target and verdict."""
-    records = [json.loads(line)["fields"] for line in host.ok("logs", "--json").out.splitlines()]
+    lines = host.ok("logs", "-n", "1000", "--json").out.splitlines()
+    records = [json.loads(line)["fields"] for line in lines]
     found = [fields for fields in records if fields.get("action") == right]
     assert all(fields["asked_by"] == "init-lite" for fields in found)
     return [(fields["target"], fields["decision"]) for fields in found]
