@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nexus.abi import INIT_NAME, ServiceId
+from nexus.abi import INIT_NAME, Nanos, Now, ServiceId, SleepUntil
 from nexus.ipc import Peers
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import REPLY_NAME, InitStatus, Route, Routed
@@ -60,6 +60,7 @@ class System:
         self.services: dict[str, Task] = {}
         self.servers: dict[str, Server] = {}
         self.adders: dict[str, Adder] = {}
+        self.late: dict[str, Nanos] = {}  # how long a service does not serve after its start
         self.init = self.kernel.task(INIT_NAME)
         boot = self.kernel.boot(self.init)
         self.router = RouteInit(self)
@@ -75,7 +76,12 @@ class System:
         service, protocol = self.make(name)
         self.servers[name] = Server(service, protocol, boot)
         self.services[name] = task
-        return self.kernel.start(task, self.servers[name].run())
+        return self.kernel.start(task, self._serve(self.servers[name], self.late.get(name)))
+
+    async def _serve(self, server: Server, late: Nanos | None) -> int:
+        if late is not None:
+            _ = await SleepUntil(Nanos(await Now() + late))
+        return await server.run()
 
     def make(self, name: str) -> tuple[Any, Protocol]:
         """A new instance of the service `name`, and what it speaks."""

@@ -10,6 +10,7 @@ from nexus.abi import (
     LinkTerms,
     Message,
     Nanos,
+    Now,
     Recv,
     Send,
     SleepUntil,
@@ -398,6 +399,55 @@ def test_a_route_that_dies_before_the_bind_is_asked_for_again() -> None:
         return await client.call(Add(1, 2), FAR), client.generation
 
     assert system.client(body) == (Sum(3), 2)
+
+
+async def found_late(peers: Peers, tries: int) -> Any:
+    """What each search of 10 ms ended with, and the client of one that found it."""
+    ended = []
+    for _ in range(tries):
+        budget = RetryBudget(
+            attempts_max=1, backoff=Nanos(1_000_000), deadline=Nanos(await Now() + 10_000_000)
+        )
+        client = await peers.connect("adder", ADDER, budget)
+        if isinstance(client, Client):
+            return ended, await client.call(Add(1, 2), FAR), client.generation
+        ended.append(client)
+    return ended, None, 0
+
+
+def test_a_server_that_is_late_to_bind_is_found_by_the_route_taken_first() -> None:
+    system = System()
+    system.late["adder"] = Nanos(95_000_000)
+    _ = system.start("adder")
+
+    ended, answered, generation = system.client(lambda peers: found_late(peers, 20))
+
+    assert ended == [TimedOut()] * 9
+    assert (answered, generation) == (Sum(3), 1)
+    assert system.router.asked["adder"] == 1, "init counts each route as taken"
+    assert system.servers["adder"].account.expired == 0
+
+
+def test_a_server_that_ends_before_it_has_bound_is_asked_for_anew() -> None:
+    system = System()
+    system.late["adder"] = FAR
+    _ = system.start("adder")
+
+    async def body(peers: Peers) -> Any:
+        before = await found_late(peers, 3)
+        table = next(task.table for task in system.kernel.tasks if task.name == "client")
+        slots = len(table)
+        system.kill("adder")
+        system.late.clear()
+        _ = system.start("adder")
+        after = await found_late(peers, 1)
+        return before, after, len(table) - slots
+
+    before, after, slots = system.client(body)
+
+    assert before == ([TimedOut()] * 3, None, 0)
+    assert after == ([], Sum(3), 2)
+    assert (system.router.asked["adder"], slots) == (2, 0)
 
 
 def test_the_search_for_a_restarted_service_is_bounded() -> None:

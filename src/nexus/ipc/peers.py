@@ -6,11 +6,13 @@ One inbox endpoint takes the replies of all services. Each service gets one SEND
 moved to it by Bind when the link to it is new.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from nexus.abi import (
     CONTROL_LINK_SIZE,
     INIT_NAME,
+    NEVER,
     NO_WAIT,
     AbiError,
     BootImage,
@@ -28,23 +30,23 @@ from nexus.abi import (
     service_id,
 )
 from nexus.ipc.context import Spans
-from nexus.ipc.correlate import GENERATION_ANY, Peer
-from nexus.ipc.exchange import Caller, Exchange, close_if_any
+from nexus.ipc.correlate import GENERATION_ANY, Peer, Pending, Verdict
+from nexus.ipc.exchange import CALL_MISMATCHES, Caller, Exchange, close_if_any
 from nexus.ipc.outcome import (
     CallFailure,
     Closed,
+    MismatchBudgetExceeded,
     Refused,
     Routed,
     RouteFailure,
     RouteRetryOutcome,
-    Stale,
     TimedOut,
 )
 from nexus.ipc.retry import RetryBudget, RetryTokens
 from nexus.ipc.route import ROUTE_MISMATCHES, route_with_nonce_budgeted
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import REPLY_NAME
-from nexus.protocols.meta import Bind
+from nexus.protocols.meta import Bind, Bound
 from nexus.wire import Protocol
 
 CONTROL_TERMS: Final = LinkTerms(8, CONTROL_LINK_SIZE, 0)  # of links to and from init
@@ -90,6 +92,15 @@ class Client(Exchange):
         return found if isinstance(found, CallFailure) else Closed()
 
 
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A Bind that was sent; `ended` has its outcome when there is one."""
+
+    exchange: Exchange
+    posted: Pending
+    ended: list[object]
+
+
 class Peers:
     """Makes and keeps the links of one task to the services it uses."""
 
@@ -98,6 +109,7 @@ class Peers:
         self.caller = Caller(Spans(trace_seed, boot.name, boot.generation))
         self._inbox: Slot | None = None
         self._control: Exchange | None = None
+        self._late: dict[str, Binding] = {}  # by service, one each
 
     async def inbox(self) -> Slot:
         """The endpoint that takes all replies; made when first needed."""
@@ -140,24 +152,27 @@ class Peers:
         if not isinstance(control, Exchange):
             return control if isinstance(control, TimedOut) else Closed()
         for _ in range(BIND_ATTEMPTS_MAX):
-            routed = await route_with_nonce_budgeted(
-                control, name, budget, ROUTE_MISMATCHES, tokens
-            )
-            if not isinstance(routed, Routed):
-                return routed
-            bound = await self._bind_routed(name, protocol, routed, budget.deadline)
+            binding: Binding | CallFailure | None = self._late.pop(name, None)
+            if binding is None:
+                routed = await route_with_nonce_budgeted(
+                    control, name, budget, ROUTE_MISMATCHES, tokens
+                )
+                if not isinstance(routed, Routed):
+                    return routed
+                binding = await self._begin_routed(name, protocol, routed)
+            bound = await self._settled(name, binding, budget.deadline)
             if isinstance(bound, Exchange):
                 return bound.peer
             if isinstance(bound, TimedOut):
                 return bound
         return Closed()
 
-    async def _bind_routed(
-        self, name: str, protocol: Protocol, routed: Routed, deadline: Nanos
-    ) -> Exchange | CallFailure:
-        """Bind a fresh route; if that fails the route is closed."""
+    async def _begin_routed(
+        self, name: str, protocol: Protocol, routed: Routed
+    ) -> "Binding | CallFailure":
+        """Send Bind over a fresh route; if that fails the route is closed."""
         assert routed.slot is not None, "@reply is no service to connect to"
-        bound = await self.bind(
+        binding = await self._begin(
             routed.slot,
             protocol,
             name=name,
@@ -165,10 +180,26 @@ class Peers:
             generation=routed.generation,
             terms=routed.terms,
             reply_terms=routed.reply_terms,
-            deadline=deadline,
         )
-        if not isinstance(bound, Exchange):
+        if not isinstance(binding, Binding):
             await CapClose(routed.slot)
+        return binding
+
+    async def _settled(
+        self, name: str, binding: "Binding | CallFailure", deadline: Nanos
+    ) -> Exchange | CallFailure:
+        """The bound link, its route closed if it cannot be bound; a late one is kept.
+
+        init counts a route as taken from its answer on. One that was let go of because the server
+        was late would be missing from this task's share for as long as that server lives.
+        """
+        if not isinstance(binding, Binding):
+            return binding
+        bound = await self._bound(binding, deadline)
+        if isinstance(bound, TimedOut):
+            self._late[name] = binding
+        elif not isinstance(bound, Exchange):
+            await CapClose(binding.exchange.peer.slot)
         return bound
 
     async def bind(
@@ -188,6 +219,35 @@ class Peers:
         `slot` stays the caller's, also when this fails. With GENERATION_ANY the instance that
         answers first is taken for the one meant.
         """
+        binding = await self._begin(
+            slot,
+            protocol,
+            name=name,
+            service=service,
+            generation=generation,
+            terms=terms,
+            reply_terms=reply_terms,
+        )
+        if not isinstance(binding, Binding):
+            return binding
+        bound = await self._bound(binding, deadline)
+        if isinstance(bound, TimedOut):
+            binding.exchange.give_up(binding.posted, bound)
+            await self._drain(binding.exchange.peer, NO_WAIT)
+        return bound
+
+    async def _begin(
+        self,
+        slot: Slot,
+        protocol: Protocol,
+        *,
+        name: str,
+        service: ServiceId,
+        generation: int,
+        terms: LinkTerms,
+        reply_terms: LinkTerms,
+    ) -> "Binding | CallFailure":
+        """Send Bind with a new link into the inbox; its answer is good whenever it comes."""
         inbox = await self.inbox()
         try:
             link = await LinkCreate(inbox, reply_terms)
@@ -207,14 +267,44 @@ class Peers:
             reply_terms=reply_terms,
         )
         exchange = Exchange(self.caller, protocol, peer)
-        answer = await exchange.ask(Bind(), deadline, move=link.slot)
-        if isinstance(answer, Refused | CallFailure):
-            if isinstance(answer, Closed | Stale):
-                await close_if_any(link.slot)
-            await self._drain(peer, NO_WAIT)
-            return Closed() if isinstance(answer, Refused) else answer
-        await close_if_any(answer.cap)
-        return exchange
+        ended: list[object] = []
+        posted = await exchange.post(
+            Bind(), NEVER, lambda _, outcome: ended.append(outcome), move=link.slot
+        )
+        if isinstance(posted, Pending):
+            return Binding(exchange, posted, ended)
+        await close_if_any(link.slot)
+        await self._drain(peer, NO_WAIT)
+        return Closed() if isinstance(posted, Refused) else posted
+
+    async def _bound(self, binding: "Binding", deadline: Nanos) -> Exchange | CallFailure:
+        """The answer to Bind, waited for until `deadline`; what else comes meanwhile stays."""
+        peer = binding.exchange.peer
+        correlator = self.caller.correlator
+        recv = Recv((peer.inbox,), deadline, link=peer.link)
+        met = 0
+        while not binding.ended:
+            try:
+                message = await recv
+            except PeerGone as gone:
+                correlator.on_gone(gone.link)
+            except AbiError as error:
+                if error.status not in (Status.TIMED_OUT, Status.QUEUE_EMPTY):
+                    raise
+                return TimedOut()
+            else:
+                if correlator.judge(message) is Verdict.MATCH:
+                    await self.caller.keep(message)
+                else:
+                    await close_if_any(message.cap)
+                    met += 1
+                    if CALL_MISMATCHES.exceeded_by(met):
+                        correlator.on_failed(binding.posted, MismatchBudgetExceeded())
+        (outcome,) = binding.ended
+        if isinstance(outcome, Bound):
+            return binding.exchange
+        await self._drain(peer, NO_WAIT)
+        return outcome if isinstance(outcome, CallFailure) else Closed()
 
     async def reply_route(self, budget: RetryBudget, tokens: RetryTokens) -> RouteRetryOutcome:
         """What init says about `@reply`: this task's own inbox, or why not."""
