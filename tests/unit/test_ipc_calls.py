@@ -403,7 +403,7 @@ def test_a_route_that_dies_before_the_bind_is_asked_for_again() -> None:
 
 async def found_late(peers: Peers, tries: int) -> Any:
     """What each search of 10 ms ended with, and the client of one that found it."""
-    ended = []
+    ended: list[object] = []
     for _ in range(tries):
         budget = RetryBudget(
             attempts_max=1, backoff=Nanos(1_000_000), deadline=Nanos(await Now() + 10_000_000)
