@@ -2,9 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.sim.sweep import Sweep
 
 pytest.register_assert_rewrite("nexus.testing")  # the suite we ship is tests too
 
@@ -27,3 +30,29 @@ settings.register_profile(
     stateful_step_count=100,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+SABOTEURS = "test_prove_saboteurs.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ask about the saboteurs last of all: by then most of their runs are over."""
+    items.sort(key=lambda item: item.path.name == SABOTEURS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sweep(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sweep | None]:
+    """The saboteurs that this session asks about, begun with its first test."""
+    numbers = [
+        item.callspec.params["number"]
+        for item in request.session.items
+        if item.path.name == SABOTEURS and isinstance(item, pytest.Function)
+    ]
+    asked = [number for number in numbers if isinstance(number, int)]
+    if not asked:
+        yield None
+        return
+    sweep = Sweep(asked, tmp_path_factory.mktemp("saboteurs"))
+    yield sweep
+    sweep.close()

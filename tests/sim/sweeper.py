@@ -1,7 +1,7 @@
 """Plants saboteurs one after the other, each in a run of its own: `python -m tests.sim.sweeper
 DIRECTORY NUMBER...` prints a line for each, its number and what is wrong with its verdict.
 
-It goes behind whatever else runs, and ends with who started it. A boot is a fork of this process,
+It runs when nothing else would, and ends with who started it. A boot is a fork of this process,
 which has imported everything by then, and is otherwise what a new interpreter would be.
 """
 
@@ -24,7 +24,6 @@ from nexus.protocols.ladder import Ground, Phase, rung
 
 SYSTEM: Final = Path(__file__).parents[2] / "systems" / "selftest.toml"
 PHASES: Final = tuple(Phase)
-BEHIND: Final = 10  # of Linux's niceness
 EXIT_CRASH: Final = 1  # of an interpreter that ends by an exception
 
 
@@ -112,7 +111,7 @@ def problem(number: int, directory: Path) -> str:
 def main(argv: Sequence[str]) -> int:
     """Plant those of the command line."""
     runner.die_with_parent(os.getppid())
-    os.setpriority(os.PRIO_PROCESS, 0, BEHIND)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     forking = {**vars(subprocess), "Popen": Fork}
     vars(runner)["subprocess"] = SimpleNamespace(**forking)
     directory, *numbers = argv

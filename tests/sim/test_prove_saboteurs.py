@@ -1,15 +1,14 @@
 """Saboteurs on the simulated kernel: each turns exactly its rung red.
 
 Those run as far as the phase of their rung, for time's sake; `make campaign` plants them all
-in whole runs. `conftest` has them run beside the tests of this folder and of those after it, and
-asked about last.
+in whole runs. They run beside all other tests (tests/sim/sweep.py), and are asked about last.
 """
 
 import pytest
 
 from nexus.proof.saboteurs import SABOTEURS
 from nexus.protocols.ladder import Ground
-from tests.sim.conftest import Sweep
+from tests.sim.sweep import Sweep
 
 SIM = sorted(saboteur.rung for saboteur in SABOTEURS if Ground.SIM in saboteur.grounds)
 
