@@ -2,7 +2,8 @@
 DIRECTORY NUMBER...` prints a line for each, its number and what is wrong with its verdict.
 
 It runs when nothing else would, and ends with who started it. A boot is a fork of this process,
-which has imported everything by then, and is otherwise what a new interpreter would be.
+which has imported everything by then, and is otherwise what a new interpreter would be. But the
+flood of #72, two thirds of all work of a run, lasts FLOOD_MS; `make campaign` plants with all of it.
 """
 
 import os
@@ -21,9 +22,11 @@ from nexus.proof.prove import prove
 from nexus.proof.request import Request
 from nexus.proof.sweep import problem_of
 from nexus.protocols.ladder import Ground, Phase, rung
+from nexus.services.selftest import call_rungs
 
 SYSTEM: Final = Path(__file__).parents[2] / "systems" / "selftest.toml"
 PHASES: Final = tuple(Phase)
+FLOOD_MS: Final = 50  # virtual; still 20 times what fills the queue
 EXIT_CRASH: Final = 1  # of an interpreter that ends by an exception
 
 
@@ -113,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     runner.die_with_parent(os.getppid())
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     forking = {**vars(subprocess), "Popen": Fork}
+    vars(call_rungs)["FLOOD_MS"] = FLOOD_MS
     vars(runner)["subprocess"] = SimpleNamespace(**forking)
     directory, *numbers = argv
     for number in numbers:
