@@ -3,7 +3,7 @@ DIRECTORY NUMBER...` prints a line for each, its number and what is wrong with i
 
 It runs when nothing else would, and ends with who started it. A boot is a fork of this process,
 which has imported everything by then, and is otherwise what a new interpreter would be. But the
-flood of #72, two thirds of all work of a run, lasts FLOOD_MS; `make campaign` plants with all of it.
+flood of #72, most of the work of a run, lasts FLOOD_MS; `make campaign` plants with all of it.
 """
 
 import os
