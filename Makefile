@@ -58,10 +58,11 @@ run: .venv/.run ## start the selftest system as real processes, climb the ladder
 .PHONY: test
 test: lint types drift prove pytest ## everything that must hold before a change lands
 
+# Two workers, however many processors there are: tests/beside.py says what each does.
 .PHONY: pytest
 pytest: .venv/.dev
 	@echo '== tests'
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 .PHONY: coverage
 coverage: .venv/.dev ## branch coverage of the pure packages, shown and not gated

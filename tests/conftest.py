@@ -2,12 +2,12 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sim.sweep import Sweep
+from tests.beside import Beside, is_last, make_way, scope_of
 
 pytest.register_assert_rewrite("nexus.testing")  # the suite we ship is tests too
 
@@ -31,28 +31,18 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-SABOTEURS = "test_prove_saboteurs.py"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask about the saboteurs last of all: by then most of their runs are over."""
-    items.sort(key=lambda item: item.path.name == SABOTEURS)
+    """The machine's tests first, for they take longest; those that go one by one last."""
+    items.sort(key=lambda item: (scope_of(item.nodeid) != "machine", is_last(item.nodeid)))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def sweep(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Sweep | None]:
-    """The saboteurs that this session asks about, begun with its first test."""
-    numbers = [
-        item.callspec.params["number"]
-        for item in request.session.items
-        if item.path.name == SABOTEURS and isinstance(item, pytest.Function)
-    ]
-    asked = [number for number in numbers if isinstance(number, int)]
-    if not asked:
-        yield None
-        return
-    sweep = Sweep(asked, tmp_path_factory.mktemp("saboteurs"))
-    yield sweep
-    sweep.close()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Beside:
+    """Who runs what, with more than one worker."""
+    return Beside(config, log)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before its fixtures."""
+    make_way(item)
