@@ -58,11 +58,10 @@ run: .venv/.run ## start the selftest system as real processes, climb the ladder
 .PHONY: test
 test: lint types drift prove pytest ## everything that must hold before a change lands
 
-# Two workers, however many processors there are: tests/beside.py says what each does.
 .PHONY: pytest
 pytest: .venv/.dev
 	@echo '== tests'
-	@$(BIN)/pytest -n 2 --no-loadscope-reorder
+	@$(BIN)/pytest --beside
 
 .PHONY: coverage
 coverage: .venv/.dev ## branch coverage of the pure packages, shown and not gated

@@ -2,12 +2,13 @@
 
 import os
 import signal
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.beside import Beside, is_last, make_way, scope_of
+from tests import beside
+from tests.sim.sweep import Sweep
 
 pytest.register_assert_rewrite("nexus.testing")  # the suite we ship is tests too
 
@@ -31,18 +32,43 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The machine's tests first, for they take longest; those that go one by one last."""
-    items.sort(key=lambda item: (scope_of(item.nodeid) != "machine", is_last(item.nodeid)))
+SABOTEURS = "test_prove_saboteurs.py"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Beside:
-    """Who runs what, with more than one worker."""
-    return Beside(config, log)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Our own."""
+    parser.addoption(
+        beside.OPTION, action="store_true", help="run what needs no machine beside what does"
+    )
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before its fixtures."""
-    make_way(item)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is collected."""
+    beside.configure(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Ask about the saboteurs last of all: by then most of their runs are over."""
+    items.sort(key=lambda item: item.path.name == SABOTEURS)
+    beside.sort(config, items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sweep(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sweep | None]:
+    """The saboteurs that this session asks about, begun with its first test."""
+    numbers = [
+        item.callspec.params["number"]
+        for item in request.session.items
+        if item.path.name == SABOTEURS
+        and isinstance(item, pytest.Function)
+        and beside.runs_here(item)
+    ]
+    asked = [number for number in numbers if isinstance(number, int)]
+    if not asked:
+        yield None
+        return
+    sweep = Sweep(asked, tmp_path_factory.mktemp("saboteurs"))
+    yield sweep
+    sweep.close()

@@ -1,8 +1,7 @@
 """Plants saboteurs one after the other, each in a run of its own: `python -m tests.sim.sweeper
-DIRECTORY` reads their numbers, and prints a line for each: the number and what is wrong with its
-verdict.
+DIRECTORY NUMBER...` prints a line for each, its number and what is wrong with its verdict.
 
-It ends with who started it. A boot is a fork of this process,
+It runs when nothing else would, and ends with who started it. A boot is a fork of this process,
 which has imported everything by then, and is otherwise what a new interpreter would be. But the
 flood of #72, most of the work of a run, lasts FLOOD_MS; `make campaign` plants with all of it.
 """
@@ -113,14 +112,15 @@ def problem(number: int, directory: Path) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plant those that standard input names, a line for each."""
+    """Plant those of the command line."""
     runner.die_with_parent(os.getppid())
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     forking = {**vars(subprocess), "Popen": Fork}
     vars(call_rungs)["FLOOD_MS"] = FLOOD_MS
     vars(runner)["subprocess"] = SimpleNamespace(**forking)
-    (directory,) = argv
-    for number in map(int, sys.stdin):
-        found = problem(number, Path(directory))
+    directory, *numbers = argv
+    for number in numbers:
+        found = problem(int(number), Path(directory) / f"of-{numbers[0]}")
         _ = sys.stdout.write(f"{number} {' '.join(found.split())}\n")
         sys.stdout.flush()
     return 0
