@@ -539,6 +539,17 @@ def test_the_second_line_with_the_same_keys_is_a_short_one() -> None:
     assert [each[0] == SHORT for each in log._lines] == [False, True]
 
 
+def test_a_field_may_be_called_as_a_parameter_is() -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    for _ in range(2):
+        log.info("line", text="a", self="b", fields="c")
+
+    for each in log._lines:
+        assert unpack(each).keys.split() == ["fields", "self", "text"]
+        assert unpack(each).values == ["c", "b", "a"]
+
+
 def test_short_lines_of_one_kind_that_wait_are_not_written_over_each_other() -> None:
     log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
 
