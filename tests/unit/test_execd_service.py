@@ -39,7 +39,7 @@ class Log:
     def __init__(self) -> None:
         self.errors: list[str] = []
 
-    def error(self, text: str, **_: str | int) -> None:
+    def error(self, text: str, /, **_: str | int) -> None:
         self.errors.append(text)
 
 

@@ -24,6 +24,7 @@ from nexus.log.logger import (
     DENIED_PAUSE,
     LOOK_PAUSE,
     LOOK_PAUSE_MAX,
+    SURE_SIZE,
 )
 from nexus.log.payload import SHORT, UNREADABLE, sendable, unpack
 from nexus.protocols.init import REPLY_NAME
@@ -536,6 +537,48 @@ def test_the_second_line_with_the_same_keys_is_a_short_one() -> None:
         log.info("line", code=200, method="get")
 
     assert [each[0] == SHORT for each in log._lines] == [False, True]
+
+
+def test_a_field_may_be_called_as_a_parameter_is() -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    for _ in range(2):
+        log.info("line", text="a", self="b", fields="c")
+
+    for each in log._lines:
+        assert unpack(each).keys.split() == ["fields", "self", "text"]
+        assert unpack(each).values == ["c", "b", "a"]
+
+
+def test_short_lines_of_one_kind_that_wait_are_not_written_over_each_other() -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+
+    for code in range(4):
+        log.info("line", code=code)
+
+    assert [each[0] == SHORT for each in log._lines] == [False, True, True, True]
+    assert [unpack(each).values for each in log._lines] == [["0"], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("x" * 1_000_000, 1), ("x" * 1_000_000, object()), ("x" * SURE_SIZE, 1), ("\ud800", 1)],
+)
+def test_a_line_that_is_no_short_one_leaves_nothing_to_the_next_of_its_kind(
+    text: str, value: Any
+) -> None:
+    log = Logger(Peers(TinyKernel().boot(TinyKernel().task("client")), b"seed"), ["logd"])
+    log.info("first", code=1)
+
+    for _ in range(2):
+        log.info(text, code=value)
+    kept = sum(len(piece) for piece, _ in log._heads["client"][Level.INFO].values())
+    log.info("last", code=2)
+
+    assert kept < SURE_SIZE
+    assert log._heads_count == 1
+    last = unpack(log._lines[-1])
+    assert (last.text, last.values) == ("last", [2])
 
 
 def test_a_value_of_no_kind_that_a_field_has_costs_itself_and_no_more() -> None:

@@ -191,3 +191,17 @@ def test_a_stream_of_ever_new_heads_makes_logd_remember_a_bounded_number() -> No
 
     assert len(bench.stream.looker.heads) == HEADS_KNOWN_MAX
     assert bench.row.accepted == 2 * HEADS_KNOWN_MAX
+
+
+def test_a_looker_knows_a_line_by_its_whole_head_alone() -> None:
+    looker = Looker(is_core=False)
+    known = [line(keys=("one",)), line(keys=("two", "one"))]
+    for data in known:
+        looker.learn(data, unpack(data))
+
+    assert looker.knows([*known, known[0], known[0], known[1]])
+    for stranger in (b"", b"\0", known[0][:2], head("one")[:-1], line(keys=("on",)), head("ones")):
+        assert not looker.knows([stranger])
+        assert not looker.knows([known[0], stranger])
+        assert not looker.knows([*known, stranger, known[0]])
+    assert not Looker(is_core=False).knows(known)

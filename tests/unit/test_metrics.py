@@ -333,6 +333,17 @@ def test_spans_nest_without_a_page_too_and_calls_belong_to_the_inner_one() -> No
     assert following[:16] != outer[:16]
 
 
+def test_an_attribute_of_a_span_may_be_called_as_a_parameter_is() -> None:
+    metrics = Metrics(alone())
+
+    with metrics.span("work", name="a", self="b") as first:
+        pass
+    with metrics.span("work", name="a", self="b") as again:
+        pass
+
+    assert first is again
+
+
 def test_the_same_seed_makes_the_same_spans() -> None:
     def trails() -> list[bytes]:
         peers = alone()

@@ -301,7 +301,7 @@ def test_numbers_that_fit_no_answer_are_left_out() -> None:
 class Quiet:
     """A log that nobody reads."""
 
-    def warning(self, text: str, **fields: str | int) -> None:
+    def warning(self, text: str, /, **fields: str | int) -> None:
         del text, fields
 
 

@@ -48,7 +48,7 @@ def spread(*buckets: int) -> State:
 class Quiet:
     """A log that nobody reads."""
 
-    def warning(self, text: str, **fields: str | int) -> None:
+    def warning(self, text: str, /, **fields: str | int) -> None:
         del text, fields
 
 

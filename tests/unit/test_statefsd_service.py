@@ -86,10 +86,10 @@ class Lines:
     def __init__(self) -> None:
         self.lines: list[tuple[str, dict[str, Any]]] = []
 
-    def error(self, text: str, **fields: Any) -> None:
+    def error(self, text: str, /, **fields: Any) -> None:
         self.lines.append((text, fields))
 
-    def warning(self, text: str, **fields: Any) -> None:
+    def warning(self, text: str, /, **fields: Any) -> None:
         self.lines.append((text, fields))
 
 

@@ -49,7 +49,7 @@ from nexus.ipc import (
     deadline_after,
 )
 from nexus.log.line import FieldValue, Line, make_line
-from nexus.log.payload import head_of, pack, packed, sendable, unpack
+from nexus.log.payload import head_of, pack_into, packed, sendable, unpack
 from nexus.protocols.logd import (
     FIELDS_SIZE_MAX,
     PROTOCOL,
@@ -175,6 +175,46 @@ class Logger:
     there. `ring_size` is bytes, 0 for no ring; without one at most `queue_max` lines wait.
     """
 
+    # Slots, for every line: the interpreter goes a longer way in an object of more than 30 names.
+    __slots__ = (
+        "_again",
+        "_base",
+        "_begun",
+        "_bell_pause",
+        "_bells",
+        "_bound",
+        "_caller",
+        "_clock",
+        "_cut",
+        "_direct",
+        "_elsewhere",
+        "_ended",
+        "_filtered",
+        "_flushing",
+        "_heads",
+        "_heads_count",
+        "_lines",
+        "_memory",
+        "_missed",
+        "_monotonic",
+        "_now",
+        "_pause",
+        "_peers",
+        "_poster",
+        "_queue_max",
+        "_reply_known",
+        "_ring",
+        "_ring_size",
+        "_routed",
+        "_rung",
+        "_settled",
+        "_stream_of",
+        "_tokens",
+        "_written",
+        "level",
+        "scope",
+    )
+
     def __init__(
         self,
         peers: Peers,
@@ -187,7 +227,7 @@ class Logger:
     ) -> None:
         assert queue_max >= 1
         assert 0 <= ring_size <= RING_SIZE_MAX
-        self.level = level
+        self.level = int(level)  # a number, for every line: an enum's comparison takes longer
         self.scope = peers.boot.name if scope is None else scope
         self._peers = peers
         self._caller = peers.caller
@@ -202,8 +242,9 @@ class Logger:
         self._begun = False
         self._lines: deque[bytes] = deque()  # payloads that wait for the ring, or for a message
         self._elsewhere: deque[tuple[Level, str, dict[str, FieldValue], str]] = deque()
-        # By scope, level and keys, what a short line begins with.
-        self._heads: dict[str, tuple[dict[tuple[str, ...], bytes], ...]] = {}
+        # By scope, level and keys, where a short line is put together, and the size of its head,
+        # which stays there: so it is one piece at once, for its checksum and for the ring.
+        self._heads: dict[str, tuple[dict[tuple[str, ...], tuple[bytearray, int]], ...]] = {}
         self._heads_count = 0
         self._ended: Counter[str] = Counter()  # lines that wait no more, by the name of the count
         self._written = 0
@@ -227,23 +268,25 @@ class Logger:
 
     # ------------------------------------------------------------------ writing
 
-    def error(self, text: str, **fields: FieldValue) -> None:
+    # With `/` a field may have any name; and what a call names is not compared with parameters,
+    # 20 ns a field.
+    def error(self, text: str, /, **fields: FieldValue) -> None:
         """Something is broken, and somebody should look."""
         _ = self._write(ERROR, text, fields, self.scope)
 
-    def warning(self, text: str, **fields: FieldValue) -> None:
+    def warning(self, text: str, /, **fields: FieldValue) -> None:
         """Something is not as it should be; it goes on."""
         _ = self._write(WARN, text, fields, self.scope)
 
-    def info(self, text: str, **fields: FieldValue) -> None:
+    def info(self, text: str, /, **fields: FieldValue) -> None:
         """What a reader of the log wants to know of an ordinary day."""
         _ = self._write(INFO, text, fields, self.scope)
 
-    def debug(self, text: str, **fields: FieldValue) -> None:
+    def debug(self, text: str, /, **fields: FieldValue) -> None:
         """What helps to find a fault."""
         _ = self._write(DEBUG, text, fields, self.scope)
 
-    def trace(self, text: str, **fields: FieldValue) -> None:
+    def trace(self, text: str, /, **fields: FieldValue) -> None:
         """Every step."""
         _ = self._write(TRACE, text, fields, self.scope)
 
@@ -266,10 +309,11 @@ class Logger:
         self._written += 1
         parent = self._caller.parent
         ids = b"" if parent is None else parent.context.trace + parent.context.span
+        now = self._monotonic  # self._monotonic() would be sought as a method, which it is not
+        payload: bytes | bytearray
         try:
-            payload = self._heads[scope][level][tuple(fields)] + pack(
-                [self._monotonic(), text, ids, *fields.values()]
-            )
+            payload, head_size = self._heads[scope][level][tuple(fields)]
+            pack_into([now(), text, ids, *fields.values()], payload, head_size)
         except UNSURE:
             payload = self._payload(level, text, fields, scope)
         else:
@@ -283,7 +327,7 @@ class Logger:
         if reason is not None:
             self._ended[reason] += 1
             return False
-        self._lines.append(payload)
+        self._lines.append(bytes(payload))
         return True
 
     def write_from_elsewhere(
@@ -315,13 +359,18 @@ class Logger:
     def _learn(self, fields: Mapping[str, FieldValue], line: Line) -> None:
         """Keep the head of such lines ready if scope and keys are written as they stand."""
         request, names = line.request, tuple(fields)
+        known = self._heads[request.scope][request.level] if request.scope in self._heads else {}
+        if names in known:
+            piece, head_size = known[names]
+            del piece[head_size:]  # this line was none of the short ones: its bytes are not kept
+            return
         if line.is_cut or len(names) > SURE_KEYS or self._heads_count == HEADS_MAX:
             return
         if [field.key for field in request.fields] == sorted(names):
             head = head_of(request.level, request.scope, names)
             if head is not None:
                 heads = self._heads.setdefault(request.scope, tuple({} for _ in Level))
-                heads[request.level][names] = head
+                heads[request.level][names] = (bytearray(head), len(head))
                 self._heads_count += 1
 
     def _no_room(self) -> str | None:

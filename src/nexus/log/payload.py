@@ -60,8 +60,12 @@ class Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
         ]
 
 
-pack: Final = msgspec.msgpack.Encoder().encode
+_encoder: Final = msgspec.msgpack.Encoder()
+pack: Final = _encoder.encode
 """The bytes of a Payload, or of a tuple of what it has."""
+
+pack_into: Final = _encoder.encode_into
+"""The same, behind so many bytes of a bytearray, which ends with it then."""
 
 _array: Final = msgspec.msgpack.Decoder(Payload).decode
 _written: Final = msgspec.msgpack.Decoder(Annotated[int, U64()]).decode

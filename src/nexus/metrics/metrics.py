@@ -235,7 +235,7 @@ class Metrics:
 
     # ------------------------------------------------------------------ spans
 
-    def span(self, name: str, **attributes: LabelValue) -> Span:
+    def span(self, name: str, /, **attributes: LabelValue) -> Span:
         """A span, for `with`. Attributes that are too many or too long are cut."""
         try:
             if not attributes:

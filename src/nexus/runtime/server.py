@@ -150,7 +150,7 @@ class Log(Writer, Protocol):
     async def flush(self) -> None:
         """Send and take what can be without waiting."""
 
-    def info(self, text: str, *, token: str) -> None:
+    def info(self, text: str, /, *, token: str) -> None:
         """Write one line."""
 
 

@@ -114,7 +114,7 @@ class RingWriter:
         self._words[CAPACITY_WORD] = self._capacity
         self._words[MAGIC_WORD] = RING_MAGIC
 
-    def put(self, payload: bytes) -> None:
+    def put(self, payload: bytes | bytearray) -> None:
         """Write a record over the oldest ones; one that is too large counts as lost."""
         size = len(payload)
         try:

@@ -66,8 +66,8 @@ def is_over_limit(request: Append) -> bool:
 class Looker:
     """Looks at the lines of one stream, and knows the heads of short ones it has seen to be good.
 
-    A payload of at most SURE_SIZE bytes whose head is one of `heads` is a record for certain, at
-    one glance: there are scope and keys in it, and whatever follows is shown as something.
+    A payload of at most SURE_SIZE bytes with such a head is a record for certain, at one glance:
+    there are scope and keys in it, and whatever follows is shown as something.
     """
 
     def __init__(self, *, is_core: bool) -> None:
@@ -88,6 +88,20 @@ class Looker:
         ):
             return LogdStatus.OVER_LIMIT
         return None
+
+    def knows(self, payloads: list[bytes]) -> bool:
+        """Whether each of these begins with a head that is known."""
+        heads = self.heads
+        latest: tuple[bytes, ...] = ()  # what nothing begins with, until there is one
+        for data in payloads:
+            # Most lines are like the one before. A head has its own size in it, so what begins
+            # with the bytes of one has that one.
+            if not data.startswith(latest):
+                head = data[: data[HEAD_SIZE_INDEX]] if len(data) > HEAD_SIZE_INDEX else b""
+                if head not in heads:
+                    return False
+                latest = (head,)
+        return True
 
     def learn(self, data: bytes, payload: Payload) -> None:
         """These bytes are that payload, and it was no reason to refuse it."""

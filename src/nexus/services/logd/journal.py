@@ -54,6 +54,7 @@ class Chunk:
     sender: Sender
     row: Row
     payloads: list[bytes]
+    size: int  # what the kept ones count for
     start: int = 0  # those before are pushed out
 
     def entry(self, index: int) -> Entry:
@@ -130,31 +131,32 @@ class Journal:
 
         Times strictly increase. `wall` is the wall's clock at `now`.
         """
-        if len(payloads) <= self._part_count and (
-            len(payloads) <= 1 or _size_of(payloads) <= self._part_size
-        ):
-            self._add(sender, payloads, row, now, wall)
+        size = _size_of(payloads)
+        if len(payloads) <= self._part_count and (len(payloads) <= 1 or size <= self._part_size):
+            self._add(sender, payloads, size, row, now, wall)
             return self.last
         part: list[bytes] = []
         size = 0
         for payload in payloads:
             counts = RECORD_OVERHEAD + len(payload)
             if part and (len(part) >= self._part_count or size + counts > self._part_size):
-                self._add(sender, part, row, now, wall)
+                self._add(sender, part, size, row, now, wall)
                 part, size = [], 0
             part.append(payload)
             size += counts
-        self._add(sender, part, row, now, wall)
+        self._add(sender, part, size, row, now, wall)
         return self.last
 
-    def _add(self, sender: Sender, payloads: list[bytes], row: Row, now: Nanos, wall: int) -> None:
+    def _add(
+        self, sender: Sender, payloads: list[bytes], size: int, row: Row, now: Nanos, wall: int
+    ) -> None:
+        """Add records that count for `size` bytes."""
         count = len(payloads)
-        size = _size_of(payloads)
         service = sender.service
         if self._count + count > self.records_max or self.size + size > self.size_max:
             self._make_room(count, size, service)
         at = max(int(now), self._latest + 1)
-        chunk = Chunk(self.last + 1, at, wall + at - now, sender, row, payloads)
+        chunk = Chunk(self.last + 1, at, wall + at - now, sender, row, payloads, size)
         self.total += count
         self._latest = at + count - 1
         self._chunks.append(chunk)
@@ -235,10 +237,13 @@ class Journal:
     def _push_out(self, chunk: Chunk, most: int) -> None:
         """The oldest records of a chunk go, at most so many."""
         index = chunk.start
-        gone = chunk.payloads[index : index + most]
-        count, size = len(gone), _size_of(gone)
-        chunk.payloads[index : index + count] = [b""] * count
+        count, size = len(chunk.payloads) - index, chunk.size
+        if count > most:
+            gone = chunk.payloads[index : index + most]
+            count, size = most, _size_of(gone)
+            chunk.payloads[index : index + count] = [b""] * count
         chunk.start = index + count
+        chunk.size -= size
         chunk.row.current.overwritten += count
         service = chunk.sender.service
         holding = self._holdings[service]

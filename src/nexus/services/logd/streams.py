@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nexus.abi import LinkId, Nanos, Sender
-from nexus.log.payload import HEAD_SIZE_INDEX, NO_PAYLOAD, unpack
+from nexus.log.payload import NO_PAYLOAD, unpack
 from nexus.protocols.logd import (
     PAGE_MAX,
     STREAMS_MAX,
@@ -214,13 +214,7 @@ class Streams:
 
     def _good(self, stream: Stream, payloads: list[bytes]) -> list[bytes]:
         """Those that are records; the others are refused and counted."""
-        heads = stream.looker.heads
-        sizes = list(map(len, payloads))
-        if (
-            min(sizes) > HEAD_SIZE_INDEX
-            and max(sizes) <= SURE_SIZE
-            and heads.issuperset([data[: data[HEAD_SIZE_INDEX]] for data in payloads])
-        ):
+        if max(map(len, payloads)) <= SURE_SIZE and stream.looker.knows(payloads):
             return payloads
         return [data for data in payloads if self._takes(stream, data)]
 

@@ -76,7 +76,7 @@ Connect = Callable[[Nanos], Awaitable[Client | RouteFailure]]
 class Say(Protocol):
     """What is needed of nexus.log.Logger."""
 
-    def warning(self, text: str, **fields: str | int) -> None:
+    def warning(self, text: str, /, **fields: str | int) -> None:
         """Something is not as it should be; it goes on."""
 
 

@@ -117,10 +117,10 @@ PROTOCOL_OFFSET: Final = 4
 class Log(Protocol):
     """The part of nexus.log.Logger that operator writes to."""
 
-    def info(self, text: str, **fields: FieldValue) -> None:
+    def info(self, text: str, /, **fields: FieldValue) -> None:
         """Write a line, without waiting."""
 
-    def warning(self, text: str, **fields: FieldValue) -> None:
+    def warning(self, text: str, /, **fields: FieldValue) -> None:
         """Write a line that matters more."""
 
 

@@ -38,7 +38,7 @@ class OwnLog:
     async def flush(self) -> None:
         """There is nothing that waits here."""
 
-    def info(self, text: str, *, token: str) -> None:
+    def info(self, text: str, /, *, token: str) -> None:
         """One record, for a log probe."""
         _ = self.write(Level.INFO, text, {"token": token})
 

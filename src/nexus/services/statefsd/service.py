@@ -116,10 +116,10 @@ class Gate(Protocol):
 class Log(Protocol):
     """What statefsd needs of nexus.log.Logger."""
 
-    def error(self, text: str, **fields: FieldValue) -> None:
+    def error(self, text: str, /, **fields: FieldValue) -> None:
         """Something is broken."""
 
-    def warning(self, text: str, **fields: FieldValue) -> None:
+    def warning(self, text: str, /, **fields: FieldValue) -> None:
         """Something is not as it should be."""
 
 
