@@ -23,7 +23,7 @@ endif
 
 .PHONY: help
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
 	    while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 # ---------------------------------------------------------------- the virtual environment
@@ -93,6 +93,11 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/python -m fuzz.memory --turns 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m nexus.proof.powercut --report docs/reference/powercut.md
 	@$(BIN)/python -m nexus.proof.longrun > docs/reference/longrun.txt
+	@$(BIN)/python -m tools.aarch64 > docs/reference/aarch64.txt
+
+.PHONY: aarch64
+aarch64: .venv/.made ## a smoke test of rings and pages on an emulated aarch64 (downloads QEMU)
+	@$(BIN)/python -m tools.aarch64
 
 # ---------------------------------------------------------------- checks
 

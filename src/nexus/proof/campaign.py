@@ -686,6 +686,7 @@ def _markdown(campaign: Campaign) -> Iterator[str]:
     yield "[saboteurs-sim.txt](saboteurs-sim.txt), [saboteurs-linux.txt](saboteurs-linux.txt): a"
     yield "planted fault for each rung of the ladder, and that it turns red."
     yield "[longrun.txt](longrun.txt): a million puts into the store."
+    yield "[aarch64.txt](aarch64.txt): a smoke test of rings and pages on an emulated aarch64."
     yield ""
     yield f"**{verdict}**: {campaign.seeds} seeds with faults, then a sweep of "
     yield f"{campaign.sweep_rows} failures of a task's trap in {campaign.sweep_runs} runs "
