@@ -46,6 +46,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.ipc import Caller, Peers, Spans
+from nexus.ipc.context import NO_TRACE
 from nexus.ipc.exchange import close_if_any
 from nexus.log import FieldValue
 from nexus.log.lastwords import Writer, write_last_words
@@ -74,7 +75,7 @@ from nexus.protocols.meta import (
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
-from nexus.runtime.call import NO_TRACE, Call, Deferred, DeferredItem, Refusal
+from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
 from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
