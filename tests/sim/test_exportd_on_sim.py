@@ -10,7 +10,7 @@ from nexus.abi import PORT_PEERS_MAX, service_id
 from nexus.ipc import Stale
 from nexus.kernel.sim import SimPeer
 from nexus.protocols.exportd import CollectorState, GetStats, Stats
-from nexus.protocols.metricsd import Add, Label, SpanEnd, SpanStart, SpanStatus
+from nexus.protocols.metricsd import Add, Label, Observe, SpanEnd, SpanStart, SpanStatus
 from nexus.services.exportd.exposition import Format
 from nexus.testing.device import Device, Run, simulate
 from tests.fakes.exportsystem import (
@@ -217,6 +217,7 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         end = SpanEnd(span, int(await device.now()), SpanStatus.ERROR, [])
         _ = await device.call("metricsd", end)
         _ = await device.call("metricsd", Add("strokes", [Label("valve", "a")], 7))
+        _ = await device.call("metricsd", Observe("lifted", [], 5))
         await device.sleep("400ms")
         away = await stats(device)
         assert away.collector is CollectorState.AWAY
@@ -250,15 +251,25 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         assert {each.key: each.value.string_value for each in resource.attributes}[
             "service.name"
         ] == "tester"
-        metrics = [
+        told = [
             metric
             for body in collector.received
             if body.target == "/v1/metrics"
             for found in read_metrics(body.json).resource_metrics
             for scope in found.scope_metrics
             for metric in scope.metrics
-            if metric.name == "strokes"
         ]
+        cumulative = [each for each in told if not each.HasField("gauge")]
+        points = [
+            point
+            for each in cumulative
+            for point in (*each.sum.data_points, *each.histogram.data_points)
+        ]
+        assert {"strokes", "lifted"} <= {each.name for each in cumulative}
+        assert all(0 < each.start_time_unix_nano <= each.time_unix_nano for each in points)
+        metrics = [each for each in told if each.name == "strokes"]
+        starts = {each.sum.data_points[0].start_time_unix_nano for each in metrics}
+        assert len(starts) == 1
         assert {metric.sum.data_points[0].as_int for metric in metrics} == {7}
         assert all(metric.sum.is_monotonic for metric in metrics)
         assert all(metric.sum.aggregation_temporality == 2 for metric in metrics)

@@ -35,6 +35,7 @@ def series(
         "buckets": [],
         "at": 0,
         "live": True,
+        "since": 0,
     } | changes
     return Series(kind=kind, name=name, unit=unit, labels=labels, value=value, **values)
 

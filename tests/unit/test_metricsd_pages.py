@@ -4,16 +4,25 @@ from typing import Any
 
 import pytest
 
-from nexus.abi import Fence, Pid, SleepUntil, VmoCreate, VmoShare, service_id
+from nexus.abi import Fence, Nanos, Pid, SleepUntil, VmoCreate, VmoShare, service_id
 from nexus.ipc import Answer, Exchange, Refused
-from nexus.protocols.metricsd import MetricsdStatus, OpenPage, PageOpened
+from nexus.protocols.metricsd import (
+    Add,
+    CreateSeries,
+    Kind,
+    MetricsdStatus,
+    OpenPage,
+    PageOpened,
+    SeriesCreated,
+    Taken,
+)
 from nexus.services.metricsd import service as service_module
 from nexus.services.metricsd.pages import Page, read_values
 from nexus.services.metricsd.series import Instance
 from nexus.telemetry import Group, PageWriter
 from nexus.telemetry.page import BUCKETS, COUNT, SUM
 from tests.fakes.pair import FAR
-from tests.unit.test_metricsd_service import PAGE_SIZE, System
+from tests.unit.test_metricsd_service import PAGE_SIZE, System, read
 
 
 def test_one_page_more_than_there_may_be_is_refused_until_another_ends(
@@ -42,6 +51,33 @@ def test_one_page_more_than_there_may_be_is_refused_until_another_ends(
 
     refused = Refused(MetricsdStatus.OVER_LIMIT)
     assert answers == [*[PageOpened] * 6, refused, refused, PageOpened, PageOpened]
+
+
+@pytest.mark.parametrize(
+    ("said", "since"), [(400, 400), (0, 1_000), (1 << 63, 1_000)], ids=["early", "none", "late"]
+)
+def test_a_series_is_told_since_when_its_task_counts_and_not_since_a_time_to_come(
+    said: int, since: int
+) -> None:
+    system = System()
+
+    async def body(link: Exchange) -> Any:
+        slot = await VmoCreate(PAGE_SIZE)
+        PageWriter(await VmoShare(slot)).begin(said)
+        _ = await link.ask(OpenPage(), FAR, move=slot)
+        _ = await SleepUntil(Nanos(5_000))
+        created = CreateSeries(Kind.COUNTER, "strokes", [], [], "")
+        assert isinstance(await link.call(created, FAR), SeriesCreated)
+        assert isinstance(await link.call(Add("hits", [], 3), FAR), Taken)
+        _ = await SleepUntil(FAR)
+
+    _ = system.add_client(body, name="pump")
+    system.kernel.settle()
+    system.kernel.now = Nanos(5_000)
+    system.kernel.settle()
+    found = {each.name: (each.since, each.at) for each in read(system)}
+
+    assert found == {"strokes": (since, 5_000), "hits": (5_000, 5_000)}
 
 
 def test_an_update_whose_count_is_seen_last_is_found_by_the_barrier_behind_the_copy() -> None:
