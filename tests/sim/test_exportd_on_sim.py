@@ -10,7 +10,8 @@ from nexus.abi import PORT_PEERS_MAX, service_id
 from nexus.ipc import Stale
 from nexus.kernel.sim import SimPeer
 from nexus.protocols.exportd import CollectorState, GetStats, Stats
-from nexus.protocols.metricsd import Add, Label, Observe, SpanEnd, SpanStart, SpanStatus
+from nexus.protocols.logd import Level
+from nexus.protocols.metricsd import Add, Label, Observe, SetGauge, SpanEnd, SpanStart, SpanStatus
 from nexus.services.exportd.exposition import Format
 from nexus.testing.device import Device, Run, simulate
 from tests.fakes.exportsystem import (
@@ -90,6 +91,26 @@ def test_a_scrape_says_what_was_counted_a_moment_ago(tmp_path: Path) -> None:
 
     console = run(tmp_path, scenario).console
     assert "exportd: ready" in console
+
+
+def test_what_cannot_stand_in_a_page_is_counted_there_and_told_to_the_log_once(
+    tmp_path: Path,
+) -> None:
+    async def scenario(device: Device) -> None:
+        _ = await device.call("metricsd", Add("strokes", [], 7))
+        _ = await device.call("metricsd", SetGauge("strokes_total", [], 3))
+        _ = await scraped(device)
+        await device.sleep("1s")
+
+        _, text = await scraped(device)
+
+        await device.sleep("1s")
+        assert value_of(text, "strokes_total", service="tester") == 7
+        assert value_of(text, "exportd_series_left_out", service="exportd") == 1
+        lines = await device.logs("metric", "strokes_total")
+        assert [each.level for each in lines] == [Level.WARN]
+
+    _ = run(tmp_path, scenario)
 
 
 def test_a_service_without_metrics_has_those_of_its_requests(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_an_update_whose_count_is_seen_last_is_found_by_the_barrier_behind_the_c
     """As tests/property/test_telemetry_weak_memory.py has it, of the passes that metricsd makes."""
     memory = memoryview(bytearray(PAGE_SIZE))
     words = PageWriter(memory).words
-    page = Page(Instance(service_id("alpha"), 1, Pid(7)), memory)
+    page = Page(Instance(service_id("alpha"), 1, Pid(7)), memory, Nanos(1))
     first = page.reader.allot_group(2)
     assert first is not None
     words[first + COUNT], words[first + SUM], words[first + BUCKETS] = 1, 5, 1

@@ -42,7 +42,7 @@ class Page:
     """The page of one instance, opened at `now`. Raises NoPage (nexus.telemetry) if there is none
     in `view`."""
 
-    def __init__(self, instance: Instance, view: memoryview, now: Nanos = Nanos(0)) -> None:
+    def __init__(self, instance: Instance, view: memoryview, now: Nanos) -> None:
         self.instance = instance
         self.reader = PageReader(view)
         self.began = Nanos(min(self.reader.began or now, now))  # nobody began later than now
