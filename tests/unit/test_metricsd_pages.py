@@ -16,6 +16,7 @@ from nexus.protocols.metricsd import (
     SeriesCreated,
     Taken,
 )
+from nexus.runtime import BINDS_MAX
 from nexus.services.metricsd import service as service_module
 from nexus.services.metricsd.pages import Page, read_values
 from nexus.services.metricsd.series import Instance
@@ -51,6 +52,33 @@ def test_one_page_more_than_there_may_be_is_refused_until_another_ends(
 
     refused = Refused(MetricsdStatus.OVER_LIMIT)
     assert answers == [*[PageOpened] * 6, refused, refused, PageOpened, PageOpened]
+
+
+def test_whoever_comes_when_every_link_is_taken_is_refused_and_not_left_waiting() -> None:
+    system = System()
+    answers: list[Any] = []
+
+    async def body(link: Exchange) -> None:
+        slot = await VmoCreate(PAGE_SIZE)
+        _ = PageWriter(await VmoShare(slot))
+        answers.append(await link.ask(OpenPage(), FAR, move=slot))
+        _ = await SleepUntil(FAR)
+
+    first, *_ = [system.add_client(body, name=f"task{number}") for number in range(BINDS_MAX)]
+    system.kernel.settle()
+    _ = system.add_client(body, name="late")
+    with pytest.raises(AssertionError, match="Closed"):  # what Bind's BUSY is to ipc
+        system.kernel.settle()
+    refused = system.server.account.refused_binds
+    busy = [each.count for each in system.server.account.refusal_rows()]
+    system.kernel.end(first)
+    system.kernel.settle()
+    _ = system.add_client(body, name="later")
+    system.kernel.settle()
+
+    assert (refused, busy) == (1, [1])
+    assert len(answers) == BINDS_MAX + 1
+    assert all(isinstance(each, Answer) for each in answers)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ from nexus.protocols.metricsd import (
 )
 from nexus.protocols.metricsd import Series as ToldSeries
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
-from nexus.runtime import Call, Refusal
+from nexus.runtime import BINDS_MAX, Call, Refusal
 from nexus.runtime.program import Context, program_of
 from nexus.services.metricsd import checks
 from nexus.services.metricsd.config import Settings
@@ -103,6 +103,7 @@ TOLD: Final = (
 )
 """Refusals that the console hears of, each once."""
 
+assert PAGES_MAX > BINDS_MAX, "a task without a link is refused before it has a page to offer"
 
 Change = OpenPage | CreateSeries | Add | SetGauge | Observe | SpanStart | SpanEnd
 """What makes or changes something, and so uses up some of its sender's rate."""
