@@ -406,6 +406,7 @@ class Scrape:
                 [],
                 1,
                 True,
+                0,
             )
             for index, (reader, word) in enumerate(self._words)
         ]

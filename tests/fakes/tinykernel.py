@@ -242,9 +242,14 @@ class TinyKernel:
         return task.result
 
     def settle(self) -> None:
-        """Drive everybody until nobody can go on without the clock."""
+        """Drive everybody until nobody can go on without the clock; who failed meanwhile is not
+        taken for somebody who waits."""
+        before = {each for each in self.tasks if each.failure is not None}
         while self._round():
             pass
+        for task in self.tasks:
+            if task.failure is not None and task not in before:
+                raise task.failure
 
     def _round(self) -> bool:
         """Everybody's turn once; whether anybody could use it."""

@@ -315,25 +315,28 @@ def test_it_listens_at_what_was_declared_and_nowhere_else(system: Exporting) -> 
     assert [row[1] for row in listening] == [f"0100007F:{system.page_port:04X}"]
 
 
-def test_one_command_is_one_trace_through_two_services(system: Exporting, tmp_path: Path) -> None:
+def test_one_command_is_one_trace_through_three_services(system: Exporting, tmp_path: Path) -> None:
     answer = system.host.ok("call", "rngd", "get-entropy", "size=8", "--verbose", "--json")
     trace = answer.err.split()[-1]
 
     def spans() -> Any:
         shown = system.host.run("trace", trace, "--json")
         found = shown.json[0]["spans"] if shown.code == 0 else []
-        return found if len(found) > 1 else None
+        return found if len(found) > 2 else None
 
-    drawn, checked = eventually(spans, "both spans")
+    passed, drawn, checked = eventually(spans, "the spans")
 
+    assert (passed["service"], passed["name"]) == ("operator", "operator.Relay")
+    assert drawn["parent"] == passed["span"]
     assert (drawn["service"], drawn["name"]) == ("rngd", "rngd.GetEntropy")
     assert (checked["service"], checked["name"]) == ("policyd", "policyd.CheckFor")
     assert checked["parent"] == drawn["span"]
     assert 0 < checked["duration_ns"] < drawn["duration_ns"]
     lines = system.host.ok("trace", trace[:12], "--logs").out.splitlines()
-    assert lines[0].startswith(f"trace {trace}  2 spans of 2 services")
-    assert lines[1].startswith("rngd.GetEntropy")
-    assert any(line.startswith("└─ policyd.CheckFor") for line in lines)
+    assert lines[0].startswith(f"trace {trace}  3 spans of 3 services")
+    assert lines[1].startswith("operator.Relay")
+    assert lines[2].startswith("└─ rngd.GetEntropy")
+    assert any(line.startswith("   └─ policyd.CheckFor") for line in lines)
     file = tmp_path / "trace.json"
     _ = system.host.ok("trace", trace, "--chrome", str(file))
     check_trace_events(json.loads(file.read_text()))

@@ -10,7 +10,8 @@ from nexus.abi import PORT_PEERS_MAX, service_id
 from nexus.ipc import Stale
 from nexus.kernel.sim import SimPeer
 from nexus.protocols.exportd import CollectorState, GetStats, Stats
-from nexus.protocols.metricsd import Add, Label, SpanEnd, SpanStart, SpanStatus
+from nexus.protocols.logd import Level
+from nexus.protocols.metricsd import Add, Label, Observe, SetGauge, SpanEnd, SpanStart, SpanStatus
 from nexus.services.exportd.exposition import Format
 from nexus.testing.device import Device, Run, simulate
 from tests.fakes.exportsystem import (
@@ -90,6 +91,26 @@ def test_a_scrape_says_what_was_counted_a_moment_ago(tmp_path: Path) -> None:
 
     console = run(tmp_path, scenario).console
     assert "exportd: ready" in console
+
+
+def test_what_cannot_stand_in_a_page_is_counted_there_and_told_to_the_log_once(
+    tmp_path: Path,
+) -> None:
+    async def scenario(device: Device) -> None:
+        _ = await device.call("metricsd", Add("strokes", [], 7))
+        _ = await device.call("metricsd", SetGauge("strokes_total", [], 3))
+        _ = await scraped(device)
+        await device.sleep("1s")
+
+        _, text = await scraped(device)
+
+        await device.sleep("1s")
+        assert value_of(text, "strokes_total", service="tester") == 7
+        assert value_of(text, "exportd_series_left_out", service="exportd") == 1
+        lines = await device.logs("metric", "strokes_total")
+        assert [each.level for each in lines] == [Level.WARN]
+
+    _ = run(tmp_path, scenario)
 
 
 def test_a_service_without_metrics_has_those_of_its_requests(tmp_path: Path) -> None:
@@ -217,6 +238,7 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         end = SpanEnd(span, int(await device.now()), SpanStatus.ERROR, [])
         _ = await device.call("metricsd", end)
         _ = await device.call("metricsd", Add("strokes", [Label("valve", "a")], 7))
+        _ = await device.call("metricsd", Observe("lifted", [], 5))
         await device.sleep("400ms")
         away = await stats(device)
         assert away.collector is CollectorState.AWAY
@@ -250,15 +272,25 @@ def test_a_collector_that_was_away_gets_what_the_queue_has_kept(tmp_path: Path) 
         assert {each.key: each.value.string_value for each in resource.attributes}[
             "service.name"
         ] == "tester"
-        metrics = [
+        told = [
             metric
             for body in collector.received
             if body.target == "/v1/metrics"
             for found in read_metrics(body.json).resource_metrics
             for scope in found.scope_metrics
             for metric in scope.metrics
-            if metric.name == "strokes"
         ]
+        cumulative = [each for each in told if not each.HasField("gauge")]
+        points = [
+            point
+            for each in cumulative
+            for point in (*each.sum.data_points, *each.histogram.data_points)
+        ]
+        assert {"strokes", "lifted"} <= {each.name for each in cumulative}
+        assert all(0 < each.start_time_unix_nano <= each.time_unix_nano for each in points)
+        metrics = [each for each in told if each.name == "strokes"]
+        starts = {each.sum.data_points[0].start_time_unix_nano for each in metrics}
+        assert len(starts) == 1
         assert {metric.sum.data_points[0].as_int for metric in metrics} == {7}
         assert all(metric.sum.is_monotonic for metric in metrics)
         assert all(metric.sum.aggregation_temporality == 2 for metric in metrics)

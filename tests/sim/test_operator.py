@@ -33,6 +33,7 @@ from nexus.init.system import parse
 from nexus.ipc import Answer, Client, Exchange, Peers, Pending, Refused, RetryBudget, offer_bulk
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.ports import SimPeer
+from nexus.metrics import Recorder
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import GetSystem, GetTasks, Restart, Route, SetPolicy, Shutdown
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
@@ -59,7 +60,7 @@ from nexus.protocols.policyd import PolicydStatus, ReloadBulk
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Cancel, Register, TimedStatus, Timer, Wait
 from nexus.runtime import Call, Deferred, Server, ServiceConfig
-from nexus.services.operator.relay import AT_ONCE, Ended, Passing
+from nexus.services.operator.relay import AT_ONCE, Ended, Passing, Spanned
 from nexus.services.operator.relay import Relay as Relaying
 from nexus.services.operator.service import IDLE_MAX, Operator
 from nexus.wire import (
@@ -69,6 +70,7 @@ from nexus.wire import (
     HEADER_SIZE,
     OP_INDEX,
     STATUS_OFFSET,
+    TRACE_OFFSET,
     Protocol,
     ReplyStatus,
     Request,
@@ -631,14 +633,16 @@ def operator_alone() -> tuple[Operator, BootImage]:
         now=Nanos(0),
         argument=b"",
     )
-    return Operator(Slot(2), Relaying(Peers(boot, b"seed"), []), Silent()), boot
+    peers = Peers(boot, b"seed")
+    return Operator(Slot(2), Relaying(peers, []), Silent(), Recorder(peers.caller)), boot
 
 
 def ended(request: type, data: bytes) -> Ended:
     outer = bytes(HEADER.pack(0x4E, 1, 1, 0, 8, 0, 5, 9, b"t" * 16, b"s" * 8))
     codec = PROTOCOL.codecs[request]
     pending = Pending(1, None, codec, Nanos(9), b"", 0)  # type: ignore[arg-type]
-    return Ended(Passing(LinkId(3), outer, codec, outer, pending), data, ReplyStatus.OK)
+    passing = Passing(LinkId(3), outer, codec, outer, pending, Spanned(outer[TRACE_OFFSET:]))
+    return Ended(passing, data, ReplyStatus.OK)
 
 
 @pytest.mark.covers("operator.TOO_LARGE")
@@ -676,8 +680,9 @@ def test_the_kernel_is_asked_who_is_there() -> None:
 
     assert operator._is_welcome(PeerIdentity(1, 0))
     assert operator._is_welcome(PeerIdentity(1, 1234))
-    assert not Operator(Slot(2), operator._relay, Silent(), 5)._is_welcome(PeerIdentity(1, 6))
-    assert Operator(Slot(2), operator._relay, Silent(), 5)._is_welcome(PeerIdentity(1, 5))
+    relay, recorder = operator._relay, operator._recorder
+    assert not Operator(Slot(2), relay, Silent(), recorder, 5)._is_welcome(PeerIdentity(1, 6))
+    assert Operator(Slot(2), relay, Silent(), recorder, 5)._is_welcome(PeerIdentity(1, 5))
 
 
 def test_an_answer_that_came_while_something_else_was_awaited_is_told_at_once() -> None:

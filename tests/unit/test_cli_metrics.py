@@ -103,6 +103,7 @@ def series(number: int, kind: Kind = Kind.COUNTER, **options: Any) -> Series:
         "buckets": [],
         "at": 1,
         "live": True,
+        "since": 0,
     }
     return Series(**(known | options))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ def series(
         "buckets": [],
         "at": 0,
         "live": True,
+        "since": 0,
     } | changes
     return Series(kind=kind, name=name, unit=unit, labels=labels, value=value, **values)
 
@@ -118,6 +120,7 @@ def test_what_cannot_stand_beside_another_family_is_left_out_and_counted() -> No
     page = exposition(rows, NAMES, Format.OPENMETRICS)
 
     assert (page.samples, page.left_out) == (2, 3)
+    assert page.metrics_left_out == ["a_b", "a.b", "a_b_total"]
     (family,) = read_openmetrics(page.text.decode())  # type: ignore[no-untyped-call]
     assert [sample.value for sample in family.samples] == [7, 10]
 
@@ -182,6 +185,25 @@ def test_whatever_the_series_are_both_parsers_read_the_page(rows: list[Series]) 
     assert len(whole) >= page.samples
     old = exposition(rows, NAMES, Format.TEXT).text.decode()
     assert sum(len(family.samples) for family in read_text(old)) == len(named)
+
+
+CLASHING = ("a", "a.total", "a_total", "a_count", "a_sum", "a_bucket", "a_created", "a_seconds")
+
+
+@given(st.lists(st.tuples(any_series(), st.sampled_from(CLASHING)), max_size=8))
+def test_however_names_clash_each_family_is_there_once_and_of_one_type(
+    named: list[tuple[Series, str]],
+) -> None:
+    rows = [msgspec.structs.replace(row, name=name) for row, name in named]
+    page = exposition(rows, NAMES, Format.OPENMETRICS)
+
+    families = list(read_openmetrics(page.text.decode()))  # type: ignore[no-untyped-call]
+    heads = [line.split()[2] for line in page.text.decode().splitlines() if "# TYPE" in line]
+    assert heads == [each.name for each in families]
+    assert len(set(heads)) == len(heads)
+    assert page.samples + page.left_out == len(rows)
+    assert bool(page.metrics_left_out) is bool(page.left_out)
+    assert not rows or page.samples, "the first one stands"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def counter(at: int) -> Series:
         buckets=[],
         at=at,
         live=True,
+        since=15,
     )
 
 
@@ -86,7 +87,8 @@ def test_times_are_those_of_the_wall_clock() -> None:
     (point,) = resource["scopeMetrics"][0]["metrics"][0]["sum"]["dataPoints"]
 
     assert (one["startTimeUnixNano"], one["endTimeUnixNano"]) == ("5000", "5030")
-    assert (point["timeUnixNano"], point["asInt"]) == ("1040", "3")
+    assert (point["startTimeUnixNano"], point["timeUnixNano"]) == ("1015", "1040")
+    assert point["asInt"] == "3"
 
 
 def test_bodies_are_as_large_as_they_may_be_and_lose_nothing() -> None:

@@ -9,9 +9,9 @@ from nexus.ipc import Client, Peers, Refused, RetryBudget
 from nexus.ipc import Context as Trace
 from nexus.metrics import Metrics
 from nexus.protocols.metricsd import SpanStatus
-from nexus.runtime import Call, Deferred
-from nexus.runtime.program import Context
-from tests.fakes.adder import Add, AdderStatus, Keep, Sum
+from nexus.runtime import Call, Deferred, Server
+from nexus.runtime.program import Context, program_of
+from tests.fakes.adder import Add, Adder, AdderStatus, Keep, Sum
 from tests.fakes.own import PROTOCOL, Plain
 from tests.fakes.pair import FAR
 from tests.unit.test_metrics import MS, Watched
@@ -83,6 +83,68 @@ def test_the_parent_of_a_requests_span_is_the_span_of_its_caller(way: str) -> No
     assert (span.trace, span.parent) == CALLER
     assert span.span[:4] == (service_id("own") & 0xFFFFFFFF).to_bytes(4, "little")
     assert span.span != span.parent
+
+
+class Hearing(Adder):
+    """Adds, and keeps what its callers say they are part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Trace] = []
+
+    def handle(self, call: Call, request: Any) -> Any:
+        self.heard.append(call.parent)
+        return super().handle(call, request)
+
+
+class Periodic:
+    """Asks twice every millisecond, and once more inside of a span."""
+
+    PROTOCOL = PROTOCOL
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._due = Nanos(0)
+
+    def handle(self, call: Call, request: Add) -> Sum:
+        del call
+        return Sum(request.a + request.b)
+
+    def next_time(self) -> Nanos:
+        return self._due
+
+    async def on_time(self, now: Nanos) -> None:
+        self._due = Nanos(now + MS)
+        hearing = await self._context.client("hearing", PROTOCOL)
+        for _ in range(2):
+            _ = await hearing.call(Add(1, 2), FAR)
+        with self._context.metrics.span("work"):
+            _ = await hearing.call(Add(1, 2), FAR)
+
+
+def heard_of_turns() -> tuple[list[Trace], list[Any]]:
+    """What is heard of a service's own turns, three times in each, and the spans."""
+    watched = Watched()
+    hearing = Hearing()
+    watched.system.start("hearing", lambda boot: Server(hearing, PROTOCOL, boot).run())
+    _ = watched.start(program_of(Periodic), uses=("hearing", "metricsd"), posts=("metricsd",))
+    _ = watched.ask(Add(3, 4))  # it begins with its first link
+    watched.pause(20 * MS)
+    heard = hearing.heard[: len(hearing.heard) // 3 * 3]
+    return heard, watched.spans()
+
+
+def test_each_turn_of_a_services_own_is_a_trace_the_same_one_for_a_seed() -> None:
+    turns, spans = heard_of_turns()
+
+    grouped = [turns[index : index + 3] for index in range(0, len(turns), 3)]
+    assert len(grouped) > 3
+    assert all(first.trace == second.trace for first, second, _ in grouped)
+    assert len({first.trace for first, _, _ in grouped}) == len(grouped)
+    assert len({each.trace for each in turns}) == 2 * len(grouped)  # a span begins its own
+    works = [each for each in spans if each.name == "work"]
+    assert all(each.parent == bytes(8) for each in works)
+    assert heard_of_turns()[0] == turns
 
 
 def test_updates_that_were_refused_before_there_was_a_page_are_in_it() -> None:

@@ -8,6 +8,7 @@ from nexus.abi import service_id
 
 TRACE_SIZE: Final = 16  # bytes
 SPAN_SIZE: Final = 8  # bytes
+NO_TRACE: Final = bytes(TRACE_SIZE)  # no trace id (W3C); a caller may send it all the same
 MAKER_SIZE: Final = 4  # bytes of a span id: the low half of its maker's service id
 COUNT_MASK: Final = (1 << 32) - 1
 COUNT_STEP: Final = 1 << 32  # from one span id to the next

@@ -277,6 +277,7 @@ class Metrics:
             return
         self._view = view
         self._page = PageWriter(view)
+        self._page.begin(clock.monotonic())
         self._page.count_overflow(self._overflow)
         self.recorder.begin(self._page, clock)
         for series in self._series.values():

@@ -8,7 +8,7 @@ from typing import Final, Protocol, Self
 
 from nexus.abi import Clock
 from nexus.ipc import Caller, Context, Parent, Spans
-from nexus.ipc.context import COUNT_STEP, SPAN_MASK, TRACE_SIZE, first_trail, next_trail
+from nexus.ipc.context import COUNT_STEP, NO_TRACE, SPAN_MASK, TRACE_SIZE, first_trail, next_trail
 from nexus.protocols.metricsd import SpanStatus
 from nexus.telemetry import Called, PageWriter, SpanWriter
 from nexus.telemetry.span import ATTRIBUTES_MAX
@@ -49,8 +49,22 @@ class Recorder:
         self.spans = page.spans
         self.now = clock.monotonic
 
+    def open(self, around: bytes, start: int, called: Called) -> tuple[bytes, int]:
+        """A span that began at `start` inside of `around`, a trail from elsewhere, and that ends
+        whenever it does: the trail of what it sets off, and its unit of the page."""
+        assert self.spans is not None, "there is a page"
+        ids = self.caller.spans
+        number = ids.next_number()
+        if around.startswith(NO_TRACE):
+            around = first_trail(ids.trace, number, number)
+        return next_trail(around[:TRACE_SIZE], number), self.spans.open(
+            around, number, start, called
+        )
+
     def close(self, unit: int, status: int, refused: IntEnum | None = None) -> None:
-        """The span in this unit of the page has ended now."""
+        """The span in this unit of the page has ended now; there is none in unit -1."""
+        if unit < 0:
+            return
         assert self.spans is not None, "it gave the unit"
         if refused is None:
             self.spans.close(unit, self.now(), status)

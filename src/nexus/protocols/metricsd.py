@@ -168,8 +168,9 @@ class SpanEnd(Request[Taken], op=7, idempotent=False, refuses=MetricsdStatus):
 
 class Series(Message):
     """A series as metricsd last read it. `value` is a counter's or gauge's; a histogram has
-    `count`, `sum` and `buckets`. `at` is when it was read (kernel clock). `live` is false for a
-    series of an instance that has ended. `service` 0 is metricsd's own, about what it refused."""
+    `count`, `sum` and `buckets`. `at` is when it was read (kernel clock), `since` when its
+    instance began to count, never after `at`. `live` is false for a series of an instance that has
+    ended. `service` 0 is metricsd's own, about what it refused."""
 
     series: Annotated[int, U32()]
     service: Annotated[int, U64()]
@@ -185,6 +186,7 @@ class Series(Message):
     buckets: Annotated[list[Annotated[int, U64()]], List(count_max=BOUNDS_MAX + 1)]
     at: Annotated[int, U64()]
     live: bool
+    since: Annotated[int, U64()]
 
 
 class SeriesPage(Message):
@@ -350,7 +352,7 @@ MetricsdRequest: TypeAlias = (
 PROTOCOL: Final = Protocol(
     "metricsd",
     number=14,
-    version=1,
+    version=2,
     requests=(
         OpenPage,
         CreateSeries,

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nexus.abi import LinkId, Message, Nanos, Sender, Slot
 from nexus.ipc import Context, Spans
-from nexus.ipc.context import TRACE_SIZE, first_trail, next_trail
+from nexus.ipc.context import NO_TRACE, TRACE_SIZE, first_trail, next_trail
 from nexus.telemetry import Called, SpanWriter
 from nexus.wire import (
     HEADER_SIZE,
@@ -21,7 +21,6 @@ from nexus.wire import (
 )
 
 NOTES_MAX: Final = 16  # facts of one call
-NO_TRACE: Final = bytes(TRACE_SIZE)  # no trace id (W3C); a caller may send it all the same
 
 NOT_FOR_HANDLERS: Final = (ReplyStatus.OK, ReplyStatus.REFUSED_ITEM)
 

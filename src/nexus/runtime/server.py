@@ -46,6 +46,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.ipc import Caller, Peers, Spans
+from nexus.ipc.context import NO_TRACE
 from nexus.ipc.exchange import close_if_any
 from nexus.log import FieldValue
 from nexus.log.lastwords import Writer, write_last_words
@@ -74,7 +75,7 @@ from nexus.protocols.meta import (
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
-from nexus.runtime.call import NO_TRACE, Call, Deferred, DeferredItem, Refusal
+from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
 from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
@@ -396,14 +397,26 @@ class Server:
             _ = await self._send(slot, trap.data)
 
     async def _ring(self, next_time: Callable[[], Nanos | None]) -> Nanos | None:
-        """Tell the service that its time has come; its next one. No caller waits for that."""
+        """Tell the service that its time has come; its next one. No caller waits for that.
+
+        What it asks of others in one such turn is one trace.
+        """
         on_time = self._hooks.on_time
         assert on_time is not None
         await self._send_held()
+        root = self._caller.trail
+        self._begin_trace(self._caller.spans.next_trail())
         await _settled(on_time(self._latest))
+        self._begin_trace(root)
         due = next_time()
         assert due is None or due > self._latest, "on_time has left its time standing"
         return due
+
+    def _begin_trace(self, trail: bytes) -> None:
+        """Calls that are made outside of any request and any span belong to `trail`."""
+        self._caller.trail = trail
+        if self._recorder is not None:
+            self._recorder.root = trail
 
     async def _drive(self, log: Log) -> None:
         """Let the log send and take what it can, and come back for the rest when it says so."""

@@ -1,6 +1,6 @@
 """A page of living memory: words that are series, and spans.
 
-    header    8 words: magic | size | overflow | lost spans | 4 free
+    header    8 words: magic | size | overflow | lost spans | began (ns) | 3 free
     words     a quarter of the page: u64 cells, handed out by the reader's owner
     spans     the rest (nexus.telemetry.span): states, then units
 
@@ -33,6 +33,7 @@ PASSES_MAX: Final = 4  # over a page, until a group that was never still is give
 MAGIC_WORD: Final = 0
 SIZE_WORD: Final = 1
 OVERFLOW_WORD: Final = 2
+BEGAN_WORD: Final = 4
 
 COUNT: Final = 0  # words of a group, in their order
 SUM: Final = 1
@@ -86,6 +87,10 @@ class PageWriter:
         )
         self._header[SIZE_WORD] = len(view)
         self._header[MAGIC_WORD] = PAGE_MAGIC
+
+    def begin(self, at: int) -> None:
+        """Say when its task began to count (kernel clock, ns)."""
+        self._header[BEGAN_WORD] = at
 
     def clear(self) -> None:
         """Make all words zero: they are handed out anew."""
@@ -192,6 +197,11 @@ class PageReader:
     def overflow(self) -> int:
         """Updates of refused series, as the writer says."""
         return min(self._header[OVERFLOW_WORD], WORD_MAX)
+
+    @property
+    def began(self) -> int:
+        """When its task began to count, as the writer says; 0 if it says nothing."""
+        return self._header[BEGAN_WORD]
 
     # ------------------------------------------------------------------ a pass
 

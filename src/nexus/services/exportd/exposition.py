@@ -63,7 +63,8 @@ class Exposition:
 
     text: bytes
     samples: int
-    left_out: int
+    left_out: int  # series
+    metrics_left_out: list[str]  # by their names in metricsd, each once
 
 
 def exposition(rows: Iterable[Series], names: Mapping[int, str], kind: Format) -> Exposition:
@@ -72,6 +73,7 @@ def exposition(rows: Iterable[Series], names: Mapping[int, str], kind: Format) -
     taken: dict[str, str] = {}  # name of a sample or a family -> the family
     seen: set[tuple[str, str]] = set()
     left_out = 0
+    metrics: dict[str, None] = {}
     for row in rows:
         wanted = _family_of(row)
         family = families.get(wanted.name)
@@ -85,6 +87,7 @@ def exposition(rows: Iterable[Series], names: Mapping[int, str], kind: Format) -
         )
         if family is None or not is_same or (family.name, labels) in seen:
             left_out += 1
+            metrics[row.name] = None
             continue
         seen.add((family.name, labels))
         family.lines += _samples(family, row, labels)
@@ -94,7 +97,8 @@ def exposition(rows: Iterable[Series], names: Mapping[int, str], kind: Format) -
         lines += family.lines
     if kind is Format.OPENMETRICS:
         lines.append("# EOF")
-    return Exposition("".join(f"{line}\n" for line in lines).encode(), len(seen), left_out)
+    text = "".join(f"{line}\n" for line in lines).encode()
+    return Exposition(text, len(seen), left_out, list(metrics))
 
 
 def _family_of(row: Series) -> Family:

@@ -144,6 +144,7 @@ def _metric(row: Series, wall_ahead: int) -> dict[str, Any]:
     item: dict[str, Any] = {"name": row.name, "unit": row.unit}
     if row.kind is Kind.GAUGE:
         return {**item, "gauge": {"dataPoints": [{**point, "asInt": str(row.value)}]}}
+    point["startTimeUnixNano"] = str(row.since + wall_ahead)
     if row.kind is Kind.COUNTER:
         total = {**point, "asInt": str(row.value)}
         sums = {"dataPoints": [total], "aggregationTemporality": CUMULATIVE, "isMonotonic": True}

@@ -50,6 +50,7 @@ SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times
 SCRAPE_WINDOW: Final = Nanos(1_000_000_000)  # ns
 ANSWERS_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes of answers that peers have not read, of all
 BODY_SIZE_MAX: Final = 64 * 1024  # bytes; a collector takes megabytes
+REMARKED_MAX: Final = 32  # metrics that are left out of the page and told to the log; then counted
 DIALS: Final = "dial"
 
 assert SCRAPE_TIME_MAX + EXPORT_TIME_MAX < HEALTH_ANSWER, "a probe is answered in time"
@@ -68,6 +69,8 @@ class Exportd:
         self._scrapes = 0
         self._scrapes_refused = 0
         self._left_out = 0  # series of the last page that no scraper could have read
+        self._missing = context.metrics.gauge("exportd_series_left_out")  # the same, for scrapers
+        self._remarked: set[str] = set()  # metrics that the log was told of
         self._window = Nanos(0)
         self._in_window = 0
         streams = context.config.streams
@@ -211,6 +214,8 @@ class Exportd:
             return
         page = exposition(rows, self._origin.names, kind)
         self._left_out = page.left_out
+        self._missing.set(page.left_out)
+        self._remark(page.metrics_left_out)
         pending = sum(each.pending for each in self._visits.values())
         if len(page.text) > self._settings.page_size or (
             pending + len(page.text) > ANSWERS_SIZE_MAX
@@ -219,6 +224,16 @@ class Exportd:
             return
         self._scrapes += 1
         visit.answer(200, page.text, now, kind=kind.value)
+
+    def _remark(self, metrics: list[str]) -> None:
+        """Say once of each metric that its series cannot stand beside those of another one."""
+        for metric in metrics:
+            if metric not in self._remarked and len(self._remarked) < REMARKED_MAX:
+                self._remarked.add(metric)
+                self._context.log.warning(
+                    "series left out of the page: another metric has a name of theirs",
+                    metric=metric,
+                )
 
     def _may_scrape(self, now: Nanos) -> bool:
         """Whether a scrape fits this second."""

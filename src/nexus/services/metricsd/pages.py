@@ -39,11 +39,13 @@ class Ended(NamedTuple):
 
 
 class Page:
-    """The page of one instance. Raises NoPage (nexus.telemetry) if there is none in `view`."""
+    """The page of one instance, opened at `now`. Raises NoPage (nexus.telemetry) if there is none
+    in `view`."""
 
-    def __init__(self, instance: Instance, view: memoryview) -> None:
+    def __init__(self, instance: Instance, view: memoryview, now: Nanos) -> None:
         self.instance = instance
         self.reader = PageReader(view)
+        self.began = Nanos(min(self.reader.began or now, now))  # nobody began later than now
         self._view = view
         self._strays = 0  # words without a series that were seen and counted
         self._spans_lost = 0  # counted so far

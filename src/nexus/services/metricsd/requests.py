@@ -39,16 +39,16 @@ class Requests:
         what others did, and a device at rest would look busy."""
         if REQUEST.fullmatch(begun.name) is None or begun.parent[:MAKER_SIZE] in UNTOLD_MAKERS:
             return
-        self._count(REQUESTS_NAME, begun.instance, 1, now)
-        self._count(ERRORS_NAME, begun.instance, int(status in FAILED), now)
+        self._count(REQUESTS_NAME, begun.instance, 1, now, begun.start)
+        self._count(ERRORS_NAME, begun.instance, int(status in FAILED), now, begun.start)
 
     def on_unread(self, instance: Instance, count: int, now: Nanos) -> None:
         """So many spans more of a page were overwritten before they were read."""
         if count:
-            self._count(UNREAD_NAME, instance, count, now)
+            self._count(UNREAD_NAME, instance, count, now, now)
 
-    def _count(self, name: str, instance: Instance, more: int, now: Nanos) -> None:
+    def _count(self, name: str, instance: Instance, more: int, now: Nanos, since: Nanos) -> None:
         key = Key(instance.service, Kind.COUNTER, name, ())
-        series = self._table.passing(key, instance)
+        series = self._table.passing(key, instance, since)
         if series is not None:
             series.set_value(series.value + more, now)

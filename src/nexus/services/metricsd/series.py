@@ -64,11 +64,14 @@ class State(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Series:
-    """One series. `word` is the first of its words in its instance's page; None by message."""
+    """One series. `word` is the first of its words in its instance's page; None by message.
+
+    `since` is when its instance began to count, and not after its first value."""
 
     number: int
     key: Key
     instance: Instance
+    since: Nanos
     unit: str = ""
     bounds: tuple[int, ...] = ()
     word: int | None = None
@@ -114,9 +117,10 @@ class Series:
         self.sum = min(self.sum + value, SUM_MAX)
         self.at = at
 
-    def begin_anew(self, instance: Instance) -> None:
+    def begin_anew(self, instance: Instance, since: Nanos) -> None:
         """Another instance has it now; its values begin at nothing."""
         self.instance = instance
+        self.since = since
         self.live = True
         self.word = None
         self.paged = False
@@ -140,6 +144,7 @@ class Series:
             buckets=list(self.buckets),
             at=self.at,
             live=self.live,
+            since=min(self.since, self.at),
         )
 
 
@@ -220,6 +225,7 @@ class Table:
         unit: str,
         bounds: tuple[int, ...],
         *,
+        since: Nanos,
         counted: bool = True,
     ) -> Series:
         """A new series, or one that is gone and lives again. Caps were looked at before."""
@@ -228,35 +234,35 @@ class Table:
             self._forget(found)
             found = None
         if found is None:
-            found = Series(self._next, key, instance, unit, bounds)
+            found = Series(self._next, key, instance, since, unit, bounds)
             self._next += 1
             self._by_key[key] = found
             self._by_number[found.number] = found
             insort(self._numbers, found.number)
         else:
             _ = self._gone.pop(found.number)
-            found.begin_anew(instance)
+            found.begin_anew(instance, since)
         found.counted = counted
         found.paged = not counted
         self._count(found, 1)
         return found
 
-    def visible(self, key: Key, instance: Instance) -> Series:
+    def visible(self, key: Key, instance: Instance, since: Nanos) -> Series:
         """What metricsd itself tells of a service; it counts against no cap."""
         series = self._by_key.get(key)
         if series is not None and series.live and series.instance == instance:
             return series
         if series is not None and series.live:
             self.end(series)
-        return self.add(key, instance, "", (), counted=False)
+        return self.add(key, instance, "", (), since=since, counted=False)
 
-    def passing(self, key: Key, instance: Instance) -> Series | None:
+    def passing(self, key: Key, instance: Instance, since: Nanos) -> Series | None:
         """As `visible`, for what would be a record at every turn; None if a later instance of the
         service has it."""
         series = self._by_key.get(key)
         if series is not None and series.live and series.instance.generation > instance.generation:
             return None
-        series = self.visible(key, instance)
+        series = self.visible(key, instance, since)
         series.passing = True
         return series
 
@@ -317,7 +323,7 @@ class Own:
             series.set_value(value, at)
         elif value:
             key = Key(OWN, Kind.COUNTER, name, labels)
-            self._table.add(key, self._instance, "", ()).set_value(value, at)
+            self._table.add(key, self._instance, "", (), since=at).set_value(value, at)
 
     def on_series_refused(self, metric: str, at: Nanos) -> None:
         """A cap refused a series of this metric."""

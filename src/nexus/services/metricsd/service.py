@@ -60,7 +60,7 @@ from nexus.protocols.metricsd import (
 )
 from nexus.protocols.metricsd import Series as ToldSeries
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
-from nexus.runtime import Call, Refusal
+from nexus.runtime import BINDS_MAX, Call, Refusal
 from nexus.runtime.program import Context, program_of
 from nexus.services.metricsd import checks
 from nexus.services.metricsd.config import Settings
@@ -103,6 +103,7 @@ TOLD: Final = (
 )
 """Refusals that the console hears of, each once."""
 
+assert PAGES_MAX > BINDS_MAX, "a task without a link is refused before it has a page to offer"
 
 Change = OpenPage | CreateSeries | Add | SetGauge | Observe | SpanStart | SpanEnd
 """What makes or changes something, and so uses up some of its sender's rate."""
@@ -238,7 +239,7 @@ class Metricsd:
         except AbiError as error:
             raise call.refuse(MetricsdStatus.INVALID_ARGS) from error
         try:
-            page = Page(instance, view)
+            page = Page(instance, view, self._now)
         except NoPage as error:
             view.release()
             call.note("page", str(error))
@@ -290,7 +291,8 @@ class Metricsd:
         count = page.reader.overflow
         if count:
             key = Key(page.instance.service, Kind.COUNTER, OVERFLOW_NAME, ())
-            self._table.visible(key, page.instance).set_value(count, self._now)
+            series = self._table.visible(key, page.instance, page.began)
+            series.set_value(count, self._now)
 
     # ------------------------------------------------------------------ series
 
@@ -314,7 +316,8 @@ class Metricsd:
             if series.word is not None:
                 return SeriesCreated(series.number, series.word)
         made = series is None or not series.live or series.instance != instance
-        series = self._made(call, key, instance, request.unit, tuple(request.bounds))
+        bounds = tuple(request.bounds)
+        series = self._made(call, key, instance, request.unit, bounds, page.began)
         word = page.allot(request.kind, len(request.bounds))
         if word is None:
             if made:
@@ -326,18 +329,24 @@ class Metricsd:
         return SeriesCreated(series.number, word)
 
     def _made(
-        self, call: Call, key: Key, instance: Instance, unit: str, bounds: tuple[int, ...]
+        self,
+        call: Call,
+        key: Key,
+        instance: Instance,
+        unit: str,
+        bounds: tuple[int, ...],
+        since: Nanos,
     ) -> Series:
         """The live series of this key, a new one if the caps allow."""
         series = self._table.find(key)
         if series is not None and series.live:
             if series.instance != instance:  # an end that was not yet heard of
-                series.begin_anew(instance)
+                series.begin_anew(instance, since)
             return series
         if self._table.is_full_for(key):
             self._own.on_series_refused(key.name, self._now)
             raise call.refuse(MetricsdStatus.OVER_LIMIT)
-        return self._table.add(key, instance, unit, bounds)
+        return self._table.add(key, instance, unit, bounds, since=since)
 
     def _key(self, instance: Instance, kind: Kind, name: str, labels: list[Any]) -> Key:
         """Whose series this is: the sender's by the kernel's word."""
@@ -355,7 +364,7 @@ class Metricsd:
         found = self._table.find(key)
         if found is not None and found.instance == instance and found.paged:
             raise call.refuse(MetricsdStatus.INVALID_ARGS)  # it is updated in its page
-        series = self._made(call, key, instance, "", bounds)
+        series = self._made(call, key, instance, "", bounds, self._now)
         match request:
             case Add():
                 series.set_value(series.value + request.value, self._now)

@@ -10,7 +10,7 @@ a link waits, REACH_MAX at most, and after a failure not again for REACH_PAUSE.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nexus.abi import (
     INIT_NAME,
@@ -32,7 +32,6 @@ from nexus.wire import (
     PREFIX_SIZE,
     REPLY_BIT,
     STATUS_OFFSET,
-    TRACE_OFFSET,
     Codec,
     ReplyStatus,
     nonce_of,
@@ -48,6 +47,13 @@ ONE_TRY: Final = 1  # route requests per search; the command outside asks again
 Refusal = OperatorStatus | ReplyStatus
 
 
+class Spanned(NamedTuple):
+    """The span of a command: what it sets off belongs to `trail`; `unit` of the page, or -1."""
+
+    trail: bytes
+    unit: int = -1
+
+
 @dataclass(eq=False, slots=True)
 class Passing:
     """A frame on its way: whose it is, what it was, and the call it became.
@@ -60,6 +66,7 @@ class Passing:
     codec: Codec
     inner: bytes
     pending: Pending
+    span: Spanned
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +160,16 @@ class Relay:
         client: LinkId,
         outer: bytes,
         codec: Codec,
+        span: Spanned,
         move: Slot | None = None,
     ) -> Refusal | None:
-        """Pass `inner` on under a nonce of our own; why that could not be, or None.
+        """Pass `inner` on under a nonce of our own, inside `span`; why that could not be, or None.
 
-        `move` is still the caller's if it could not.
+        `move` and `span` are still the caller's if it could not.
         """
         correlator = self._peers.caller.correlator
         nonce = correlator.nonces.take()
-        echo = (
-            nonce.to_bytes(8, "little")
-            + deadline.to_bytes(8, "little")
-            + inner[TRACE_OFFSET:HEADER_SIZE]
-        )
+        echo = nonce.to_bytes(8, "little") + deadline.to_bytes(8, "little") + span.trail
         pending = Pending(nonce, peer, codec, deadline, echo, 0)
         correlator.on_sent(pending)
         try:
@@ -185,7 +189,7 @@ class Relay:
                     return ReplyStatus.BUSY
                 case _:
                     raise
-        self._passing[nonce] = Passing(client, outer, codec, inner, pending)
+        self._passing[nonce] = Passing(client, outer, codec, inner, pending, span)
         return None
 
     async def on_message(self, message: Message) -> Iterator[Ended]:
@@ -217,11 +221,12 @@ class Relay:
                 self.forget(passing)
                 yield Ended(passing, None, OperatorStatus.TIMED_OUT)
 
-    def forget_client(self, client: LinkId) -> None:
-        """Nobody waits for this client's answer any more."""
-        for passing in list(self._passing.values()):
-            if passing.client == client:
-                self.forget(passing)
+    def forget_client(self, client: LinkId) -> list[Passing]:
+        """Nobody waits for this client's answer any more; what was on its way for it."""
+        found = [each for each in self._passing.values() if each.client == client]
+        for passing in found:
+            self.forget(passing)
+        return found
 
     def forget(self, passing: Passing) -> None:
         """Nobody waits for this answer any more."""

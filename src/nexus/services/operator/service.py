@@ -2,11 +2,13 @@
 
 Owns the port "operator", where commands connect, and what is in flight for them. It believes the
 kernel about who is at the other end, passes frames on under its own identity, so that the policy
-decides about it as about any service, and writes down who asked for what. No link ever reaches a
-command's process, and no client can make it wait for another.
+decides about it as about any service, and writes down who asked for what. A command that acts is a
+span of its trace, around those of the services it is passed on to. No link ever reaches a command's
+process, and no client can make it wait for another.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, Protocol, assert_never
 
@@ -27,6 +29,8 @@ from nexus.abi import (
 )
 from nexus.ipc import Peer, deadline_after, offer_bulk
 from nexus.log import FieldValue
+from nexus.metrics import Recorder
+from nexus.metrics.spans import ERROR, OK
 from nexus.protocols.exportd import PROTOCOL as EXPORTD
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import (
@@ -61,9 +65,10 @@ from nexus.protocols.policy import POLICY_SIZE_MAX, RELOAD
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import PolicydStatus, ReloadBulk
 from nexus.runtime import Call
-from nexus.services.operator.relay import Ended
+from nexus.services.operator.relay import Ended, Spanned
 from nexus.services.operator.relay import Refusal as RelayRefusal
 from nexus.services.operator.relay import Relay as Relaying
+from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
     FLAGS_INDEX,
@@ -100,7 +105,8 @@ LOOKS: Final = (
     | frozenset(METRICSD.codecs[each].prefix for each in (GetSeries, GetHistory, GetSpans))
 )
 """Requests that change nothing. A command that follows the log asks twice a second: of these the
-first of a connection is audited, the others are counted."""
+first of a connection is audited, the others are counted; and no span is made of them, so that the
+latest trace is that of the latest command and not that of the look at it."""
 
 KNOWN: Final = (
     META.dispatch
@@ -147,10 +153,13 @@ class Refused(Exception):
 class Operator:
     """Serves nexus.protocols.operator on a port, and nobody on its endpoint."""
 
-    def __init__(self, port: Slot, relay: Relaying, log: Log, uid: int = ANY_UID) -> None:
+    def __init__(
+        self, port: Slot, relay: Relaying, log: Log, recorder: Recorder, uid: int = ANY_UID
+    ) -> None:
         self._port = port
         self._relay = relay
         self._log = log
+        self._recorder = recorder
         self._uid = uid
         self._visitors: dict[LinkId, Visitor] = {}
         self._turned_away = 0
@@ -191,7 +200,7 @@ class Operator:
     async def on_gone(self, link: LinkId) -> None:
         """A connection has ended, or a service's reply link."""
         if self._visitors.pop(link, None) is not None:
-            self._relay.forget_client(link)
+            self._forget(link)
         else:
             await self._tell(self._relay.on_gone(link))
 
@@ -310,8 +319,10 @@ class Operator:
             raise Refused(OperatorStatus.BAD_FRAME)
         self._audit(visitor, request.service, inner)
         own = int.from_bytes(inner[DEADLINE_OFFSET:TRACE_OFFSET], "little")
-        peer = await self._reached(request.service, message.now)
-        await self._send(visitor, peer, inner, Nanos(min(own, deadline)), message.data, codec)
+        with self._span(message, codec, request.service, inner) as span:
+            peer = await self._reached(request.service, message.now)
+            until = Nanos(min(own, deadline))
+            await self._send(visitor, peer, inner, until, message.data, codec, span)
 
     def _may_pass(self, service: str, inner: bytes) -> bool:
         """Whether the frame is one plain request that no capability comes of."""
@@ -351,15 +362,17 @@ class Operator:
             bulk.prefix + message.data[PREFIX_SIZE:HEADER_SIZE] + encode(ReloadBulk(len(policy)))
         )
         self._audit(visitor, POLICY_SERVICE, inner)
-        peer = await self._reached(POLICY_SERVICE, message.now)
-        vmo = await offer_bulk(policy)
-        if vmo is None:
-            raise Refused(ReplyStatus.BUSY)
-        try:
-            await self._send(visitor, peer, inner, deadline, message.data, codec, move=vmo)
-        except Refused:
-            await CapClose(vmo)
-            raise
+        with self._span(message, codec, POLICY_SERVICE, inner) as span:
+            peer = await self._reached(POLICY_SERVICE, message.now)
+            vmo = await offer_bulk(policy)
+            if vmo is None:
+                raise Refused(ReplyStatus.BUSY)
+            try:
+                data = message.data
+                await self._send(visitor, peer, inner, deadline, data, codec, span, move=vmo)
+            except Refused:
+                await CapClose(vmo)
+                raise
 
     async def _reached(self, service: str, now: Nanos) -> Peer:
         peer = await self._relay.reach(service, now)
@@ -375,13 +388,21 @@ class Operator:
         deadline: Nanos,
         outer: bytes,
         codec: Codec,
+        span: Spanned,
         *,
         move: Slot | None = None,
     ) -> None:
         if deadline <= await Now():
             raise Refused(OperatorStatus.UNREACHABLE)  # the search took all the time there was
         refusal = await self._relay.send(
-            peer, inner, deadline, client=visitor.link, outer=outer, codec=codec, move=move
+            peer,
+            inner,
+            deadline,
+            client=visitor.link,
+            outer=outer,
+            codec=codec,
+            span=span,
+            move=move,
         )
         if refusal is not None:
             raise Refused(refusal)
@@ -398,16 +419,51 @@ class Operator:
             visitor.looked.add(prefix)
         self._log.info("command", request=_name_of(inner), target=service, **_who(visitor.peer))
 
+    @contextmanager
+    def _span(
+        self, message: Message, codec: Codec, service: str, inner: bytes
+    ) -> Iterator[Spanned]:
+        """The span of a command, which stays open until it has its answer, unless it is refused."""
+        around = inner[TRACE_OFFSET:HEADER_SIZE]
+        if inner[:PREFIX_SIZE] in LOOKS or self._recorder.spans is None:
+            yield Spanned(around)
+            return
+        attributes = {"request": _name_of(inner), "target": service}
+        name = called(f"{PROTOCOL.name}.{codec.request_type.__name__}", attributes)
+        span = Spanned(*self._recorder.open(around, message.now, name))
+        try:
+            yield span
+        except Refused as refused:
+            self._recorder.close(span.unit, ERROR, refused.status)
+            raise
+
+    def _end_span(self, ended: Ended, told: bytes | bytearray) -> None:
+        """A command has its answer, operator's own or that of the service in it."""
+        passing = ended.passing
+        codec: Codec | None = passing.codec
+        code = status_of(told)
+        if not code and ended.answer is not None:
+            codec, code = KNOWN.get(passing.inner[:PREFIX_SIZE]), status_of(ended.answer)
+        refused = codec.statuses.get(code) if code and codec is not None else None
+        self._recorder.close(passing.span.unit, ERROR if code else OK, refused)
+
+    def _forget(self, client: LinkId) -> None:
+        """Nobody waits for what this client has asked for."""
+        for passing in self._relay.forget_client(client):
+            self._recorder.close(passing.span.unit, ERROR)
+
     # ------------------------------------------------------------------ answers to outside
 
     async def _tell(self, ended: Iterable[Ended]) -> None:
         """Give each client the answer to what it asked."""
         for each in list(ended):
+            told = self._told(each)
+            self._end_span(each, told)
             visitor = self._visitors.get(each.passing.client)
             if visitor is not None:
                 visitor.busy = False
                 visitor.idle_due = deadline_after(await Now(), IDLE_MAX)
-                await self._answer(visitor, self._told(each))
+                await self._answer(visitor, told)
 
     def _told(self, ended: Ended) -> bytearray:
         """The frame that tells how a passing ended."""
@@ -453,7 +509,7 @@ class Operator:
     async def _close(self, visitor: Visitor) -> None:
         """End a connection, and what it has under way."""
         _ = self._visitors.pop(visitor.link, None)
-        self._relay.forget_client(visitor.link)
+        self._forget(visitor.link)
         try:
             await PortClose(self._port, visitor.link)
         except AbiError:
