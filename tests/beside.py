@@ -1,9 +1,12 @@
 """Tests that ask nothing of the machine run beside those that do: `pytest --beside`.
 
 Tests of real processes wait more than they compute, and some measure time. They stay in this
-process, which has one thread, as the Linux kernel demands of who forks. A second pytest runs all
+process, which has one thread, as our Linux kernel demands of who forks. A second pytest runs all
 others meanwhile, and only when no process wants to that is not one of them; what it reports is
 reported here when it is their turn, as if they had run here.
+
+It stays in this session: Linux weighs sessions against each other first (autogroups), and what is
+idle in one would hold up what wakes in another until the next tick.
 """
 
 import os
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import pytest
 
@@ -41,11 +44,12 @@ def runs_here(item: pytest.Item) -> bool:
 
 
 class Reporter:
-    """In the second pytest: writes every report to a file."""
+    """In the second pytest: writes every report to a file, which is open only then: some tests
+    write to whatever descriptor they find."""
 
-    def __init__(self, config: pytest.Config, file: IO[bytes]) -> None:
+    def __init__(self, config: pytest.Config, path: Path) -> None:
         self._config = config
-        self._file = file
+        self._path = path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One of the three of a test."""
@@ -58,8 +62,8 @@ class Reporter:
 
     def _write(self, what: object) -> None:
         data = pickle.dumps(what)
-        _ = self._file.write(SIZE.pack(len(data)) + data)
-        self._file.flush()
+        with self._path.open("ab") as file:
+            _ = file.write(SIZE.pack(len(data)) + data)
 
 
 class Beside:
@@ -142,8 +146,7 @@ def configure(config: pytest.Config) -> None:
     if path is not None:
         die_with_parent(os.getppid())
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        file = Path(path).open("ab")  # noqa: SIM115 (until the process ends)
-        _ = config.pluginmanager.register(Reporter(config, file), "reporter")
+        _ = config.pluginmanager.register(Reporter(config, Path(path)), "reporter")
     elif config.getoption(OPTION):
         _ = config.pluginmanager.register(Beside(config), "beside")
 

@@ -79,7 +79,7 @@ def _boot(argv: list[str], output: int, kept: tuple[int, ...]) -> None:
     """The boot's process, from the fork to its end."""
     code = EXIT_CRASH
     try:
-        os.setsid()
+        os.setpgid(0, 0)  # no session of its own: tests/beside.py says why
         nothing = os.open(os.devnull, os.O_RDONLY)
         for descriptor, number in ((nothing, 0), (output, 1), (output, 2)):
             _ = os.dup2(descriptor, number)

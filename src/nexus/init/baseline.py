@@ -15,10 +15,8 @@ from nexus.protocols.meta import GetStatus, ServiceStatus
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
-ROUNDS_MAX: Final = 40  # more rounds of questions, while something is on its way
-ROUND_PAUSE: Final = Nanos(
-    50_000_000
-)  # ns; all of them are 2 s, a loaded machine's search for logd
+ROUNDS_MAX: Final = 80  # more rounds of questions, while something is on its way
+ROUND_PAUSE: Final = Nanos(50_000_000)  # ns; all of them are 4 s: five searches for logd are 3.1 s
 BINDS: Final = "binds"  # the fact that says how many links a runtime answers on
 OWN_BIND: Final = 1  # init's own
 QUEUED: Final = TaskCounters._fields.index("queued")
