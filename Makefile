@@ -93,7 +93,8 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/python -m fuzz.memory --turns 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m nexus.proof.powercut --report docs/reference/powercut.md
 	@$(BIN)/python -m nexus.proof.longrun > docs/reference/longrun.txt
-	@$(BIN)/python -m tools.aarch64 > docs/reference/aarch64.txt
+	@$(BIN)/python -m tools.aarch64 > .venv/aarch64.txt && \
+	    mv .venv/aarch64.txt docs/reference/aarch64.txt
 
 .PHONY: aarch64
 aarch64: .venv/.made ## a smoke test of rings and pages on an emulated aarch64 (downloads QEMU)

@@ -40,7 +40,9 @@ def is_of_the_machine(item: pytest.Item) -> bool:
 
 def runs_here(item: pytest.Item) -> bool:
     """Whether this process runs it, if there are two."""
-    return is_of_the_machine(item) or not item.config.getoption(OPTION)
+    config = item.config
+    second = config.pluginmanager.has_plugin("reporter")
+    return second or is_of_the_machine(item) or not config.getoption(OPTION)
 
 
 class Reporter:

@@ -450,6 +450,9 @@ class TinyKernel:
     def _recv(
         self, task: Task, sources: tuple[Slot, ...], only: LinkId | None, size_max: int
     ) -> Message:
+        found = [link.id for source in sources for link in task.get(source, Rights.RECV).links]
+        if only is not None and only not in found:
+            raise AbiError(Status.NO_SUCH_ENDPOINT, f"link {only}")
         for source in sources:
             endpoint = task.get(source, Rights.RECV)
             if endpoint.closed:

@@ -14,6 +14,7 @@ from nexus.abi import (
     NO_WAIT,
     PORT_PEERS_MAX,
     BootImage,
+    CapClose,
     Event,
     EventKind,
     LinkId,
@@ -703,3 +704,16 @@ def test_an_answer_that_came_while_something_else_was_awaited_is_told_at_once() 
         operator.on_time(Nanos(3)).send(None)
     assert operator.facts()["passing"] == 0
     assert operator.next_time() is None
+
+
+def test_a_capability_that_came_with_an_answer_is_closed() -> None:
+    operator, _ = operator_alone()
+    passing = ended(Relay, b"").passing
+
+    telling = operator._tell([Ended(passing, None, OperatorStatus.BAD_ANSWER, Slot(9))])
+
+    trap = telling.send(None)
+    telling.close()
+
+    assert isinstance(trap, CapClose)
+    assert trap.slot == 9

@@ -5,6 +5,7 @@ import pytest
 
 from nexus.abi import (
     INIT_NAME,
+    AbiError,
     EndpointCreate,
     LinkCreate,
     LinkTerms,
@@ -15,6 +16,7 @@ from nexus.abi import (
     Send,
     SleepUntil,
     Slot,
+    Status,
     VmoCreate,
 )
 from nexus.ipc import (
@@ -22,6 +24,7 @@ from nexus.ipc import (
     BulkFault,
     Client,
     Closed,
+    Context,
     Denied,
     Exchange,
     Malformed,
@@ -401,6 +404,15 @@ def test_a_route_that_dies_before_the_bind_is_asked_for_again() -> None:
     assert system.client(body) == (Sum(3), 2)
 
 
+class Served:
+    """A request that is served, as far as a call made for it looks at it."""
+
+    def __init__(self, deadline: Nanos) -> None:
+        self.deadline = deadline
+        self.trail = bytes(24)
+        self.context = Context(bytes(16), bytes(8))
+
+
 async def found_late(peers: Peers, tries: int) -> Any:
     """What each search of 10 ms ended with, and the client of one that found it."""
     ended: list[object] = []
@@ -448,6 +460,87 @@ def test_a_server_that_ends_before_it_has_bound_is_asked_for_anew() -> None:
     assert before == ([TimedOut()] * 3, None, 0)
     assert after == ([], Sum(3), 2)
     assert (system.router.asked["adder"], slots) == (2, 0)
+
+
+@pytest.mark.parametrize("use", ["call", "renew", "take"])
+def test_a_late_binding_whose_end_somebody_else_has_seen_is_no_binding(use: str) -> None:
+    system = System("other")
+    system.late["adder"] = Nanos(30_000_000)
+    _ = system.start("adder")
+
+    async def body(peers: Peers) -> Any:
+        other = await peers.connect("other", ADDER, BUDGET)
+        assert isinstance(other, Client)
+
+        async def elsewhere() -> None:
+            """Whatever arrives in the next 60 ms is met by another call's wait."""
+            assert await other.finish(await other.start(Later(1, 60_000_000), FAR)) == Sum(1)
+
+        ended, _, _ = await found_late(peers, 1)
+        await elsewhere()
+        system.kill("adder")
+        system.late.clear()
+        _ = system.start("adder")
+        await elsewhere()
+        client = await peers.connect("adder", ADDER, BUDGET)
+        assert isinstance(client, Client)
+        if use == "renew":
+            assert await client.renew(FAR) is None
+        elif use == "take":
+            await client.take(4)
+        peers_known = len(peers.caller.correlator.peers)
+        return ended, client.generation, await client.call(Add(1, 2), FAR), peers_known
+
+    assert system.client(body) == ([TimedOut()], 2, Sum(3), 3)
+
+
+def test_a_late_bind_whose_answer_cannot_be_taken_now_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = System()
+    system.late["adder"] = Nanos(30_000_000)
+    _ = system.start("adder")
+    receive = system.kernel._recv
+    full: list[bool] = []
+
+    def received(task: Any, *arguments: Any) -> Message:
+        if full and task.name == "client":
+            full.clear()
+            raise AbiError(Status.NO_SPACE, "the table of slots is full")
+        return receive(task, *arguments)
+
+    monkeypatch.setattr(system.kernel, "_recv", received)
+
+    async def body(peers: Peers) -> Any:
+        _ = await found_late(peers, 1)
+        table = next(task.table for task in system.kernel.tasks if task.name == "client")
+        slots = len(table)
+        full.append(True)
+        with pytest.raises(AbiError) as error:
+            _ = await peers.connect("adder", ADDER, BUDGET)
+        assert error.value.status is Status.NO_SPACE
+        client = await peers.connect("adder", ADDER, BUDGET)
+        assert isinstance(client, Client)
+        left = len(table) - slots, len(peers.caller.correlator.in_flight)
+        return await client.call(Add(1, 2), FAR), left
+
+    assert system.client(body) == (Sum(3), (0, 0))
+    assert system.router.asked["adder"] == 1
+
+
+def test_a_search_for_a_request_ends_with_the_request() -> None:
+    system = System()
+    system.late["adder"] = Nanos(500_000_000)
+    _ = system.start("adder")
+
+    async def body(peers: Peers) -> Any:
+        _ = await peers.control(FAR)
+        begun = await Now()
+        peers.caller.parent = Served(Nanos(begun + 5_000_000))
+        ended, _, _ = await found_late(peers, 1)
+        return ended, await Now() - begun
+
+    assert system.client(body) == ([TimedOut()], 5_000_000)
 
 
 def test_the_search_for_a_restarted_service_is_bounded() -> None:

@@ -44,7 +44,7 @@ from nexus.protocols.metricsd import (
     Taken,
 )
 from nexus.services.metricsd.config import Settings
-from nexus.services.metricsd.series import DEFAULT_BOUNDS, Instance
+from nexus.services.metricsd.series import DEFAULT_BOUNDS, Caps, Instance, Key, Table
 from nexus.services.metricsd.service import Metricsd
 from nexus.telemetry import PageWriter, called, page_shape
 from nexus.wire import ReplyStatus, Request
@@ -632,6 +632,25 @@ def test_requests_are_counted_of_the_service_that_answered_them() -> None:
     assert [each.kind for each in found] == [Kind.COUNTER] * 2
     assert history == [Refused(MetricsdStatus.NOT_FOUND)] * 2
     assert {each["event"] for each in system.lines.written} == {"span.v1"}
+
+
+def test_a_series_that_nobody_has_read_yet_is_told_since_its_instance_began() -> None:
+    table = Table(Caps(total=9, per_service=9, per_metric=9))
+    key = Key(OWN.service, Kind.COUNTER, "n", ())
+    told = []
+    for generation, since in ((1, 10), (2, 50)):
+        series = table.add(
+            key,
+            Instance(OWN.service, generation, Pid(100 + generation)),
+            "",
+            (),
+            since=Nanos(since),
+        )
+        told.append(series.told())
+        series.set_value(5, Nanos(since + 20))
+        table.end(series)
+
+    assert [(each.value, each.since, each.at) for each in told] == [(0, 10, 10), (0, 50, 50)]
 
 
 def test_requests_take_no_room_of_a_service_and_its_next_instance_begins_anew() -> None:

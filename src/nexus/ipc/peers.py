@@ -1,6 +1,7 @@
 """The services a task calls: routes and reply links, made once, kept, and found again.
 
     no route --route, bind--> bound --the instance is gone--> stale --next call--> no route
+             --no answer to Bind in time--> late --next search--> bound, or no route
 
 One inbox endpoint takes the replies of all services. Each service gets one SEND link into it,
 moved to it by Bind when the link to it is new.
@@ -94,7 +95,7 @@ class Client(Exchange):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A Bind that was sent; `ended` has its outcome when there is one."""
+    """A Bind that was sent; `ended` has its outcome, one at most, when there is one."""
 
     exchange: Exchange
     posted: Pending
@@ -169,7 +170,7 @@ class Peers:
 
     async def _begin_routed(
         self, name: str, protocol: Protocol, routed: Routed
-    ) -> "Binding | CallFailure":
+    ) -> Binding | CallFailure:
         """Send Bind over a fresh route; if that fails the route is closed."""
         assert routed.slot is not None, "@reply is no service to connect to"
         binding = await self._begin(
@@ -186,7 +187,7 @@ class Peers:
         return binding
 
     async def _settled(
-        self, name: str, binding: "Binding | CallFailure", deadline: Nanos
+        self, name: str, binding: Binding | CallFailure, deadline: Nanos
     ) -> Exchange | CallFailure:
         """The bound link, its route closed if it cannot be bound; a late one is kept.
 
@@ -195,10 +196,12 @@ class Peers:
         """
         if not isinstance(binding, Binding):
             return binding
+        self._late[name] = binding
         bound = await self._bound(binding, deadline)
         if isinstance(bound, TimedOut):
-            self._late[name] = binding
-        elif not isinstance(bound, Exchange):
+            return bound
+        del self._late[name]
+        if not isinstance(bound, Exchange):
             await CapClose(binding.exchange.peer.slot)
         return bound
 
@@ -246,7 +249,7 @@ class Peers:
         generation: int,
         terms: LinkTerms,
         reply_terms: LinkTerms,
-    ) -> "Binding | CallFailure":
+    ) -> Binding | CallFailure:
         """Send Bind with a new link into the inbox; its answer is good whenever it comes."""
         inbox = await self.inbox()
         try:
@@ -277,10 +280,13 @@ class Peers:
         await self._drain(peer, NO_WAIT)
         return Closed() if isinstance(posted, Refused) else posted
 
-    async def _bound(self, binding: "Binding", deadline: Nanos) -> Exchange | CallFailure:
+    async def _bound(self, binding: Binding, deadline: Nanos) -> Exchange | CallFailure:
         """The answer to Bind, waited for until `deadline`; what else comes meanwhile stays."""
         peer = binding.exchange.peer
         correlator = self.caller.correlator
+        parent = self.caller.parent
+        if parent is not None:
+            deadline = self.caller.deadline_within(parent, deadline)
         recv = Recv((peer.inbox,), deadline, link=peer.link)
         met = 0
         while not binding.ended:
@@ -301,7 +307,7 @@ class Peers:
                     if CALL_MISMATCHES.exceeded_by(met):
                         correlator.on_failed(binding.posted, MismatchBudgetExceeded())
         (outcome,) = binding.ended
-        if isinstance(outcome, Bound):
+        if isinstance(outcome, Bound) and peer.alive:
             return binding.exchange
         await self._drain(peer, NO_WAIT)
         return outcome if isinstance(outcome, CallFailure) else Closed()

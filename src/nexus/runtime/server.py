@@ -399,7 +399,7 @@ class Server:
     async def _ring(self, next_time: Callable[[], Nanos | None]) -> Nanos | None:
         """Tell the service that its time has come; its next one. No caller waits for that.
 
-        What it asks of others in one such turn is one trace.
+        What it asks of others in one such turn, outside of any span, is one trace.
         """
         on_time = self._hooks.on_time
         assert on_time is not None

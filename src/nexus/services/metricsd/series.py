@@ -120,7 +120,7 @@ class Series:
     def begin_anew(self, instance: Instance, since: Nanos) -> None:
         """Another instance has it now; its values begin at nothing."""
         self.instance = instance
-        self.since = since
+        self.since = self.at = since
         self.live = True
         self.word = None
         self.paged = False
@@ -235,6 +235,7 @@ class Table:
             found = None
         if found is None:
             found = Series(self._next, key, instance, since, unit, bounds)
+            found.at = since
             self._next += 1
             self._by_key[key] = found
             self._by_number[found.number] = found

@@ -71,11 +71,13 @@ class Passing:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a passing ended: the raw answer, or why there is none."""
+    """How a passing ended: the raw answer, or why there is none. `cap` came with what was received
+    and is to be closed."""
 
     passing: Passing
     answer: bytes | None
     status: Refusal
+    cap: Slot | None = None
 
 
 class Known:
@@ -193,10 +195,7 @@ class Relay:
         return None
 
     async def on_message(self, message: Message) -> Iterator[Ended]:
-        """A message in the inbox: an answer that is awaited here, or somewhere else in the task.
-
-        A capability that came with an answer to a command is closed.
-        """
+        """A message in the inbox: an answer that is awaited here, or somewhere else in the task."""
         correlator = self._peers.caller.correlator
         if correlator.judge(message) is not Verdict.MATCH:
             await close_if_any(message.cap)
@@ -205,9 +204,8 @@ class Relay:
         if passing is None:
             await self._peers.caller.keep(message)
             return self.swept()
-        await close_if_any(message.cap)
         correlator.on_ended(passing.pending)
-        return iter((self.read(passing, message.data),))
+        return iter((self.read(passing, message),))
 
     def on_gone(self, link: LinkId) -> Iterator[Ended]:
         """A reply link has ended: what was asked over it has no answer any more."""
@@ -218,22 +216,21 @@ class Relay:
         """What is past its deadline ends; a late answer is stale then."""
         for passing in list(self._passing.values()):
             if passing.pending.deadline <= now:
-                self.forget(passing)
-                yield Ended(passing, None, OperatorStatus.TIMED_OUT)
+                yield Ended(passing, None, OperatorStatus.TIMED_OUT, self.forget(passing))
 
-    def forget_client(self, client: LinkId) -> list[Passing]:
+    def forget_client(self, client: LinkId) -> list[Ended]:
         """Nobody waits for this client's answer any more; what was on its way for it."""
         found = [each for each in self._passing.values() if each.client == client]
-        for passing in found:
-            self.forget(passing)
-        return found
+        return [Ended(each, None, OperatorStatus.CUT_OFF, self.forget(each)) for each in found]
 
-    def forget(self, passing: Passing) -> None:
-        """Nobody waits for this answer any more."""
+    def forget(self, passing: Passing) -> Slot | None:
+        """Nobody waits for this answer any more; the capability of one that is here already."""
         correlator = self._peers.caller.correlator
+        kept = correlator.buffer.take(passing.pending.nonce)
         correlator.on_abandoned(passing.pending.nonce)
         correlator.on_ended(passing.pending)
         del self._passing[passing.pending.nonce]
+        return None if kept is None else kept.cap
 
     def swept(self) -> Iterator[Ended]:
         """What ended while another answer was awaited, in finding a link."""
@@ -247,17 +244,17 @@ class Relay:
             if kept is None:
                 yield Ended(passing, None, OperatorStatus.CUT_OFF)
             else:
-                yield self.read(passing, kept.data)
+                yield self.read(passing, kept)
 
-    def read(self, passing: Passing, data: bytes) -> Ended:
+    def read(self, passing: Passing, message: Message) -> Ended:
         """The answer, if it is one to what was asked; with the nonce the client gave."""
-        inner = passing.inner
+        inner, data = passing.inner, message.data
         expected = bytearray(inner[:STATUS_OFFSET])
         expected[2] |= REPLY_BIT
         if (
             data[:STATUS_OFFSET] != expected
             or data[PREFIX_SIZE:HEADER_SIZE] != passing.pending.echo
         ):
-            return Ended(passing, None, OperatorStatus.BAD_ANSWER)
+            return Ended(passing, None, OperatorStatus.BAD_ANSWER, message.cap)
         answer = data[:PREFIX_SIZE] + inner[PREFIX_SIZE:HEADER_SIZE] + data[HEADER_SIZE:]
-        return Ended(passing, answer, ReplyStatus.OK)
+        return Ended(passing, answer, ReplyStatus.OK, message.cap)

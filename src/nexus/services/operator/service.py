@@ -28,6 +28,7 @@ from nexus.abi import (
     Slot,
 )
 from nexus.ipc import Peer, deadline_after, offer_bulk
+from nexus.ipc.exchange import close_if_any
 from nexus.log import FieldValue
 from nexus.metrics import Recorder
 from nexus.metrics.spans import ERROR, OK
@@ -200,7 +201,7 @@ class Operator:
     async def on_gone(self, link: LinkId) -> None:
         """A connection has ended, or a service's reply link."""
         if self._visitors.pop(link, None) is not None:
-            self._forget(link)
+            await self._forget(link)
         else:
             await self._tell(self._relay.on_gone(link))
 
@@ -447,16 +448,18 @@ class Operator:
         refused = codec.statuses.get(code) if code and codec is not None else None
         self._recorder.close(passing.span.unit, ERROR if code else OK, refused)
 
-    def _forget(self, client: LinkId) -> None:
+    async def _forget(self, client: LinkId) -> None:
         """Nobody waits for what this client has asked for."""
-        for passing in self._relay.forget_client(client):
-            self._recorder.close(passing.span.unit, ERROR)
+        for ended in self._relay.forget_client(client):
+            await close_if_any(ended.cap)
+            self._recorder.close(ended.passing.span.unit, ERROR)
 
     # ------------------------------------------------------------------ answers to outside
 
     async def _tell(self, ended: Iterable[Ended]) -> None:
-        """Give each client the answer to what it asked."""
+        """Give each client the answer to what it asked; a capability that came is closed."""
         for each in list(ended):
+            await close_if_any(each.cap)
             told = self._told(each)
             self._end_span(each, told)
             visitor = self._visitors.get(each.passing.client)
@@ -509,7 +512,7 @@ class Operator:
     async def _close(self, visitor: Visitor) -> None:
         """End a connection, and what it has under way."""
         _ = self._visitors.pop(visitor.link, None)
-        self._forget(visitor.link)
+        await self._forget(visitor.link)
         try:
             await PortClose(self._port, visitor.link)
         except AbiError:
