@@ -5,6 +5,7 @@ import select
 import socket
 import stat
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ MILLISECOND = 1_000_000
 DOOR = Grants(ports=("door",))
 STRANGER = 12_345  # a uid that is neither root nor runs init
 ENDPOINT, PORT = Slot(1), Slot(2)
+ACCEPTS = "00010000"  # flags of a listening socket in /proc/net/unix: __SO_ACCEPTCON
 
 
 async def soon() -> Nanos:
@@ -481,21 +483,30 @@ def test_only_root_and_the_user_who_runs_the_system_may_connect(ground: Ground) 
 
 
 def beside(path: Path, client: Callable[[], None], work: Callable[[], Any]) -> Any:
-    """Run a client in a process of its own once a port is there."""
+    """Run a client in a process of its own once somebody listens at a port."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             give_up = time.monotonic_ns() + 10 * SECOND
-            while not path.exists() and time.monotonic_ns() < give_up:
+            while not listens(path) and time.monotonic_ns() < give_up:
                 time.sleep(0.01)  # noqa: TID251 (a process beside the system)
             client()
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     result = work()
     assert os.waitpid(pid, 0)[1] == 0, "the client failed"
     return result
+
+
+def listens(path: Path) -> bool:
+    """Whether a socket listens there: it is at its path a moment earlier, and refuses callers."""
+    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(row[3] == ACCEPTS and row[-1] == str(path) for row in rows)
 
 
 def test_the_user_is_asked_of_linux_where_the_file_lets_anybody_in(mine: Ground) -> None:
