@@ -18,6 +18,7 @@ from nexus.abi import (
     SecretBackend,
     Trap,
 )
+from nexus.bootctl.handover import SlotBoot
 from nexus.init.authority import PolicySource
 from nexus.init.plan import ROOT_ENDPOINTS, Plan, sources_of
 from nexus.init.programs import load_program, program_digest
@@ -81,6 +82,7 @@ def init_program(
     policy_source: PolicySource | None = None,
     plan_source: PlanSource | None = None,
     watchdog: Nanos | None = None,
+    slot_boot: SlotBoot | None = None,
 ) -> Program:
     """init-lite for one plan on so many CPUs; see Supervisor for the others."""
 
@@ -92,6 +94,7 @@ def init_program(
             policy_source=policy_source,
             plan_source=plan_source,
             watchdog=watchdog,
+            slot_boot=slot_boot,
         ).run()
 
     return Program(name=INIT_NAME, main=main, digest=program_digest("nexus.init"))
@@ -122,6 +125,7 @@ def boot(
     policy_source: PolicySource | None = None,
     plan_source: PlanSource | None = None,
     watchdog: Nanos | None = None,
+    slot_boot: SlotBoot | None = None,
     on_machine: "Callable[[SimKernel], None]" = _leave,
 ) -> Booted:
     """Run a plan to its end, `limit` ns of the kernel's clock at most (NEVER: no bound).
@@ -129,12 +133,18 @@ def boot(
     `smp` is the number of simulated CPUs; on linux it bounds the set of CPUs the run uses, and
     `places` say where the run keeps things. `policy_source` reads the policy files again on
     SIGHUP, `plan_source` the system file for ReloadSettings; `watchdog` is the service manager's
-    interval. `on_machine` is shown the simulated kernel before it runs: its power can be planned to
+    interval; `slot_boot` is what the loader says of the slot that is booted, None where there are
+    no slots. `on_machine` is shown the simulated kernel before it runs: its power can be planned to
     fail, and what is left of it be read afterwards.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
     root = init_program(
-        plan, smp, policy_source=policy_source, plan_source=plan_source, watchdog=watchdog
+        plan,
+        smp,
+        policy_source=policy_source,
+        plan_source=plan_source,
+        watchdog=watchdog,
+        slot_boot=slot_boot,
     )
     if ground is Ground.SIM:
         return _boot_sim(

@@ -81,7 +81,9 @@ class Instances:
         )
         memory = self._init.memory
         seed = await Entropy(TRACE_SEED_SIZE)
-        config = config_of(planned, seed, memory.boot, memory.boot_id, record.launch)
+        config = config_of(
+            planned, seed, memory.boot, memory.boot_id, record.launch, self._init.slot_boot
+        )
         record.argument = config.encoded()
         try:
             spawned = await Spawn(

@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from nexus.abi import ExitInfo, LinkId, Nanos, Pid, Sender, Slot, Spawned, SpawnReason, StreamRole
+from nexus.bootctl.handover import SlotBoot
 from nexus.init.plan import PlannedService
 from nexus.protocols.init import Account, Health, TaskState
 from nexus.runtime import ServiceConfig
@@ -163,6 +164,7 @@ def config_of(
     boot: int,
     boot_id: bytes,
     launch: Launch | None = None,
+    slot_boot: SlotBoot | None = None,
 ) -> ServiceConfig:
     """What a service is told when it starts."""
     return ServiceConfig(
@@ -179,4 +181,6 @@ def config_of(
             each.name: StreamRole(each.role).name.lower() for each in planned.grants.stream_ports
         },
         names=list(planned.names),
+        set_version=0 if slot_boot is None else slot_boot.version,
+        set_digest="" if slot_boot is None else slot_boot.digest,
     )

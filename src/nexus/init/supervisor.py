@@ -43,6 +43,7 @@ from nexus.abi import (
     TaskStats,
     TaskTable,
 )
+from nexus.bootctl.handover import SlotBoot
 from nexus.init.asking import Asking, Done
 from nexus.init.authority import Authority, PolicySource
 from nexus.init.baseline import Baseline
@@ -79,7 +80,8 @@ class Supervisor:
 
     `policy_source` reads the policy files again for SIGHUP, `plan_source` the system file for
     ReloadSettings; `watchdog` is how long the service
-    manager outside may hear nothing before it takes init for dead.
+    manager outside may hear nothing before it takes init for dead; `slot_boot` is the slot that was
+    booted, None where there are no slots.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Supervisor:
         policy_source: PolicySource | None = None,
         plan_source: PlanSource | None = None,
         watchdog: Nanos | None = None,
+        slot_boot: SlotBoot | None = None,
     ) -> None:
         self.boot = boot
         self.plan = plan
         self.cpu_count = cpu_count
+        self.slot_boot = slot_boot
         self.now = boot.now
         self.records = {
             service.name: Record(planned=service, state=resting_state(service))

@@ -1,0 +1,1 @@
+"""Boot control: which slot is booted, and what loader and init tell each other about it."""
