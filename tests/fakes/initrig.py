@@ -127,7 +127,7 @@ async def play(boot: BootImage, script: Script, *, keeps_link: bool = True) -> i
 
 
 def healthy(boot: BootImage) -> bytes:
-    return encode(Healthy(boot.generation, sha256(boot.argument).hexdigest(), 0, 0))
+    return encode(Healthy(boot.generation, sha256(boot.argument).hexdigest(), 0, 0, 0, ""))
 
 
 def status(boot: BootImage, facts: list[Fact] | None = None) -> bytes:

@@ -120,11 +120,11 @@ async def one_second(driver: Driver) -> None:
 
 
 def another_generation(boot: BootImage) -> bytes:
-    return encode(Healthy(boot.generation + 1, sha256(boot.argument).hexdigest(), 0, 0))
+    return encode(Healthy(boot.generation + 1, sha256(boot.argument).hexdigest(), 0, 0, 0, ""))
 
 
 def another_argument(boot: BootImage) -> bytes:
-    return encode(Healthy(boot.generation, sha256(b"of another start").hexdigest(), 0, 0))
+    return encode(Healthy(boot.generation, sha256(b"of another start").hexdigest(), 0, 0, 0, ""))
 
 
 def answering(*, wrong: Any, is_wrong: Any) -> Main:

@@ -52,13 +52,17 @@ class Healthy(Message):
     """The service does its work. `digest` is the SHA-256 of the argument it was started with.
 
     `served` and `expired` count this instance's requests: all, and those whose deadline had passed
-    before their turn came. init's watchdog compares them from probe to probe.
+    before their turn came. init's watchdog compares them from probe to probe. `set_version` and
+    `set_digest` are of the system set that the answering process imported its code from; 0 and
+    "" in one that runs outside of a slot.
     """
 
     generation: Annotated[int, U32()]
     digest: Annotated[str, Text(size_min=DIGEST_SIZE, size_max=DIGEST_SIZE)]
     served: Annotated[int, U64()]
     expired: Annotated[int, U64()]
+    set_version: Annotated[int, U64()]
+    set_digest: Annotated[str, Text(size_max=DIGEST_SIZE)]
 
 
 class Health(Request[Healthy], op=2, idempotent=True, refuses=MetaStatus):
@@ -148,5 +152,5 @@ class LogProbe(Request[Probed], op=6, idempotent=False):
 
 MetaRequest: TypeAlias = Bind | Health | GetStatus | Stop | Configure | LogProbe
 PROTOCOL: Final = Protocol(
-    "meta", number=0, version=3, requests=(Bind, Health, GetStatus, Stop, Configure, LogProbe)
+    "meta", number=0, version=4, requests=(Bind, Health, GetStatus, Stop, Configure, LogProbe)
 )

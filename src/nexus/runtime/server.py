@@ -76,6 +76,7 @@ from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.metricsd import NAME_SIZE_MAX as SPAN_NAME_SIZE_MAX
 from nexus.runtime.account import Account
 from nexus.runtime.call import Call, Deferred, DeferredItem, Refusal
+from nexus.runtime.stamp import STAMP
 from nexus.telemetry import called
 from nexus.wire import (
     DEADLINE_OFFSET,
@@ -746,7 +747,14 @@ class Server:
             raise call.refuse(MetaStatus.NOT_READY)
         self._announcing = not self._announced and call.sender.service == INIT
         account = self.account
-        return Healthy(self.boot.generation, self._digest, account.requests, account.expired)
+        return Healthy(
+            self.boot.generation,
+            self._digest,
+            account.requests,
+            account.expired,
+            STAMP.version,
+            STAMP.digest,
+        )
 
     def _stop(self, call: Call) -> Stopping:
         if call.sender.service != INIT:

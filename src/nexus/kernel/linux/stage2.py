@@ -58,14 +58,16 @@ DETAIL_SIZE_MAX: Final = 512  # bytes of the sentence about a failed import
 NANOSECONDS: Final = 1_000_000  # per millisecond
 
 # Runs before anything of ours is imported: arguments are the kernel channel, the plan, and init's
-# import path. The program's own path comes later: it could stand in for a module of ours.
+# import path. That one is in front, in init's order: where init runs out of a slot, the package of
+# the base system lies on Python's own path too. The program's own path comes later: it could stand
+# in for a module of ours.
 BOOTSTRAP: Final = f"""
 import ctypes, sys
 ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
 import json, os
 channel, plan, *path = sys.argv[1:]
 try:
-    sys.path += [entry for entry in path if entry not in sys.path]
+    sys.path[:] = path + [entry for entry in sys.path if entry not in path]
     from nexus.kernel.linux.stage2 import main
 except BaseException as error:  # whatever stops our own import is told to init, and ends here
     text = "cannot import nexus: %s: %s" % (type(error).__name__, error)
