@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from nexus.abi import BLOCK_SIZE
-from nexus.drivers import DeviceFault
+from nexus.drivers import DeviceFault, finished
+from nexus.drivers.crc import crc32c
 from nexus.kernel.sim.disk import Disk
-from nexus.proof.powercut import LIMITS, DiskDevice, finished
+from nexus.proof.powercut import LIMITS, DiskDevice
 from nexus.services.statefsd.engine import Change, Damaged, Store, StoreFull, Unopenable
-from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.journal import (
     HEADER_SIZE,
     TAG_FIRST,

@@ -13,8 +13,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from nexus.drivers import finished
 from nexus.kernel.sim.disk import NOTHING, Disk
-from nexus.proof.powercut import DiskDevice, finished
+from nexus.proof.powercut import DiskDevice
 from nexus.services.statefsd.engine import Change, OverQuota, Quota, Store, StoreLimits
 
 BLOCKS = 200

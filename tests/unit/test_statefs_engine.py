@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from nexus.abi import BLOCK_SIZE
-from nexus.drivers import DeviceFault, Fault
+from nexus.drivers import DeviceFault, Fault, finished
+from nexus.drivers.crc import crc32c
 from nexus.kernel.sim.disk import (
     NOTHING,
     Disk,
@@ -18,7 +19,7 @@ from nexus.kernel.sim.disk import (
     Operation,
     Piece,
 )
-from nexus.proof.powercut import DiskDevice, finished
+from nexus.proof.powercut import DiskDevice
 from nexus.services.statefsd.engine import (
     Applied,
     Change,
@@ -36,7 +37,6 @@ from nexus.services.statefsd.engine import (
 from nexus.services.statefsd.engine import limits as limits_module
 from nexus.services.statefsd.engine import store as store_module
 from nexus.services.statefsd.engine.checkpoint import Builder, Meta
-from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.journal import (
     NO_BLOCK,
     Place,

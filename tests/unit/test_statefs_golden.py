@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from nexus.abi import BLOCK_SIZE
+from nexus.drivers import finished
 from nexus.kernel.sim.disk import Disk
-from nexus.proof.powercut import LIMITS, DiskDevice, finished
+from nexus.proof.powercut import LIMITS, DiskDevice
 from nexus.services.statefsd.engine import FORMAT_VERSION, Change, Store, layout
 
 FOLDER = Path(__file__).parent.parent / "golden"

@@ -8,7 +8,7 @@ from typing import TypeVar
 import pytest
 
 from nexus.abi import BLOCK_SIZE
-from nexus.proof.powercut import finished
+from nexus.drivers import finished
 from nexus.services.statefsd.engine import (
     Change,
     Quota,

@@ -22,6 +22,7 @@ from nexus.abi import (
     VmoWrite,
     service_id,
 )
+from nexus.drivers.crc import SLOW, crc32c
 from nexus.ipc import Answer, Exchange, Refused
 from nexus.kernel.sim.disk import NOTHING, Disk, DiskFaults, Failure, Operation
 from nexus.protocols.init import PROOF_CONTROL
@@ -62,7 +63,6 @@ from nexus.protocols.statefsd import (
 from nexus.runtime.program import Unusable
 from nexus.services.statefsd.config import Settings, disk_fault
 from nexus.services.statefsd.engine import layout
-from nexus.services.statefsd.engine.crc import SLOW, crc32c
 from nexus.services.statefsd.engine.errors import Lost as LostRecord
 from nexus.services.statefsd.engine.journal import NO_BLOCK, Place, encode_commit, encode_entry
 from nexus.services.statefsd.engine.record import Kind, encode_record

@@ -11,12 +11,12 @@ from typing import Any, Final, NamedTuple
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed
 from nexus.cli.files import open_input
 from nexus.cli.output import say, say_json, say_table
-from nexus.drivers import DeviceFault
-from nexus.drivers.image import Image, looked_at
+from nexus.drivers import DeviceFault, finished
+from nexus.drivers.crc import IS_FAST, SLOW
+from nexus.drivers.image import Image
 from nexus.protocols.statefsd import ROOT
 from nexus.services.statefsd.config import Settings
 from nexus.services.statefsd.engine import Damaged, Store, Unopenable
-from nexus.services.statefsd.engine.crc import IS_FAST, SLOW
 
 PAGE: Final = 1024  # keys of one look
 
@@ -41,7 +41,7 @@ def check(image: Path, *, as_json: bool) -> int:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if not IS_FAST:
             raise CommandFailed(f"{image} was not looked at: {SLOW}")
-        store = looked_at(Store.open(Image(read_at, size), Settings().limits))
+        store = finished(Store.open(Image(read_at, size), Settings().limits))
         found = _all(store)
     except (Unopenable, DeviceFault) as error:
         if as_json:
@@ -71,7 +71,7 @@ def _all(store: Store) -> list[Found]:
 
 def _find(store: Store, key: bytes) -> Found:
     try:
-        entry = looked_at(store.get(key))
+        entry = finished(store.get(key))
     except Damaged as damaged:
         return Found(key, 0, damaged.lost.sequence, is_whole=False)
     assert entry is not None, "a key that is listed has a value"

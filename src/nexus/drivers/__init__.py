@@ -8,6 +8,7 @@ raises is a DeviceFault; it repeats nothing by itself.
 from nexus.drivers.block import REQUEST_MAX, BlockDevice, DeviceFault, Fault
 from nexus.drivers.choose import open_block, open_entropy
 from nexus.drivers.entropy import DRAW_MAX, DRAW_SIZE_MAX, EntropyDevice, fill
+from nexus.drivers.finished import finished
 from nexus.drivers.kernel_block import KernelBlock
 from nexus.drivers.kernel_entropy import KernelEntropy
 from nexus.drivers.virtio import Identity
@@ -28,6 +29,7 @@ __all__ = [
     "VirtioBlock",
     "VirtioEntropy",
     "fill",
+    "finished",
     "open_block",
     "open_entropy",
 ]

@@ -1,12 +1,10 @@
-"""The content of a disk as a device that is only read, and a look at it without a kernel."""
+"""The content of a disk as a device that is only read, for a look at it without a kernel."""
 
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 from nexus.abi import BLOCK_SIZE
 from nexus.drivers.block import DeviceFault, Fault
-
-ResultT = TypeVar("ResultT")
 
 
 class Image:
@@ -40,13 +38,3 @@ class Image:
     async def flush(self) -> None:
         """Nothing was written."""
         raise DeviceFault(Fault.READ_ONLY)
-
-
-def looked_at(work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of work on an image, which waits for nothing: an image answers at once."""
-    try:
-        trap = work.send(None)
-    except StopIteration as ended:
-        result: ResultT = ended.value
-        return result
-    raise AssertionError(f"{trap!r} in a look at an image")

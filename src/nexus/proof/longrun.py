@@ -14,8 +14,9 @@ from random import Random  # noqa: TID251 (the workload, from the run's seed)
 from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE
+from nexus.drivers import finished
 from nexus.kernel.sim.disk import Disk
-from nexus.proof.powercut import DiskDevice, finished
+from nexus.proof.powercut import DiskDevice
 from nexus.services.statefsd.engine import Change, Quota, Store, StoreLimits
 
 PUTS: Final = 1_000_000

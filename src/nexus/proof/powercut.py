@@ -16,15 +16,15 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from random import Random  # noqa: TID251 (workloads and samples are drawn from the run's seed)
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias
 
 from nexus.abi import BLOCK_SIZE
-from nexus.drivers import DeviceFault, Fault
+from nexus.drivers import DeviceFault, Fault, finished
 from nexus.kernel.sim.disk import (
     NOTHING,
     Choice,
@@ -67,18 +67,7 @@ LIMITS: Final = StoreLimits(
     lost_kept=4,
 )
 
-ReplyT = TypeVar("ReplyT")
 Content: TypeAlias = dict[bytes, bytes]
-
-
-def finished(work: Coroutine[Any, Any, ReplyT]) -> ReplyT:
-    """What a coroutine returns that never waits: those of the store over a simulated disk."""
-    try:
-        work.send(None)
-    except StopIteration as stop:
-        answer: ReplyT = stop.value
-        return answer
-    raise AssertionError("the store waited for something else than its device")
 
 
 _FAULTS: Final[Mapping[DiskErrorKind, Fault]] = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE, SECRET_SIZE_MAX, HardwareKind, SecretBackend
-from nexus.drivers import DeviceFault
-from nexus.drivers.image import Image, looked_at
+from nexus.drivers import DeviceFault, finished
+from nexus.drivers.image import Image
 from nexus.init.plan import Plan
 from nexus.kernel.core import Hardware
 from nexus.kernel.linux.secrets import DIRECTORY, NAME
@@ -121,7 +121,7 @@ def read_image(data: bytes) -> Remains:
         return data[offset : offset + size]
 
     try:
-        store = looked_at(Store.open(Image(read_at, len(data)), Settings().limits))
+        store = finished(Store.open(Image(read_at, len(data)), Settings().limits))
     except (Unopenable, DeviceFault) as error:
         return replace(bare, problem=f"the disk holds no store: {error}")
     return replace(
@@ -185,7 +185,7 @@ def _records(store: Store) -> list[tuple[bytes, Kept]]:
         keys, more = store.keys(ROOT.encode(), after, PAGE, lambda _area: True)
         for key in keys:
             try:
-                entry = looked_at(store.get(key))
+                entry = finished(store.get(key))
             except Damaged:
                 continue
             if entry is not None:

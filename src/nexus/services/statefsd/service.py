@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, Protocol, assert_never
 
 from nexus.abi import BLOCK_SIZE, AbiError, ConsoleWrite, DeviceQuery, Nanos, ServiceId
 from nexus.drivers import BlockDevice, DeviceFault, Fault, VirtioBlock, open_block
+from nexus.drivers.crc import IS_FAST, SLOW
 from nexus.ipc import Bulk, accept_bulk, offer_bulk
 from nexus.ipc import Context as Trace
 from nexus.log.line import FieldValue
@@ -74,7 +75,6 @@ from nexus.services.statefsd.engine import (
     StoreFull,
     Unopenable,
 )
-from nexus.services.statefsd.engine.crc import IS_FAST, SLOW
 from nexus.services.statefsd.engine.limits import area_of
 from nexus.services.statefsd.group import Group, Waiting
 from nexus.wire import RemoteProtocolError, ReplyStatus

@@ -20,7 +20,7 @@ import msgspec
 
 from nexus.abi import BLOCK_SIZE
 from nexus.drivers import BlockDevice, DeviceFault, Fault
-from nexus.services.statefsd.engine.crc import crc32c, extend
+from nexus.drivers.crc import crc32c, extend
 from nexus.services.statefsd.engine.errors import Lost
 from nexus.services.statefsd.engine.layout import (
     COUNTER_MAX,

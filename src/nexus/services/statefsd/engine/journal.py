@@ -26,7 +26,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE
-from nexus.services.statefsd.engine.crc import crc32c
+from nexus.drivers.crc import crc32c
 from nexus.services.statefsd.engine.errors import Lost
 from nexus.services.statefsd.engine.layout import COUNTER_MAX, RECORD_HEAD_SIZE
 from nexus.services.statefsd.engine.record import (

@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Final
 
 from nexus.abi import BLOCK_SIZE
-from nexus.services.statefsd.engine.crc import crc32c
+from nexus.drivers.crc import crc32c
 from nexus.services.statefsd.engine.limits import (
     AREAS_MAX,
     CLIENTS_MAX,

@@ -8,7 +8,7 @@ from enum import IntEnum
 from struct import Struct
 from typing import Final, NamedTuple
 
-from nexus.services.statefsd.engine.crc import crc32c
+from nexus.drivers.crc import crc32c
 from nexus.services.statefsd.engine.layout import RECORD_HEAD_SIZE
 from nexus.services.statefsd.engine.limits import VALUE_SIZE_MAX
 

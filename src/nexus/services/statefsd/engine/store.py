@@ -24,6 +24,7 @@ import msgspec
 
 from nexus.abi import BLOCK_SIZE, BLOCK_TRANSFER_MAX
 from nexus.drivers import BlockDevice, DeviceFault, Fault
+from nexus.drivers.crc import crc32c
 from nexus.services.statefsd.engine import layout
 from nexus.services.statefsd.engine.checkpoint import (
     EMPTY,
@@ -39,7 +40,6 @@ from nexus.services.statefsd.engine.checkpoint import (
     lost_of,
     read_region,
 )
-from nexus.services.statefsd.engine.crc import crc32c
 from nexus.services.statefsd.engine.errors import (
     Damaged,
     Lost,
