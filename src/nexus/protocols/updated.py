@@ -37,11 +37,11 @@ SLOTS_TARGET: Final = "slots"  # of every decision about them
 
 DIGEST_SIZE: Final = 32  # bytes of a SHA-256
 NAME_SIZE_MAX: Final = 48  # characters of a set's name, "1.2.0"; bootctl keeps as many
-METADATA_SIZE_MAX: Final = 256 * 1024  # bytes of an update's metadata, a root chain among them
+METADATA_SIZE_MAX: Final = 576 * 1024  # bytes of an update's metadata; as nexus.trust reads
 PIECE_SIZE_MAX: Final = 1024 * 1024  # bytes of the file in one VMO, the largest there is
 PIECE_UNIT: Final = 512  # bytes, a block: the pieces are multiples of it, but for the last
 INLINE_PIECE_MAX: Final = 7 * 1024  # bytes of a piece in a frame; operator's envelope fits around
-TRIES_MAX: Final = 8  # boots a set may need to become healthy
+TRIES_MAX: Final = 16  # boots a set may need to become healthy; as nexus.bootctl gives
 TRIES_DEFAULT: Final = 2
 DETAIL_SIZE_MAX: Final = 200  # characters of a sentence for people
 SERVICE_SIZE_MAX: Final = 48  # characters
@@ -77,18 +77,25 @@ class UpdatedStatus(IntEnum):
     IO_ERROR = 28  # the slot or the boot device failed; what is durable is as before
     UNAVAILABLE = 29  # statefsd cannot be had now, or not in time
     NO_SPACE = 30  # statefs is full
+    RESTORING = 31  # data of before a trial that failed are not back yet
+    ALREADY_RUNS = 32  # it is the set that runs
     # Why an update is not trusted (nexus.trust.TrustStatus).
     MALFORMED_METADATA = 40
-    WRONG_KEY = 41
-    THRESHOLD = 42
-    MIXED = 43
-    REPLAYED = 44
-    ROLLED_BACK = 45
-    EXPIRED = 46
-    BELOW_FLOOR = 47
-    DEVELOPMENT_KEY = 48
-    METADATA_TOO_LARGE = 49
-    NO_ANCHOR = 50  # the boot device holds no trust anchor that can be read
+    METADATA_TRUNCATED = 41
+    METADATA_TOO_LARGE = 42
+    METADATA_TOO_MANY = 43  # files, keys, signatures, roots or sets
+    METADATA_DUPLICATE = 44
+    WRONG_KEY = 45
+    BAD_SIGNATURE = 46
+    THRESHOLD = 47  # signed by too few
+    MIXED = 48  # signed, and not of one release
+    REPLAYED = 49  # a whole older release
+    ROLLED_BACK = 50  # newer on the outside, older inside
+    EXPIRED_METADATA = 51  # it ended before a moment that somebody has signed since
+    BELOW_FLOOR = 52  # the set's version
+    DEVELOPMENT_KEY = 53
+    NO_SET = 54  # the metadata names none
+    NO_ANCHOR = 55  # what the device keeps itself, anchor or state, is not whole
     # Why a set is not taken.
     WRONG_DIGEST = 60  # what stands in the slot is not what was signed
     BAD_SET = 61  # the file is no system set in the strict form; the history says where
@@ -224,8 +231,8 @@ class Begin(Request[Begun], op=3, idempotent=True, refuses=UpdatedStatus, moves=
 
     The standby slot is empty from now on, unless its set is the one asked for; a transfer of
     another set ends. The caller holds `update.stage`, else DENIED.
-    *Refuses*: BAD_BULK, TOO_LARGE, UNPROVEN, PENDING, NO_BOOT_RECORD, NO_ANCHOR, IO_ERROR,
-    UNAVAILABLE, NO_SPACE, SCHEMA_OLDER and every status of what is not trusted.
+    *Refuses*: BAD_BULK, TOO_LARGE, UNPROVEN, PENDING, RESTORING, ALREADY_RUNS, NO_BOOT_RECORD,
+    IO_ERROR, UNAVAILABLE, NO_SPACE, and every status of what is not trusted.
     """
 
     offset: Annotated[int, U32()]
@@ -286,8 +293,8 @@ class Finish(Request[Staged], op=7, idempotent=True, refuses=UpdatedStatus):
     Answered when that is done, or EXPIRED: it goes on, GetUpdate says how far it is, and whoever
     asks again gets the outcome. The caller holds `update.stage`, else DENIED.
     *Refuses*: NOT_STAGING, INCOMPLETE, ABANDONED, WRONG_DIGEST, BAD_SET, WRONG_MANIFEST,
-    WRONG_BASE, SCHEMA_OLDER, IO_ERROR, UNAVAILABLE, NO_SPACE, NO_BOOT_RECORD; BUSY when too many
-    wait.
+    WRONG_BASE, SCHEMA_OLDER, BELOW_FLOOR, IO_ERROR, UNAVAILABLE, NO_SPACE, NO_BOOT_RECORD; BUSY
+    when too many wait.
     """
 
 
@@ -306,8 +313,9 @@ class Switch(Request[Switched], op=8, idempotent=True, refuses=UpdatedStatus):
 
     What it migrates is copied before (statefsd's snapshot), else it is not switched to.
     The caller holds `update.switch`, else DENIED.
-    *Refuses*: UNPROVEN, PENDING (another set waits), NOT_STAGED, SCHEMA_OLDER, NO_SNAPSHOT,
-    NO_BOOT_RECORD, IO_ERROR, UNAVAILABLE, NO_SPACE.
+    *Refuses*: UNPROVEN, PENDING (another set waits), RESTORING, NOT_STAGED, BELOW_FLOOR,
+    BAD_SET (a slot cannot be read any more), SCHEMA_OLDER, NO_SNAPSHOT, NO_BOOT_RECORD, IO_ERROR,
+    UNAVAILABLE.
     """
 
     digest: Digest
@@ -328,14 +336,13 @@ class Committed(Message):
 class ReportHealth(Request[Committed], op=9, idempotent=True, refuses=UpdatedStatus):
     """Every service of the boot on trial is healthy, and stayed so: commit. DENIED to all but init.
 
-    `nonce` comes back; slot, digest and boot are those that init was booted with.
+    `nonce` comes back; slot and digest are those that init was booted with.
     *Refuses*: NOT_ON_TRIAL (it is not they that are on trial), NO_BOOT_RECORD, IO_ERROR.
     """
 
     nonce: Annotated[int, U64()]
     slot: Slot
     digest: Digest
-    boot: Annotated[int, U32()]  # SlotBoot.attempt
 
 
 class Commit(Request[Committed], op=10, idempotent=True, refuses=UpdatedStatus):
@@ -360,8 +367,8 @@ class Rollback(Request[RolledBack], op=11, idempotent=True, refuses=UpdatedStatu
     """Boot `slot` from now on: end a trial, take a switch back, or leave a committed set.
 
     With `reboot` at once. The caller holds `update.rollback`, else DENIED.
-    *Refuses*: NO_TARGET, SCHEMA_OLDER (data were migrated and the copy is gone), NO_BOOT_RECORD,
-    IO_ERROR, UNAVAILABLE.
+    *Refuses*: NO_TARGET, RESTORING, SCHEMA_OLDER (data were migrated, and the copy is gone),
+    NO_BOOT_RECORD, IO_ERROR.
     """
 
     slot: Slot
