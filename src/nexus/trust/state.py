@@ -10,14 +10,14 @@ from typing import Annotated, Final
 
 import msgspec
 
-from nexus.trust.limits import NUMBER_MAX, ROOT_SIZE_MAX
+from nexus.trust.limits import ROOT_SIZE_MAX
 from nexus.trust.status import TrustStatus, Untrusted
 
 STATE_VERSION: Final = 1
 STATE_SIZE_MAX: Final = ROOT_SIZE_MAX + 512  # bytes; the rest is seven numbers and two digests
 DIGEST_SIZE: Final = 32  # bytes of SHA-256
 
-Number = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+Number = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no more than u64
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_SIZE, max_length=DIGEST_SIZE)]
 
 
