@@ -3,6 +3,11 @@
 The only code that knows the stored record. Pure, over a drivers.BlockDevice.
 """
 
+from nexus.bootctl.anchor import ANCHOR_SIZE_MAX, NoAnchor
+from nexus.bootctl.block import FORMAT_VERSION, BlockBoot
+from nexus.bootctl.choose import open_boot
+from nexus.bootctl.contract import BOOT_BLOCKS_MIN, BootControl, NoBootRecord
+from nexus.bootctl.environment import EnvironmentBoot
 from nexus.bootctl.handover import (
     EXIT_REBOOT,
     EXIT_SLOT_FAILED,
@@ -47,14 +52,18 @@ from nexus.bootctl.record import (
     staging,
     switch,
 )
+from nexus.drivers import finished
 
 __all__ = [
+    "ANCHOR_SIZE_MAX",
+    "BOOT_BLOCKS_MIN",
     "COUNT_MAX",
     "DETAIL_SIZE_MAX",
     "DIGEST_SIZE",
     "EVIDENCE",
     "EXIT_REBOOT",
     "EXIT_SLOT_FAILED",
+    "FORMAT_VERSION",
     "NAME_SIZE_MAX",
     "NO_DIGEST",
     "NO_TRACE",
@@ -63,10 +72,15 @@ __all__ = [
     "TRACE_SIZE",
     "TRIES_DEFAULT",
     "TRIES_MAX",
+    "BlockBoot",
+    "BootControl",
     "BootRecord",
     "BootRefused",
     "BootStatus",
     "Cause",
+    "EnvironmentBoot",
+    "NoAnchor",
+    "NoBootRecord",
     "Reason",
     "SlotBoot",
     "SlotInfo",
@@ -80,6 +94,8 @@ __all__ = [
     "commit",
     "damaged",
     "failed",
+    "finished",
+    "open_boot",
     "problem_of",
     "provisioned",
     "read_failure",

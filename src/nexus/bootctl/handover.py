@@ -5,6 +5,7 @@
 Both may be of different releases: the loader of the device, init out of the slot.
 """
 
+from enum import StrEnum, unique
 from typing import Annotated, Final
 
 import msgspec
@@ -48,11 +49,23 @@ class SlotBoot(msgspec.Struct, frozen=True, kw_only=True):
     restore: bool = False
 
 
+@unique
+class TrialReason(StrEnum):
+    """Why init takes a trial for failed; a loader may meet words of a later init's."""
+
+    NOT_READY = "not ready"  # a service was not ready by its readiness deadline
+    CRASHED = "crashed"  # a service ended more often than a trial allows
+    UNHEALTHY = "unhealthy"  # a service that had been well said that it is not
+    HUNG = "hung"  # a service that had been well answered no more, or too late
+    DEADLINE = "deadline"  # the deadline of the trial passed before its commit was durable
+
+
 class TrialFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a trial failed, as init judged it: its last word to the loader.
 
     `boot` is init's own number of that boot, `at` ns since its start; `trace` is the trace id that
-    init's questions of that boot carry. `service` is empty where none is to blame.
+    init's questions of that boot carry. `service` is empty where none is to blame;
+    `reason` is a TrialReason.
     """
 
     slot: _Slot

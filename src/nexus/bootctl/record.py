@@ -29,7 +29,9 @@ DETAIL_SIZE_MAX: Final = 200  # bytes of UTF-8: one sentence
 TAIL_SIZE_MAX: Final = 1024  # bytes of UTF-8: the last dozen lines of the console of a failed boot
 TRACE_SIZE: Final = 16  # bytes of a W3C trace id
 REASONS_MAX: Final = 4  # kept: a switch, two tries that failed, and the rollback
-TRIES_MAX: Final = 16  # of a trial; more only lengthen the time a bad set keeps a device down
+TRIES_MAX: Final = (
+    8  # of a trial; one digit, and more only lengthen the time a bad set keeps a device
+)
 TRIES_DEFAULT: Final = 2  # one power cut at a bad moment does not condemn a good set
 
 NO_TRACE: Final = bytes(TRACE_SIZE)
