@@ -11,7 +11,7 @@ KEYS_MAX: Final = 32  # of one root, for all four roles
 SIGNATURES_MAX: Final = 16  # of one file; verified in tens of microseconds each
 NAME_SIZE_MAX: Final = 48  # bytes of a set's name, as in the boot record
 DEPTH_MAX: Final = 8  # of JSON in JSON; what TUF defines takes 5
-NUMBER_MAX: Final = (1 << 64) - 1  # versions are u64 on the boot device
+NUMBER_MAX: Final = (1 << 62) - 1  # of versions and moments; the boot record counts as far
 METADATA_SIZE_MAX: Final = 576 * 1024  # bytes of the section of an update file
 
 assert (

@@ -167,8 +167,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str) -> int:
-    """A whole number of a u64, in the only form it has."""
-    if not (text.isdigit() and len(text) <= 20 and int(text) <= NUMBER_MAX):
+    """A whole number, not below zero."""
+    if not (text.isdigit() and len(text) <= 19 and int(text) <= NUMBER_MAX):
         raise ValueError(f"a number {text:.30}")
     return int(text)
 

@@ -158,7 +158,7 @@ def root_name(version: int) -> str:
 def root_version(name: str) -> int:
     """The version in the name of a root's file; a name in its one form."""
     digits = name.removesuffix(_ROOT_SUFFIX)
-    if digits.isascii() and digits.isdigit() and len(digits) <= 20:  # of a u64
+    if digits.isascii() and digits.isdigit() and len(digits) <= 19:
         version = int(digits)
         if version > 0 and root_name(version) == name:
             return version

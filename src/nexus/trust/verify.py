@@ -4,7 +4,7 @@ The workflow is that of the TUF specification, section 5.3 to 5.6, with two diff
 come all at once, from an update file, and not from a network. And there is no clock: instead of
 "now", what has ended is measured by the time floor, the latest moment that a trusted file says it
 was signed at. Signatures, thresholds and file formats are tuf's; the order, the floors and the
-bounds are ours. Nothing moves unless everything holds. Decision: docs/adr/0021.
+bounds are ours. Nothing moves unless everything holds. Decision: docs/adr/0022.
 """
 
 from collections.abc import Mapping
