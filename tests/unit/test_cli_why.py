@@ -10,7 +10,14 @@ import pytest
 from nexus.abi import SpawnReason
 from nexus.cli.why import Story, cause, document, lines, signal_name
 from nexus.protocols.execd import Crash, LastRecord, LastSpan, Report
-from nexus.protocols.init import Health, ServiceRecord, SystemInfo, SystemState, TaskState
+from nexus.protocols.init import (
+    Health,
+    ServiceRecord,
+    SystemInfo,
+    SystemState,
+    TaskState,
+    TrialState,
+)
 from nexus.protocols.logd import Field, Level, Record
 
 SECOND = 1_000_000_000
@@ -50,6 +57,10 @@ def system_of(**values: Any) -> SystemInfo:
         policy_generation=1,
         policy_digest="d",
         policy_available=True,
+        slot="",
+        set_version=0,
+        set_digest="",
+        trial=TrialState.NONE,
     )
     return msgspec.structs.replace(ready, **values)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nexus import __version__
-from nexus.cli.defaults import WAIT_DEFAULT
+from nexus.cli.defaults import TRIES_DEFAULT, TRIES_MAX, WAIT_DEFAULT
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -29,8 +29,12 @@ state_app = typer.Typer(help="What a running system keeps.", rich_markup_mode=No
 sim_app = typer.Typer(help="What a simulated machine can show.", rich_markup_mode=None)
 new_app = typer.Typer(help="Files to begin with.", rich_markup_mode=None)
 keys_app = typer.Typer(help="The device key of a running system.", rich_markup_mode=None)
+ota_app = typer.Typer(help="Updates of a running system.", rich_markup_mode=None)
+bundle_app = typer.Typer(help="System sets: what a device runs.", rich_markup_mode=None)
+app.add_typer(bundle_app, name="bundle")
 app.add_typer(keys_app, name="keys")
 app.add_typer(new_app, name="new")
+app.add_typer(ota_app, name="ota")
 app.add_typer(policy_app, name="policy")
 app.add_typer(safe_app, name="safe")
 app.add_typer(sim_app, name="sim")
@@ -43,6 +47,7 @@ Name = Annotated[str | None, typer.Option("--name", "-n", envvar="NEXUS_SYSTEM",
 LongName = Annotated[  # for `logs`, whose -n is a number, as that of tail
     str | None, typer.Option("--name", envvar="NEXUS_SYSTEM", help=_WHICH)
 ]
+Reboot = Annotated[bool, typer.Option("--reboot", help="Restart the system at once.")]
 Instance = Annotated[
     str | None,
     typer.Option("--instance", help="A name for one of several instances side by side."),
@@ -329,18 +334,35 @@ def explain(
 
 
 @app.command(
-    epilog=_examples("nexus why pump", "nexus why pump --report 12", "nexus why pump --json")
+    epilog=_examples(
+        "nexus why                  # of the last update: why it was kept, left or refused",
+        "nexus why pump",
+        "nexus why pump --report 12",
+        "nexus why pump --json",
+    )
 )
 def why(
-    service: Annotated[str, typer.Argument(help="The service to tell of.", show_default=False)],
+    service: Annotated[
+        str | None,
+        typer.Argument(help="The service to tell of; the last update.", show_default=False),
+    ] = None,
     report: Annotated[
         int | None, typer.Option("--report", min=1, help="The crash report to tell; the last.")
     ] = None,
     name: Name = None,
     json: Json = False,
 ) -> None:
-    """Say what happened to a service, the evidence, and what was done about it."""
+    """Say what happened to a service or an update, the evidence, and what was done about it."""
     from nexus.cli.ask import asked
+    from nexus.cli.errors import UsageError
+
+    if service is None:
+        if report is not None:
+            raise UsageError("a report is that of a service: name it, as in `nexus why pump`")
+        from nexus.cli.why_update import why as tell
+
+        tell(asked(name), as_json=json)
+        return
     from nexus.cli.why import why as act
 
     act(asked(name), service, report, as_json=json)
@@ -705,6 +727,167 @@ def keys_rotate(name: Name = None, json: Json = False) -> None:
     from nexus.cli.keys import rotate
 
     rotate(asked(name), as_json=json)
+
+
+@ota_app.command(
+    "stage", epilog=_examples("nexus ota stage update.nxu", "nexus ota stage update.nxu --json")
+)
+def ota_stage(
+    file: Annotated[Path, typer.Argument(help="The update (.nxu).", show_default=False)],
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Bring a signed update to the standby slot and verify it there; a cut off one goes on."""
+    from nexus.cli.ask import asked
+    from nexus.cli.ota import stage as act
+
+    act(asked(name), file, as_json=json)
+
+
+@ota_app.command(
+    "switch",
+    epilog=_examples(
+        "nexus ota switch                 # at the next start",
+        "nexus ota switch --reboot        # at once",
+        "nexus ota switch 3fa9c1 --tries 1",
+    ),
+)
+def ota_switch(
+    digest: Annotated[
+        str | None,
+        typer.Argument(help="The beginning of the staged set's digest.", show_default=False),
+    ] = None,
+    tries: Annotated[
+        int,
+        typer.Option("--tries", min=1, max=TRIES_MAX, help="Boots it may take to become healthy."),
+    ] = TRIES_DEFAULT,
+    reboot: Reboot = False,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Have the staged set tried; the set that runs now is kept, to go back to."""
+    from nexus.cli.ask import asked
+    from nexus.cli.ota import switch as act
+
+    act(asked(name), digest, tries, reboot=reboot, as_json=json)
+
+
+@ota_app.command("status", epilog=_examples("nexus ota status", "nexus ota status --json"))
+def ota_status(name: Name = None, json: Json = False) -> None:
+    """Print what the slots hold, what runs, and how far a transfer is."""
+    from nexus.cli.ask import asked
+    from nexus.cli.ota import status as act
+
+    act(asked(name), as_json=json)
+
+
+@ota_app.command("commit", epilog=_examples("nexus ota commit"))
+def ota_commit(name: Name = None, json: Json = False) -> None:
+    """Keep the set on trial by your word; a healthy one is committed without it."""
+    from nexus.cli.ask import asked
+    from nexus.cli.ota import commit as act
+
+    act(asked(name), as_json=json)
+
+
+@ota_app.command("rollback", epilog=_examples("nexus ota rollback", "nexus ota rollback --reboot"))
+def ota_rollback(reboot: Reboot = False, name: Name = None, json: Json = False) -> None:
+    """End a trial, take a switch back, or go back to the set before."""
+    from nexus.cli.ask import asked
+    from nexus.cli.ota import rollback as act
+
+    act(asked(name), reboot=reboot, as_json=json)
+
+
+SetFile = Annotated[
+    Path, typer.Argument(help="The set, or an update with one in it.", show_default=False)
+]
+
+
+@bundle_app.command(
+    "build",
+    epilog=_examples(
+        "nexus bundle build system.toml -o pump.nxs --version 3 --name 1.2.0",
+        "nexus bundle build system.toml -o pump.nxs --version 3 --name 1.2.0 "
+        "--schema /state/pump/=2 --needs pyserial",
+    ),
+)
+def bundle_build(
+    file: File,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Write the set here.", show_default=False)
+    ],
+    version: Annotated[
+        int,
+        typer.Option(
+            "--version",
+            min=1,
+            max=2**64 - 1,
+            help="What devices compare; a higher one is newer.",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[
+        str, typer.Option("--name", help="What people call the version.", show_default=False)
+    ],
+    health: Annotated[
+        float,
+        typer.Option("--health", min=1, max=3600, help="Seconds a first boot has to prove well."),
+    ] = 60.0,
+    schema: Annotated[
+        list[str] | None,
+        typer.Option("--schema", help="Version of the data of an area, AREA=VERSION; repeat it."),
+    ] = None,
+    needs: Annotated[
+        list[str] | None,
+        typer.Option("--needs", help="A distribution your own programs import; repeat it."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a set of a system: the same bytes for the same content."""
+    from nexus.cli.bundle import make
+
+    make(
+        file,
+        output,
+        version=version,
+        name=name,
+        health=health,
+        schemas=schema or [],
+        needs=needs or [],
+        as_json=json,
+    )
+
+
+@bundle_app.command(
+    "inspect",
+    epilog=_examples(
+        "nexus bundle inspect pump.nxs --files", "nexus bundle inspect pump.nxs --sbom"
+    ),
+)
+def bundle_inspect(
+    file: SetFile,
+    files: Annotated[bool, typer.Option("--files", help="List the files too.")] = False,
+    sbom: Annotated[
+        bool, typer.Option("--sbom", help="Print the bill of materials (CycloneDX).")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what a set says of itself. Exit code 1: refused."""
+    from nexus.cli.bundle import inspect
+
+    raise typer.Exit(inspect(file, files=files, sbom=sbom, as_json=json))
+
+
+@bundle_app.command(
+    "verify",
+    epilog=_examples("nexus bundle verify pump.nxs", "nexus bundle verify pump.nxs --json"),
+)
+def bundle_verify(file: SetFile, json: Json = False) -> None:
+    """Look at every byte of a set. Exit code 1: refused; who made it is not asked here."""
+    from nexus.cli.bundle import check
+
+    raise typer.Exit(check(file, as_json=json))
 
 
 @new_app.command(

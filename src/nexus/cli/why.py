@@ -7,8 +7,7 @@ asked is said.
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from nexus.abi import INIT_NAME, SpawnReason
@@ -17,6 +16,8 @@ from nexus.cli.client import OperatorClient, ServiceRefused
 from nexus.cli.errors import CommandFailed
 from nexus.cli.output import say, say_json
 from nexus.cli.status import span, word
+from nexus.cli.telling import INDENT, clock, labelled
+from nexus.cli.why_update import left_for, reasons_of
 from nexus.protocols.execd import PROTOCOL as EXECD
 from nexus.protocols.execd import Crash, Crashes, GetCrashes, GetReport, Report
 from nexus.protocols.init import (
@@ -32,6 +33,7 @@ from nexus.protocols.init import (
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.logd import EVERY_RECORD, PAGE_MAX, Level, Query, Record
 from nexus.protocols.logd import PROTOCOL as LOGD
+from nexus.protocols.updated import SERVICE_NAME as UPDATED_NAME
 from nexus.wire import ReplyStatus
 
 ASK_TIME: Final = 5.0  # seconds for each question
@@ -43,8 +45,6 @@ NANOS: Final = 1_000_000_000
 MILLI: Final = 1_000  # us
 EXECD_NAME: Final = "execd"
 LOGD_NAME: Final = "logd"
-INDENT: Final = "    "
-LABEL_WIDTH: Final = 11  # characters; the longest label and a space
 
 REASONS: Final = {
     "no echo": "it did not answer init's first message in time, and was killed",
@@ -99,6 +99,7 @@ class Story:
     report: Report | None = None  # of the crash that is told whole
     denials: tuple[Record, ...] = ()
     unknown: tuple[str, ...] = field(default=())  # what could not be asked, and why
+    left: tuple[str, ...] = ()  # which system sets were left for its sake
 
     @property
     def boot(self) -> int:
@@ -109,12 +110,41 @@ class Story:
 def why(asked: Asked, service: str, number: int | None, *, as_json: bool) -> None:
     """Print the story. Raises CommandFailed."""
     with asked.client() as client:
-        story = _story(client, asked, service, number)
+        left = _left_for(client, asked, service)
+        try:
+            story = _story(client, asked, service, number)
+        except NoSuchService:
+            if not left:
+                raise
+            story = None  # it is of a set that was left, and not of this one
+    if story is None:
+        if as_json:
+            say_json({"service": service, "state": None, "left": left})
+            return
+        say(f"{service}: not in this system")
+        for line in left:
+            say(f"{INDENT}{line}")
+        return
+    story = replace(story, left=tuple(left))
     if as_json:
         say_json(document(story))
         return
     for line in lines(story):
         say(line)
+
+
+class NoSuchService(CommandFailed):
+    """The system has no service of this name."""
+
+
+def _left_for(client: OperatorClient, asked: Asked, service: str) -> list[str]:
+    """The sets that boot control left for its sake; none where that cannot be asked."""
+    if not asked.has(UPDATED_NAME):
+        return []
+    try:
+        return list(left_for(reasons_of(client), service))
+    except CommandFailed:
+        return []
 
 
 def _story(client: OperatorClient, asked: Asked, service: str, number: int | None) -> Story:
@@ -123,7 +153,7 @@ def _story(client: OperatorClient, asked: Asked, service: str, number: int | Non
     except ServiceRefused as error:
         if error.status is InitStatus.ROUTE_NOT_FOUND:
             title = asked.running.title
-            raise CommandFailed(
+            raise NoSuchService(
                 f"there is no service {service} in {title}: see `nexus status`"
             ) from error
         raise
@@ -203,6 +233,7 @@ def lines(story: Story) -> Iterator[str]:
     yield _headline(story)
     yield from _system_lines(story.system)
     yield from _start_lines(story)
+    yield from (f"{INDENT}{each}" for each in story.left)
     if story.report is not None:
         yield ""
         yield from _report_lines(story, story.report)
@@ -219,7 +250,8 @@ def _headline(story: Story) -> str:
     if record.state is TaskState.UP:
         restarts = f", restarted {_times(record.restarts)} in this boot" if record.restarts else ""
         state = f"{state}, health {word(record.health)}, process {record.pid}{restarts}"
-    calm = not story.crashes and not record.died and not record.spawn_reason
+    ended = story.crashes or record.died or story.left
+    calm = not ended and not record.spawn_reason
     well = "; nothing has happened to it" if calm and not story.unknown else ""
     return f"{story.service}: {state}{well}"
 
@@ -247,43 +279,39 @@ def _start_lines(story: Story) -> Iterator[str]:
     for denial in story.denials:
         fields = _fields(denial)
         who, why_ = fields.get("subject", "?"), fields.get("reason", "?")
-        yield f"{INDENT}{_clock(denial.wall)}  {who} may not start it, reason {why_}"
+        yield f"{INDENT}{clock(denial.wall)}  {who} may not start it, reason {why_}"
         yield f"{INDENT}see `nexus explain {who} {EXECD_NAME} {PROC_SPAWN}:{story.service}`"
 
 
 def _report_lines(story: Story, report: Report) -> Iterator[str]:
     crash = report.crash
     where = "" if crash.boot == story.boot else f", in boot {crash.boot + 1}, before this one"
-    yield f"{_clock(crash.wall)}  {story.service} crashed: {_how(crash)}{where}"
-    yield _labelled("cause", cause(report))
-    yield _labelled(
+    yield f"{clock(crash.wall)}  {story.service} crashed: {_how(crash)}{where}"
+    yield labelled("cause", cause(report))
+    yield labelled(
         "instance", f"process {crash.pid}, generation {crash.generation}, ran {_ran(crash)}"
     )
     for index, each in enumerate(report.records):
         level = Level(each.level).name.lower() if each.level in set(Level) else "?"
-        text = f"{_clock(each.at)}  {level:<5} {each.text}"
-        yield _labelled("last words" if index == 0 else "", text)
+        text = f"{clock(each.at)}  {level:<5} {each.text}"
+        yield labelled("last words" if index == 0 else "", text)
     for index, span_ in enumerate(report.spans):
         state = f"took {_short(span_.end - span_.start)}" if span_.end else "was open"
-        text = f"{_clock(span_.start)}  {span_.name} {state}"
-        yield _labelled("spans" if index == 0 else "", text)
+        text = f"{clock(span_.start)}  {span_.name} {state}"
+        yield labelled("spans" if index == 0 else "", text)
     for index, frame in enumerate(_frames(report)):
-        yield _labelled("traceback" if index == 0 else "", frame)
+        yield labelled("traceback" if index == 0 else "", frame)
     if report.trace:
-        yield _labelled("trace", f"{report.trace}  (`nexus trace {report.trace}`)")
-    yield _labelled("program", f"build {crash.digest[:16]}")
+        yield labelled("trace", f"{report.trace}  (`nexus trace {report.trace}`)")
+    yield labelled("program", f"build {crash.digest[:16]}")
     if report.missing:
-        yield _labelled("missing", report.missing)
-    yield _labelled("then", crash.action)
-    yield _labelled("report", f"{crash.report}{'' if report.kept else ', not yet durable'}")
+        yield labelled("missing", report.missing)
+    yield labelled("then", crash.action)
+    yield labelled("report", f"{crash.report}{'' if report.kept else ', not yet durable'}")
 
 
 def _frames(report: Report) -> list[str]:
     return [frame for part in report.traceback.splitlines() for frame in part.split(" > ") if frame]
-
-
-def _labelled(label: str, text: str) -> str:
-    return f"{INDENT}{label.ljust(LABEL_WIDTH)}{text}"
 
 
 def _earlier_lines(story: Story) -> Iterator[str]:
@@ -295,7 +323,7 @@ def _earlier_lines(story: Story) -> Iterator[str]:
     yield ""
     yield f"{len(others)} more on record, `nexus why {story.service} --report N` tells one:"
     for crash in others[-EARLIER_MAX:]:
-        yield f"{INDENT}{_clock(crash.wall)}  report {crash.report}: {_how(crash)}; {crash.action}"
+        yield f"{INDENT}{clock(crash.wall)}  report {crash.report}: {_how(crash)}; {crash.action}"
 
 
 def cause(report: Report) -> str:
@@ -339,12 +367,6 @@ def _short(nanos: int) -> str:
     return f"{micros:.1f} us" if micros < MILLI else f"{micros / MILLI:.1f} ms"
 
 
-def _clock(wall: int) -> str:
-    """A time of day as people here read it."""
-    at = datetime.fromtimestamp(wall / NANOS).astimezone()
-    return f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03}"
-
-
 def _fields(record: Record) -> dict[str, str]:
     return {each.key: each.value for each in record.fields}
 
@@ -384,6 +406,7 @@ def document(story: Story) -> dict[str, Any]:
             {"time": each.wall, "record": each.record, **_fields(each)} for each in story.denials
         ],
         "unknown": list(story.unknown),
+        "left": list(story.left),
     }
 
 

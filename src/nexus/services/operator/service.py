@@ -65,6 +65,9 @@ from nexus.protocols.operator import (
 from nexus.protocols.policy import POLICY_SIZE_MAX, RELOAD
 from nexus.protocols.policyd import PROTOCOL as POLICYD
 from nexus.protocols.policyd import PolicydStatus, ReloadBulk
+from nexus.protocols.updated import PROTOCOL as UPDATED
+from nexus.protocols.updated import ChunkInline, GetReasons, GetUpdate, PutMetadata
+from nexus.protocols.updated import GetHistory as GetUpdateHistory
 from nexus.runtime import Call
 from nexus.services.operator.relay import Ended, Spanned
 from nexus.services.operator.relay import Refusal as RelayRefusal
@@ -99,15 +102,19 @@ INIT_PASSED: Final = frozenset(INIT.codecs[each].prefix for each in RELAYED_TO_I
 INIT_ACTS: Final = frozenset(
     INIT.codecs[each].prefix for each in (Restart, Shutdown, LeaveSafeMode, ReloadSettings)
 )
+UPDATED_LOOKS: Final = (GetUpdate, GetReasons, GetUpdateHistory)
+UPDATED_PIECES: Final = (PutMetadata, ChunkInline)
 LOOKS: Final = (
     (INIT_PASSED - INIT_ACTS)
     | META_PASSED
     | frozenset(LOGD.codecs[each].prefix for each in (Query, Follow, GetStats))
     | frozenset(METRICSD.codecs[each].prefix for each in (GetSeries, GetHistory, GetSpans))
+    | frozenset(UPDATED.codecs[each].prefix for each in (*UPDATED_LOOKS, *UPDATED_PIECES))
 )
-"""Requests that change nothing. A command that follows the log asks twice a second: of these the
-first of a connection is audited, the others are counted; and no span is made of them, so that the
-latest trace is that of the latest command and not that of the look at it."""
+"""Requests that change nothing, and the pieces of an update, whose Begin and Finish count. A command
+that follows the log asks twice a second: of these the first of a connection is audited, the others
+are counted; and no span is made of them, so that the latest trace is that of the latest command and
+not that of the look at it."""
 
 KNOWN: Final = (
     META.dispatch
@@ -116,6 +123,7 @@ KNOWN: Final = (
     | POLICYD.dispatch
     | METRICSD.dispatch
     | EXPORTD.dispatch
+    | UPDATED.dispatch
 )
 META_NUMBER: Final = META.number.to_bytes(2, "little")
 PROTOCOL_OFFSET: Final = 4
