@@ -1,0 +1,244 @@
+"""Which slot is booted next. Pure: reads and writes block devices, and knows no files.
+
+    load record -> add how the last boot ended -> count down the try -> look at every byte of the
+    slot -> store -> Chosen
+
+The record is stored before anything is started from the slot, so whatever happens from then on has
+been paid for: a boot that never says a word again leads back, one try at a time. A slot that does
+not hold what the record says is never started; then the other one is looked at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+
+from nexus.abi import BLOCK_SIZE, Nanos
+from nexus.bootctl import (
+    NO_TRACE,
+    TRACE_SIZE,
+    BootRecord,
+    BootRefused,
+    Cause,
+    Reason,
+    SlotInfo,
+    SlotName,
+    SlotState,
+    attempt,
+    damaged,
+    failed,
+    slot_boot,
+)
+from nexus.bootctl.contract import BootControl
+from nexus.bootctl.handover import SlotBoot, TrialFailure, TrialReason
+from nexus.drivers import BlockDevice, DeviceFault
+from nexus.sets import Manifest, SetRefused, read_manifest
+
+READ_BLOCKS: Final = 2048  # blocks of one read: 1 MiB, of which one at a time is in memory
+LOOKS_MAX: Final = 4  # slots looked at for one boot: each may be found damaged, in trial and after
+
+ORDERLY: Final = 0  # exit code of an init that was told to end
+
+
+class NothingBootable(Exception):
+    """There is no slot to boot, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What is known of the boot before this one.
+
+    `code` and `signal` are how init ended, None if nobody saw it; `is_hung` says that the loader
+    killed it because it gave no verdict in time; `problem` is why it could not even be started.
+    `failure` is init's own last word, `tail` the last lines of that boot's console.
+    """
+
+    code: int | None = None
+    signal: int = 0
+    is_hung: bool = False
+    problem: str = ""
+    failure: TrialFailure | None = None
+    tail: str = ""
+
+
+UNSEEN: Final = Ended()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """The slot to boot, the manifest of its set, and the record as it is stored."""
+
+    boot: SlotBoot
+    manifest: Manifest
+    record: BootRecord
+
+
+class SlotSource:
+    """sets.Source: the set that stands at the beginning of a slot."""
+
+    def __init__(self, device: BlockDevice, size: int) -> None:
+        self._device = device
+        self.size = size
+
+    async def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on; fewer only at the end of the set. Raises DeviceFault."""
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        first = offset // BLOCK_SIZE
+        last = -(-(offset + size) // BLOCK_SIZE)
+        data = await self._device.read(first, last - first)
+        start = offset - first * BLOCK_SIZE
+        return data[start : start + size]
+
+
+async def choose(
+    control: BootControl,
+    slots: Mapping[SlotName, BlockDevice],
+    ended: Ended | None,
+    *,
+    wall: int = 0,
+) -> Chosen:
+    """Decide what is booted, and have that on the boot device before this returns.
+
+    `ended` is how the last boot ended, None for a first look; `wall` the time for the record, ns
+    since 1970 or 0. Raises NothingBootable, bootctl's NoBootRecord, DeviceFault (boot device).
+    """
+    record = await control.load()
+    if ended is not None:
+        record = await _noted(control, record, ended, wall)
+    for _ in range(LOOKS_MAX):
+        try:
+            tried, name = attempt(record, wall=wall)
+        except BootRefused as refused:
+            raise NothingBootable(str(refused)) from refused
+        found = await _look(slots[name], tried.slot(name))
+        if isinstance(found, Manifest):
+            stored = await control.store(tried)
+            deadline = Nanos(found.health)
+            boot = slot_boot(stored, name, deadline)
+            return Chosen(boot=boot, manifest=found, record=stored)
+        # The boot that did not happen is not counted; that a trial was over is.
+        base = record if tried.trying is record.trying else tried
+        record = await control.store(damaged(base, name, _flaw(base, name, found, wall)))
+    raise NothingBootable("every slot that was looked at is damaged")
+
+
+async def note_end(control: BootControl, ended: Ended, *, wall: int = 0) -> BootRecord:
+    """Keep how a boot ended that is not followed by another one now; the record.
+
+    Raises bootctl's NoBootRecord, DeviceFault.
+    """
+    return await _noted(control, await control.load(), ended, wall)
+
+
+async def _noted(control: BootControl, record: BootRecord, ended: Ended, wall: int) -> BootRecord:
+    name = record.trying
+    if name is None or record.slot(name).state is not SlotState.TRYING:
+        return record  # what ended was no trial, or one that has been judged
+    if ended == UNSEEN or (reason := _end_of(record, name, ended, wall)) is None:
+        return record  # attempt says that nobody saw it
+    if any(each.boot == record.boots and each.cause is reason.cause for each in record.reasons):
+        return record  # kept by the loader that saw it, which then ended itself
+    return await control.store(failed(record, reason))
+
+
+def _end_of(record: BootRecord, name: SlotName, ended: Ended, wall: int) -> Reason | None:
+    """The evidence of a trial's end; None if nothing is known but that it ended."""
+    info = record.slot(name)
+    failure = ended.failure
+    if failure is not None and not _is_of(failure, record, name):
+        failure = None
+    service, trace = "", NO_TRACE
+    if failure is not None:
+        cause = CAUSES.get(failure.reason, Cause.INIT_ENDED)
+        service, detail = failure.service, failure.detail
+        trace = _trace(failure.trace)
+    elif ended.problem:
+        cause, detail = Cause.INIT_ENDED, ended.problem
+    elif ended.is_hung:
+        cause, detail = Cause.INIT_HUNG, "no verdict by the deadline of the trial: init was killed"
+    elif ended.signal:
+        cause, detail = Cause.INIT_ENDED, f"init was killed by signal {ended.signal}"
+    elif ended.code == ORDERLY:
+        cause, detail = Cause.STOPPED, "the system was ended in order before it was judged"
+    elif ended.code is not None:
+        cause, detail = Cause.INIT_ENDED, f"init ended with exit code {ended.code}"
+    elif ended.tail:
+        cause, detail = Cause.LOST, "nobody saw how it ended: the power went, or all was killed"
+    else:
+        return None
+    return Reason(
+        cause=cause,
+        slot=name,
+        version=info.version,
+        boot=record.boots,
+        wall=wall,
+        trace=trace,
+        service=service,
+        detail=detail,
+        tail=ended.tail,
+    )
+
+
+def _is_of(failure: TrialFailure, record: BootRecord, name: SlotName) -> bool:
+    """Whether init's word is about the last boot, and not one of before that was left lying."""
+    return (
+        failure.slot == name
+        and failure.version == record.slot(name).version
+        and failure.attempt == record.slot(name).attempts
+    )
+
+
+def _trace(text: str) -> bytes:
+    """A trace id as stored; zeros for what is none."""
+    try:
+        trace = bytes.fromhex(text)
+    except ValueError:
+        trace = b""
+    return trace if len(trace) == TRACE_SIZE else NO_TRACE
+
+
+async def _look(device: BlockDevice, info: SlotInfo) -> Manifest | str:
+    """Every byte of a slot against the record: its manifest, or what is wrong with it."""
+    try:
+        if await _digest(device, info.size) != info.digest:
+            return "its bytes are not those that were staged"
+        manifest = await read_manifest(SlotSource(device, info.size))
+    except DeviceFault as fault:
+        return f"it cannot be read: {fault}"
+    except SetRefused as refused:
+        return str(refused)
+    if manifest.version != info.version:
+        return f"it says version {manifest.version}"
+    return manifest
+
+
+async def _digest(device: BlockDevice, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes. Raises DeviceFault."""
+    digest = sha256()
+    source = SlotSource(device, size)
+    for offset in range(0, size, READ_BLOCKS * BLOCK_SIZE):
+        digest.update(await source.read_at(offset, READ_BLOCKS * BLOCK_SIZE))
+    return digest.digest()
+
+
+def _flaw(record: BootRecord, name: SlotName, found: str, wall: int) -> Reason:
+    return Reason(
+        cause=Cause.DAMAGED,
+        slot=name,
+        version=record.slot(name).version,
+        boot=record.boots,
+        wall=wall,
+        detail=f"slot {name}: {found}",
+    )
+
+
+CAUSES: Final[Mapping[str, Cause]] = {
+    TrialReason.NOT_READY: Cause.NOT_READY,
+    TrialReason.CRASHED: Cause.CRASHED,
+    TrialReason.UNHEALTHY: Cause.UNHEALTHY,
+    TrialReason.HUNG: Cause.HUNG,
+    TrialReason.DEADLINE: Cause.DEADLINE,
+}
+"""A later init may have more words: of those it is kept that init ended, and its sentence."""
