@@ -4,4 +4,4 @@ from typing import Final
 
 WAIT_DEFAULT: Final = 30.0  # seconds for a system to get ready in: a loaded machine's time, doubled
 TRIES_DEFAULT: Final = 2  # boots of a trial; tests/unit compares it with updated's own
-TRIES_MAX: Final = 8
+TRIES_MAX: Final = 16
