@@ -198,16 +198,22 @@ def program_digest(module: str) -> str:
     return _digest([spec])
 
 
+def digested_modules(source: ProgramSource) -> list[str]:
+    """The modules and packages that the digest of a program covers, in order."""
+    if not source.entry:
+        return [source.module]
+    modules = {source.module, *source.protocols, source.double.partition(":")[0]} - {""}
+    return sorted({module.rpartition(".")[0] or module for module in modules})
+
+
 def own_digest(source: ProgramSource) -> str:
     """The digest of a program of a system's own that check_own has passed.
 
     It covers the packages around its module, its protocol and its double, or the module itself
     where there is no package around it.
     """
-    modules = {source.module, *source.protocols, source.double.partition(":")[0]} - {""}
-    around = sorted({module.rpartition(".")[0] or module for module in modules})
     with _importing(source.path):
-        specs = [importlib.util.find_spec(name) for name in around]
+        specs = [importlib.util.find_spec(name) for name in digested_modules(source)]
     return _digest([spec for spec in specs if spec is not None])
 
 

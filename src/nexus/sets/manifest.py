@@ -6,7 +6,7 @@ behind it: they are compared, chunk by chunk (reader.py).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Final
 
@@ -19,7 +19,7 @@ DIGEST_SIZE: Final = 32  # bytes of SHA-256
 CHUNK_SIZE: Final = 256 * 1024  # bytes of every chunk of a file but its last; one is in memory
 MANIFEST_SIZE_MAX: Final = 1024 * 1024  # bytes; the reference's index
 UNPACKED_SIZE_MAX: Final = 2 * 1024**3  # bytes of all files together; twice what is measured
-FILES_MAX: Final = 4096  # six times what Nexus has
+FILES_MAX: Final = 4096  # nine times what a system of Nexus's own programs has
 CHUNKS_MAX: Final = UNPACKED_SIZE_MAX // CHUNK_SIZE + FILES_MAX  # a last, shorter one per file
 PATH_SIZE_MAX: Final = 240  # characters, all of them one byte; leaves room for the folder above
 NAME_SIZE_MAX: Final = 48  # characters of a version's name
@@ -120,6 +120,22 @@ class Manifest(
         """Where each chunk begins, in bytes behind the manifest."""
         sizes = [chunk.stored for chunk in self.chunks]
         return list(accumulate(sizes, initial=0))[:-1]
+
+
+def unmet(needed: Base, python: str, installed: Mapping[str, str]) -> list[str]:
+    """What a system below the slots has not: a sentence each, none if the set can run there.
+
+    `installed` are versions by normalised name. Versions are compared for equality: another one is
+    another combination than the one that was built and tested.
+    """
+    found = []
+    if needed.python != python:
+        found.append(f"python {needed.python}, here it is {python}")
+    for name, version in needed.distributions.items():
+        here = installed.get(name)
+        if here != version:
+            found.append(f"{name} {version}, here it is {here or 'not installed'}")
+    return found
 
 
 _decode: Final = strict_decoder(Manifest)

@@ -100,6 +100,20 @@ class CallSource:
         return self._read_at(offset, size)
 
 
+class PartSource:
+    """A set that is a part of something larger, as of an update file or of a slot."""
+
+    def __init__(self, source: Source, offset: int, size: int) -> None:
+        self._source = source
+        self._offset = offset
+        self.size = size
+
+    async def read_at(self, offset: int, size: int) -> bytes:
+        """As Source."""
+        left = max(0, self.size - offset)
+        return await self._source.read_at(self._offset + offset, min(size, left))
+
+
 async def read_manifest(source: Source) -> Manifest:
     """The manifest alone, its digest compared; of the chunks only that there is room for them.
 
@@ -120,6 +134,22 @@ async def unpack(source: Source, sink: Sink) -> Verified:
     What the sink got is of use only after this has returned: a set may be found bad at its end.
     """
     return await _whole(Pass(source, sink))
+
+
+async def read_file(source: Source, manifest: Manifest, path: str, size_max: int) -> bytes:
+    """One file of a set whose manifest was read, its chunks compared. Raises SetRefused."""
+    file = next((file for file in manifest.files if file.path == path), None)
+    if file is None:
+        raise SetRefused(SetStatus.MISSING, repr(path))
+    if file.size > size_max:
+        raise SetRefused(SetStatus.OVERSIZED, f"{path!r} has {file.size} bytes, {size_max} at most")
+    first = source.size - END_SIZE - manifest.stored_size
+    offsets = manifest.offsets()
+    parts = []
+    for index in file.chunks:
+        chunk = manifest.chunks[index]
+        parts.append(plain(chunk, await _exactly(source, first + offsets[index], chunk.stored)))
+    return b"".join(parts)
 
 
 async def _whole(reading: "Pass") -> Verified:
