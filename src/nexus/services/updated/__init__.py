@@ -1,0 +1,1 @@
+"""updated: signed system sets in two slots, tried, and kept or left."""
