@@ -30,6 +30,7 @@ from nexus.abi import (
     Slot,
     Trap,
 )
+from nexus.bootctl.handover import SlotBoot
 from nexus.init import plan as plan_module
 from nexus.init.authority import PolicySource
 from nexus.init.ground import limits_of
@@ -230,8 +231,9 @@ class Run:
         ]
 
 
-NAMES: Final = ("driver", "other", "absent", "a", "b", "c", "d", "policyd")
+NAMES: Final = ("driver", "other", "absent", "a", "b", "c", "d", "policyd", "updated", "statefsd")
 """Programs that a system text may name; a test gives their mains."""
+SPOKEN: Final = ("policyd", "updated", "statefsd")  # those that speak what the real ones do
 
 
 @pytest.fixture
@@ -241,9 +243,7 @@ def boot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         name: ProgramSource(
             name=name,
             module="nexus.services.timed",
-            protocols=(
-                "nexus.protocols.policyd" if name == "policyd" else "nexus.protocols.testsvc",
-            ),
+            protocols=(f"nexus.protocols.{name}" if name in SPOKEN else "nexus.protocols.testsvc",),
         )
         for name in NAMES
     }
@@ -272,6 +272,7 @@ def boot_it(
     at: Sequence[tuple[int, Callable[[SimKernel], object]]] = (),
     cut: int | None = None,
     faults: Faults | None = None,
+    slot_boot: SlotBoot | None = None,
 ) -> Run:
     """Run the system of `text`. `signals` and `at` are (ns after the start, what then).
 
@@ -308,7 +309,14 @@ def boot_it(
     inits: list[Supervisor] = []
 
     def init_main(boot: BootImage) -> Coroutine[Trap[Any], Any, int]:
-        init = Supervisor(boot, plan, 1, policy_source=policy_source, watchdog=watchdog)
+        init = Supervisor(
+            boot,
+            plan,
+            1,
+            policy_source=policy_source,
+            watchdog=watchdog,
+            slot_boot=slot_boot,
+        )
         inits.append(init)
         return init.run()
 

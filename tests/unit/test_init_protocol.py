@@ -24,6 +24,7 @@ from nexus.protocols.init import (
     TaskRow,
     TaskRows,
     TaskState,
+    TrialState,
 )
 from nexus.protocols.meta import (
     COUNTERS_MAX,
@@ -85,6 +86,10 @@ LARGEST: list[Message] = [
         U32,
         "d" * 64,
         True,
+        "b",
+        U64,
+        "d" * 64,
+        TrialState.JUDGING,
     ),
     PolicyGiven(POLICY_SIZE_MAX, U32),
     ServiceStatus(

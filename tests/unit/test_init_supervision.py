@@ -644,7 +644,6 @@ def test_an_orderly_end_before_the_boot_is_stable_is_no_crash(boot: Boot) -> Non
         b"[]",
         b'{"version":2,"boots":1,"unstable":9,"why":"","ends":[]}',
         b'{"version":1,"boots":-1}',
-        b'{"version":1,"unstable":9,"mine":1}',
     ],
 )
 def test_a_memory_that_cannot_be_understood_is_empty_and_said(boot: Boot, memory: bytes) -> None:

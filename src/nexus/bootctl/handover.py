@@ -23,7 +23,7 @@ TRACE_SIZE: Final = 32  # characters of a trace id in hexadecimal
 SPAN_MAX: Final = 2**63 - 1  # ns; what a signed 64-bit clock can count
 
 _Slot = Annotated[str, msgspec.Meta(pattern="^[ab]$", max_length=1)]
-_Version = Annotated[int, msgspec.Meta(ge=0, le=2**64 - 1)]
+_Version = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits: msgspec bounds no more than 63
 _Count = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 _Span = Annotated[int, msgspec.Meta(ge=0, le=SPAN_MAX)]
 

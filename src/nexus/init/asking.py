@@ -20,6 +20,7 @@ from nexus.ipc import NonceGen, Spans
 from nexus.protocols.execd import PROTOCOL as EXECD
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.policyd import PROTOCOL as POLICYD
+from nexus.protocols.updated import PROTOCOL as UPDATED
 from nexus.wire import (
     FRAME_KIND,
     HEADER,
@@ -36,7 +37,7 @@ from nexus.wire import (
 )
 
 NONCE_START: Final = 1
-SPOKEN: Final = (META, POLICYD, EXECD)  # what init asks in: everybody, and the two that it tells
+SPOKEN: Final = (META, POLICYD, EXECD, UPDATED)  # what init asks in: everybody, and whom it tells
 
 Done = Callable[[Any, int], Awaitable[None]]
 """Called once, with the reply and the nonce; the reply is None if there is none to use, or the
@@ -68,6 +69,15 @@ class Asking:
 
     def __len__(self) -> int:
         return len(self._out)
+
+    def begin_trace(self, spans: Spans) -> None:
+        """The questions from now on are of this trace: that of the boot, once its id is drawn."""
+        self._spans = spans
+
+    @property
+    def trace(self) -> bytes:
+        """The trace id of init's questions."""
+        return self._spans.root.trace
 
     def frame(
         self,

@@ -41,6 +41,7 @@ from nexus.protocols.init import (
     REPLY_NAME,
     SYSTEM_CONTROL,
     SYSTEM_OBSERVE,
+    SYSTEM_REBOOT,
     Account,
     AuditRows,
     AwaitReady,
@@ -66,6 +67,8 @@ from nexus.protocols.init import (
     PolicyGiven,
     PolicyTaken,
     Ready,
+    Reboot,
+    Rebooting,
     ReloadSettings,
     Resources,
     Restart,
@@ -183,6 +186,8 @@ def rights_for(request: InitRequest) -> tuple[str, ...]:
             return (PROC_SPAWN,)
         case Restart() | Shutdown() | LeaveSafeMode() | ReloadSettings():
             return (SYSTEM_CONTROL, PROOF_CONTROL)
+        case Reboot():
+            return (SYSTEM_REBOOT, SYSTEM_CONTROL, PROOF_CONTROL)
         case _:
             return (SYSTEM_OBSERVE, PROOF_CONTROL)
 
@@ -463,6 +468,12 @@ class Desk:
                 running = sum(each.lives for each in self._init.records.values())
                 self._init.shut_down(orderly=True)
                 return ShuttingDown(services=running)
+            case Reboot():
+                if self._init.slot_boot is None:
+                    raise Refused(InitStatus.NO_SLOTS)
+                running = sum(each.lives for each in self._init.records.values())
+                self._init.reboot()
+                return Rebooting(services=running)
             case GetPolicy():
                 return await self._policy()
             case GetSystem():
@@ -671,6 +682,7 @@ class Desk:
 
     def _system(self) -> SystemInfo:
         init = self._init
+        slot = init.slot_boot
         return SystemInfo(
             name=init.plan.name,
             digest=init.checked_digest(),
@@ -684,6 +696,10 @@ class Desk:
             policy_generation=init.authority.generation,
             policy_digest=init.authority.digest,
             policy_available=init.authority.is_available,
+            slot="" if slot is None else slot.slot,
+            set_version=0 if slot is None else slot.version,
+            set_digest="" if slot is None else slot.digest,
+            trial=init.trial.state,
         )
 
     # ------------------------------------------------------------------ accounts

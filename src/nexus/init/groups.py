@@ -122,6 +122,7 @@ class Groups:
             f"within {planned.within // 1_000_000} ms, the last for: {record.reason}"
         )
         await self._init.memory.on_exceeded(why)
+        await self._init.trial.on_exceeded(record, why)
         if planned.exceeded is Exceeded.SHUT_DOWN:
             record.state = TaskState.FAILED
             self._init.dirty.append(record.name)

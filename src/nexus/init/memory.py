@@ -4,6 +4,8 @@
       -- `stable` without an exceeded group --> unstable = 0
       -- orderly shutdown before that -------> what it was before this boot
       -- anything else ----------------------> stays counted
+    a boot on trial is counted by the tries of its slot, and not here: a bad set must not lead the
+    good one into safe mode; its commit makes it stable
     unstable >= safe_after at the next start: safe mode, until LeaveSafeMode
 
 The kernel stores the bytes as a whole or not at all. What cannot be read counts as nothing, and
@@ -24,6 +26,7 @@ from nexus.abi import (
     Nanos,
     Status,
 )
+from nexus.bootctl.handover import TrialFailure
 from nexus.protocols.init import BOOT_ID_SIZE, REASON_SIZE_MAX, REASON_TEXT_SIZE_MAX
 
 if TYPE_CHECKING:
@@ -47,14 +50,15 @@ class End(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signal: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 
 
-class Memory(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What is stored, as JSON."""
+class Memory(msgspec.Struct, kw_only=True):
+    """What is stored, as JSON. What the init of another slot knows besides is dropped."""
 
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)] = VERSION
     boots: _Count = 0
     unstable: _Count = 0  # boots in a row that did not become stable, this one included
     why: Annotated[str, msgspec.Meta(max_length=REASON_TEXT_SIZE_MAX)] = ""  # of safe mode
     ends: Annotated[list[End], msgspec.Meta(max_length=ENDS_MAX)] = []
+    trial: TrialFailure | None = None  # of the latest boot, for the loader
 
 
 def decode_memory(data: bytes) -> Memory:
@@ -119,7 +123,11 @@ class BootMemory:
         await self._read()
         memory = self._memory
         memory.boots = min(memory.boots + 1, COUNT_MAX)
+        memory.trial = None
         self._before = memory.unstable
+        if self._init.trial.is_counted:
+            await self._store()
+            return ""
         safe_after = self._init.plan.safe_after
         if safe_after and memory.unstable >= safe_after:
             memory.why = memory.why or f"{memory.unstable} boots in a row did not become stable"
@@ -178,6 +186,17 @@ class BootMemory:
         self._memory.unstable = 1
         self._before = 0
         self._stable_at = Nanos(self._init.now + self._init.plan.stable)
+        await self._store()
+
+    async def on_trial_failed(self, failure: TrialFailure) -> None:
+        """The trial failed: the loader finds it, whatever comes next."""
+        self._memory.trial = failure
+        await self._store()
+
+    async def on_committed(self) -> None:
+        """The trial is over and went well: that is as stable as a boot gets."""
+        self._before = self._memory.unstable = 0
+        self._memory.why = ""
         await self._store()
 
     async def on_orderly_end(self) -> None:

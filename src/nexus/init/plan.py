@@ -74,6 +74,7 @@ from nexus.init.system import (
     SAFE_AFTER_DEFAULT,
     STABLE_DEFAULT,
     STOP_DEFAULT,
+    TRIAL_SETTLE_DEFAULT,
     Exceeded,
     Service,
     Strategy,
@@ -211,6 +212,7 @@ class Plan:
     policyd: str | None = None
     policy_stale_max: Nanos = POLICY_STALE_DEFAULT
     stable: Nanos = STABLE_DEFAULT
+    trial_settle: Nanos = TRIAL_SETTLE_DEFAULT
     safe_after: int = SAFE_AFTER_DEFAULT
     path: tuple[str, ...] = ()
     state_dir: str | None = None
@@ -324,6 +326,7 @@ def make_plan(system: System) -> Plan:
         policyd=policyd,
         policy_stale_max=system.policy_stale_max,
         stable=system.stable,
+        trial_settle=system.trial_settle,
         safe_after=system.safe_after,
         path=path,
         state_dir=system.state_dir,

@@ -125,6 +125,11 @@ _SOURCES: Final = (
         protocols=("nexus.protocols.hello",),  # spoken by no one: it has ended before
     ),
     ProgramSource(
+        name="demo.faulty",
+        module="nexus.services.demo.faulty",
+        protocols=("nexus.protocols.hello",),
+    ),
+    ProgramSource(
         name="demo.interactive",
         module="nexus.services.demo.interactive",
         protocols=("nexus.protocols.interactive",),

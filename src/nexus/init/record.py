@@ -11,6 +11,8 @@ from nexus.init.plan import PlannedService
 from nexus.protocols.init import Account, Health, TaskState
 from nexus.runtime import ServiceConfig
 
+STATEFSD_PROGRAM: Final = "statefsd"
+RESTORE_SETTING: Final = "restore"  # of statefsd
 NO_PID: Final = Pid(0)
 NEVER_YET: Final = Nanos(0)
 NO_ACCOUNT: Final = Account(generation=0, counters=[], facts=[])
@@ -170,7 +172,11 @@ def config_of(
     return ServiceConfig(
         uses=[link.server for link in planned.uses],
         posts=list(planned.posts),
-        settings={**dict(planned.settings), **({} if launch is None else launch.settings)},
+        settings={
+            **dict(planned.settings),
+            **({} if launch is None else launch.settings),
+            **_restoring(planned, slot_boot),
+        },
         trace_seed=trace_seed,
         boot=boot,
         boot_id=boot_id,
@@ -181,6 +187,14 @@ def config_of(
             each.name: StreamRole(each.role).name.lower() for each in planned.grants.stream_ports
         },
         names=list(planned.names),
+        slot="" if slot_boot is None else slot_boot.slot,
         set_version=0 if slot_boot is None else slot_boot.version,
         set_digest="" if slot_boot is None else slot_boot.digest,
     )
+
+
+def _restoring(planned: PlannedService, slot_boot: SlotBoot | None) -> Mapping[str, int]:
+    """What statefsd is told after a rollback: the snapshot it goes back to before it serves."""
+    if slot_boot is None or not slot_boot.restore or planned.program != STATEFSD_PROGRAM:
+        return {}
+    return {RESTORE_SETTING: slot_boot.snapshot}

@@ -13,7 +13,7 @@ turn it is `stages`, whether it may have what the plan grants `grants`, and whet
 that `bus`, how an instance begins and ends `instances`, what is started on demand `launches`,
 whether it is well `watch`, what follows its end `groups` and who is told of it `reports`, how it is
 stopped `stops`, what outlives the boot `memory`, which policy is in force `authority`, what the
-system holds once it is ready `baseline`.
+system holds once it is ready `baseline`, whether the slot it was booted from is good `trial`.
 """
 
 from collections import deque
@@ -43,7 +43,7 @@ from nexus.abi import (
     TaskStats,
     TaskTable,
 )
-from nexus.bootctl.handover import SlotBoot
+from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED, SlotBoot
 from nexus.init.asking import Asking, Done
 from nexus.init.authority import Authority, PolicySource
 from nexus.init.baseline import Baseline
@@ -64,9 +64,10 @@ from nexus.init.reload import PlanSource, Reload
 from nexus.init.reports import Reports, action_of
 from nexus.init.stages import Stages
 from nexus.init.stops import SHUTDOWN_MAX, Stops, Wanted
+from nexus.init.trial import Trial
 from nexus.init.watch import Watch
 from nexus.ipc import Spans
-from nexus.protocols.init import Account, SystemState, TaskState
+from nexus.protocols.init import Account, SystemState, TaskState, TrialState
 
 AUDIT_KEPT_MAX: Final = 256  # QoS audit lines of this boot that can be asked for
 DRAIN_MAX: Final = 2 * (LINK_DEPTH_DEFAULT + 1)  # of a service: two links, each full, each ended
@@ -114,6 +115,7 @@ class Supervisor:
         self.safe_why = ""
         self.is_going_down = False
         self._is_orderly = True  # going down as somebody wished
+        self.is_rebooting = False  # and to be booted again
         self.inbox = Slot(0)  # where services answer, once there is one
         self.asking = Asking(Spans(b"", INIT_NAME, boot.generation))
         self._policy_source = policy_source
@@ -132,17 +134,20 @@ class Supervisor:
         self.watch = Watch(self)
         self.groups = Groups(self)
         self.stops = Stops(self)
+        self.trial = Trial(self, slot_boot)
         self.memory = BootMemory(self)
         self.baseline = Baseline(self)
         self.notifier = Notifier(self, watchdog)
 
     async def run(self) -> int:
-        """From `init: start` to `init: stopped`; 0 if every service ended cleanly, else 1."""
+        """From `init: start` to `init: stopped`; the exit code: 0 if every service ended cleanly,
+        1 if not; EXIT_REBOOT and EXIT_SLOT_FAILED, which the loader reads, whatever else."""
         self.inbox = await EndpointCreate()
         await self.say(
             "init: start", digest=self.checked_digest(), services=len(self.plan.services)
         )
         why = await self.memory.begin()
+        self.asking.begin_trace(Spans(self.memory.boot_id, INIT_NAME, self.boot.generation))
         if why:
             await self.enter_safe_mode(why)
         recv = Recv((self.boot.endpoint, self.inbox), NEVER)
@@ -277,6 +282,7 @@ class Supervisor:
             return
         if record.reason not in UNCOUNTED:
             self.memory.on_end(record.name, record.reason, info.code, info.signal)
+        await self.trial.on_end(record, info)
         if record.is_demanded:
             await self.launches.on_end(record, crashed=is_bad)
         else:
@@ -343,6 +349,11 @@ class Supervisor:
         self.stops.begin(self.records.values(), TaskState.STOPPED, Reason.EXIT)
         self.stops.hurry(Nanos(self.now + SHUTDOWN_MAX), Reason.STOP)
 
+    def reboot(self) -> None:
+        """As shut_down, and then the loader boots again."""
+        self.is_rebooting = True
+        self.shut_down(orderly=True)
+
     async def _on_signal(self, signal: bytes) -> None:
         """The kernel passes on a signal from outside."""
         await self.say("init: signal", name=signal.decode(errors="replace"))
@@ -384,6 +395,10 @@ class Supervisor:
             memory_failed=self.memory.failed,
             reports_lost=self.reports.lost,
         )
+        if self.trial.state is TrialState.FAILED:
+            return EXIT_SLOT_FAILED
+        if self.is_rebooting:
+            return EXIT_REBOOT
         return EXIT_DIRTY if self.dirty else EXIT_CLEAN
 
     async def _drain(self) -> None:
@@ -419,6 +434,7 @@ class Supervisor:
             self.notifier.next_time(),
             self.reports.next_time(),
             self.asking.next_time(),
+            self.trial.next_time(),
         )
         times += [time for time in own if time is not None]
         return min(times, default=NEVER)
@@ -436,6 +452,7 @@ class Supervisor:
                 await self.grants.decide(record)
         await self.memory.on_time()
         await self._check_ready()
+        await self.trial.on_time()
         await self.baseline.on_time()
         await self.desk.on_time()
         await self.notifier.on_time()

@@ -98,6 +98,7 @@ POLICY_PROBE_ANSWER: Final = Nanos(500_000_000)  # POLICY_STALE_DEFAULT on a loa
 POLICY_STALE_DEFAULT: Final = Nanos(1_000_000_000)  # design.md section 5
 STOP_DEFAULT: Final = Nanos(1_000_000_000)
 STABLE_DEFAULT: Final = Nanos(10_000_000_000)
+TRIAL_SETTLE_DEFAULT: Final = Nanos(2_000_000_000)  # ns; two rounds of later probes
 SPAN_MAX: Final = Nanos(3600_000_000_000)  # ns; an hour: spans of time that count restarts
 SAFE_AFTER_DEFAULT: Final = 3  # boots
 SAFE_AFTER_MAX: Final = 100
@@ -539,6 +540,11 @@ SYSTEM: Final = Table(
             kind=duration(Nanos(1_000_000), SPAN_MAX, "10s"),
             doc="how long a boot must go well to count as stable; default 10s",
         ),
+        "trial_settle": Key(
+            kind=duration(Nanos(0), SPAN_MAX, "2s"),
+            doc="how long every service of a new set must stay healthy before the set is committed;"
+            " default 2s",
+        ),
         "safe_after": Key(
             kind=Integer(minimum=0, maximum=SAFE_AFTER_MAX),
             doc="boots in a row that did not become stable, after which the next is in safe"
@@ -668,6 +674,7 @@ class System:
     runtime_dir: str | None
     log_dir: str | None
     stable: Nanos
+    trial_settle: Nanos
     safe_after: int
     policy_stale_max: Nanos
     groups: tuple[Group, ...]
@@ -757,6 +764,7 @@ def _system(document: Mapping[str, Any], file: Path, lines: KeyLines) -> System:
         runtime_dir=head.get("runtime_dir"),
         log_dir=head.get("log_dir"),
         stable=Nanos(head.get("stable", STABLE_DEFAULT)),
+        trial_settle=Nanos(head.get("trial_settle", TRIAL_SETTLE_DEFAULT)),
         safe_after=head.get("safe_after", SAFE_AFTER_DEFAULT),
         policy_stale_max=Nanos(head.get("policy_stale_max", POLICY_STALE_DEFAULT)),
         groups=groups,

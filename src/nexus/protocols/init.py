@@ -25,7 +25,8 @@ from nexus.wire import I64, U8, U16, U32, U64, Blob, Bool, List, Message, Protoc
 REPLY_NAME: Final = "@reply"  # Route's name for the caller's own inbox
 PROOF_CONTROL: Final = "proof.control"  # AwaitReady, and what the next two allow
 SYSTEM_OBSERVE: Final = "system.observe"  # the Get requests
-SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, LeaveSafeMode, ReloadSettings
+SYSTEM_CONTROL: Final = "system.control"  # Restart, Shutdown, Reboot, LeaveSafeMode, ReloadSettings
+SYSTEM_REBOOT: Final = "system.reboot"  # Reboot alone
 PROC_SPAWN: Final = "proc.spawn"  # Launch, NoteDenied, EndTask, GetLaunched
 INIT_SLOTS_SPARE: Final = 8  # of init's table: endpoint, inbox, and capabilities on their way
 SERVICES_MAX: Final = (SLOTS_MAX - INIT_SLOTS_SPARE) // 2  # init holds two links per service
@@ -54,6 +55,7 @@ class InitStatus(IntEnum):
     NO_SUCH_CHILD = 24
     BAD_SYSTEM_FILE = 25  # the file as it is now is no system, or another system
     BAD_PROGRAM = 26  # its files are not, or no longer, those of the checked plan
+    NO_SLOTS = 27  # the system was booted out of no slot: nobody would boot it again
 
 
 class TaskState(IntEnum):
@@ -327,11 +329,21 @@ class SystemState(IntEnum):
     STOPPING = 3
 
 
+class TrialState(IntEnum):
+    """How far the trial of the slot that was booted is."""
+
+    NONE = 0  # this boot is no trial
+    JUDGING = 1
+    COMMITTED = 2
+    FAILED = 3  # the system is going down for it
+
+
 class SystemInfo(Message):
     """The system as a whole. `why` is the reason of safe mode; times are the kernel's clock.
 
     `boots` counts the boots of this state directory, this one included; services know it as their
     configuration's `boot`, which is one less. `boot_id` is random, and another in each boot.
+    `slot`, `set_version` and `set_digest` are of the slot that was booted: empty and 0 without one.
     """
 
     name: Annotated[str, Text(size_max=SERVICE_NAME_SIZE_MAX)]
@@ -346,6 +358,10 @@ class SystemInfo(Message):
     policy_generation: Annotated[int, U32()]
     policy_digest: Annotated[str, Text(size_max=64)]
     policy_available: bool
+    slot: Annotated[str, Text(size_max=1)]
+    set_version: Annotated[int, U64()]
+    set_digest: Annotated[str, Text(size_max=64)]
+    trial: TrialState
 
 
 class GetSystem(Request[SystemInfo], op=13, idempotent=True):
@@ -469,6 +485,19 @@ class GetLaunched(Request[LaunchedRows], op=19, idempotent=True):
     """Whom have I started? Asked by a starter that was restarted itself. Needs PROC_SPAWN."""
 
 
+class Rebooting(Message):
+    """init is about to stop every service and be booted again; `services` are running now."""
+
+    services: Annotated[int, U16()]
+
+
+class Reboot(Request[Rebooting], op=20, idempotent=True, refuses=InitStatus):
+    """End the run in order, and have the loader boot again. Needs SYSTEM_REBOOT or SYSTEM_CONTROL.
+
+    *Refuses*: NO_SLOTS.
+    """
+
+
 InitRequest: TypeAlias = (
     Route
     | AwaitReady
@@ -489,11 +518,12 @@ InitRequest: TypeAlias = (
     | EndTask
     | ReloadSettings
     | GetLaunched
+    | Reboot
 )
 PROTOCOL: Final = Protocol(
     "init",
     number=1,
-    version=4,
+    version=5,
     requests=(
         Route,
         AwaitReady,
@@ -514,5 +544,6 @@ PROTOCOL: Final = Protocol(
         EndTask,
         ReloadSettings,
         GetLaunched,
+        Reboot,
     ),
 )
