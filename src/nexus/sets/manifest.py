@@ -30,11 +30,12 @@ AREA_SIZE_MAX: Final = 128
 DISTRIBUTIONS_MAX: Final = 128
 HEALTH_MAX: Final = 3600_000_000_000  # ns; a boot that takes an hour to get well is not well
 
-PATH_PATTERN: Final = r"^[A-Za-z0-9_+@=,.-]+(/[A-Za-z0-9_+@=,.-]+)*\Z"
-"""Small enough to be the same path on every file system: no blank, no control, no NUL, no
-backslash, no empty part, nothing absolute. That no part is "." or ".." is `check`'s to say."""
+_NAMED: Final = r"(?!\.{1,2}(/|\Z))[A-Za-z0-9_+@=,.-]+"
+PATH: Final = re.compile(rf"{_NAMED}(/{_NAMED})*")
+"""What is the same path below the same folder on every file system: no blank, no control, no NUL,
+no backslash, nothing absolute, and no part that is empty, "." or ".."."""
 
-_PATH: Final = Text(size_min=1, size_max=PATH_SIZE_MAX, pattern=PATH_PATTERN)
+_PATH: Final = Text(size_min=1, size_max=PATH_SIZE_MAX)  # the rest is `check`'s, by its own name
 _DIGEST: Final = Blob(size_min=DIGEST_SIZE, size_max=DIGEST_SIZE)
 _VISIBLE: Final = r"^[!-~]+\Z"
 
@@ -78,7 +79,7 @@ class Manifest(
 ):
     """The first part of a set. Its tables are in ascending order, so one content has one form."""
 
-    version: Annotated[int, U64()]  # what is compared; a higher one is newer
+    version: Annotated[int, U64(minimum=1)]  # what is compared; a higher one is newer
     name: Annotated[str, Text(size_min=1, size_max=NAME_SIZE_MAX, pattern=_VISIBLE)]
     """What people call the version, as 1.2.0; compared with nothing."""
     system: Annotated[str, _PATH]  # the system file, one of `files`
@@ -191,7 +192,7 @@ def _check_paths(paths: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     last = ""
     for path in paths:
-        if not re.match(PATH_PATTERN, path) or not {".", ".."}.isdisjoint(path.split("/")):
+        if PATH.fullmatch(path) is None:
             raise SetRefused(SetStatus.PATH, repr(path))
         folded = path.casefold()
         if folded in seen:
@@ -200,10 +201,12 @@ def _check_paths(paths: Sequence[str]) -> None:
             raise SetRefused(SetStatus.MANIFEST, "its files are not in ascending order")
         seen[folded] = last = path
     for path in paths:
-        parts = path.casefold().split("/")
-        for count in range(1, len(parts)):
-            if (above := "/".join(parts[:count])) in seen:
-                raise SetRefused(SetStatus.CLASH, f"{seen[above]!r} is a file, and above {path!r}")
+        folded = path.casefold()
+        at = folded.find("/")
+        while at >= 0:
+            if (above := seen.get(folded[:at])) is not None:
+                raise SetRefused(SetStatus.CLASH, f"{above!r} is a file, and above {path!r}")
+            at = folded.find("/", at + 1)
 
 
 def _check_chunks(manifest: Manifest) -> None:
