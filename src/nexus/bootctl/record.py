@@ -22,7 +22,7 @@ import msgspec
 from nexus.abi import Nanos
 from nexus.bootctl.handover import SlotBoot
 
-COUNT_MAX: Final = (1 << 62) - 1  # of versions, sequences, sizes, times; nobody counts further
+COUNT_MAX: Final = (1 << 63) - 1  # of versions, sequences, sizes, times; nobody counts further
 DIGEST_SIZE: Final = 32  # bytes of a SHA-256
 NAME_SIZE_MAX: Final = 48  # bytes of UTF-8 of a set's or a service's name
 DETAIL_SIZE_MAX: Final = 200  # bytes of UTF-8: one sentence
@@ -114,6 +114,7 @@ class BootStatus(Enum):
     NOT_TRYING = "there is no trial, or it was not booted yet"
     OTHER_SLOT = "that slot is not the one in trial"
     BELOW_FLOOR = "the version is below the device's floor"
+    UNCOUNTABLE = "a number of the set is larger than a record can hold"
     NO_SLOT = "there is no other slot that can be booted"
     TRIES = "so many tries are not given"
     NOTHING_TO_RESTORE = "there is nothing to restore"
@@ -434,6 +435,11 @@ def clip_front(text: str, size_max: int) -> str:
 
 def problem_of(record: BootRecord) -> str | None:
     """What no record can be, however it came about; None for a possible one."""
+    numbers = [record.sequence, record.boots, record.floor, record.snapshot]
+    numbers += [it for each in record.slots for it in _numbers_of_slot(each)]
+    numbers += [it for each in record.reasons for it in (each.version, each.boot, each.wall)]
+    if not all(0 <= number <= COUNT_MAX for number in numbers):
+        return "a number is out of bounds"
     if record.trying is record.active:
         return "the active slot is in trial"
     if record.restore and not record.snapshot:
@@ -456,6 +462,10 @@ def problem_of(record: BootRecord) -> str | None:
         if len(reason.trace) != TRACE_SIZE:
             return f"a trace id has {len(reason.trace)} bytes"
     return None
+
+
+def _numbers_of_slot(info: SlotInfo) -> tuple[int, ...]:
+    return info.tries_left, info.attempts, info.version, info.size, info.floor
 
 
 def slot_boot(record: BootRecord, name: SlotName, deadline: Nanos) -> SlotBoot:

@@ -1,0 +1,125 @@
+"""Boot-control records for tests: strategies, and the steps that lead from one to the next."""
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from nexus.bootctl import (
+    COUNT_MAX,
+    DETAIL_SIZE_MAX,
+    DIGEST_SIZE,
+    NAME_SIZE_MAX,
+    REASONS_MAX,
+    TAIL_SIZE_MAX,
+    TRACE_SIZE,
+    TRIES_MAX,
+    BlockBoot,
+    BootControl,
+    BootRecord,
+    Cause,
+    EnvironmentBoot,
+    Reason,
+    SlotInfo,
+    SlotName,
+    SlotState,
+    clip,
+    provisioned,
+)
+from nexus.drivers import BlockDevice
+
+BOOT_BLOCKS = 128
+BACKENDS: dict[str, Callable[[BlockDevice], BootControl]] = {
+    "block": BlockBoot,
+    "environment": EnvironmentBoot,
+}
+
+counts = st.one_of(st.integers(0, 5), st.integers(0, COUNT_MAX))
+
+
+def texts(size_max: int) -> st.SearchStrategy[str]:
+    """Text of at most so many bytes, control characters and all planes included."""
+    return st.text(st.characters(exclude_categories=["Cs"]), max_size=size_max).map(
+        lambda text: clip(text, size_max)
+    )
+
+
+@st.composite
+def infos(draw: st.DrawFn, states: st.SearchStrategy[SlotState], *, tries: bool) -> SlotInfo:
+    """What may be known of a slot in one of these states."""
+    return SlotInfo(
+        state=draw(states),
+        tries_left=draw(st.integers(0, TRIES_MAX)) if tries else 0,
+        attempts=draw(counts),
+        version=draw(counts),
+        name=draw(texts(NAME_SIZE_MAX)),
+        digest=draw(st.binary(min_size=DIGEST_SIZE, max_size=DIGEST_SIZE)),
+        size=draw(counts),
+        floor=draw(counts),
+    )
+
+
+reasons = st.builds(
+    Reason,
+    cause=st.sampled_from(Cause),
+    slot=st.sampled_from(SlotName),
+    version=counts,
+    boot=counts,
+    wall=counts,
+    trace=st.binary(min_size=TRACE_SIZE, max_size=TRACE_SIZE),
+    service=texts(NAME_SIZE_MAX),
+    detail=texts(DETAIL_SIZE_MAX),
+    tail=texts(TAIL_SIZE_MAX),
+)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> BootRecord:
+    """Any record that problem_of has nothing against."""
+    active = draw(st.sampled_from(SlotName))
+    trying = draw(st.sampled_from([None, active.other]))
+    settled = st.sampled_from([SlotState.EMPTY, SlotState.STAGED, SlotState.GOOD, SlotState.BAD])
+    tried = st.sampled_from([SlotState.STAGED, SlotState.TRYING])
+    first = draw(infos(settled, tries=False))
+    second = draw(infos(settled if trying is None else tried, tries=trying is not None))
+    snapshot = draw(counts)
+    return BootRecord(
+        sequence=draw(st.integers(0, COUNT_MAX - 1)),
+        active=active,
+        trying=trying,
+        slots=(first, second) if active is SlotName.A else (second, first),
+        boots=draw(counts),
+        floor=draw(counts),
+        snapshot=snapshot,
+        restore=snapshot > 0 and draw(st.booleans()),
+        reasons=tuple(draw(st.lists(reasons, max_size=REASONS_MAX))),
+    )
+
+
+def a_set(version: int, *, floor: int = 0) -> SlotInfo:
+    """A set of that version, with a digest of its own."""
+    return SlotInfo(
+        version=version,
+        name=f"{version}.0.0",
+        digest=bytes([version % 256]) * DIGEST_SIZE,
+        size=1000 + version,
+        floor=floor,
+    )
+
+
+def a_reason(
+    cause: Cause, slot: SlotName, record: BootRecord, *, detail: str = "", tail: str = ""
+) -> Reason:
+    """A reason of now."""
+    return Reason(
+        cause=cause,
+        slot=slot,
+        version=record.slot(slot).version,
+        boot=record.boots,
+        detail=detail,
+        tail=tail,
+    )
+
+
+def new(version: int = 1) -> BootRecord:
+    """The record of a new device with that version in slot a."""
+    return provisioned(a_set(version))
