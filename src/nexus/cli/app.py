@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nexus import __version__
-from nexus.cli.defaults import TRIES_DEFAULT, TRIES_MAX, WAIT_DEFAULT
+from nexus.cli.defaults import RELEASE_DAYS, ROOT_DAYS, TRIES_DEFAULT, TRIES_MAX, WAIT_DEFAULT
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -31,7 +31,9 @@ new_app = typer.Typer(help="Files to begin with.", rich_markup_mode=None)
 keys_app = typer.Typer(help="The device key of a running system.", rich_markup_mode=None)
 ota_app = typer.Typer(help="Updates of a running system.", rich_markup_mode=None)
 bundle_app = typer.Typer(help="System sets: what a device runs.", rich_markup_mode=None)
+bundle_keys_app = typer.Typer(help="Who may sign updates.", rich_markup_mode=None)
 app.add_typer(bundle_app, name="bundle")
+bundle_app.add_typer(bundle_keys_app, name="keys")
 app.add_typer(keys_app, name="keys")
 app.add_typer(new_app, name="new")
 app.add_typer(ota_app, name="ota")
@@ -888,6 +890,149 @@ def bundle_verify(file: SetFile, json: Json = False) -> None:
     from nexus.cli.bundle import check
 
     raise typer.Exit(check(file, as_json=json))
+
+
+Ring = Annotated[
+    Path,
+    typer.Argument(help="The folder of keys and signed metadata.", show_default=False),
+]
+Passphrase = Annotated[
+    Path | None,
+    typer.Option("--passphrase-file", help="Its first line opens the keys, - for stdin."),
+]
+RootDays = Annotated[int, typer.Option("--days", min=1, help="How long the root holds.")]
+
+
+@bundle_app.command(
+    "sign",
+    epilog=_examples(
+        "nexus bundle sign pump.nxs --keys signing -o pump.nxu --passphrase-file words",
+        "nexus bundle sign pump.nxs --keys signing -o pump.nxu --floor 3   # and nothing below 3",
+    ),
+)
+def bundle_sign(
+    file: Annotated[Path, typer.Argument(help="The set (.nxs).", show_default=False)],
+    keys: Annotated[Path, typer.Option("--keys", help="The folder of keys.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Write the update here.", show_default=False)
+    ],
+    floor: Annotated[
+        int,
+        typer.Option("--floor", min=0, help="Once it is committed, no lower version is taken."),
+    ] = 0,
+    days: Annotated[
+        int, typer.Option("--days", min=1, help="How long the release holds.")
+    ] = RELEASE_DAYS,
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> None:
+    """Sign a set as the latest release: the update (.nxu) that devices take."""
+    from nexus.cli.bundle_sign import sign as act
+
+    act(file, keys, output, floor=floor, days=days, passphrase=passphrase_file, as_json=json)
+
+
+@bundle_keys_app.command(
+    "new",
+    epilog=_examples(
+        "nexus bundle keys new signing --development",
+        "nexus bundle keys new signing --roots 3 --threshold 2 --passphrase-file words",
+    ),
+)
+def bundle_keys_new(
+    folder: Ring,
+    development: Annotated[
+        bool,
+        typer.Option("--development", help="Mark them: a release build refuses what they sign."),
+    ] = False,
+    roots: Annotated[int, typer.Option("--roots", min=1, max=16, help="Keys of root.")] = 1,
+    threshold: Annotated[
+        int, typer.Option("--threshold", min=1, help="How many of them sign a root.")
+    ] = 1,
+    days: RootDays = ROOT_DAYS,
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> None:
+    """Make the keys of every role, and the root that devices are provisioned with."""
+    from nexus.cli.bundle_keys import new as act
+
+    act(
+        folder,
+        development=development,
+        roots=roots,
+        threshold=threshold,
+        days=days,
+        passphrase=passphrase_file,
+        as_json=json,
+    )
+
+
+@bundle_keys_app.command(
+    "show",
+    epilog=_examples("nexus bundle keys show signing", "nexus bundle keys show signing --json"),
+)
+def bundle_keys_show(folder: Ring, json: Json = False) -> None:
+    """Say who may sign, until when, and which root lacks signatures."""
+    from nexus.cli.bundle_keys import show as act
+
+    act(folder, as_json=json)
+
+
+@bundle_keys_app.command(
+    "rotate",
+    epilog=_examples(
+        "nexus bundle keys rotate signing timestamp --passphrase-file words",
+        "nexus bundle keys rotate signing root --keys 3 --threshold 2 --root-key stick/root-1.pem",
+    ),
+)
+def bundle_keys_rotate(
+    folder: Ring,
+    role: Annotated[
+        str,
+        typer.Argument(help="root, targets, snapshot or timestamp.", show_default=False),
+    ],
+    keys: Annotated[int, typer.Option("--keys", min=1, max=16, help="New keys of it.")] = 1,
+    threshold: Annotated[
+        int, typer.Option("--threshold", min=1, help="How many of them have to sign.")
+    ] = 1,
+    days: RootDays = ROOT_DAYS,
+    root_key: Annotated[
+        list[Path] | None,
+        typer.Option("--root-key", help="A key of root that is kept elsewhere; repeat it."),
+    ] = None,
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> None:
+    """Give a role new keys, and take the old ones away, with the next update."""
+    from nexus.cli.bundle_keys import rotate as act
+
+    act(
+        folder,
+        role,
+        keys=keys,
+        threshold=threshold,
+        days=days,
+        root_keys=root_key or [],
+        passphrase=passphrase_file,
+        as_json=json,
+    )
+
+
+@bundle_keys_app.command(
+    "approve", epilog=_examples("nexus bundle keys approve signing stick/root-2.pem")
+)
+def bundle_keys_approve(
+    folder: Ring,
+    root_key: Annotated[
+        list[Path], typer.Argument(help="Keys of root, old or new.", show_default=False)
+    ],
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> None:
+    """Add signatures to a root that lacks some; with enough of them it is in force."""
+    from nexus.cli.bundle_keys import approve as act
+
+    act(folder, root_key, passphrase=passphrase_file, as_json=json)
 
 
 @new_app.command(

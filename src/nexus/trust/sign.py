@@ -12,7 +12,16 @@ from hashlib import sha256
 from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from securesystemslib.signer import CryptoSigner, Key, Signer
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from securesystemslib.signer import CryptoSigner, Key
+from securesystemslib.signer import Signer as Signer  # for who holds keys and knows no library
 from tuf.api.metadata import (
     Metadata,
     MetaFile,
@@ -24,11 +33,14 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from nexus.trust.limits import ROOTS_MAX
 from nexus.trust.metadata import DEVELOPMENT, HASH, ISSUED, SET_FLOOR, SET_VERSION, load
 from nexus.trust.state import Target
 from nexus.trust.update import SNAPSHOT, TARGETS, TIMESTAMP, check_files, root_name, root_version
 from nexus.trust.verify import SET_SUFFIX
 
+SEED_SIZE: Final = 32  # bytes: RFC 8032, 5.1.5
+_SEALED: Final = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"  # RFC 7468, 11
 ROLES: Final = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
 _Type = TypeVar("_Type", Root, Timestamp, Snapshot, Targets)
 
@@ -53,9 +65,33 @@ class Term:
     expires: int
 
 
-def signer_of(seed: bytes) -> CryptoSigner:
-    """The signer of an Ed25519 seed (32 bytes)."""
+def signer_of(seed: bytes) -> Signer:
+    """The signer of an Ed25519 seed (SEED_SIZE bytes)."""
     return CryptoSigner(Ed25519PrivateKey.from_private_bytes(seed))
+
+
+def seal_key(seed: bytes, passphrase: bytes | None) -> bytes:
+    """A key file: PKCS #8 in PEM, encrypted unless there is no passphrase."""
+    lock: KeySerializationEncryption = (
+        NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+    )
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock)
+
+
+def open_key(data: bytes, passphrase: bytes | None) -> Signer:
+    """The signer in a key file, for which an unneeded passphrase is no fault. Raises NotSigned."""
+    is_sealed = data.startswith(_SEALED)
+    if is_sealed and passphrase is None:
+        raise NotSigned("the key is encrypted, and there is no passphrase")
+    try:
+        key = load_pem_private_key(data, passphrase if is_sealed else None)
+    except (ValueError, TypeError) as error:
+        why = "the passphrase is not its own" if is_sealed else "this is no key file"
+        raise NotSigned(why) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise NotSigned("the key is not Ed25519")
+    return CryptoSigner(key)
 
 
 def first_root(
@@ -106,9 +142,13 @@ def draft_root(root: Root, term: Term, signers: Sequence[Signer]) -> tuple[str, 
     return root_name(root.version), _signed(Metadata(root), signers)
 
 
-def more_signatures(data: bytes, signers: Sequence[Signer]) -> bytes:
-    """The same root, signed by these as well."""
+def more_signatures(data: bytes, files: Mapping[str, bytes], signers: Sequence[Signer]) -> bytes:
+    """The same root, signed by these as well. Raises NotSigned for a key that it has no use for."""
     document = load(Root, "the root", data)
+    useful = {*document.signed.roles[Root.type].keyids, *last_root(files).roles[Root.type].keyids}
+    for signer in signers:
+        if signer.public_key.keyid not in useful:
+            raise NotSigned(f"the key {signer.public_key.keyid[:8]} is none of root")
     metadata = Metadata(document.signed, dict(document.signatures))
     return _signed(metadata, signers)
 
@@ -165,17 +205,81 @@ def release(
         SNAPSHOT: snapshot_data,
         TIMESTAMP: timestamp_data,
     }
-    check_files(released)  # a device would refuse what is too large
+    check_files(newest(released))  # a device would refuse what is too large
     return released
+
+
+def newest(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What of a repository an update carries: as many of the last roots as a device takes."""
+    roots = sorted(_roots(files), key=root_version)[-ROOTS_MAX:]
+    return {name: files[name] for name in (*roots, TIMESTAMP, SNAPSHOT, TARGETS) if name in files}
+
+
+@dataclass(frozen=True, slots=True)
+class SaidRole:
+    """Who may sign for a role: the ids of its keys."""
+
+    title: str
+    threshold: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a repository says of itself. `files`: name, version, and s since 1970 of its end."""
+
+    version: int
+    is_development: bool
+    roles: tuple[SaidRole, ...]
+    files: tuple[tuple[str, int, int], ...]
+
+    def keys_of(self, title: str) -> tuple[str, ...]:
+        """The ids of a role's keys."""
+        return next(role.keys for role in self.roles if role.title == title)
+
+
+def describe(files: Mapping[str, bytes]) -> Said:
+    """For people: the root in force and what stands beside it. Nothing is verified."""
+    root = last_root(files)
+    found = [(root_name(root.version), root.version, int(root.expires.timestamp()))]
+    for row in (
+        _measured(Targets, TARGETS, files),
+        _measured(Snapshot, SNAPSHOT, files),
+        _measured(Timestamp, TIMESTAMP, files),
+    ):
+        found += row
+    return Said(
+        version=root.version,
+        is_development=root.unrecognized_fields.get(DEVELOPMENT) is True,
+        roles=tuple(
+            SaidRole(title, root.roles[title].threshold, tuple(root.roles[title].keyids))
+            for title in ROLES
+        ),
+        files=tuple(found),
+    )
+
+
+def _measured(
+    kind: type[_Type], name: str, files: Mapping[str, bytes]
+) -> list[tuple[str, int, int]]:
+    """One row of Said.files, or none."""
+    if name not in files:
+        return []
+    document = load(kind, name, files[name])
+    return [(name, document.signed.version, document.expires)]
 
 
 def last_root(files: Mapping[str, bytes]) -> Root:
     """The root in force."""
-    roots = [name for name in files if name not in (TIMESTAMP, SNAPSHOT, TARGETS)]
+    roots = _roots(files)
     if not roots:
         raise NotSigned("there is no root yet")
     name = max(roots, key=root_version)
     return load(Root, name, files[name]).signed
+
+
+def _roots(files: Mapping[str, bytes]) -> list[str]:
+    return [name for name in files if name not in (TIMESTAMP, SNAPSHOT, TARGETS)]
 
 
 def _give_keys(root: Root, roles: Mapping[str, RoleKeys]) -> None:

@@ -134,20 +134,24 @@ def check_files(files: Mapping[str, bytes]) -> None:
     """Names and sizes, before anything is parsed."""
     if len(files) > FILES_MAX:
         raise Untrusted(TrustStatus.TOO_MANY, f"{len(files)} files of metadata")
-    roots = 0
-    for name, data in files.items():
-        size_max = _SIZES.get(name)
-        if size_max is None:
-            _ = root_version(name)
-            size_max = ROOT_SIZE_MAX
-            roots += 1
-        if len(data) > size_max:
-            raise Untrusted(TrustStatus.TOO_LARGE, f"{name} has {len(data)} bytes")
+    roots = len(files.keys() - _SIZES.keys())
     if roots > ROOTS_MAX:
         raise Untrusted(TrustStatus.TOO_MANY, f"{roots} roots")
+    for name, data in files.items():
+        check_file(name, data)
     for name in _SIZES:
         if name not in files:
             raise Untrusted(TrustStatus.MALFORMED, f"there is no {name}")
+
+
+def check_file(name: str, data: bytes) -> None:
+    """The name and the size of one file."""
+    size_max = _SIZES.get(name)
+    if size_max is None:
+        _ = root_version(name)
+        size_max = ROOT_SIZE_MAX
+    if len(data) > size_max:
+        raise Untrusted(TrustStatus.TOO_LARGE, f"{name} has {len(data)} bytes")
 
 
 def root_name(version: int) -> str:
