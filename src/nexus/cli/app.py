@@ -114,10 +114,17 @@ def check(
         "nexus up system.toml                      # in the foreground, Ctrl-C ends it",
         "nexus up -d system.toml                   # return when every service is ready",
         "nexus up -d system.toml --instance b      # a second one side by side",
+        "nexus up -d --slots pump                  # what its active slot holds",
     )
 )
 def up(
-    file: File,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="The system file (TOML); with --slots a name.", show_default=False),
+    ] = None,
+    slots: Annotated[
+        bool, typer.Option("--slots", help="Boot a provisioned system out of its slots, see ota.")
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")
     ] = False,
@@ -134,9 +141,22 @@ def up(
     """Start a system."""
     from nexus.cli.errors import UsageError
     from nexus.cli.up import up as act
+    from nexus.cli.up import up_slots
 
     if detach and exec_:
         raise UsageError("choose one of --detach and --exec")
+    if slots:
+        code = up_slots(
+            None if file is None else str(file),
+            instance=instance,
+            detach=detach,
+            exec_=exec_,
+            wait=wait,
+            as_json=json,
+        )
+        raise typer.Exit(code)
+    if file is None:
+        raise UsageError("name the system file to start, as in `nexus up system.toml`")
     code = act(file, instance=instance, detach=detach, exec_=exec_, wait=wait, as_json=json)
     raise typer.Exit(code)
 
@@ -744,6 +764,46 @@ def ota_stage(
     from nexus.cli.ota import stage as act
 
     act(asked(name), file, as_json=json)
+
+
+@ota_app.command(
+    "provision",
+    epilog=_examples(
+        "nexus ota provision pump.nxu --root signing/metadata/1.root.json",
+        "nexus ota provision pump.nxu --root 1.root.json --release --state /srv/image/state",
+    ),
+)
+def ota_provision(
+    file: Annotated[Path, typer.Argument(help="The first update (.nxu).", show_default=False)],
+    root: Annotated[
+        Path,
+        typer.Option("--root", help="Whom the device shall trust (root.json).", show_default=False),
+    ],
+    release: Annotated[
+        bool, typer.Option("--release", help="Refuse keys that are marked for development.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also a device that is provisioned already.")
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="The device's state directory; where `nexus up` has it."),
+    ] = None,
+    instance: Instance = None,
+    json: Json = False,
+) -> None:
+    """Make a new device: its first set in slot a, its trust anchor, its boot record."""
+    from nexus.cli.ota_provision import provision as act
+
+    act(
+        file,
+        root,
+        instance=instance,
+        state=state,
+        release=release,
+        again=again,
+        as_json=json,
+    )
 
 
 @ota_app.command(

@@ -60,7 +60,7 @@ class Source(Protocol):
         ...
 
     async def read_at(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes; the caller stays within the file."""
+        """`size` bytes from `offset` on; fewer only where the file ends."""
         ...
 
 
@@ -80,6 +80,8 @@ async def read_update(source: Source) -> Update:
     if source.size < offset:
         raise Untrusted(TrustStatus.TRUNCATED, "the update file ends within its metadata")
     section = await source.read_at(UPDATE_HEADER_SIZE, offset - UPDATE_HEADER_SIZE)
+    if len(section) < offset - UPDATE_HEADER_SIZE:
+        raise Untrusted(TrustStatus.TRUNCATED, "the update file ends earlier than it said")
     return Update(
         metadata=decode_metadata(section), set_offset=offset, set_size=source.size - offset
     )
