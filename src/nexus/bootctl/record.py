@@ -29,9 +29,7 @@ DETAIL_SIZE_MAX: Final = 200  # bytes of UTF-8: one sentence
 TAIL_SIZE_MAX: Final = 1024  # bytes of UTF-8: the last dozen lines of the console of a failed boot
 TRACE_SIZE: Final = 16  # bytes of a W3C trace id
 REASONS_MAX: Final = 4  # kept: a switch, two tries that failed, and the rollback
-TRIES_MAX: Final = (
-    8  # of a trial; one digit, and more only lengthen the time a bad set keeps a device
-)
+TRIES_MAX: Final = 8  # of a trial: each keeps a device with a bad set down for longer
 TRIES_DEFAULT: Final = 2  # one power cut at a bad moment does not condemn a good set
 
 NO_TRACE: Final = bytes(TRACE_SIZE)
@@ -238,7 +236,9 @@ def staged(record: BootRecord, info: SlotInfo) -> BootRecord:
     check_settled(record)
     if record.slot(record.standby).state is not SlotState.EMPTY:
         raise BootRefused(BootStatus.NOT_STAGED)  # it was not cleared first: whose bytes are these
-    if info.version < record.floor:
+    if max(info.version, info.floor, info.size) > COUNT_MAX:
+        raise BootRefused(BootStatus.UNCOUNTABLE)
+    if info.version < max(record.floor, info.floor):
         raise BootRefused(BootStatus.BELOW_FLOOR)
     return record.with_slot(
         record.standby, replace(info, state=SlotState.STAGED, tries_left=0, attempts=0)
