@@ -1,0 +1,336 @@
+"""The sets of a run: what a device boots from, how it is updated, and what is left in its slots.
+
+Before the first boot the runner makes keys that are thrown away, a first set, a good update and a
+bad one, and updates that nobody may take; it provisions the device with the first one and puts the
+others on a stick. Between the boots it reads boot device and slots itself.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from securesystemslib.signer import Signer
+
+from nexus.abi import BLOCK_SIZE
+from nexus.bootctl import BlockBoot, BootRecord, NoBootRecord, SlotInfo, SlotName
+from nexus.bootctl.provision import provision
+from nexus.bundle.build import Release, build
+from nexus.bundle.gather import package_folder
+from nexus.drivers import BlockDevice, DeviceFault, finished
+from nexus.init.plan import Plan
+from nexus.kernel.core import Hardware
+from nexus.loader.devices import opened
+from nexus.proof.remains import image_of
+from nexus.protocols.ladder import Ground
+from nexus.services.selftest.stick import (
+    BAD,
+    GOOD,
+    INDEX_BLOCKS,
+    STICK,
+    Index,
+    Update,
+    encode_index,
+)
+from nexus.sets import BytesSource
+from nexus.trust import Target, encode_metadata
+from nexus.trust.sign import ROLES, RoleKeys, Term, first_root, release, signer_of
+from nexus.trust.update import SNAPSHOT, TARGETS
+
+BOOT: Final = "boot"
+SLOTS: Final = {name: f"slot-{name.value}" for name in SlotName}
+UPDATED: Final = "updated"
+SETS: Final = "sets"  # the folder of a run's bad system file
+FIRST_VERSION: Final = 10
+FLOOR: Final = 9  # what the device is provisioned with
+LOW_VERSION: Final = 8
+ISSUED: Final = 1_790_000_000  # s since 1970; no clock is asked
+LASTS: Final = 365 * 86_400  # s until a release ends
+HEALTH: Final = 30_000_000_000  # ns a trial has; a system is up in one or two
+SIGNATURE: Final = b'"sig":"'  # in metadata as they are written, before hexadecimal digits
+STUCK: Final = "demo.stuck"  # the service of the bad set that never becomes ready
+STUCK_DEADLINE: Final = "1s"
+FIRST: Final = "first"
+BAD_ENTRY: Final = f"""
+
+[service."{STUCK}"]
+program = "demo.faulty"
+capabilities = ["ipc.core"]
+uses = {{ logd = {{ sync = false }} }}
+health = {{ deadline = "{STUCK_DEADLINE}" }}
+
+[service."{STUCK}".settings]
+failure = "never ready"
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A set that the runner has made."""
+
+    version: int
+    name: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BootRemains:
+    """What boot device and slots hold, as the runner reads them.
+
+    `copies` are the two of the record, None where there is none. `digests` are of as many bytes of
+    each slot as the record says that its set has, `whole` of all its bytes.
+    """
+
+    problem: str = ""
+    copies: tuple[BootRecord | None, BootRecord | None] = (None, None)
+    record: BootRecord | None = None
+    digests: Mapping[SlotName, str] = field(default_factory=dict)
+    whole: Mapping[SlotName, str] = field(default_factory=dict)
+
+
+def slot_devices(plan: Plan) -> Mapping[str, Hardware] | None:
+    """The boot device, the slots and the stick of a plan by name; None if it is not updatable."""
+    wanted = {BOOT, *SLOTS.values()}
+    found = {each.name: each for each in plan.hardware if each.name in {*wanted, STICK}}
+    return found if UPDATED in plan.by_name and wanted <= found.keys() else None
+
+
+# ---------------------------------------------------------------- before the first boot
+
+
+def prepare(plan: Plan, system: Path, ground: Ground, seed: int, state: Path) -> Mapping[str, Made]:
+    """Provision the device in `state` with its first set, and write the stick; the sets by name."""
+    devices = slot_devices(plan)
+    assert devices is not None, "the plan has slots"
+    package = package_folder() if ground is Ground.LINUX else None
+    bad_file = _bad_system(system, state / SETS)
+    contents = {
+        FIRST: build(system, _release(0), package=package),
+        GOOD: build(system, _release(1), package=package),
+        BAD: build(bad_file, _release(2), package=package),
+    }
+    made = {name: _made(number, contents[name]) for number, name in enumerate(contents)}
+    keys = Keys(f"{ground.value} {seed}")
+    for device in devices.values():
+        image = image_of(state, device)
+        _ = image.write_bytes(b"")
+        with image.open("r+b") as file:
+            _ = file.truncate(device.size)
+    info = SlotInfo(
+        version=made[FIRST].version,
+        name=made[FIRST].name,
+        digest=bytes.fromhex(made[FIRST].digest),
+        size=made[FIRST].size,
+        floor=FLOOR,
+    )
+    with _held(state, devices) as held:
+        source = BytesSource(contents[FIRST])
+        control = BlockBoot(held[BOOT])
+        anchor = keys.root()
+        _ = finished(provision(control, held[SLOTS[SlotName.A]], source, info, anchor))
+        if STICK in held:
+            _write_stick(held[STICK], keys, contents, made)
+    return made
+
+
+def _release(number: int) -> Release:
+    return Release(version=FIRST_VERSION + number, name=f"1.{number}.0", health=HEALTH)
+
+
+def _made(number: int, content: bytes) -> Made:
+    release = _release(number)
+    digest = hashlib.sha256(content).hexdigest()
+    return Made(version=release.version, name=release.name, digest=digest, size=len(content))
+
+
+def _bad_system(system: Path, folder: Path) -> Path:
+    """The same system with one more service, and the policy files that it names."""
+    import tomllib
+
+    text = system.read_text("utf-8")
+    folder.mkdir()
+    for name in tomllib.loads(text)["system"].get("policy", ()):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _ = copy.write_bytes((system.parent / name).read_bytes())
+    file = folder / system.name
+    _ = file.write_text(text + BAD_ENTRY, "utf-8")
+    return file
+
+
+class Keys:
+    """The keys of a run: of its ground and seed, so that two runs of one seed are equal."""
+
+    def __init__(self, seed: str) -> None:
+        self._signers = {
+            role: signer_of(hashlib.sha256(f"nexus.proof.key {seed} {role}".encode()).digest())
+            for role in ROLES
+        }
+        roles = {role: RoleKeys([signer.public_key], 1) for role, signer in self._signers.items()}
+        term = Term(ISSUED, ISSUED + LASTS)
+        self.files = first_root(roles, self._all, term, development=False)
+
+    @property
+    def _all(self) -> list[Signer]:
+        return list(self._signers.values())
+
+    def root(self) -> bytes:
+        """The trust anchor."""
+        (root,) = self.files.values()
+        return root
+
+    def released(
+        self, files: Mapping[str, bytes], made: Made, *, issued: int = ISSUED
+    ) -> dict[str, bytes]:
+        """The metadata with this set as the release after `files`."""
+        target = Target(
+            name=made.name,
+            length=made.size,
+            sha256=bytes.fromhex(made.digest),
+            version=made.version,
+            floor=min(FLOOR, made.version),
+        )
+        return release(files, target, self._all, Term(issued, issued + LASTS))
+
+
+def _write_stick(
+    device: BlockDevice, keys: Keys, contents: Mapping[str, bytes], made: Mapping[str, Made]
+) -> None:
+    good = keys.released(keys.files, made[GOOD])
+    bad = keys.released(good, made[BAD])
+    low = Made(version=LOW_VERSION, name="0.8.0", digest=made[BAD].digest, size=made[BAD].size)
+    strangers = Keys("of somebody else")
+    foreign = strangers.released(strangers.files, made[BAD])
+    at = bad[TARGETS].index(SIGNATURE) + len(SIGNATURE)
+    flipped = bytearray(bad[TARGETS])
+    flipped[at] = ord("0") if flipped[at] != ord("0") else ord("1")
+    old = keys.files
+    for _ in range(2):  # newer in number than the good one, and ended before it was signed
+        old = keys.released(old, made[BAD], issued=ISSUED - 2 * LASTS)
+    updates: dict[str, tuple[Made, Mapping[str, bytes], bytes, str]] = {
+        GOOD: (made[GOOD], good, contents[GOOD], ""),
+        BAD: (made[BAD], bad, contents[BAD], ""),
+        "unknown key": (
+            made[BAD],
+            {**foreign, **keys.files},
+            b"",
+            "WRONG_KEY",
+        ),
+        "flipped byte": (made[BAD], {**bad, TARGETS: bytes(flipped)}, b"", "BAD_SIGNATURE"),
+        "below the floor": (low, keys.released(good, low), b"", "BELOW_FLOOR"),
+        "mixed": (
+            made[BAD],
+            {**bad, SNAPSHOT: good[SNAPSHOT], TARGETS: good[TARGETS]},
+            b"",
+            "MIXED",
+        ),
+        "expired": (made[BAD], old, b"", "EXPIRED_METADATA"),
+    }
+    index: Index = {}
+    block = INDEX_BLOCKS
+    for name, (about, metadata, content, refused) in updates.items():
+        places = []
+        for data in (encode_metadata(metadata), content):
+            finished(device.write(block, data + bytes(-len(data) % BLOCK_SIZE))) if data else None
+            places.append((block, len(data)))
+            block += -(-len(data) // BLOCK_SIZE)
+        index[name] = Update(
+            metadata=places[0],
+            content=places[1],
+            version=about.version,
+            name=about.name,
+            digest=about.digest,
+            refused=refused,
+        )
+    finished(device.write(0, encode_index(index), durable=True))
+
+
+# ---------------------------------------------------------------- between the boots
+
+
+@contextmanager
+def _held(
+    state: Path, devices: Mapping[str, Hardware], *, writable: bool = True
+) -> Iterator[Mapping[str, BlockDevice]]:
+    """The devices as files, each held alone."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(opened(image_of(state, device), writable=writable))
+            for name, device in devices.items()
+        }
+
+
+def boot_remains(plan: Plan, state: Path) -> BootRemains | None:
+    """What is on boot device and slots; None if the system has none."""
+    devices = slot_devices(plan)
+    if devices is None:
+        return None
+    try:
+        with _held(state, devices, writable=False) as held:
+            return _read(held)
+    except DeviceFault as fault:
+        return BootRemains(problem=f"it cannot be read: {fault}")
+
+
+def _read(held: Mapping[str, BlockDevice]) -> BootRemains:
+    control = BlockBoot(held[BOOT])
+    first, second = [
+        each if isinstance(each, BootRecord) else None for each in finished(control.copies())
+    ]
+    whole = {name: held[device] for name, device in SLOTS.items()}
+    contents = {name: finished(each.read(0, each.block_count)) for name, each in whole.items()}
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    try:
+        record = finished(control.load())
+    except NoBootRecord as error:
+        return BootRemains(problem=str(error), copies=(first, second), whole=sums)
+    digests = {
+        name: hashlib.sha256(contents[name][: record.slot(name).size]).hexdigest()
+        for name in SlotName
+    }
+    return BootRemains(copies=(first, second), record=record, digests=digests, whole=sums)
+
+
+def boot_entry(left: BootRemains | None) -> Mapping[str, object] | None:
+    """What the runner read, for the run's record."""
+    if left is None:
+        return None
+    record = left.record
+    return {
+        "problem": left.problem,
+        "sequences": [None if copy is None else copy.sequence for copy in left.copies],
+        "digests": {name.value: digest for name, digest in left.digests.items()},
+        "record": None
+        if record is None
+        else {
+            "sequence": record.sequence,
+            "active": record.active.value,
+            "trying": record.trying and record.trying.value,
+            "boots": record.boots,
+            "floor": record.floor,
+            "slots": {
+                name.value: [
+                    record.slot(name).state.name.lower(),
+                    record.slot(name).version,
+                    record.slot(name).tries_left,
+                    record.slot(name).digest.hex(),
+                ]
+                for name in SlotName
+            },
+            "reasons": [
+                [each.cause.name.lower(), each.slot.value, each.version, each.boot, each.service]
+                for each in record.reasons
+            ],
+        },
+    }
+
+
+def encode_made(made: Mapping[str, Made]) -> str:
+    """The sets for the run's record."""
+    return json.dumps({name: [each.version, each.name, each.digest] for name, each in made.items()})
