@@ -16,10 +16,10 @@ from typing import Final
 from nexus.init.files import WrongFile, read_whole
 from nexus.init.system import System
 from nexus.sets import UNPACKED_SIZE_MAX, Content
+from nexus.sets.manifest import PARTS_MAX
 
 PYTHON: Final = "python"
 SYSTEM: Final = "system"
-DEPTH_MAX: Final = 32  # folders inside each other; a loop of mounts ends somewhere
 LEFT_OUT: Final = ("__pycache__",)
 LEFT_OUT_ENDS: Final = (".pyc", ".pyo", ".egg-info", ".dist-info")
 
@@ -79,8 +79,8 @@ def placed(name: str) -> str:
 
 def _tree(file: Path, path: PurePosixPath, depth: int = 0) -> Iterator[tuple[str, Content]]:
     """A file, or all files below a folder, by their paths in the set."""
-    if depth > DEPTH_MAX:
-        raise WrongContent(file, f"is more than {DEPTH_MAX} folders deep")
+    if depth > PARTS_MAX:
+        raise WrongContent(file, f"is more than {PARTS_MAX} folders deep")
     if file.is_symlink() or not file.is_dir():
         yield path.as_posix(), _content(file)
         return

@@ -22,6 +22,7 @@ UNPACKED_SIZE_MAX: Final = 2 * 1024**3  # bytes of all files together; twice wha
 FILES_MAX: Final = 4096  # nine times what a system of Nexus's own programs has
 CHUNKS_MAX: Final = UNPACKED_SIZE_MAX // CHUNK_SIZE + FILES_MAX  # a last, shorter one per file
 PATH_SIZE_MAX: Final = 240  # characters, all of them one byte; leaves room for the folder above
+PARTS_MAX: Final = 32  # folders inside each other; bounds what a path costs to check
 NAME_SIZE_MAX: Final = 48  # characters of a version's name
 SERVICES_MAX: Final = 256  # the reference's bundles per set
 SERVICE_NAME_SIZE_MAX: Final = 48
@@ -192,7 +193,7 @@ def _check_paths(paths: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     last = ""
     for path in paths:
-        if PATH.fullmatch(path) is None:
+        if PATH.fullmatch(path) is None or path.count("/") >= PARTS_MAX:
             raise SetRefused(SetStatus.PATH, repr(path))
         folded = path.casefold()
         if folded in seen:
