@@ -17,23 +17,26 @@ from typing import Final
 import msgspec
 
 from nexus.abi import NEVER, Nanos
+from nexus.bootctl import SlotBoot
 from nexus.cli.places import LOCK_NAME, RECORD_NAME, Running
 from nexus.cli.sink import Sink, Told, one_line
 from nexus.init.errors import SystemFileError
 from nexus.init.ground import Places, boot
-from nexus.init.plan import load_plan, load_policy
+from nexus.init.plan import Plan, load_plan, load_policy
 from nexus.kernel.core import CannotRun
 from nexus.kernel.linux.harden import UID_FIRST
 from nexus.kernel.linux.identity import ROWS
 from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
 from nexus.proof import lock
 from nexus.protocols.ladder import Ground
+from nexus.runtime.stamp import STAMP
 
 EXIT_FAILED: Final = 1
 MICROSECOND: Final = 1_000  # ns
 WATCHDOG_USEC: Final = re.compile(r"[0-9]{1,20}")  # as systemd writes it: 64 bits
 WATCHDOG_LEAST: Final = Nanos(1_000_000)  # ns; below it init would do nothing but answer it
 REFUSED: Final = "refused"  # kind of the Told that says why nothing was booted
+AWAITED: Final = "awaited"  # kind of the Told that names the services of a boot out of a slot
 RUNS_ALREADY: Final = (
     "{title} runs already, as process {pid}: end it with `nexus down`, or give this one a name "
     "of its own with --instance"
@@ -44,6 +47,7 @@ instance. Those behind the first are below 100000, where Debian's ranges for con
 UID_LOCKS: Final = Path("/run/nexus/.uids")
 """A lock per block. The machine has each id once, wherever a system keeps what it has to keep."""
 
+STOP_SPARE: Final = 5_000_000_000  # ns; of an orderly end, beyond what the services may take
 SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
 
 
@@ -69,7 +73,11 @@ class StateInUse(Exception):
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What to boot. `watcher` is the descriptor of the watching command's socket, or -1; `leashed`
-    means that the system ends when the command does; `streams`, that lines go to stdout too."""
+    means that the system ends when the command does; `streams`, that lines go to stdout too.
+
+    With `slot_boot` the loader has started this process, out of that slot. It is of the base system
+    and may be of another release: what a job has that is not known here is left out of account.
+    """
 
     running: Running
     home: str
@@ -78,6 +86,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     leashed: bool
     streams: bool
     parent: int
+    slot_boot: SlotBoot | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,7 +125,20 @@ def _boot(job: Job, sink: Sink) -> int:
             digest=plan.digest,
             pid=os.getpid(),
             started=lock.start_of(os.getpid()),
+            stop_ns=stop_max(plan),
         )
+        if job.slot_boot is not None:
+            running = msgspec.structs.replace(
+                running,
+                loader=job.parent,
+                loader_started=lock.start_of(job.parent),
+                slot=job.slot_boot.slot,
+                set_version=STAMP.version,
+                set_name=STAMP.name,
+                set_digest=STAMP.digest,
+            )
+            names = " ".join(service.name for service in plan.services if not service.by)
+            sink.tell(Told(AWAITED, plan.name, names))
         fresh = home / f"{RECORD_NAME}.new"
         _ = fresh.write_bytes(msgspec.json.encode(running))
         _ = fresh.replace(home / RECORD_NAME)
@@ -136,8 +158,14 @@ def _boot(job: Job, sink: Sink) -> int:
             policy_source=lambda: load_policy(Path(running.file)),
             plan_source=lambda: load_plan(Path(running.file)),
             watchdog=watchdog_of(os.environ, os.getpid()) if job.streams else None,
+            slot_boot=job.slot_boot,
         ).exit
     return SIGNAL_BASE + ended.signal if ended.signal else ended.code
+
+
+def stop_max(plan: Plan) -> int:
+    """How long a command waits for the orderly end of a system, in ns."""
+    return sum(service.stop_max for service in plan.services) + STOP_SPARE
 
 
 def _take_state(state: Path, stack: ExitStack) -> None:

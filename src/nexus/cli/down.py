@@ -13,6 +13,8 @@ from nexus.cli.client import NANOS, CutOff
 from nexus.cli.errors import CommandFailed
 from nexus.cli.output import progress, say, say_json, tell
 from nexus.cli.places import Running, base_dirs, is_alive
+from nexus.loader.main import LOCK_NAME as LOADER_LOCK
+from nexus.proof.lock import holder_of, start_of
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import Shutdown
 
@@ -29,7 +31,7 @@ def down(running: Running, timeout: float | None, *, as_json: bool) -> None:
     bound = running.stop_ns if timeout is None else int(timeout * NANOS)
     start = time.monotonic_ns()
     with progress(f"ending {running.title}"):
-        how = _ask(running) or _signal(running, home)
+        how = (not running.loader and _ask(running)) or _signal(running, home)
         ended = _gone(running, home, start + bound)
         if not ended and how == ASKED:
             how = _signal(running, home)
@@ -60,13 +62,14 @@ def _ask(running: Running) -> str:
 
 
 def _signal(running: Running, home: Path) -> str:
-    """SIGTERM to the process that holds the locks, and to no other of the same number."""
+    """SIGTERM to the process that holds the locks, and to no other of the same number; to its
+    loader, which passes it on and boots no more, where there is one."""
     try:
-        process = os.pidfd_open(running.pid)
+        process = os.pidfd_open(running.loader or running.pid)
     except ProcessLookupError:
         return SIGNALLED
     try:
-        if is_alive(running, home):  # asked now that the number cannot be given to another
+        if _is_there(running, home):  # asked now that the number cannot be given to another
             signal.pidfd_send_signal(process, signal.SIGTERM)
     except ProcessLookupError:
         return SIGNALLED
@@ -82,8 +85,15 @@ def _signal(running: Running, home: Path) -> str:
 def _gone(running: Running, home: Path, until: int) -> bool:
     """Whether the process ends in time."""
     pause = Pause()
-    while is_alive(running, home):
+    while _is_there(running, home):
         if time.monotonic_ns() >= until:
             return False
         _ = pause.wait(LOOK_PAUSE)
     return True
+
+
+def _is_there(running: Running, home: Path) -> bool:
+    """Whether the system runs, or its loader does: that boots it again."""
+    if running.loader and holder_of(home / LOADER_LOCK) is not None:
+        return start_of(running.loader) == running.loader_started
+    return is_alive(running, home)

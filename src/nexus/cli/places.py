@@ -76,6 +76,14 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     stop_ns: int = 0
     """How long its services may take to stop."""
+    loader: int = 0
+    """The process of the loader that boots it out of its slots, 0 without one."""
+    loader_started: int = 0
+    slot: str = ""
+    set_version: int = 0
+    """Of the system set that init itself imported its code from, as its digest is."""
+    set_name: str = ""
+    set_digest: str = ""
 
 
 def base_dirs(environ: Mapping[str, str], uid: int) -> tuple[Path, Path, Path]:

@@ -1,5 +1,6 @@
 """`nexus up`: start a system in the foreground, in the background, or as this very process."""
 
+import json
 import os
 import signal
 import socket
@@ -15,21 +16,32 @@ import msgspec
 
 import nexus
 from nexus.abi import INIT_NAME, EventKind
-from nexus.cli.boot import REFUSED, RUNS_ALREADY, Job
+from nexus.cli.boot import AWAITED, REFUSED, RUNS_ALREADY, Job, stop_max
 from nexus.cli.client import NANOS
-from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed
+from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed, UsageError
 from nexus.cli.output import progress, say, say_json, tell
-from nexus.cli.places import Places, Running, make_dirs, places_of, read_running
+from nexus.cli.places import (
+    Places,
+    Running,
+    base_dirs,
+    make_dirs,
+    places_of,
+    read_running,
+    title_of,
+)
 from nexus.cli.readiness import Readiness
 from nexus.cli.sink import TOLD_SIZE_MAX, Told
 from nexus.cli.trial import tried_plan
 from nexus.init.plan import Plan
+from nexus.loader.devices import boot_path
+from nexus.loader.main import BOOTING, END_MAX, MARGIN
 from nexus.proof.lock import holder_of
 from nexus.services.logd.escape import escaped
 
-STOP_SPARE: Final = 5_000_000_000  # ns; of an orderly end, beyond what the services may take
 KILLED_WAIT: Final = 2.0  # seconds for a killed init to be gone
 ENDED_WAIT: Final = 2.0  # seconds for an init that tells no more to be gone too
+SLOTS_STOP: Final = int((END_MAX + MARGIN) * NANOS)  # ns for a loader and its init to end
+SHOWN: Final = (BOOTING, EventKind.SPAWN_FAILED, EventKind.HANG, EventKind.DEVICE)
 ERRORS_NAME: Final = "init.err"  # what init's interpreter itself had to say
 INIT_LABEL: Final = "init"  # what init calls itself in its lines
 ERRORS_SIZE_MAX: Final = 2000  # bytes of it that are shown
@@ -60,7 +72,7 @@ def up(
     watch, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with watch:
         job = msgspec.structs.replace(job, watcher=theirs.fileno(), leashed=not detach)
-        child = _start(job, theirs.fileno(), places)
+        child = _start(_command(job), theirs.fileno(), places)
         theirs.close()
         readiness = Readiness(s.name for s in plan.services if not s.by)
         watching = _Watching(child, watch, readiness, places)
@@ -69,16 +81,66 @@ def up(
         return watching.until_the_end(as_json=as_json)
 
 
-def _job(plan: Plan, places: Places, file: Path) -> Job:
+def up_slots(
+    name: str | None,
+    *,
+    instance: str | None,
+    detach: bool,
+    exec_: bool,
+    wait: float,
+    as_json: bool,
+) -> int:
+    """Have the loader boot the system `name` out of its slots, without one the only one that was
+    provisioned; the exit code. Raises CommandFailed and UsageError."""
+    name = _provisioned(instance) if name is None else name
+    places = places_of(name, instance, Path(), (None, None, None), os.environ, os.getuid())
+    if not boot_path(places.state).exists():
+        raise CommandFailed(
+            f"{boot_path(places.state)} is not there: provision the device with "
+            "`nexus ota provision`"
+        )
+    make_dirs(places, os.getuid(), ())
+    running = read_running(places.home)
+    holder = holder_of(places.lock) if running is None else running.pid
+    if holder is not None:
+        raise CommandFailed(RUNS_ALREADY.format(title=places.title, pid=holder or "unknown"))
+    job = _bare_job(places)
+    if exec_:
+        job = msgspec.structs.replace(job, streams=True, parent=0)
+        words = _loader_command(job, becomes=True)
+        os.execve(sys.executable, words, _environment())  # noqa: S606 (our own interpreter)
+    watch, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with watch:
+        job = msgspec.structs.replace(job, watcher=theirs.fileno(), leashed=not detach)
+        child = _start(_loader_command(job, becomes=False), theirs.fileno(), places)
+        theirs.close()
+        watching = _Watching(child, watch, Readiness(()), places, reboots=True)
+        if detach:
+            return watching.until_ready(wait, SLOTS_STOP, as_json=as_json)
+        return watching.until_the_end(as_json=as_json)
+
+
+def _provisioned(instance: str | None) -> str:
+    """The only system here that has a boot device. Raises UsageError."""
+    state, _, _ = base_dirs(os.environ, os.getuid())
+    found = sorted(path.parent.name for path in state.glob(f"*/{boot_path(Path()).name}"))
+    names = sorted({title.partition("@")[0] for title in found if title_of("", instance) in title})
+    if len(names) != 1:
+        which = f"one of {', '.join(names)}" if names else f"one: none is provisioned in {state}"
+        raise UsageError(f"name the system to boot out of its slots, {which}")
+    return names[0]
+
+
+def _bare_job(places: Places) -> Job:
+    """The job of a system of which nothing is known but its place; the loader fills in the rest."""
     running = Running(
         title=places.title,
-        file=str(file.absolute()),
-        digest=plan.digest,
+        file="",
+        digest="",
         pid=0,
         state=str(places.state),
         runtime=str(places.runtime),
         log=str(places.log),
-        stop_ns=sum(service.stop_max for service in plan.services) + STOP_SPARE,
     )
     return Job(
         running=running,
@@ -89,6 +151,24 @@ def _job(plan: Plan, places: Places, file: Path) -> Job:
         streams=False,
         parent=os.getpid(),
     )
+
+
+def _loader_command(job: Job, *, becomes: bool) -> list[str]:
+    """nexus.loader.main with what it has to do: stay beside init, or become it."""
+    settings = {"becomes": becomes, "margin": MARGIN}
+    text = json.dumps({**msgspec.to_builtins(job), "loader": settings})
+    return [sys.executable, "-P", "-m", "nexus.loader.main", text]
+
+
+def _job(plan: Plan, places: Places, file: Path) -> Job:
+    bare = _bare_job(places)
+    running = msgspec.structs.replace(
+        bare.running,
+        file=str(file.absolute()),
+        digest=plan.digest,
+        stop_ns=stop_max(plan),
+    )
+    return msgspec.structs.replace(bare, running=running)
 
 
 def _command(job: Job) -> list[str]:
@@ -108,12 +188,13 @@ def _become(job: Job) -> int:
     os.execve(sys.executable, _command(job), _environment())  # noqa: S606 (our own interpreter)
 
 
-def _start(job: Job, watcher: int, places: Places) -> "subprocess.Popen[bytes]":
-    """init's process, in a session of its own: what is typed here reaches only the command."""
+def _start(words: list[str], watcher: int, places: Places) -> "subprocess.Popen[bytes]":
+    """init's process, or the loader's, in a session of its own: what is typed here reaches only the
+    command."""
     errors = places.log / ERRORS_NAME
     with errors.open("wb") as stderr:
         return subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
-            _command(job),
+            words,
             stdin=subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
@@ -165,14 +246,18 @@ class _Watching:
         watch: socket.socket,
         readiness: Readiness,
         places: Places,
+        *,
+        reboots: bool = False,
     ) -> None:
         self._child = child
+        self._reboots = reboots  # what cannot get ready may be rolled back
         self._watch = watch
         self._readiness = readiness
         self._places = places
         self._refusal = ""
         self._stops = 0
         self._is_silent = False
+        self._is_said_up = False
         self._console_size = _size_of(places.console)
 
     # ------------------------------------------------------------------ in the background
@@ -181,7 +266,7 @@ class _Watching:
         """Return when every service is ready; end the system if that takes too long."""
         start = time.monotonic_ns()
         with self._ending_on_signals(), progress(f"starting {self._places.title}"):
-            while not (self._readiness.done or self._readiness.hopeless or self._stops):
+            while not (self._readiness.done or self._is_hopeless or self._stops):
                 left = wait - _since(start)
                 if left <= 0 or not self._see(left):
                     break
@@ -198,6 +283,10 @@ class _Watching:
         why = self._why(wait)
         self._end(stop_ns)
         raise CommandFailed(why)
+
+    @property
+    def _is_hopeless(self) -> bool:
+        return bool(self._readiness.hopeless) and not self._reboots
 
     def _say_up(self, seconds: float, *, as_json: bool) -> None:
         if as_json:
@@ -229,7 +318,7 @@ class _Watching:
                 f"{title} ended while it started, {how} ({lacking}){self._said()}: "
                 f"see {self._places.console}"
             )
-        if self._readiness.hopeless:
+        if self._is_hopeless:
             return f"{title} cannot get ready and was ended ({lacking}): see {self._places.console}"
         return (
             f"{title} was not ready after {wait:g} s and was ended ({lacking}): "
@@ -262,17 +351,16 @@ class _Watching:
 
     def until_the_end(self, *, as_json: bool) -> int:
         """Show the console lines until the system has ended; its exit code, 0 or 1."""
-        said_up = False
         start = time.monotonic_ns()
         with self._ending_on_signals():
             while self._see(None, show=True):
-                if self._readiness.done and not said_up:
-                    said_up = True
+                if self._readiness.done and not self._is_said_up:
+                    self._is_said_up = True
                     self._tell_up(_since(start), as_json=as_json)
             code = self._child.wait()
         if self._refusal:
             raise CommandFailed(self._refusal)
-        if code != EXIT_OK and not said_up and not self._stops:
+        if code != EXIT_OK and not self._is_said_up and not self._stops:
             raise CommandFailed(self._why(0))
         tell(f"{self._places.title} has ended" + ("" if code == 0 else f", exit code {code}"))
         return EXIT_OK if code == EXIT_OK else EXIT_FAILED
@@ -302,11 +390,16 @@ class _Watching:
         told = msgspec.json.decode(data, type=Told)
         if told.kind == REFUSED:
             self._refusal = told.text
+        if told.kind == BOOTING:
+            self._readiness = Readiness(())
+            self._is_said_up = False
+        elif told.kind == AWAITED:
+            self._readiness = Readiness(told.text.split())
         self._readiness.on_told(told)
         if show and told.kind == EventKind.CONSOLE:
             say(labelled(told))
             _ = sys.stdout.flush()
-        elif show and told.kind in (EventKind.SPAWN_FAILED, EventKind.HANG, EventKind.DEVICE):
+        elif show and told.kind in SHOWN:
             tell(f"{told.name}: {told.text}")
         return True
 

@@ -177,13 +177,13 @@ def _compile(new: Path, path: Path) -> None:
     By source hash and never checked again: is_whole compares both. A module that is no Python is
     left as it is, for whoever imports it to meet.
     """
-    modules = sorted(name for name in _names(new / PYTHON) if name.endswith(".py"))
+    modules = sorted(name for name in _names(new) if name.endswith(".py"))
     count = min(COMPILERS_MAX, len(os.sched_getaffinity(0)))
     children = []
     for index in range(count):
         child = os.fork()
         if child == 0:
-            _compile_and_end(new / PYTHON, path / PYTHON, modules[index::count])
+            _compile_and_end(new, path, modules[index::count])
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):

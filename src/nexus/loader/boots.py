@@ -1,0 +1,188 @@
+"""One boot on Linux, in a process that the loader forked for it: decide, unpack, become init.
+
+    read the last boot's evidence -> choose -> the slot's tree -> tell the loader -> exec of init
+
+What it does before it becomes init is the loader's only use of our libraries; its memory goes with
+the exec.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from nexus.abi import AbiError
+from nexus.bootctl import TRIES_MAX, BlockBoot, NoBootRecord, SlotName, read_failure
+from nexus.bootctl.contract import BootControl
+from nexus.drivers.block import DeviceFault
+from nexus.drivers.finished import finished
+from nexus.kernel.linux.bootmemory import BootMemory
+from nexus.loader.choose import Chosen, Ended, NothingBootable, SlotSource, choose, note_end
+from nexus.loader.devices import boot_path, opened, slot_path
+from nexus.loader.main import BOOTING, FAILING, JUDGED, OPEN
+from nexus.loader.tree import PYTHON, NoTree, tree_of
+
+CONSOLE: Final = "console.log"  # of the log directory; init writes it too
+TAIL_READ: Final = 64 * 1024  # bytes at the end of it that are looked through
+TAIL_LINES: Final = 24  # lines of a boot that are kept; the record clips them once more
+TELLER: Final = "loader"
+INIT_MODULE: Final = "nexus.cli.boot"
+NOT_INHERITED: Final = ("PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONSTARTUP")
+
+CANNOT: Final = (NothingBootable, NoBootRecord, DeviceFault)
+"""Why there is no boot at all; the text is a sentence."""
+
+
+def become(job: Any, seen: dict[str, Any] | None, told: int) -> NoReturn:
+    """Choose and become init. `seen` is what the loader saw of the last boot's end, None if it saw
+    none; what it has to know of this one is written to the descriptor `told`, -1 for nobody.
+
+    Raises what is in CANNOT.
+    """
+    running = job["running"]
+    state, console = Path(running["state"]), Path(running["log"]) / CONSOLE
+    with ExitStack() as stack:
+        device = stack.enter_context(opened(boot_path(state), writable=True))
+        chosen, tree = _prepared(state, BlockBoot(device), console, seen)
+    _announce(job, chosen, console)
+    start = {
+        "trial": chosen.boot.trial,
+        "deadline": chosen.boot.deadline,
+        "slot": chosen.boot.slot,
+    }
+    if told >= 0:
+        _ = os.write(told, json.dumps(start).encode())
+    words = [sys.executable, "-P", "-m", INIT_MODULE, _job(job, chosen, tree)]
+    os.execve(sys.executable, words, _environment(tree))  # noqa: S606 (our own interpreter)
+
+
+def verdict(job: Any) -> int:
+    """How it stands with the trial that was booted last, by the boot device and init's memory."""
+    state = Path(job["running"]["state"])
+    with opened(boot_path(state)) as device:
+        record = finished(BlockBoot(device).load())
+    if record.trying is None:
+        return JUDGED
+    info = record.slot(record.trying)
+    failure = read_failure(_memory(state))
+    if failure is not None and (failure.slot, failure.version, failure.attempt) == (
+        record.trying.value,
+        info.version,
+        info.attempts,
+    ):
+        return FAILING
+    return OPEN
+
+
+def note(job: Any, seen: dict[str, Any]) -> None:
+    """Keep how the last boot ended; there is no other one now. Raises what is in CANNOT."""
+    state, console = Path(job["running"]["state"]), Path(job["running"]["log"]) / CONSOLE
+    with opened(boot_path(state), writable=True) as device:
+        control = BlockBoot(device)
+        ended = _ended(state, finished(control.load()).boots, console, seen)
+        _ = finished(note_end(control, ended, wall=time.time_ns()))
+
+
+def _prepared(
+    state: Path, control: BootControl, console: Path, seen: dict[str, Any] | None
+) -> tuple[Chosen, Path]:
+    """The slot to boot, and its files. A set in trial that cannot be unpacked has had its try."""
+    ended = _ended(state, finished(control.load()).boots, console, seen or {})
+    for _ in range(TRIES_MAX + 2):
+        with ExitStack() as stack:
+            slots = {name: stack.enter_context(opened(slot_path(state, name))) for name in SlotName}
+            chosen = finished(choose(control, slots, ended, wall=time.time_ns()))
+            name = SlotName(chosen.boot.slot)
+            source = SlotSource(slots[name], chosen.record.slot(name).size)
+            try:
+                return chosen, tree_of(state, chosen.record, name, chosen.manifest, source)
+            except NoTree as error:
+                if not chosen.boot.trial:
+                    raise NothingBootable(f"slot {name}: {error}") from error
+                ended = Ended(problem=str(error))
+    raise NothingBootable("no try of the trial could be unpacked, and it does not end")
+
+
+def _ended(state: Path, boots: int, console: Path, seen: dict[str, Any]) -> Ended:
+    """What is known of the last boot: what the loader saw, init's last word, the console."""
+    return Ended(**seen, failure=read_failure(_memory(state)), tail=tail_of(console, boots))
+
+
+def _memory(state: Path) -> bytes:
+    """init's boot memory; nothing if it cannot be read."""
+    try:
+        return BootMemory(state).read()
+    except (AbiError, OSError):
+        return b""
+
+
+def tail_of(console: Path, boots: int) -> str:
+    """The last lines of that boot on the console; empty if it never came to write one."""
+    try:
+        with console.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            _ = file.seek(max(0, size - TAIL_READ))
+            lines = file.read(TAIL_READ).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    head = f"{TELLER} [{BOOTING}] "
+    own: list[str] | None = None
+    for line in lines:
+        _, found, text = line.partition(head)
+        if found:
+            own = [] if text.startswith(f"boot {boots}:") else None
+        elif own is not None:
+            own.append(line)
+    if own is None and not any(head in line for line in lines):
+        own = lines[1:]  # a boot that wrote more than is looked through
+    return "\n".join((own or [])[-TAIL_LINES:])
+
+
+def _announce(job: Any, chosen: Chosen, console: Path) -> None:
+    """Say which boot this is, on the console of the system and to whoever watches."""
+    boot, info = chosen.boot, chosen.record.slot(SlotName(chosen.boot.slot))
+    trial = f", trial {boot.attempt}, {info.tries_left} tries left" if boot.trial else ""
+    text = (
+        f"boot {chosen.record.boots}: slot {boot.slot}, version {boot.version} ({boot.name}), "
+        f"{boot.digest[:12]}{trial}"
+    )
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(console, flags, 0o600)
+        try:
+            _ = os.write(descriptor, f"{now / 1e9:.6f} {TELLER} [{BOOTING}] {text}\n".encode())
+        finally:
+            os.close(descriptor)
+    tell(job, BOOTING, text)
+
+
+def tell(job: Any, kind: str, text: str) -> None:
+    """A nexus.cli.sink.Told for the watching command, if there is one that has room."""
+    if job["watcher"] < 0:
+        return
+    from socket import MSG_DONTWAIT, socket
+
+    line = json.dumps([kind, TELLER, text, ""]).encode()
+    watcher = socket(fileno=os.dup(job["watcher"]))
+    with watcher, suppress(OSError):
+        _ = watcher.send(line, MSG_DONTWAIT)
+
+
+def _job(job: Any, chosen: Chosen, tree: Path) -> str:
+    """The job for the init of this slot; what it does not know of, an older one ignores."""
+    file = str(tree / chosen.manifest.system)
+    boot = msgspec.to_builtins(chosen.boot)
+    return json.dumps({**job, "running": {**job["running"], "file": file}, "slot_boot": boot})
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    """This one, with the set's package found first; nobody writes compiled files in a tree."""
+    kept = {name: text for name, text in os.environ.items() if name not in NOT_INHERITED}
+    paths = [str(tree / PYTHON), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
