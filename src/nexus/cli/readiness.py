@@ -48,7 +48,8 @@ class Readiness:
             elif told.text.startswith(NO_START):
                 self._not_started(told.text.removeprefix(NO_START), told.why)
         elif told.kind == EventKind.CONSOLE:
-            if told.text in (f"{told.name}: ready", f"{told.name}: ready again"):
+            line, _, _ = told.text.partition(" (")  # some say what their readiness stands on
+            if line in (f"{told.name}: ready", f"{told.name}: ready again"):
                 _ = self.waiting.pop(told.name, None)
         elif told.kind in (EventKind.EXIT, EventKind.SPAWN_FAILED, EventKind.HANG):
             self.ends += 1

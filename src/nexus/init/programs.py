@@ -110,6 +110,15 @@ _SOURCES: Final = (
     _nexus_own("metricsd", asks_policy=True),
     _nexus_own("execd", asks_policy=True),
     ProgramSource(
+        name="updated",
+        module="nexus.services.updated",
+        protocols=("nexus.protocols.updated",),
+        asks_policy=True,
+        drives=HardwareKind.BLOCK,
+        apart=True,
+        names=True,
+    ),
+    ProgramSource(
         name="exportd",
         module="nexus.services.exportd",
         protocols=("nexus.protocols.exportd",),

@@ -68,6 +68,7 @@ HANDED_ON: Final = (
     "on_other",
     "evidence",
     "ready",
+    "stands_on",
     "on_ready",
     "on_malformed",
     "busy",

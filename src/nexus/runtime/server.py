@@ -130,6 +130,7 @@ class Hooks(NamedTuple):
     facts: Callable[[], dict[str, int]] | None
     evidence: Callable[[], dict[str, Any]] | None  # goes with the line that the service is ready
     ready: Callable[[], bool] | None
+    stands_on: Callable[[], str] | None  # in brackets behind the line that the service is ready
     on_ready: Callable[[], Any] | None  # init knows that it is ready; plain or coroutine
     on_malformed: Callable[[Message], None] | None  # a frame was refused as MALFORMED
     busy: Callable[[], bool] | None  # there is work for when no message waits
@@ -812,6 +813,8 @@ class Server:
         self._announcing = False
         first = self.boot.generation == 1
         line = f"{self.boot.name}: ready" if first else f"{self.boot.name}: ready again"
+        if self._hooks.stands_on is not None:
+            line = f"{line} ({self._hooks.stands_on()})"
         evidence = {
             "generation": self.boot.generation,
             "digest": self._digest,

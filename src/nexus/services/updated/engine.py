@@ -68,6 +68,7 @@ from nexus.services.updated.kept import (
     SLOTS,
     TRUST,
     Asker,
+    Damaged,
     History,
     KeptTransfer,
     Memory,
@@ -294,7 +295,10 @@ class Engine:
                 raise Declined(UpdatedStatus.NO_ANCHOR, str(error)) from error
             except DeviceFault as fault:
                 raise device_failed("the boot device", fault) from fault
-            kept = await self._memory.get(TRUST)
+            try:
+                kept = await self._memory.get(TRUST)
+            except Damaged as damaged:  # to forget what was seen is what an attacker would want
+                raise Declined(UpdatedStatus.NO_ANCHOR, damaged.detail) from damaged
             self._trust = resume(anchor, kept, version_floor=self.record.floor)
         return self._trust.raised(self.record.floor)
 

@@ -20,6 +20,7 @@ from nexus.protocols.updated import (
     Event,
     EventKind,
     Slot,
+    UpdatedStatus,
 )
 from nexus.services.updated.faults import Declined
 from nexus.wire import (
@@ -46,6 +47,13 @@ SEEN_MAX: Final = 8  # reasons: more than a record has
 SLOTS: Final[Mapping[SlotName, Slot]] = {SlotName.A: Slot.A, SlotName.B: Slot.B}
 
 
+class Damaged(Declined):
+    """A value was damaged, and statefsd has set it aside; a new one replaces it."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(UpdatedStatus.UNAVAILABLE, f"{key.decode()} was damaged")
+
+
 class Memory(Protocol):
     """Values by key, and copies of other services' data, all of it in statefs.
 
@@ -53,7 +61,7 @@ class Memory(Protocol):
     """
 
     async def get(self, key: bytes) -> bytes | None:
-        """The value; None if there is none, or it was damaged and set aside."""
+        """The value, None if there is none. Raises Damaged."""
         ...
 
     async def put(self, key: bytes, value: bytes | None) -> None:
@@ -118,7 +126,10 @@ _decode_history: Final = strict_decoder(KeptHistory)
 
 async def read_transfer(memory: Memory) -> KeptTransfer | None:
     """The transfer that is not over; one that cannot be read counts as none."""
-    data = await memory.get(TRANSFER)
+    try:
+        data = await memory.get(TRANSFER)
+    except Damaged:
+        return None
     if data is None:
         return None
     try:
@@ -153,12 +164,11 @@ class History:
 
     async def open(self) -> None:
         """Read what is kept. Raises Declined when it cannot be had."""
-        data = await self._memory.get(HISTORY)
-        if data is None:
-            return
         try:
-            self._kept = _decode_history(data)
-        except RemoteProtocolError:
+            data = await self._memory.get(HISTORY)
+            if data is not None:
+                self._kept = _decode_history(data)
+        except (Damaged, RemoteProtocolError):
             self.damaged = True
 
     def page(self, before: int, count: int) -> tuple[list[Event], bool]:
