@@ -179,6 +179,52 @@ class StateMemory:
         if not outcome.reply.durable:
             raise _unavailable(f"{STATEFSD_NAME}: not durable")
 
+    async def snapshot(self, areas: Sequence[str]) -> int:
+        """As Memory.snapshot."""
+        wanted = [area.encode() for area in areas]
+        if len(wanted) > SNAPSHOT_AREAS_MAX:
+            raise _no_copy(f"{len(wanted)} areas, and one copy has {SNAPSHOT_AREAS_MAX}")
+        match await self._ask(Snapshot(wanted)):
+            case Answer(reply=SnapshotKept(snapshot=number)):
+                return number
+            case Refused(StatefsdStatus.SNAPSHOT_EXISTS):
+                # There was none before; so the first attempt took it, and was cut off after that.
+                kept = await self._kept()
+                if kept.state is not SnapshotState.KEPT or set(kept.areas) != set(wanted):
+                    raise _unavailable(f"{STATEFSD_NAME} keeps another copy")
+                return kept.snapshot
+            case Refused(
+                StatefsdStatus.NO_SPACE
+                | StatefsdStatus.OVER_QUOTA
+                | StatefsdStatus.CORRUPTED
+                | StatefsdStatus.INVALID_KEY
+                | StatefsdStatus.KEY_TOO_LONG as status
+            ):
+                raise _no_copy(f"{', '.join(areas)}: {STATEFSD_NAME}: {status.name}")
+            case other:
+                raise _refused(other)
+
+    async def restore(self, snapshot: int) -> None:
+        """As Memory.restore: statefsd did it before it served anybody, and says so."""
+        outcome = await self._ask(Restore(snapshot))
+        if not isinstance(outcome, Answer):
+            raise _refused(outcome)
+
+    async def keep_only(self, snapshot: int) -> None:
+        """As Memory.keep_only."""
+        kept = await self._kept()
+        if kept.state is SnapshotState.NONE or kept.snapshot == snapshot:
+            return
+        outcome = await self._ask(DropSnapshot(kept.snapshot))
+        if not isinstance(outcome, Answer):
+            raise _refused(outcome)
+
+    async def _kept(self) -> SnapshotKept:
+        outcome = await self._ask(GetSnapshot())
+        if not isinstance(outcome, Answer) or not isinstance(outcome.reply, SnapshotKept):
+            raise _refused(outcome)
+        return outcome.reply
+
     async def _ask(self, request: Request[object], bulk: bytes = b"") -> Answer[object] | Refused:
         """The reply, or Refused; `bulk` moves along as a sealed VMO. Raises Declined.
 
