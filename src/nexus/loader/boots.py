@@ -17,9 +17,8 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from nexus.abi import AbiError
-from nexus.bootctl import TRIES_MAX, BlockBoot, NoBootRecord, SlotName, read_failure
-from nexus.bootctl.contract import BootControl
-from nexus.drivers.block import DeviceFault
+from nexus.bootctl import TRIES_MAX, NoBootRecord, SlotName, open_boot, read_failure
+from nexus.drivers.block import BlockDevice, DeviceFault
 from nexus.drivers.finished import finished
 from nexus.kernel.linux.bootmemory import BootMemory
 from nexus.loader.choose import Chosen, Ended, NothingBootable, SlotSource, choose, note_end
@@ -48,7 +47,7 @@ def become(job: Any, seen: dict[str, Any] | None, told: int) -> NoReturn:
     state, console = Path(running["state"]), Path(running["log"]) / CONSOLE
     with ExitStack() as stack:
         device = stack.enter_context(opened(boot_path(state), writable=True))
-        chosen, tree = _prepared(state, BlockBoot(device), console, seen)
+        chosen, tree = _prepared(state, device, console, seen)
     _announce(job, chosen, console)
     start = {
         "trial": chosen.boot.trial,
@@ -65,7 +64,7 @@ def verdict(job: Any) -> int:
     """How it stands with the trial that was booted last, by the boot device and init's memory."""
     state = Path(job["running"]["state"])
     with opened(boot_path(state)) as device:
-        record = finished(BlockBoot(device).load())
+        _, record = finished(open_boot(device))
     if record.trying is None:
         return JUDGED
     info = record.slot(record.trying)
@@ -83,16 +82,17 @@ def note(job: Any, seen: dict[str, Any]) -> None:
     """Keep how the last boot ended; there is no other one now. Raises what is in CANNOT."""
     state, console = Path(job["running"]["state"]), Path(job["running"]["log"]) / CONSOLE
     with opened(boot_path(state), writable=True) as device:
-        control = BlockBoot(device)
-        ended = _ended(state, finished(control.load()).boots, console, seen)
+        control, record = finished(open_boot(device))
+        ended = _ended(state, record.boots, console, seen)
         _ = finished(note_end(control, ended, wall=time.time_ns()))
 
 
 def _prepared(
-    state: Path, control: BootControl, console: Path, seen: dict[str, Any] | None
+    state: Path, device: BlockDevice, console: Path, seen: dict[str, Any] | None
 ) -> tuple[Chosen, Path]:
     """The slot to boot, and its files. A set in trial that cannot be unpacked has had its try."""
-    ended = _ended(state, finished(control.load()).boots, console, seen or {})
+    control, record = finished(open_boot(device))
+    ended = _ended(state, record.boots, console, seen or {})
     for _ in range(TRIES_MAX + 2):
         with ExitStack() as stack:
             slots = {name: stack.enter_context(opened(slot_path(state, name))) for name in SlotName}
