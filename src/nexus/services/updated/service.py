@@ -110,6 +110,7 @@ class Updated:
         self._services = {service_id(name): name for name in context.config.names}
         self._memory = StateMemory(context)
         self._engine: Engine
+        self._is_begun = False  # whether there is an engine: requests may come before
         self._clock: Clock
         self._declined: Declined | None = None  # why the record could not be opened
         self._due: Nanos | None = None  # when to try again what is not settled
@@ -135,6 +136,7 @@ class Updated:
             distributions=DISTRIBUTIONS,
         )
         self._engine = Engine(boot, slots, self._memory, rules)
+        self._is_begun = True
         await self._settle(START_MAX)
 
     def ready(self) -> bool:
@@ -178,7 +180,7 @@ class Updated:
 
     def busy(self) -> bool:
         """Whether a verification goes on, or a reboot is to be asked for."""
-        return self._rebooting or self._engine.verifying
+        return self._is_begun and (self._rebooting or self._engine.verifying)
 
     async def on_idle(self) -> None:
         """Nobody asks just now: one small step."""
