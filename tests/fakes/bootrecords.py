@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nexus.bootctl import (
     COUNT_MAX,
+    COUNTER_LAST,
     DETAIL_SIZE_MAX,
     DIGEST_SIZE,
     NAME_SIZE_MAX,
@@ -34,6 +35,7 @@ BACKENDS: dict[str, Callable[[BlockDevice], BootControl]] = {
 }
 
 counts = st.one_of(st.integers(0, 5), st.integers(0, COUNT_MAX))
+counters = st.one_of(st.integers(0, 5), st.integers(0, COUNTER_LAST - 100))
 
 
 def texts(size_max: int) -> st.SearchStrategy[str]:
@@ -49,7 +51,7 @@ def infos(draw: st.DrawFn, states: st.SearchStrategy[SlotState], *, tries: bool)
     return SlotInfo(
         state=draw(states),
         tries_left=draw(st.integers(0, TRIES_MAX)) if tries else 0,
-        attempts=draw(counts),
+        attempts=draw(counters),
         version=draw(counts),
         name=draw(texts(NAME_SIZE_MAX)),
         digest=draw(st.binary(min_size=DIGEST_SIZE, max_size=DIGEST_SIZE)),
@@ -83,11 +85,11 @@ def records(draw: st.DrawFn) -> BootRecord:
     second = draw(infos(settled if trying is None else tried, tries=trying is not None))
     snapshot = draw(counts)
     return BootRecord(
-        sequence=draw(st.integers(0, COUNT_MAX - 1)),
+        sequence=draw(counters),
         active=active,
         trying=trying,
         slots=(first, second) if active is SlotName.A else (second, first),
-        boots=draw(counts),
+        boots=draw(counters),
         floor=draw(counts),
         snapshot=snapshot,
         restore=snapshot > 0 and draw(st.booleans()),

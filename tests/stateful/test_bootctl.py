@@ -180,6 +180,4 @@ class EnvironmentMachine(BootMachine):
 
 @pytest.mark.parametrize("machine", [BootMachine, EnvironmentMachine])
 def test_boot_control_agrees_with_its_model(machine: type[BootMachine]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis has no types for it
-        machine, settings=settings(max_examples=40, stateful_step_count=40)
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=40))

@@ -9,6 +9,7 @@ import pytest
 from nexus.abi import Nanos
 from nexus.bootctl import (
     COUNT_MAX,
+    COUNTER_LAST,
     DETAIL_SIZE_MAX,
     NAME_SIZE_MAX,
     REASONS_MAX,
@@ -465,6 +466,7 @@ def test_with_both_slots_damaged_nothing_boots_and_that_is_said() -> None:
     [
         ({"floor": COUNT_MAX + 1}, "a number is out of bounds"),
         ({"slots": (a_set(1), replace(a_set(2), size=-1))}, "a number is out of bounds"),
+        ({"boots": COUNTER_LAST + 1}, "a counter has come too far"),
         ({"trying": A}, "the active slot is in trial"),
         ({"trying": B}, "slot b is in trial and not bootable"),
         ({"restore": True}, "there is nothing to restore from"),

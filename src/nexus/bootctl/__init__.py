@@ -17,6 +17,7 @@ from nexus.bootctl.handover import (
 )
 from nexus.bootctl.record import (
     COUNT_MAX,
+    COUNTER_LAST,
     DETAIL_SIZE_MAX,
     DIGEST_SIZE,
     EVIDENCE,
@@ -57,6 +58,7 @@ from nexus.drivers import finished
 __all__ = [
     "ANCHOR_SIZE_MAX",
     "BOOT_BLOCKS_MIN",
+    "COUNTER_LAST",
     "COUNT_MAX",
     "DETAIL_SIZE_MAX",
     "DIGEST_SIZE",

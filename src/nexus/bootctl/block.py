@@ -16,7 +16,7 @@ import msgspec
 from nexus.abi import BLOCK_SIZE
 from nexus.bootctl.anchor import ANCHOR_COPIES, read_anchor, write_anchor, write_back
 from nexus.bootctl.contract import BOOT_BLOCKS_MIN, NoBootRecord
-from nexus.bootctl.record import COUNT_MAX, BootRecord, problem_of
+from nexus.bootctl.record import COUNTER_LAST, BootRecord, problem_of
 from nexus.drivers import BlockDevice, DeviceFault
 from nexus.drivers.crc import crc32c
 
@@ -135,7 +135,7 @@ class BlockBoot:
     async def create(self, record: BootRecord) -> BootRecord:
         """Make this the record in force whatever was there, however new."""
         known = max(each.sequence for each in await self.copies())
-        sequence = known + 1 if known < COUNT_MAX else 1
+        sequence = known + 1 if known < COUNTER_LAST else 1
         return await self._put(0, replace(record, sequence=sequence))
 
     async def read_anchor(self) -> bytes:

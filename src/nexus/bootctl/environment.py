@@ -19,6 +19,7 @@ from nexus.bootctl.anchor import ANCHOR_COPIES, read_anchor, write_anchor, write
 from nexus.bootctl.contract import BOOT_BLOCKS_MIN, NoBootRecord
 from nexus.bootctl.record import (
     COUNT_MAX,
+    COUNTER_LAST,
     DETAIL_SIZE_MAX,
     DIGEST_SIZE,
     NAME_SIZE_MAX,
@@ -132,7 +133,7 @@ class EnvironmentBoot:
         except NoBootRecord:
             index, copy = 1, Copy(0, {})
         known = copy.variables.get(f"{PREFIX}sequence", "")
-        sequence = int(known) + 1 if _NUMBER.fullmatch(known) and int(known) < COUNT_MAX else 1
+        sequence = int(known) + 1 if _NUMBER.fullmatch(known) and int(known) < COUNTER_LAST else 1
         return await self._put(index, copy, replace(record, sequence=sequence))
 
     async def read_anchor(self) -> bytes:

@@ -1,16 +1,17 @@
 """What is known of the two slots, and how it may change. Pure: a transition returns a new record.
 
-    slot   EMPTY --staged--> STAGED --attempt--> TRYING --commit--> GOOD --staging--> EMPTY
-                                                   |--- tries used up, rollback ---> BAD --staging--> EMPTY
-           any --damaged--> BAD
+    slot    EMPTY --staged--> STAGED --attempt--> TRYING --commit--> GOOD
+                                                     --no tries left, rollback--> BAD
+            GOOD, STAGED, BAD --staging--> EMPTY        any --damaged--> BAD
 
-    record `active` is the slot that was proven good, and is booted when nothing is tried.
-           switch: `trying` is the standby slot, with tries; `attempt` counts them down BEFORE a boot
-           commit: the slot in trial is active; no tries left: it is BAD, and `active` is booted again
+    record  `active` is the slot that was proven good; it is booted when nothing is tried
+            switch: `trying` is the standby slot, so many times
+            attempt: a try less, BEFORE the boot; none left: BAD, and `active` is booted
+            commit: the slot in trial is `active` from now on
 
-The standby slot is always the other one than `active`, so nothing is ever staged over the last good
-set. Whoever changes a record stores it first and acts afterwards (BootControl.store). A transition
-that may not be made raises BootRefused and changes nothing. Decision: docs/adr/0021.
+The standby slot is always the other one than `active`, so nothing is ever staged over the last
+good set. Whoever changes a record stores it first and acts afterwards (BootControl.store). What may
+not be done raises BootRefused and changes nothing. Decision: docs/adr/0023.
 """
 
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from nexus.abi import Nanos
 from nexus.bootctl.handover import SlotBoot
 
 COUNT_MAX: Final = (1 << 63) - 1  # of versions, sequences, sizes, times; nobody counts further
+COUNTER_LAST: Final = COUNT_MAX - (1 << 48)  # of what is counted up: nobody gets there by counting
 DIGEST_SIZE: Final = 32  # bytes of a SHA-256
 NAME_SIZE_MAX: Final = 48  # bytes of UTF-8 of a set's or a service's name
 DETAIL_SIZE_MAX: Final = 200  # bytes of UTF-8: one sentence
@@ -376,9 +378,8 @@ def _check_trial(record: BootRecord, name: SlotName) -> None:
 
 def _without_trial(record: BootRecord, *, was_booted: bool) -> BootRecord:
     """The trial is over, without success. Only one that was booted can have changed data."""
-    if not was_booted:
-        return replace(record, trying=None, snapshot=0)
-    return replace(record, trying=None, restore=record.snapshot != 0)
+    restore = record.restore or (was_booted and record.snapshot != 0)
+    return replace(record, trying=None, restore=restore, snapshot=record.snapshot if restore else 0)
 
 
 def _rolled_back(record: BootRecord, name: SlotName, wall: int) -> BootRecord:
@@ -440,6 +441,8 @@ def problem_of(record: BootRecord) -> str | None:
     numbers += [it for each in record.reasons for it in (each.version, each.boot, each.wall)]
     if not all(0 <= number <= COUNT_MAX for number in numbers):
         return "a number is out of bounds"
+    if max(record.sequence, record.boots, *(it.attempts for it in record.slots)) > COUNTER_LAST:
+        return "a counter has come too far"
     if record.trying is record.active:
         return "the active slot is in trial"
     if record.restore and not record.snapshot:
