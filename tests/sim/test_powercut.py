@@ -7,6 +7,7 @@ from collections.abc import Callable
 from random import Random  # noqa: TID251 (seeded)
 from typing import Any
 
+import msgspec
 import pytest
 
 from nexus.kernel.sim.disk import Disk, Pending, Piece, parse_choice
@@ -21,7 +22,14 @@ from nexus.proof.powercut import (
     explore,
     main,
 )
-from nexus.services.statefsd.engine import checkpoint, journal, layout, requests, store
+from nexus.services.statefsd.engine import (
+    checkpoint,
+    journal,
+    layout,
+    requests,
+    snapshot,
+    store,
+)
 from nexus.services.statefsd.engine.journal import Header, Read, Reader
 from nexus.services.statefsd.engine.record import has_whole_value, parse_head
 from nexus.services.statefsd.engine.store import Store
@@ -153,6 +161,39 @@ def _forget_request_ids(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(requests.Requests, "packed", lambda self, kept: [])
 
 
+def _forget_what_came_since(patch: pytest.MonkeyPatch) -> None:
+    """Going back to a snapshot leaves the keys that came since."""
+
+    async def nothing(_store: Store, _head: snapshot.Head) -> None:
+        return
+
+    patch.setattr(snapshot, "_drop_others", nothing)
+
+
+def _forget_that_it_goes_back(patch: pytest.MonkeyPatch) -> None:
+    """The way back is taken for done before it is gone: a power cut leaves half of it."""
+    genuine = snapshot._write_head
+
+    async def write_head(store: Store, head: snapshot.Head, *, durable: bool) -> None:
+        done = head.state is snapshot.State.RESTORING
+        state = snapshot.State.RESTORED if done else head.state
+        await genuine(store, msgspec.structs.replace(head, state=state), durable=durable)
+
+    patch.setattr(snapshot, "_write_head", write_head)
+
+
+def _forget_what_is_half_taken(patch: pytest.MonkeyPatch) -> None:
+    """A snapshot counts as kept from its first page on."""
+    genuine = snapshot._write_head
+
+    async def write_head(store: Store, head: snapshot.Head, *, durable: bool) -> None:
+        begun = head.state is snapshot.State.TAKING
+        state = snapshot.State.KEPT if begun else head.state
+        await genuine(store, msgspec.structs.replace(head, state=state), durable=durable)
+
+    patch.setattr(snapshot, "_write_head", write_head)
+
+
 @pytest.mark.parametrize(
     ("mutation", "workload", "kind"),
     [
@@ -163,6 +204,9 @@ def _forget_request_ids(patch: pytest.MonkeyPatch) -> None:
         (_forget_to_make_it_durable, "puts", "loss"),
         (_forget_the_second_area, "full", "loss"),
         (_forget_request_ids, "compactions", "loss"),
+        (_forget_what_came_since, "snapshots", "loss"),
+        (_forget_that_it_goes_back, "snapshots", "loss"),
+        (_forget_what_is_half_taken, "snapshots", "loss"),
     ],
 )
 def test_the_explorer_reports_a_store_without_one_of_its_guards(

@@ -4,7 +4,8 @@ A workload runs on the store over a simulated disk. Before each write and each f
 cache is looked at, and for every way in which a power cut could leave the disk there (`choices`)
 a store is opened on what would be left. It has to hold exactly what some prefix of the workload
 had made, no shorter than what was acknowledged as durable: so nothing is lost, no half batch is
-seen, nothing deleted returns, and request ids are remembered. Then it is written to and opened
+seen, nothing deleted returns, and request ids are remembered. A snapshot that is kept leads back to
+exactly what was copied, also where the power goes while it does. Then it is written to and opened
 again, so that nothing dropped comes back either; and in a part of the cases the power is cut once
 more, at every operation of that recovery.
 
@@ -16,7 +17,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -37,6 +39,7 @@ from nexus.kernel.sim.disk import (
     parse_choice,
 )
 from nexus.services.statefsd.engine import (
+    Applied,
     Change,
     Damaged,
     Quota,
@@ -45,7 +48,24 @@ from nexus.services.statefsd.engine import (
     StoreLimits,
     Unopenable,
 )
+from nexus.services.statefsd.engine.limits import area_of
+from nexus.services.statefsd.engine.snapshot import AREA as COPY_AREA
+from nexus.services.statefsd.engine.snapshot import (
+    HEAD,
+    SnapshotDamaged,
+    drop,
+    head_of,
+    restore,
+    resume,
+    take,
+)
+from nexus.services.statefsd.engine.snapshot import (
+    State as CopyState,
+)
 
+AREAS: Final = (b"/state/a0/", b"/state/a1/")  # what workloads write into, and copy
+KEYS_MAX: Final = 1000  # of a workload's store
+COPIES_EVERY: Final = 7  # of so many cases with a snapshot one is cut again on the way back
 DISK_BLOCKS: Final = 128  # 64 KiB, the smallest store: its ring is full after 32 small commits
 SUBSETS_MAX: Final = 6  # pending writes of which every subset is tried
 SUBSETS_SAMPLE: Final = 3  # the same, in a sample
@@ -257,13 +277,25 @@ class Close(NamedTuple):
     """End in order, and open again."""
 
 
+class Take(NamedTuple):
+    """Copy what workloads write into."""
+
+
+class GoBack(NamedTuple):
+    """Go back to the copy."""
+
+
+class Drop(NamedTuple):
+    """Give the copy up."""
+
+
 class Cut(NamedTuple):
     """Cut the power for good, with survivors drawn from `seed`, and go on from there."""
 
     seed: int
 
 
-Step: TypeAlias = Make | Commit | Maintain | Close | Cut
+Step: TypeAlias = Make | Commit | Maintain | Close | Cut | Take | GoBack | Drop
 Script: TypeAlias = Callable[[Random], Iterator[Step]]
 
 DURABLE: Final = Commit(durable=True)
@@ -352,6 +384,23 @@ def full(source: Random) -> Iterator[Step]:
         yield Maintain(4)
 
 
+def snapshots(source: Random) -> Iterator[Step]:
+    """Copies that are taken, gone back to and given up, with changes of any kind between."""
+    for round_ in range(3):
+        for number in range(6):
+            yield Make((_put(number, source.randbytes(source.choice((20, 300, 700)))),))
+        yield DURABLE
+        yield Take()
+        yield Make((_put(0, source.randbytes(900)), Change(_key(1), None), _put(9, b"new")))
+        yield Make((_put(2, b""), Change(b"/state/b/other", source.randbytes(50))))
+        yield DURABLE if round_ % 2 else ACCEPTED
+        if round_ < 2:
+            yield GoBack()
+            yield Make((_put(4, b"after"),))
+            yield DURABLE
+        yield Drop()
+
+
 def mixed(source: Random) -> Iterator[Step]:
     """Anything, as the seed has it."""
     request = 0
@@ -389,7 +438,7 @@ def mixed(source: Random) -> Iterator[Step]:
 
 WORKLOADS: Final[Mapping[str, Script]] = {
     script.__name__: script
-    for script in (puts, batches, deletes, groups, compactions, restarts, full, mixed)
+    for script in (puts, batches, deletes, groups, compactions, restarts, full, snapshots, mixed)
 }
 SCRIPTED: Final = tuple(name for name in WORKLOADS if name != "mixed")
 
@@ -485,6 +534,42 @@ def content_problem(store: Store, content: Content) -> str | None:
     return None
 
 
+class Recorded(Store):
+    """A store that tells what is staged and what is durable, whoever asks for it."""
+
+    model: Model | None = None
+
+    def stage(
+        self,
+        changes: Iterable[Change],
+        *,
+        client: int = 0,
+        request_id: int = 0,
+        within_quota: bool = True,
+    ) -> Applied:
+        """Stage, then tell."""
+        made = tuple(changes)
+        applied = super().stage(
+            made, client=client, request_id=request_id, within_quota=within_quota
+        )
+        if self.model is not None and not applied.repeated:
+            self.model.on_staged(Make(made, client, request_id), applied.sequence)
+        return applied
+
+    async def commit(self, durable: bool) -> None:
+        """Commit, then tell."""
+        await super().commit(durable)
+        if self.model is not None and durable:
+            self.model.durable = len(self.model.states) - 1
+
+
+class Way(NamedTuple):
+    """What recovery has to make of a state: the snapshot to go back to, and the content then."""
+
+    number: int
+    content: Content
+
+
 # ---------------------------------------------------------------- the explorer
 
 
@@ -539,12 +624,14 @@ class Explorer:
         self._every = every  # of so many cases one is opened: a sample
         self._target = target
         self._model = Model()
+        self._copied: Content = {}  # the latest snapshot's, of all areas
+        self._going_back = 0  # the snapshot that the workload goes back to just now
         self._count = 0
 
     def run(self) -> Explored:
         """Everything; the workload ends early only with PROBLEMS_MAX problems."""
         device = Watched(Disk(DISK_BLOCKS), self._at)
-        store = finished(Store.open(device, LIMITS))
+        store = self._open_recorded(device)
         for step in self._script(self._source):
             if len(self.explored.problems) >= PROBLEMS_MAX:
                 break
@@ -553,8 +640,6 @@ class Explorer:
                     self._make(store, step)
                 case Commit(durable):
                     finished(store.commit(durable))
-                    if durable:
-                        self._model.durable = len(self._model.states) - 1
                 case Maintain(steps):
                     for _ in range(steps):
                         if not finished(store.maintain()):
@@ -562,24 +647,36 @@ class Explorer:
                 case Close():
                     finished(store.close())
                     self._model.durable = len(self._model.states) - 1
-                    store = finished(Store.open(device, LIMITS))
+                    store = self._open_recorded(device)
+                case Take():
+                    self._copied = _without_copy(self._model.states[-1].content)
+                    _ = finished(take(store, AREAS))
+                case GoBack():
+                    head = finished(head_of(store))
+                    self._going_back = head.number
+                    _ = finished(restore(store, head.number))
+                    self._going_back = 0
+                case Drop():
+                    _ = finished(drop(store, finished(head_of(store)).number))
                 case Cut(seed):
                     left = device.disk.survivors(device.disk.drawn_choice(Random(seed)))  # noqa: S311
                     device.disk = left
-                    store = finished(Store.open(device, LIMITS))
+                    store = self._open_recorded(device)
                     if not self._go_on(store):
                         break
         self.explored.operations = device.count
         self.explored.compactions = store.compactions
         return self.explored
 
+    def _open_recorded(self, device: DiskDevice) -> Recorded:
+        store = finished(Recorded.open(device, LIMITS))
+        assert isinstance(store, Recorded), "it is opened as what it is"
+        store.model = self._model
+        return store
+
     def _make(self, store: Store, step: Make) -> None:
-        try:
-            applied = store.stage(step.changes, client=step.client, request_id=step.request_id)
-        except StoreFull:
-            return
-        if not applied.repeated:
-            self._model.on_staged(step, applied.sequence)
+        with suppress(StoreFull):
+            _ = store.stage(step.changes, client=step.client, request_id=step.request_id)
 
     def _go_on(self, store: Store) -> bool:
         """The workload goes on after a cut of its own, from the state that is left."""
@@ -653,10 +750,44 @@ class Explorer:
             self._report("brick", repr(error), case)
             return
         problem = model.problem(store)
+        way = None if problem is not None else self._way(store)
+        if way is not None:
+            problem = _recovered(disk.copy(), way)
+            if not self._target and self.explored.cases % COPIES_EVERY == 0:
+                self._cut_on_the_way(disk.copy(), way, case)
         if problem is None:
             problem = _write_on(device, store, model)
         if problem is not None:
             self._report("loss", problem, case)
+
+    def _way(self, store: Store) -> Way | None:
+        """What recovery has to make of a store that is as some prefix of the workload left it."""
+        index = self._model.find(store.sequence)
+        assert index is not None, "no problem was found"
+        head = finished(head_of(store))
+        if head.state is CopyState.NONE:
+            return None
+        content = _without_copy(self._model.states[index].content)
+        going_back = self._going_back == head.number or head.state is CopyState.RESTORING
+        if not head.is_kept or head.state is CopyState.RESTORED or not going_back:
+            return Way(0, content)
+        others = {key: value for key, value in content.items() if area_of(key) not in AREAS}
+        copied = {key: value for key, value in self._copied.items() if area_of(key) in AREAS}
+        return Way(head.number, {**others, **copied})
+
+    def _cut_on_the_way(self, disk: Disk, way: Way, case: str) -> None:
+        """The power is cut at every operation of the way back; the next boot goes it again."""
+
+        def at(cut: int, trial: Disk, current: int | None) -> None:
+            self.explored.second_cuts += 1
+            for then in choices(trial.pending, current, 1, self._drawn):
+                problem = _recovered(trial.survivors(then), way)
+                if problem is not None:
+                    what = f"after a cut at operation {cut} of the way back, {choice_text(then)}"
+                    self._report("loss", f"{problem}, {what}", case)
+
+        device = Watched(disk, at)
+        _ = finished(resume(finished(Store.open(device, LIMITS)), way.number))
 
     def _report(self, kind: str, what: str, case: str) -> None:
         explored = self.explored
@@ -664,6 +795,40 @@ class Explorer:
         if self._subsets_max != SUBSETS_MAX:
             command += f" --subsets {self._subsets_max}"
         explored.problems.append(Problem(kind, what, f"{command} {case}".rstrip()))
+
+
+def _without_copy(content: Content) -> Content:
+    """The content but for the pages of a snapshot."""
+    return {key: value for key, value in content.items() if area_of(key) != COPY_AREA}
+
+
+def _recovered(disk: Disk, way: Way) -> str | None:
+    """What is wrong with a store that was opened and brought back, as statefsd does at its start."""
+    try:
+        store = finished(Store.open(DiskDevice(disk), LIMITS))
+        head = finished(resume(store, way.number))
+    except (Unopenable, DeviceFault, SnapshotDamaged, StoreFull) as error:
+        return f"loss: the way back is closed: {error!r}"
+    keys, more = store.keys(b"/state/", b"", KEYS_MAX, lambda _: True)
+    assert not more, "workloads are small"
+    found: Content = {}
+    pages = 0
+    for key in keys:
+        if area_of(key) == COPY_AREA:
+            pages += key != HEAD
+            continue
+        entry = finished(store.get(key))
+        assert entry is not None, "a key that is listed is there"
+        found[key] = entry.value
+    if found != way.content:
+        keys_known = found.keys() | way.content.keys()
+        wrong = {key for key in keys_known if found.get(key) != way.content.get(key)}
+        return f"loss: not what was copied: {sorted(wrong)[:4]}"
+    if pages != head.pages:
+        return f"{pages} pages are left of a snapshot of {head.pages}"
+    if way.number and head.state is not CopyState.RESTORED:
+        return f"the way back is not gone to its end: {head.state.name}"
+    return None
 
 
 def _write_on(device: DiskDevice, store: Store, model: Model) -> str | None:

@@ -4,7 +4,7 @@ A key is `/state/AREA/...` or `/state/NAME`. AREA decides who may use it: `/stat
 the right `statefs.keystore`, `/state/boot/` needs `statefs.boot`, everything else `statefs.write`
 to change and `statefs.read` to look; the target of the check is the area, "/state/AREA/", or
 "/state/" for a key without one. Only a reply that says `durable` promises that the write survives
-a power cut.
+a power cut. Whole areas can be copied and brought back (Snapshot, Restore) with `statefs.snapshot`.
 """
 
 from enum import IntEnum
@@ -43,7 +43,16 @@ KEYSTORE_RIGHT: Final = "statefs.keystore"
 BOOT_RIGHT: Final = "statefs.boot"
 WRITE_RIGHT: Final = "statefs.write"
 READ_RIGHT: Final = "statefs.read"
-SPECIAL_AREAS: Final = {"/state/keystore/": KEYSTORE_RIGHT, "/state/boot/": BOOT_RIGHT}
+SNAPSHOT_RIGHT: Final = "statefs.snapshot"
+SNAPSHOT_AREA: Final = "/state/.snapshot/"  # where a snapshot's pages are; no key there is set
+BOOT_AREA: Final = "/state/boot/"
+SPECIAL_AREAS: Final = {
+    "/state/keystore/": KEYSTORE_RIGHT,
+    BOOT_AREA: BOOT_RIGHT,
+    SNAPSHOT_AREA: SNAPSHOT_RIGHT,
+}
+SNAPSHOT_AREAS_MAX: Final = 8  # areas of a snapshot: data whose schema one update changes
+SNAPSHOT_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes of keys and values in one
 
 assert WIRE_VALUE_MAX + WIRE_KEY_MAX + 32 <= INLINE_SIZE_MAX
 assert LIST_MAX * (KEY_SIZE_MAX + 3) + 32 <= INLINE_SIZE_MAX
@@ -70,6 +79,8 @@ class StatefsdStatus(IntEnum):
     BAD_BULK = 24  # no sealed VMO with MAP, or offset and length are not inside
     LARGE = 25  # to Get: the value does not fit a frame, use GetBulk
     CORRUPTED = 26  # the record was damaged and is quarantined; a Put replaces it
+    SNAPSHOT_EXISTS = 27  # one is kept already: drop it first
+    NO_SNAPSHOT = 28  # none of that number is kept
 
 
 Key = Annotated[bytes, Blob(size_max=WIRE_KEY_MAX)]
@@ -293,13 +304,94 @@ class GetCalls(Request[Calls], op=11, idempotent=True):
     count: Annotated[int, U16(minimum=1, maximum=32)]
 
 
+class SnapshotState(IntEnum):
+    """How it stands with the snapshot."""
+
+    NONE = 0
+    KEPT = 1
+    RESTORED = 2  # the areas went back to it; they may have changed since
+
+
+class SnapshotKept(Message):
+    """The snapshot that is kept, the only one; the number is that of the latest one that ever was.
+
+    `size` are bytes of keys and values, `sequence` is the last change that is in it.
+    """
+
+    snapshot: Annotated[int, U32()]
+    state: SnapshotState
+    areas: Annotated[list[Key], List(count_max=SNAPSHOT_AREAS_MAX)]
+    size: Annotated[int, U64()]
+    keys: Annotated[int, U32()]
+    sequence: Annotated[int, U64()]
+
+
+class Snapshot(Request[SnapshotKept], op=12, idempotent=False, refuses=StatefsdStatus):
+    """Copy these areas as they are now; durable when it is answered. Nobody is served meanwhile.
+
+    While the copy is kept its areas keep the room that they take now, whatever others write; the
+    copy takes as much again. Neither "/state/boot/" nor "/state/.snapshot/" is copied: what says
+    how far an update is does not go back with it. The caller holds `statefs.snapshot` for each.
+    *Refuses*: INVALID_KEY, KEY_TOO_LONG (what is no such area, or is there twice),
+    SNAPSHOT_EXISTS, NO_SPACE (also for more than SNAPSHOT_SIZE_MAX), CORRUPTED (a record of them is
+    damaged, and no copy could bring it back), IO_ERROR, READ_ONLY.
+    """
+
+    areas: Annotated[list[Key], List(count_min=1, count_max=SNAPSHOT_AREAS_MAX)]
+
+
+class Restore(Request[SnapshotKept], op=13, idempotent=True, refuses=StatefsdStatus):
+    """Make the areas of this snapshot what they were, durably; done already, nothing is changed.
+
+    Changes that others made in them are gone; that a request id was applied is remembered all the
+    same. statefsd does it itself, before it serves anybody, when its setting `restore` says so, and
+    what a power cut leaves of it is brought to an end before anybody is served.
+    The caller holds `statefs.snapshot` for each area.
+    *Refuses*: NO_SNAPSHOT, CORRUPTED (what is kept is not what was copied; nothing was changed),
+    NO_SPACE (the disk's limits were lowered since), IO_ERROR, READ_ONLY.
+    """
+
+    snapshot: Annotated[int, U32(minimum=1)]
+
+
+class DropSnapshot(Request[SnapshotKept], op=14, idempotent=True, refuses=StatefsdStatus):
+    """Give up this snapshot; dropping what is not kept changes nothing. What is kept now.
+
+    The caller holds `statefs.snapshot` for "/state/.snapshot/".
+    *Refuses*: CORRUPTED, IO_ERROR, READ_ONLY.
+    """
+
+    snapshot: Annotated[int, U32(minimum=1)]
+
+
+class GetSnapshot(Request[SnapshotKept], op=15, idempotent=True, refuses=StatefsdStatus):
+    """What is kept. The caller holds `statefs.snapshot` for "/state/.snapshot/".
+
+    *Refuses*: CORRUPTED.
+    """
+
+
 StatefsdRequest: TypeAlias = (
-    Put | PutBulk | Get | GetBulk | Delete | ListKeys | Sync | Batch | GetStore | GetArea | GetCalls
+    Put
+    | PutBulk
+    | Get
+    | GetBulk
+    | Delete
+    | ListKeys
+    | Sync
+    | Batch
+    | GetStore
+    | GetArea
+    | GetCalls
+    | Snapshot
+    | Restore
+    | DropSnapshot
+    | GetSnapshot
 )
 PROTOCOL: Final = Protocol(
     "statefsd",
     number=11,
-    version=1,
+    version=2,
     requests=(
         Put,
         PutBulk,
@@ -312,5 +404,9 @@ PROTOCOL: Final = Protocol(
         GetStore,
         GetArea,
         GetCalls,
+        Snapshot,
+        Restore,
+        DropSnapshot,
+        GetSnapshot,
     ),
 )

@@ -3,13 +3,16 @@
 Keys are compared byte by byte: nothing is normalised, so no two spellings are one key.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from nexus.protocols.statefsd import (
     AREA_SIZE_MAX,
+    BOOT_AREA,
     KEY_SIZE_MAX,
     READ_RIGHT,
     ROOT,
+    SNAPSHOT_AREA,
     SPECIAL_AREAS,
     WRITE_RIGHT,
     StatefsdStatus,
@@ -30,6 +33,26 @@ def key_fault(key: bytes) -> Refusal:
     if len(key) > KEY_SIZE_MAX:
         return StatefsdStatus.KEY_TOO_LONG
     return None if is_path(key) else StatefsdStatus.INVALID_KEY
+
+
+def change_fault(key: bytes) -> Refusal:
+    """Why this is no key that anybody may change: it is none, or a page of a snapshot."""
+    fault = key_fault(key)
+    if fault is None and area_of(key) == SNAPSHOT_AREA.encode():
+        return StatefsdStatus.INVALID_KEY
+    return fault
+
+
+def snapshot_fault(areas: Sequence[bytes]) -> Refusal:
+    """Why these are no areas that may be copied and brought back together."""
+    for area in areas:
+        fault = area_fault(area)
+        if fault is not None:
+            return fault
+    kept = {SNAPSHOT_AREA.encode(), BOOT_AREA.encode()}
+    if len(set(areas)) < len(areas) or not kept.isdisjoint(areas):
+        return StatefsdStatus.INVALID_KEY
+    return None
 
 
 def prefix_fault(prefix: bytes) -> Refusal:

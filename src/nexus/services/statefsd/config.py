@@ -7,11 +7,15 @@ below /state/. Areas are separated by commas::
     quota = "4MiB 16384"                    # of every area that is not named: bytes and keys
     quotas = "metricsd 8MiB 4096, / 64KiB 64"
     reserves = "keystore 256KiB, boot 64KiB" # kept free for these, however full the disk is
+
+The area ".snapshot" is the copy that an update makes of data that it migrates: with a reserve of
+its own there is always room for it. `restore` is init's word after a rollback, and nobody writes it
+into a system file: the snapshot that the areas go back to before anybody is served, 0 for none.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -21,6 +25,9 @@ from nexus.protocols.statefsd import (
     KEY_SIZE_MAX,
     REQUESTS_KEPT,
     ROOT,
+    SNAPSHOT_AREA,
+    SNAPSHOT_AREAS_MAX,
+    SNAPSHOT_SIZE_MAX,
     SPECIAL_AREAS,
 )
 from nexus.services.statefsd.access import area_fault
@@ -33,6 +40,10 @@ from nexus.services.statefsd.engine.layout import (
     initial,
 )
 from nexus.services.statefsd.engine.limits import Quota, StoreLimits
+from nexus.services.statefsd.engine.snapshot import AREA as SNAPSHOT_PAGES
+from nexus.services.statefsd.engine.snapshot import AREAS_MAX as COPIED_MAX
+from nexus.services.statefsd.engine.snapshot import NUMBER_MAX
+from nexus.services.statefsd.engine.snapshot import SIZE_MAX as COPY_SIZE_MAX
 from nexus.services.statefsd.engine.store import COMMIT_SHARE, REQUEST_SIZE
 
 QUOTA_DEFAULT: Final = "4MiB 16384"
@@ -51,6 +62,9 @@ AMOUNT: Final = re.compile(r"([0-9]{1,9})([A-Za-z]*)")
 assert ROOT.encode() == engine.ROOT
 assert KEY_SIZE_MAX == engine.KEY_SIZE_MAX
 assert BULK_VALUE_MAX == engine.VALUE_SIZE_MAX
+assert SNAPSHOT_AREA.encode() == SNAPSHOT_PAGES
+assert SNAPSHOT_AREAS_MAX == COPIED_MAX
+assert SNAPSHOT_SIZE_MAX == COPY_SIZE_MAX
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     quota: str = QUOTA_DEFAULT
     quotas: str = QUOTAS_DEFAULT
     reserves: str = RESERVES_DEFAULT
+    restore: Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)] = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError, which msgspec makes a ValidationError with the place in it."""

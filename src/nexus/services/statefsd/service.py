@@ -10,10 +10,10 @@ written with them, and nobody's change waits for anything but the device.
 """
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from hashlib import sha256
-from typing import Final, NamedTuple, Protocol, assert_never
+from typing import Any, Final, NamedTuple, Protocol, assert_never
 
 from nexus.abi import BLOCK_SIZE, AbiError, ConsoleWrite, DeviceQuery, Nanos, ServiceId
 from nexus.drivers import BlockDevice, DeviceFault, Fault, VirtioBlock, open_block
@@ -28,22 +28,29 @@ from nexus.protocols.statefsd import (
     INLINE_VALUE_MAX,
     PROTOCOL,
     QUARANTINE_PAGE,
+    SNAPSHOT_RIGHT,
     AreaUse,
     Batch,
     BulkValue,
     Calls,
     Delete,
+    DropSnapshot,
     Durability,
     Get,
     GetArea,
     GetBulk,
     GetCalls,
+    GetSnapshot,
     GetStore,
     Keys,
     ListKeys,
     Lost,
     Put,
     PutBulk,
+    Restore,
+    Snapshot,
+    SnapshotKept,
+    SnapshotState,
     StatefsdRequest,
     StatefsdStatus,
     Stored,
@@ -59,9 +66,11 @@ from nexus.services.statefsd.access import (
     ROOT_AREA,
     SPECIAL,
     area_fault,
+    change_fault,
     key_fault,
     prefix_fault,
     right_for,
+    snapshot_fault,
 )
 from nexus.services.statefsd.clients import Client, Clients
 from nexus.services.statefsd.config import Settings, room_fault
@@ -75,6 +84,7 @@ from nexus.services.statefsd.engine import (
     StoreFull,
     Unopenable,
 )
+from nexus.services.statefsd.engine import snapshot as copies
 from nexus.services.statefsd.engine.limits import area_of
 from nexus.services.statefsd.group import Group, Waiting
 from nexus.wire import RemoteProtocolError, ReplyStatus
@@ -138,6 +148,7 @@ class Statefsd:
         send_given: Callable[[], Awaitable[None]],
     ) -> None:
         self._limits = settings.limits
+        self._restore = settings.restore
         self._authority = authority
         self._log = log
         self._open_disk = open_disk
@@ -178,6 +189,7 @@ class Statefsd:
             ) from error
         except DeviceFault as fault:
             raise Unusable(f"cannot open the store on {name}: {fault}") from fault
+        await self._bring_back(store)
         self._opened = store
         self._is_untidy = True
         if store.unfinished:
@@ -281,7 +293,18 @@ class Statefsd:
 
     async def handle(
         self, call: Call, request: StatefsdRequest
-    ) -> Stored | Value | BulkValue | Keys | Synced | StoreReport | AreaUse | Calls | Deferred:
+    ) -> (
+        Stored
+        | Value
+        | BulkValue
+        | Keys
+        | Synced
+        | StoreReport
+        | AreaUse
+        | Calls
+        | SnapshotKept
+        | Deferred
+    ):
         """The reply, now or when the change is written."""
         client = self._clients.heard(call.sender.service, call.message.data)
         match request:
@@ -307,11 +330,21 @@ class Statefsd:
                 return await self._area(call, client, request)
             case GetCalls():
                 return await self._calls(call, request)
+            case Snapshot():
+                return await self._take_snapshot(call, request)
+            case Restore():
+                return await self._restore_snapshot(call, request)
+            case DropSnapshot():
+                await self._require_snapshot(call, [copies.AREA])
+                return await self._on_copies(call, copies.drop(self._store, request.snapshot))
+            case GetSnapshot():
+                await self._require_snapshot(call, [copies.AREA])
+                return await self._on_copies(call, copies.head_of(self._store))
             case _:
                 assert_never(request)
 
     async def _put(self, call: Call, client: Client, request: Put) -> Stored | Deferred:
-        _check(call, key_fault(request.key))
+        _check(call, change_fault(request.key))
         if len(request.value) > INLINE_VALUE_MAX:
             raise call.refuse(StatefsdStatus.VALUE_TOO_LARGE)
         await self._require(call, request.key, writes=True)
@@ -319,7 +352,7 @@ class Statefsd:
         return await self._change(call, client, changes, request.durability, request.request_id)
 
     async def _put_bulk(self, call: Call, client: Client, request: PutBulk) -> Stored | Deferred:
-        _check(call, key_fault(request.key))
+        _check(call, change_fault(request.key))
         if request.length > BULK_VALUE_MAX:
             raise call.refuse(StatefsdStatus.VALUE_TOO_LARGE)
         await self._require(call, request.key, writes=True)
@@ -349,7 +382,7 @@ class Statefsd:
         return BulkValue(len(entry.value), entry.sequence)
 
     async def _delete(self, call: Call, client: Client, request: Delete) -> Stored | Deferred:
-        _check(call, key_fault(request.key))
+        _check(call, change_fault(request.key))
         await self._require(call, request.key, writes=True)
         store = self._store
         if not store.has(request.key) and (
@@ -365,7 +398,7 @@ class Statefsd:
         except RemoteProtocolError:
             raise call.refuse(ReplyStatus.MALFORMED) from None
         for change in changes:
-            _check(call, key_fault(change.key))
+            _check(call, change_fault(change.key))
         if len({change.key for change in changes}) < len(changes):
             raise call.refuse(StatefsdStatus.INVALID_KEY)
         for key in {area_of(change.key): change.key for change in changes}.values():
@@ -441,6 +474,68 @@ class Statefsd:
         sender = ServiceId(request.sender)
         seen = self._clients.latest(sender, request.count)
         return Calls(seen, self._clients.find(sender).total)
+
+    # ------------------------------------------------------------------ snapshots
+
+    async def _take_snapshot(self, call: Call, request: Snapshot) -> SnapshotKept:
+        _check(call, snapshot_fault(request.areas))
+        await self._require_snapshot(call, request.areas)
+        return await self._on_copies(call, copies.take(self._store, request.areas))
+
+    async def _restore_snapshot(self, call: Call, request: Restore) -> SnapshotKept:
+        await self._require_snapshot(call, [copies.AREA])
+        head = await self._on_copies(call, copies.head_of(self._store))
+        if head.snapshot != request.snapshot or head.state is SnapshotState.NONE:
+            raise call.refuse(StatefsdStatus.NO_SNAPSHOT)
+        await self._require_snapshot(call, head.areas)
+        kept = await self._on_copies(call, copies.restore(self._store, request.snapshot))
+        self._log.warning("snapshot restored", snapshot=kept.snapshot, keys=kept.keys)
+        return kept
+
+    async def _on_copies(self, call: Call, work: Coroutine[Any, Any, copies.Head]) -> SnapshotKept:
+        """What a step with the snapshot comes to; what waits to be written is written before."""
+        if self._group:
+            _ = await self._commit()
+        self._is_untidy = True
+        try:
+            head = await work
+        except copies.SnapshotExists:
+            raise call.refuse(StatefsdStatus.SNAPSHOT_EXISTS) from None
+        except copies.NoSnapshot:
+            raise call.refuse(StatefsdStatus.NO_SNAPSHOT) from None
+        except (copies.SnapshotDamaged, Damaged) as error:
+            call.note("damage", str(error))
+            raise call.refuse(StatefsdStatus.CORRUPTED) from None
+        except StoreFull:
+            raise call.refuse(StatefsdStatus.NO_SPACE) from None
+        except ReadOnly:
+            raise call.refuse(StatefsdStatus.READ_ONLY) from None
+        except DeviceFault as fault:
+            self._on_fault("snapshot", fault)
+            raise call.refuse(StatefsdStatus.IO_ERROR) from None
+        return _kept(head)
+
+    async def _require_snapshot(self, call: Call, areas: Sequence[bytes]) -> None:
+        for area in areas:
+            await self._authority.require(call, SNAPSHOT_RIGHT, area.decode())
+
+    async def _bring_back(self, store: Store) -> None:
+        """Before anybody is served: end what a power cut left half done, and go back if init says.
+
+        A copy that is damaged is no way back, and no reason to serve nobody. Raises Unusable.
+        """
+        try:
+            before = await copies.head_of(store)
+            head = await copies.resume(store, self._restore)
+        except (copies.NoSnapshot, copies.SnapshotDamaged) as error:
+            why = str(error) or "it is not kept"
+            self._log.error("snapshot not restored", snapshot=self._restore, why=why)
+            return
+        except (StoreFull, ReadOnly, DeviceFault) as error:
+            name = self._disk.name
+            raise Unusable(f"cannot go back to the snapshot on {name}: {error!r}") from error
+        if head.state is copies.State.RESTORED is not before.state:
+            self._log.warning("snapshot restored", snapshot=head.number, keys=head.keys)
 
     # ------------------------------------------------------------------ reading
 
@@ -631,6 +726,17 @@ def _check(call: Call, fault: StatefsdStatus | None) -> None:
     """Go on only without a fault."""
     if fault is not None:
         raise call.refuse(fault)
+
+
+def _kept(head: copies.Head) -> SnapshotKept:
+    """What a reply says of a snapshot."""
+    state = SnapshotState.NONE
+    if head.is_kept:
+        restored = head.state is copies.State.RESTORED
+        state = SnapshotState.RESTORED if restored else SnapshotState.KEPT
+    return SnapshotKept(
+        head.number, state, [area for area, _ in head.areas], head.size, head.keys, head.sequence
+    )
 
 
 def _natural(number: int, most: int) -> int:

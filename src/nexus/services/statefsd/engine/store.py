@@ -14,7 +14,7 @@ the next checkpoint is built, that one too.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from heapq import merge
@@ -184,6 +184,7 @@ class Store:
         self._areas: dict[bytes, Area] = {}  # those with a reserve, and those that took something
         self._places = limits.places
         self._claimed = 0  # bytes used, and reserved and not used
+        self._held: dict[bytes, int] = {}  # bytes that a snapshot keeps for its areas
         for area in limits.reserves:
             self._claimed += self._area(area).claimed
         self._requests = Requests(limits.clients_kept, limits.requests_kept)
@@ -530,11 +531,19 @@ class Store:
 
     # ------------------------------------------------------------ changing
 
-    def stage(self, changes: Iterable[Change], *, client: int = 0, request_id: int = 0) -> Applied:
+    def stage(
+        self,
+        changes: Iterable[Change],
+        *,
+        client: int = 0,
+        request_id: int = 0,
+        within_quota: bool = True,
+    ) -> Applied:
         """Make changes, all or none, visible at once; `commit` makes them last.
 
         With a request id the same request of a client is applied once. A deletion of what is not
-        there changes nothing. Raises OverQuota, StoreFull, ReadOnly; then nothing is changed.
+        there changes nothing. What is not bound to be `within_quota` is bound by the store alone.
+        Raises OverQuota, StoreFull, ReadOnly; then nothing is changed.
         """
         if not self.writable:
             raise ReadOnly
@@ -601,7 +610,7 @@ class Store:
         size = len(records[0]) if len(records) == 1 else sum(map(len, records))
         size += ENTRY_SIZE * len(records)
         try:
-            self._check(first, claimed, size)
+            self._check(first, claimed, size, within_quota=within_quota)
         except (OverQuota, StoreFull):
             self._take_back(first)
             raise
@@ -620,12 +629,14 @@ class Store:
                 self._staged_requests[client, request_id] = sequence
         return _applied((sequence, False))
 
-    def _check(self, first: int, claimed: int, size: int) -> None:
+    def _check(self, first: int, claimed: int, size: int, *, within_quota: bool) -> None:
         """Whether what was staged from `first` on is within every limit."""
         if size + FRAME_SIZE > self._commit_max:
             raise StoreFull(f"{size} bytes are more than one commit of this device takes")
         if self._claimed > self.capacity and self._claimed > claimed:
             raise StoreFull(f"{self.capacity} bytes are taken or reserved")
+        if not within_quota:
+            return
         undo = self._undo
         new_area = False
         if len(undo) - first == 1:
@@ -663,9 +674,35 @@ class Store:
         row = self._areas.get(area)
         if row is None:
             quota = self.limits.quotas.get(area, self.limits.quota)
-            reserve = self.limits.reserves.get(area, 0)
+            reserve = max(self.limits.reserves.get(area, 0), self._held.get(area, 0))
             row = self._areas[area] = Area(quota, reserve, has_place=area in self._places)
         return row
+
+    def hold(self, held: Mapping[bytes, int]) -> None:
+        """Keep so many bytes for these areas, beside what the limits reserve; and for no others.
+
+        Nobody else gets them from now on. An area that takes less than is held for it can take
+        that much again, however full the store is.
+        """
+        former, self._held = self._held, dict(held)
+        for area in former.keys() | held.keys():
+            row = self._area(area)
+            self._claimed -= row.claimed
+            row.reserve = max(self.limits.reserves.get(area, 0), self._held.get(area, 0))
+            self._claimed += row.claimed
+
+    @property
+    def commit_room(self) -> int:
+        """Bytes that the changes of one commit may take, as `change_size` counts them."""
+        return self._commit_max - FRAME_SIZE - REQUEST_SIZE
+
+    def change_size(self, key: bytes, value: bytes) -> int:
+        """Bytes a change takes in a commit."""
+        return ENTRY_SIZE + layout.RECORD_HEAD_SIZE + len(key) + len(value)
+
+    def value_max(self, key: bytes) -> int:
+        """The largest value that one change of this key may have on this device."""
+        return min(VALUE_SIZE_MAX, self.commit_room - self.change_size(key, b""))
 
     def _grow(self, row: Area, size: int, keys: int) -> None:
         """An area grows, or shrinks."""
