@@ -46,6 +46,7 @@ def sbom(
             component=root, properties=[Property(name="nexus:zstd", value=zstd.zstd_version)]
         ),
     )
+    bom.metadata.timestamp = None  # type: ignore[assignment]  # BomMetaData fills in the time
     bom.register_dependency(root, parts)
     for part in parts:
         bom.register_dependency(part, below)
