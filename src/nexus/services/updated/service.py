@@ -532,7 +532,7 @@ class Updated:
             "trace": asker.trace.hex(),
         }
         if asker.name:
-            fields["service"] = asker.name
+            fields["asked_by"] = asker.name
         if detail:
             fields["detail"] = detail
         if isinstance(request, Finish):
