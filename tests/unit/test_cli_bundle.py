@@ -87,7 +87,7 @@ def test_a_damaged_set_is_refused_with_its_rule(
 def test_the_set_in_an_update_is_looked_at_as_a_set_alone_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    head = encode_update({name: b"{}" for name in (TIMESTAMP, SNAPSHOT, TARGETS)})
+    head = encode_update(dict.fromkeys((TIMESTAMP, SNAPSHOT, TARGETS), b"{}"))
     data = write(about(), small())
     file = tmp_path / "pump.nxu"
     file.write_bytes(head + data)
