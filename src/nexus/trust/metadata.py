@@ -14,6 +14,7 @@ import msgspec
 
 # tuf imports this when it is first needed: updated is confined by then and may open no file.
 import tuf.api.serialization.json  # noqa: F401
+from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import Signature
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import SerializationError
@@ -83,8 +84,9 @@ def load(kind: type[_Type], name: str, data: bytes) -> Document[_Type]:
     keys = envelope.signed.get("keys")
     if isinstance(keys, dict) and len(keys) > KEYS_MAX:
         raise Untrusted(TrustStatus.TOO_MANY, f"{name} has {len(keys)} keys")
+    written = encode_canonical(envelope.signed)
     try:
-        metadata: Metadata[_Type] = Metadata.from_dict(plain)
+        metadata: Metadata[_Type] = Metadata.from_dict(plain)  # takes the values out of it
         payload = metadata.signed_bytes
     except (
         AttributeError,  # tuf asks a list for its items
@@ -94,6 +96,8 @@ def load(kind: type[_Type], name: str, data: bytes) -> Document[_Type]:
         SerializationError,
     ) as error:
         raise Untrusted(TrustStatus.MALFORMED, f"{name}: {error!r:.200}") from error
+    if written is None or written.encode() != payload:  # as a date with a blank for its zero
+        raise Untrusted(TrustStatus.MALFORMED, f"{name} is not in the form that is signed")
     if type(metadata.signed.version) is not int or metadata.signed.version > NUMBER_MAX:
         raise Untrusted(TrustStatus.MALFORMED, f"{name} has no version")
     document = Document(name, metadata.signed, payload, metadata.signatures)

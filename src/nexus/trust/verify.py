@@ -281,10 +281,10 @@ def _target(targets: Targets) -> Target:
     name = path.removesuffix(SET_SUFFIX)
     if name == path or not 0 < len(name) <= NAME_SIZE_MAX or not _NAME.issuperset(name):
         raise Untrusted(TrustStatus.MALFORMED, f"{TARGETS} names {path!r:.80}")
-    version, floor = (
-        whole(TARGETS, file.unrecognized_fields.get("custom") or {}, field)
-        for field in (SET_VERSION, SET_FLOOR)
-    )
+    custom = file.custom
+    if not isinstance(custom, dict):
+        raise Untrusted(TrustStatus.MALFORMED, f"{path} has no {SET_VERSION}")
+    version, floor = (whole(TARGETS, custom, field) for field in (SET_VERSION, SET_FLOOR))
     if not floor <= version <= NUMBER_MAX:
         raise Untrusted(TrustStatus.MALFORMED, f"{path} asks for a floor above its own version")
     return Target(
