@@ -39,6 +39,7 @@ DIRECTORY_MODE: Final = 0o755  # the state directory above is its user's alone
 PLAIN_MODE: Final = 0o644
 PROGRAM_MODE: Final = 0o755
 SUMS_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes; 8192 files with the longest paths are less
+MODULE_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes of one compiled module
 READ_SIZE: Final = 256 * 1024
 
 
@@ -118,6 +119,7 @@ def _make(path: Path, manifest: Manifest, digest: bytes, source: Source) -> None
         raise OSError("the slot changed while it was read")
     (new / PYTHON).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     _write(new / PYTHON / STAMP, _stamp(manifest, digest))
+    _take_over(new, path)
     _compile(new, path)
     names = sorted(_names(new))
     own = {file.path for file in manifest.files}
@@ -171,13 +173,47 @@ def _stamp(manifest: Manifest, digest: bytes) -> bytes:
     ).encode()
 
 
+def _take_over(new: Path, path: Path) -> None:
+    """Copy from the other slot's tree what was compiled of the same source: an update changes few
+    modules, and compiling them all takes longer than the rest of a boot."""
+    for other in sorted(path.parent.iterdir()):
+        if other in (new, path):
+            continue
+        try:
+            sums = json.loads(_read(other / SUMS, SUMS_SIZE_MAX))
+            made = sums["files"] if sums["python"] == sys.version else {}
+            for name in _names(new):
+                compiled = _compiled(name)
+                if name.endswith(".py") and compiled in made:
+                    _copy(other, new, name, made[compiled])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # what is missing is compiled
+
+
+def _copy(other: Path, new: Path, name: str, digest: str) -> None:
+    """Take over one module's compiled file, if it is what it was and of this very source."""
+    target = new / _compiled(name)
+    data = _read(other / _compiled(name), MODULE_SIZE_MAX)
+    if sha256(data).hexdigest() == digest and _sum(other / name) == _sum(new / name):
+        target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        _write(target, data)
+
+
+def _compiled(name: str) -> str:
+    """Where Python looks for a module's compiled file."""
+    return cache_from_source(name)
+
+
 def _compile(new: Path, path: Path) -> None:
     """Compile every module, as if it lay in `path`: nobody writes in a tree while it runs.
 
     By source hash and never checked again: is_whole compares both. A module that is no Python is
     left as it is, for whoever imports it to meet.
     """
-    modules = sorted(name for name in _names(new) if name.endswith(".py"))
+    there = set(_names(new))
+    modules = sorted(
+        name for name in there if name.endswith(".py") and _compiled(name) not in there
+    )
     count = min(COMPILERS_MAX, len(os.sched_getaffinity(0)))
     children = []
     for index in range(count):
@@ -195,7 +231,7 @@ def _compile_and_end(new: Path, path: Path, modules: list[str]) -> None:
     code = 1
     try:
         for name in modules:
-            compiled = Path(cache_from_source(str(new / name)))
+            compiled = new / _compiled(name)
             with suppress(py_compile.PyCompileError):
                 _ = py_compile.compile(
                     str(new / name),
