@@ -32,6 +32,7 @@ TITLES: Final = {
     "boot": "## Boot on Linux",
     "state": "## State that lasts",
     "observe": "## Logs, metrics and spans",
+    "update": "## Updates",
 }
 TARGETS_TITLE: Final = "## Targets"
 PACKAGES: Final = (
@@ -228,6 +229,30 @@ class ObserveResult(msgspec.Struct, frozen=True):
     call: CallCost
 
 
+class UpdateRow(msgspec.Struct, frozen=True):
+    """Sets of one kind, bench/update: s to have all pieces taken, to have it staged, to copy and
+    hash the same file; the ratio is taken within a round."""
+
+    kind: str
+    size: int  # bytes of the set file
+    received_s: Spread
+    staged_s: Spread
+    copied_s: Spread
+    ratio: Spread
+
+
+class UpdateResult(msgspec.Struct, frozen=True):
+    """bench/update: the rows; bytes of updated's memory before a large set and at most, and s."""
+
+    rounds: int
+    rows: list[UpdateRow]
+    large_size: int
+    memory_before: int
+    memory_most: int
+    large_staged_s: float
+    large_copied_s: float
+
+
 class Report(msgspec.Struct):
     """Everything one run found."""
 
@@ -237,6 +262,7 @@ class Report(msgspec.Struct):
     boot: BootResult | None = None
     state: StateResult | None = None
     observe: ObserveResult | None = None
+    update: UpdateResult | None = None
     targets: list[Target] = []
     missing: dict[str, str] = {}  # part that could not run -> why
 
