@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,6 +75,13 @@ def programs_of(plan: Plan, *, executes: bool = False) -> Programs:
     return {name: load_program(source, executes=executes) for name, source in sources.items()}
 
 
+def stamped(programs: Programs, slot_boot: SlotBoot) -> Programs:
+    """The same programs, marked as those of the set that is booted."""
+    return {
+        name: replace(program, set_digest=slot_boot.digest) for name, program in programs.items()
+    }
+
+
 def init_program(
     plan: Plan,
     cpu_count: int,
@@ -138,6 +145,9 @@ def boot(
     fail, and what is left of it be read afterwards.
     Raises nexus.kernel.core's RunOver and Hang, and what the kernel says about this machine.
     """
+    programs = programs_of(plan, executes=ground is not Ground.SIM)
+    if slot_boot is not None:
+        programs = stamped(programs, slot_boot)
     root = init_program(
         plan,
         smp,
@@ -149,6 +159,7 @@ def boot(
     if ground is Ground.SIM:
         return _boot_sim(
             plan,
+            programs,
             root,
             seed,
             smp,
@@ -159,7 +170,9 @@ def boot(
             trace=trace,
             selftest=selftest,
         )
-    return _boot_linux(plan, root, smp, recorder, limit, places, trace=trace, selftest=selftest)
+    return _boot_linux(
+        plan, programs, root, smp, recorder, limit, places, trace=trace, selftest=selftest
+    )
 
 
 def _until(now: Nanos, limit: Nanos) -> Nanos:
@@ -169,6 +182,7 @@ def _until(now: Nanos, limit: Nanos) -> Nanos:
 
 def _boot_sim(
     plan: Plan,
+    programs: Programs,
     root: Program,
     seed: int,
     smp: int,
@@ -184,7 +198,7 @@ def _boot_sim(
     from nexus.kernel.sim.kernel import SimKernel
 
     kernel = SimKernel(
-        programs_of(plan),
+        programs,
         seed=seed,
         recorder=recorder,
         cpu_count=smp,
@@ -204,6 +218,7 @@ def _boot_sim(
 
 def _boot_linux(
     plan: Plan,
+    programs: Programs,
     root: Program,
     smp: int,
     recorder: Recorder,
@@ -217,7 +232,7 @@ def _boot_linux(
     from nexus.kernel.linux.harden import UID_FIRST
 
     kernel = LinuxKernel(
-        programs_of(plan, executes=True),
+        programs,
         recorder=recorder,
         limits=limits_of(plan),
         cpus=tuple(sorted(os.sched_getaffinity(0)))[:smp],

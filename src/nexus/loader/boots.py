@@ -24,11 +24,11 @@ from nexus.kernel.linux.bootmemory import BootMemory
 from nexus.loader.choose import Chosen, Ended, NothingBootable, SlotSource, choose, note_end
 from nexus.loader.devices import boot_path, opened, slot_path
 from nexus.loader.main import BOOTING, FAILING, JUDGED, OPEN
+from nexus.loader.tail import ConsoleLine, last_words
 from nexus.loader.tree import PYTHON, NoTree, tree_of
 
 CONSOLE: Final = "console.log"  # of the log directory; init writes it too
 TAIL_READ: Final = 64 * 1024  # bytes at the end of it that are looked through
-TAIL_LINES: Final = 24  # lines of a boot that are kept; the record clips them once more
 TELLER: Final = "loader"
 INIT_MODULE: Final = "nexus.cli.boot"
 NOT_INHERITED: Final = ("PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONSTARTUP")
@@ -110,7 +110,9 @@ def _prepared(
 
 def _ended(state: Path, boots: int, console: Path, seen: dict[str, Any]) -> Ended:
     """What is known of the last boot: what the loader saw, init's last word, the console."""
-    return Ended(**seen, failure=read_failure(_memory(state)), tail=tail_of(console, boots))
+    failure = read_failure(_memory(state))
+    service = "" if failure is None else failure.service
+    return Ended(**seen, failure=failure, tail=tail_of(console, boots, service))
 
 
 def _memory(state: Path) -> bytes:
@@ -121,8 +123,9 @@ def _memory(state: Path) -> bytes:
         return b""
 
 
-def tail_of(console: Path, boots: int) -> str:
-    """The last lines of that boot on the console; empty if it never came to write one."""
+def tail_of(console: Path, boots: int, service: str = "") -> str:
+    """The last words of that boot, and of a service in it, on the console; empty if it never came
+    to write a line."""
     try:
         with console.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -140,7 +143,13 @@ def tail_of(console: Path, boots: int) -> str:
             own.append(line)
     if own is None and not any(head in line for line in lines):
         own = lines[1:]  # a boot that wrote more than is looked through
-    return "\n".join((own or [])[-TAIL_LINES:])
+    return last_words((_console_line(line) for line in own or ()), service)
+
+
+def _console_line(line: str) -> ConsoleLine:
+    """TIME NAME [KIND] TEXT, as nexus.cli.sink writes it; what is none has no name."""
+    words = line.split(" ", 2)
+    return ConsoleLine(words[1] if len(words) > 1 else "", line)
 
 
 def _announce(job: Any, chosen: Chosen, console: Path) -> None:

@@ -25,6 +25,7 @@ from nexus.abi import (
 )
 from nexus.init.grants import wanted_by
 from nexus.init.plan import PlannedLink, PlannedService
+from nexus.proof.expected import is_bad
 from nexus.proof.trace import Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
 from nexus.protocols.ladder import KERNEL, SELFTEST, Ground, rung
@@ -253,7 +254,8 @@ def service_up(case: Case, trace: Trace, line: Line) -> None:
 def _ready_lines(trace: Trace, name: str, pid: int) -> list[Line]:
     """What the service itself says of its start: which nonce of init's it answered. It says so
     when it is ready, which a run that is cut or fails before does not see."""
-    return [line for line in trace.lines if line.pid == pid and line.text == f"{name}: ready"]
+    ready = f"{name}: ready"  # and for some what it stands on, in brackets
+    return [line for line in trace.lines if line.pid == pid and line.text.split(" (")[0] == ready]
 
 
 def hex_of(value: object) -> str:
@@ -534,8 +536,11 @@ def _growth_of(**grown: int) -> dict[str, int]:
 
 def nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
     """#143: at the end of each boot every account is what it was when that boot was ready, and
-    every started task has ended."""
+    every started task has ended. The boot of the bad set is never ready, and its tasks end too."""
     for boot in (*trace.earlier, trace):
+        if is_bad(case.scope, boot.number):
+            _all_ended(boot)
+            continue
         lines = [each for each in boot.lines if (each.printer, each.text) == (SELFTEST, line.text)]
         demand_equal(len(lines), 1, f"lines about it in boot {boot.number}")
         _nothing_left_behind(case, boot, lines[0])
@@ -547,6 +552,10 @@ def _nothing_left_behind(case: Case, trace: Trace, line: Line) -> None:
         demand_equal(account["now"], account["ready"], f"account of {name}, boot {trace.number}")
     planned = {service.name for service in case.plan.services if not service.by}
     demand_equal(set(accounts), planned | {INIT_NAME}, "tasks with an account")
+    _all_ended(trace)
+
+
+def _all_ended(trace: Trace) -> None:
     if trace.ending.stopped or trace.ending.cut:
         return
     living = {event.pid for _, event in trace.of_kind(EventKind.SPAWN)}

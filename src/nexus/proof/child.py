@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nexus.proof.faultpoints import plant_fault_points
 from nexus.proof.grounds import boot_scenario, boot_system
+from nexus.proof.loading import become_slot, loaded
 from nexus.proof.runner import Job, die_with_parent
 from nexus.proof.saboteurs import find
 from nexus.proof.sink import EventSink
@@ -22,6 +23,10 @@ def main(argv: Sequence[str]) -> int:
         plant_fault_points(Ground(job.ground), job.boot)
         if job.saboteur is not None:
             find(job.saboteur, Ground(job.ground)).plant()
+        if job.slots and not job.slot:
+            job = loaded(job)
+            if Ground(job.ground) is not Ground.SIM:
+                become_slot(int(argv[0]), job)
         booted = boot_scenario(job, sink) if job.scenario else boot_system(job, sink)
         if job.log is not None:
             with Path(job.log).open("a" if job.boot else "w", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from nexus.proof import (
     checks_export,
     checks_keys,
     checks_observe,
+    checks_ota,
     checks_state,
 )
 from nexus.proof.verdict import Check
@@ -24,5 +25,6 @@ EVERY_CHECK: Final[Mapping[int, Check]] = MappingProxyType(
         **checks_exec.CHECKS,
         **checks_export.CHECKS,
         **checks_observe.CHECKS,
+        **checks_ota.CHECKS,
     }
 )

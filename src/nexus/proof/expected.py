@@ -6,7 +6,16 @@ from typing import Final
 
 from nexus.init.plan import Plan
 from nexus.kernel.core.hardware import Hardware
-from nexus.protocols.ladder import RUNGS, Ground, Mechanism, Phase, Rung, boot_of, last_boot
+from nexus.protocols.ladder import (
+    BAD_BOOT,
+    RUNGS,
+    Ground,
+    Mechanism,
+    Phase,
+    Rung,
+    boot_of,
+    last_boot,
+)
 
 BUILT: Final = frozenset(
     {
@@ -14,6 +23,8 @@ BUILT: Final = frozenset(
         Mechanism.VIRTIO,
         Mechanism.RESTART,
         Mechanism.POWER_CUT,
+        Mechanism.SLOTS,
+        Mechanism.WHY,
         Mechanism.DOCTOR,
         Mechanism.WATCHDOG,
         Mechanism.LOG_STREAMS,
@@ -99,6 +110,11 @@ def is_cut(scope: Scope, boot: int) -> bool:
     """Whether a power cut ends this boot, as far as it is up to the runner."""
     cut = boot == BOOT_CUT and boot < last_boot_of(scope)
     return cut and Ground.SIM is scope.ground and Mechanism.POWER_CUT in scope.built
+
+
+def is_bad(scope: Scope, boot: int) -> bool:
+    """Whether this boot is that of a bad set: init itself has to end it, and the loader goes on."""
+    return boot == BAD_BOOT < last_boot_of(scope)
 
 
 BOOT_CUT: Final = 1

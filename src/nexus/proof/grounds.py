@@ -20,6 +20,7 @@ from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk, Piece
 from nexus.kernel.sim.power import Cut, Moment
 from nexus.proof import scenario
+from nexus.proof.loading import BOOT_MEMORY_NAME, WALL, slot_boot_of
 from nexus.proof.remains import (
     IMAGE_SUFFIX,
     RUNTIME,
@@ -44,7 +45,8 @@ class BootEnd:
 
 
 def boot_system(job: Job, sink: EventSink) -> BootEnd:
-    """Boot a system file, the first time with the kernel's self-test in front."""
+    """Boot a system file, the first time with the kernel's self-test in front. Of a device with
+    slots it is that of the set the loader chose."""
     plan = load_plan(Path(job.system))
     ground = Ground(job.ground)
     assert job.state is not None, "a system is booted with a state directory"
@@ -84,6 +86,7 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
             selftest=job.boot == 0,
             places=kept.on_linux() if ground is Ground.LINUX else kept.places(plan),
             on_machine=on_machine,
+            slot_boot=slot_boot_of(job),
         )
     except (RunOver, Hang) as over:
         for machine in machines:
@@ -122,7 +125,7 @@ class Kept:
 
     def places(self, plan: Plan) -> Places:
         """What earlier boots left, in the simulator."""
-        memory, wall = self.state / BOOT_MEMORY, self.state / WALL
+        memory, wall = self.state / BOOT_MEMORY_NAME, self.state / WALL
         return Places(
             boot_memory=memory.read_bytes() if memory.exists() else b"",
             wall=int(wall.read_text()) if wall.exists() else None,
@@ -151,7 +154,7 @@ class Kept:
             _ = kept_secret(self.state, name, backend).write_bytes(data)
         _ = (self.state / WALL).write_text(str(machine.next_wall))
         if machine.boot_memory is not None:
-            _ = (self.state / BOOT_MEMORY).write_bytes(machine.boot_memory)
+            _ = (self.state / BOOT_MEMORY_NAME).write_bytes(machine.boot_memory)
 
 
 def _torn(disk: Disk) -> Choice:
@@ -159,10 +162,6 @@ def _torn(disk: Disk) -> Choice:
     if not disk.pending:
         return NOTHING
     return (Piece(len(disk.pending) - 1, 0, min(CUT_SIZE, len(disk.pending[-1].data))),)
-
-
-BOOT_MEMORY: Final = "boot-memory"
-WALL: Final = "wall"  # what the machine's clock says when it boots next
 
 
 def boot_scenario(job: Job, sink: EventSink) -> BootEnd:

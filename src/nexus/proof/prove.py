@@ -15,8 +15,10 @@ import nexus
 from nexus.abi import Event, EventKind
 from nexus.init.errors import SystemFileError
 from nexus.init.plan import Plan, load_plan
+from nexus.proof.boot_remains import Made, boot_entry, boot_remains, slot_devices
 from nexus.proof.every_check import EVERY_CHECK
-from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, scope_of
+from nexus.proof.expected import boots_of, is_cut, last_boot_of, scope_of
+from nexus.proof.loading import keep_end
 from nexus.proof.record import RecordWriter, default_path
 from nexus.proof.remains import RUNTIME, Remains, damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
@@ -24,6 +26,7 @@ from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, Watch, run_boot
 from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
 from nexus.proof.scrape import is_asked, kept_at, port_of, scrape, scraped_of
+from nexus.proof.slots import prepare
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
 from nexus.protocols.ladder import SELFTEST, Ground, Phase, Rung, rung
@@ -94,7 +97,7 @@ class Watcher:
 
     def _evidence_of(self, row: Rung) -> set[str]:
         """The lines that the check of a statement compares: init's, and for some the client's."""
-        ready = row.marker == f"{row.printer}: ready"
+        ready = row.marker.startswith(f"{row.printer}: ready")
         awaited = {f"{HEALTH}{row.printer} ok"} if ready else set()
         if self._has_client and row.number in MEASURED_LATER:
             awaited.add(f"{MEASURED}{row.number}")
@@ -103,17 +106,14 @@ class Watcher:
 
 MEASURED: Final = f"{SELFTEST}: measured #"  # what the client's line about another's begins with
 MEASURED_LATER: Final = frozenset(
-    {35, 37}
+    {35, 36, 37}
 )  # rungs of bring-up that the client measures when it climbs
 
 
 def plan_of(request: Request) -> Plan:
     """The plan, computed here from the system file. Raises UsageError."""
-    file = request.system
-    if not file.exists() and not file.is_absolute():
-        file = Path(nexus.__file__).parents[2] / file
     try:
-        return load_plan(file)
+        return load_plan(_system_of(request))
     except SystemFileError as error:
         raise UsageError(str(error)) from error
 
@@ -148,26 +148,50 @@ def _boots(
     last = last_boot_of(case.scope)
     with TemporaryDirectory(prefix="state-", dir=directory) as name:
         state = Path(name)
+        made = _provisioned(request, case.plan, state)
+        if made:
+            sets = {each: [one.version, one.name, one.digest] for each, one in made.items()}
+            record.entry("sets", sets)
         for number in range(last + 1):
             trace = run_boot(
-                _job(request, case.scope, number, state),
+                _job(request, case, number, state),
                 timeout=request.timeout,
                 watch=_watch(request, case, number, state),
                 keep=partial(record.event, number),
             )
-            left = remains_of(case.plan, state)
+            left, boot_left = remains_of(case.plan, state), boot_remains(case.plan, state)
             goes_on = number < last and _goes_on(trace)
             if goes_on and number + 1 == boots_of(case.scope).get(CORRUPTION_RUNG):
                 left = damage(case.plan, state, left, VICTIM_KEY)
             record.entry("remains", _remains_entry(number, left))
+            if boot_left is not None:
+                record.entry("boot remains", {"boot": number, **boot_entry(boot_left)})
+                keep_end(state, trace)
             seed, scraped = seed_of(request.seed, number), scraped_of(state, number)
             earlier = tuple(traces)
-            traces.append(replace(trace, left=left, earlier=earlier, seed=seed, scraped=scraped))
+            traces.append(
+                replace(
+                    trace,
+                    left=left,
+                    earlier=earlier,
+                    seed=seed,
+                    scraped=scraped,
+                    boot_left=boot_left,
+                    made=made,
+                )
+            )
             if scraped:
                 record.entry("scraped", {"boot": number, "text": scraped.decode(errors="replace")})
             if not goes_on:
                 break
     return tuple(traces)
+
+
+def _provisioned(request: Request, plan: Plan, state: Path) -> Mapping[str, Made]:
+    """A device with slots has its first set, and the sets of the run are on its stick."""
+    if slot_devices(plan) is None:
+        return {}
+    return prepare(plan, _system_of(request), request.ground, request.seed, state)
 
 
 def _watch(request: Request, case: Case, boot: int, state: Path) -> Watch:
@@ -212,18 +236,24 @@ def _goes_on(trace: Trace) -> bool:
     return ending.code is not None and ending.code not in {EXIT_RUN_OVER, EXIT_HANG}
 
 
-def _job(request: Request, scope: Scope, boot: int, state: Path) -> Job:
-    system = request.system
-    if not system.exists() and not system.is_absolute():
-        system = Path(nexus.__file__).parents[2] / system
+def _system_of(request: Request) -> Path:
+    """The system file; a relative one is that of this tree, if there is none here."""
+    file = request.system
+    if not file.exists() and not file.is_absolute():
+        file = Path(nexus.__file__).parents[2] / file
+    return file
+
+
+def _job(request: Request, case: Case, boot: int, state: Path) -> Job:
     return Job(
         ground=request.ground.value,
-        system=str(system),
-        smp=scope.smp,
+        system=str(_system_of(request)),
+        smp=case.scope.smp,
         seed=seed_of(request.seed, boot),
         boot=boot,
         state=str(state),
-        cut_at=CUT_AT if is_cut(scope, boot) else "",
+        slots=slot_devices(case.plan) is not None,
+        cut_at=CUT_AT if is_cut(case.scope, boot) else "",
         cut_write=CUT_WRITE,
         limit=SIM_LIMIT if request.ground is Ground.SIM else request.timeout,
         saboteur=request.saboteur,

@@ -19,6 +19,7 @@ from typing import Final
 
 import nexus
 from nexus.abi import Event
+from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED
 from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
 from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
@@ -33,9 +34,9 @@ EXIT_GRACE: Final = 5.0  # seconds a boot has to exit after its last event
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
 PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
-EXIT_RUN_OVER: Final = 3  # the root task had not exited at the bound of the kernel's clock
-EXIT_HANG: Final = 4
-EXIT_POWER_CUT: Final = 5  # where the job said
+EXIT_RUN_OVER: Final = 103  # the root task had not exited at the bound of the kernel's clock
+EXIT_HANG: Final = 104
+EXIT_POWER_CUT: Final = 105  # where the job said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class Job:
 
     `state` is the directory of what lasts from one boot of the run to the next. With `cut_at` the
     power is cut (sim) inside the `cut_write`th write of a disk after selftest-client printed that
-    line.
+    line. A device with slots (`slots`) is booted by the loader, which says in `slot` what it chose.
     """
 
     ground: str
@@ -54,6 +55,8 @@ class Job:
     limit: int
     boot: int = 0
     state: str | None = None
+    slots: bool = False
+    slot: str = ""
     cut_at: str = ""
     cut_write: int = 0
     runner: int = 0  # process that started it, filled in by run_boot
@@ -62,6 +65,8 @@ class Job:
     trace: bool = False
     log: str | None = None
 
+
+assert {EXIT_RUN_OVER, EXIT_HANG, EXIT_POWER_CUT}.isdisjoint({EXIT_REBOOT, EXIT_SLOT_FAILED})
 
 CHILD: Final = (sys.executable, "-m", "nexus.proof.child")
 

@@ -2,28 +2,23 @@
 
 Before the first boot the runner makes keys that are thrown away, a first set, a good update and a
 bad one, and updates that nobody may take; it provisions the device with the first one and puts the
-others on a stick. Between the boots it reads boot device and slots itself.
+others on a stick.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from securesystemslib.signer import Signer
-
 from nexus.abi import BLOCK_SIZE
-from nexus.bootctl import BlockBoot, BootRecord, NoBootRecord, SlotInfo, SlotName
+from nexus.bootctl import BlockBoot, SlotInfo, SlotName
 from nexus.bootctl.provision import provision
 from nexus.bundle.build import Release, build
 from nexus.bundle.gather import package_folder
-from nexus.drivers import BlockDevice, DeviceFault, finished
+from nexus.drivers import BlockDevice, finished
 from nexus.init.plan import Plan
-from nexus.kernel.core import Hardware
-from nexus.loader.devices import opened
+from nexus.proof.boot_remains import BOOT, SLOTS, Made, held_devices, slot_devices
 from nexus.proof.remains import image_of
 from nexus.protocols.ladder import Ground
 from nexus.services.selftest.stick import (
@@ -37,12 +32,9 @@ from nexus.services.selftest.stick import (
 )
 from nexus.sets import BytesSource
 from nexus.trust import Target, encode_metadata
-from nexus.trust.sign import ROLES, RoleKeys, Term, first_root, release, signer_of
+from nexus.trust.sign import ROLES, RoleKeys, Signer, Term, first_root, release, signer_of
 from nexus.trust.update import SNAPSHOT, TARGETS
 
-BOOT: Final = "boot"
-SLOTS: Final = {name: f"slot-{name.value}" for name in SlotName}
-UPDATED: Final = "updated"
 SETS: Final = "sets"  # the folder of a run's bad system file
 FIRST_VERSION: Final = 10
 FLOOR: Final = 9  # what the device is provisioned with
@@ -52,6 +44,7 @@ LASTS: Final = 365 * 86_400  # s until a release ends
 HEALTH: Final = 30_000_000_000  # ns a trial has; a system is up in one or two
 SIGNATURE: Final = b'"sig":"'  # in metadata as they are written, before hexadecimal digits
 STUCK: Final = "demo.stuck"  # the service of the bad set that never becomes ready
+STUCK_SAYS: Final = "waiting for a sensor that does not answer"
 STUCK_DEADLINE: Final = "1s"
 FIRST: Final = "first"
 BAD_ENTRY: Final = f"""
@@ -65,38 +58,6 @@ health = {{ deadline = "{STUCK_DEADLINE}" }}
 [service."{STUCK}".settings]
 failure = "never ready"
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """A set that the runner has made."""
-
-    version: int
-    name: str
-    digest: str
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BootRemains:
-    """What boot device and slots hold, as the runner reads them.
-
-    `copies` are the two of the record, None where there is none. `digests` are of as many bytes of
-    each slot as the record says that its set has, `whole` of all its bytes.
-    """
-
-    problem: str = ""
-    copies: tuple[BootRecord | None, BootRecord | None] = (None, None)
-    record: BootRecord | None = None
-    digests: Mapping[SlotName, str] = field(default_factory=dict)
-    whole: Mapping[SlotName, str] = field(default_factory=dict)
-
-
-def slot_devices(plan: Plan) -> Mapping[str, Hardware] | None:
-    """The boot device, the slots and the stick of a plan by name; None if it is not updatable."""
-    wanted = {BOOT, *SLOTS.values()}
-    found = {each.name: each for each in plan.hardware if each.name in {*wanted, STICK}}
-    return found if UPDATED in plan.by_name and wanted <= found.keys() else None
 
 
 # ---------------------------------------------------------------- before the first boot
@@ -127,7 +88,7 @@ def prepare(plan: Plan, system: Path, ground: Ground, seed: int, state: Path) ->
         size=made[FIRST].size,
         floor=FLOOR,
     )
-    with _held(state, devices) as held:
+    with held_devices(state, devices) as held:
         source = BytesSource(contents[FIRST])
         control = BlockBoot(held[BOOT])
         anchor = keys.root()
@@ -149,8 +110,6 @@ def _made(number: int, content: bytes) -> Made:
 
 def _bad_system(system: Path, folder: Path) -> Path:
     """The same system with one more service, and the policy files that it names."""
-    import tomllib
-
     text = system.read_text("utf-8")
     folder.mkdir()
     for name in tomllib.loads(text)["system"].get("policy", ()):
@@ -247,90 +206,3 @@ def _write_stick(
             refused=refused,
         )
     finished(device.write(0, encode_index(index), durable=True))
-
-
-# ---------------------------------------------------------------- between the boots
-
-
-@contextmanager
-def _held(
-    state: Path, devices: Mapping[str, Hardware], *, writable: bool = True
-) -> Iterator[Mapping[str, BlockDevice]]:
-    """The devices as files, each held alone."""
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(opened(image_of(state, device), writable=writable))
-            for name, device in devices.items()
-        }
-
-
-def boot_remains(plan: Plan, state: Path) -> BootRemains | None:
-    """What is on boot device and slots; None if the system has none."""
-    devices = slot_devices(plan)
-    if devices is None:
-        return None
-    try:
-        with _held(state, devices, writable=False) as held:
-            return _read(held)
-    except DeviceFault as fault:
-        return BootRemains(problem=f"it cannot be read: {fault}")
-
-
-def _read(held: Mapping[str, BlockDevice]) -> BootRemains:
-    control = BlockBoot(held[BOOT])
-    first, second = [
-        each if isinstance(each, BootRecord) else None for each in finished(control.copies())
-    ]
-    whole = {name: held[device] for name, device in SLOTS.items()}
-    contents = {name: finished(each.read(0, each.block_count)) for name, each in whole.items()}
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    try:
-        record = finished(control.load())
-    except NoBootRecord as error:
-        return BootRemains(problem=str(error), copies=(first, second), whole=sums)
-    digests = {
-        name: hashlib.sha256(contents[name][: record.slot(name).size]).hexdigest()
-        for name in SlotName
-    }
-    return BootRemains(copies=(first, second), record=record, digests=digests, whole=sums)
-
-
-def boot_entry(left: BootRemains | None) -> Mapping[str, object] | None:
-    """What the runner read, for the run's record."""
-    if left is None:
-        return None
-    record = left.record
-    return {
-        "problem": left.problem,
-        "sequences": [None if copy is None else copy.sequence for copy in left.copies],
-        "digests": {name.value: digest for name, digest in left.digests.items()},
-        "record": None
-        if record is None
-        else {
-            "sequence": record.sequence,
-            "active": record.active.value,
-            "trying": record.trying and record.trying.value,
-            "boots": record.boots,
-            "floor": record.floor,
-            "slots": {
-                name.value: [
-                    record.slot(name).state.name.lower(),
-                    record.slot(name).version,
-                    record.slot(name).tries_left,
-                    record.slot(name).digest.hex(),
-                ]
-                for name in SlotName
-            },
-            "reasons": [
-                [each.cause.name.lower(), each.slot.value, each.version, each.boot, each.service]
-                for each in record.reasons
-            ],
-        },
-    }
-
-
-def encode_made(made: Mapping[str, Made]) -> str:
-    """The sets for the run's record."""
-    return json.dumps({name: [each.version, each.name, each.digest] for name, each in made.items()})

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid
+from nexus.proof.boot_remains import BootRemains, Made
 from nexus.proof.remains import NOTHING_LEFT, Remains
 from nexus.protocols.ladder import KERNEL
 
@@ -68,7 +69,8 @@ class Trace:
 
     `left` is what the runner itself read on the disks when the boot had ended, and `earlier` are
     the boots of the run before this one, oldest first. `seed` is what a simulated machine's chance
-    came from.
+    came from. `boot_left` is what lies on boot device and slots, None without them, `made` the sets
+    that the runner has made, by name.
     """
 
     events: Sequence[Event]
@@ -78,6 +80,8 @@ class Trace:
     seed: int = 0
     left: Remains = NOTHING_LEFT
     scraped: bytes = b""
+    boot_left: BootRemains | None = None
+    made: Mapping[str, Made] = field(default_factory=dict)
     earlier: "tuple[Trace, ...]" = ()
 
     @cached_property

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import INIT_NAME, EventKind, Nanos
+from nexus.bootctl.handover import EXIT_SLOT_FAILED
 from nexus.init.plan import Plan
-from nexus.proof.expected import PHASES, Scope, boots_of, is_cut, not_run
+from nexus.proof.expected import PHASES, Scope, boots_of, is_bad, is_cut, not_run
 from nexus.proof.trace import CRASH_PATTERNS, FAIL_WORD, Line, Trace
 from nexus.protocols.ladder import (
     CLAIMED_PREFIXES,
@@ -248,6 +249,12 @@ class _Judge:
 
         if ending.code is None:
             found("the boot was killed at its deadline")
+        elif is_bad(self._case.scope, trace.number) and not ending.stopped:
+            if (ending.code, ending.signal) != (EXIT_SLOT_FAILED, 0):
+                found(
+                    f"init was to give the bad set up with code {EXIT_SLOT_FAILED}, and ended "
+                    f"with code {ending.code}, signal {ending.signal}"
+                )
         elif not ending.stopped and (ending.code or ending.signal):
             found(f"dirty exit: code {ending.code}, signal {ending.signal}")
         if is_cut(self._case.scope, trace.number) and not (ending.cut or ending.stopped):
@@ -272,6 +279,8 @@ class _Judge:
                 found(f"FAIL in the output: {text!r}")
         for _, event in trace.of_kind(EventKind.EXIT):
             code, signal = event.fields.get("code"), event.fields.get("signal")
+            if event.fields.get("name") == INIT_NAME and is_bad(self._case.scope, trace.number):
+                continue  # how the boot of a bad set ends is looked at above
             if (event.fields.get("name"), code, signal) == CRASHES:
                 continue
             if signal != KILLED and (code or signal):

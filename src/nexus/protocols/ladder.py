@@ -121,6 +121,7 @@ _NUMBERED: Final = {
     Boot.BACK_IN_B: 5,
 }
 _BEFORE_OTA_MAX: Final = 2  # the boots from 3 on are ota's own
+BAD_BOOT: Final = _NUMBERED[Boot.BAD_A]  # which no rung is climbed in: init ends it by itself
 
 
 def last_boot(rungs: Iterable[Rung]) -> int:

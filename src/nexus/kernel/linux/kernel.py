@@ -1108,6 +1108,7 @@ class LinuxKernel:
                 "grants": grants_fields(birth.spec.grants),
                 "degraded": list(degraded),
                 "outside": child.outside,
+                **({"set": birth.program.set_digest} if birth.program.set_digest else {}),
             },
         )
 

@@ -797,6 +797,7 @@ class SimKernel:
                 "qos": int(task.qos),
                 "service": f"{task.service:016x}",
                 "grants": grants_fields(grants),
+                **({"set": program.set_digest} if program.set_digest else {}),
             },
         )
 

@@ -60,6 +60,8 @@ from nexus.protocols.testsvc import (
 )
 from nexus.protocols.timed import PROTOCOL as TIMED
 from nexus.protocols.timed import Register, Seen, Sleep, Whoami
+from nexus.protocols.updated import PROTOCOL as UPDATED
+from nexus.protocols.updated import GetReasons
 from nexus.runtime import Call, Server
 from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.end_rungs import state_of
@@ -396,6 +398,7 @@ SAMPLES: Final[dict[str, Request[Any]]] = {
     "keystored": GetKey(b"x"),
     "metricsd": GetSeries(1, 1, 0, ""),
     "execd": GetPrograms(1),
+    "updated": GetReasons(1),
     "exportd": Configure(b"x"),
 }
 """A request of each service whose first field is an unsigned integer, here 1: one byte; or of
@@ -438,6 +441,7 @@ async def strict_decode(climb: Climb) -> Evidence:
         "keystored": KEYSTORED,
         "metricsd": METRICSD,
         "execd": EXECD,
+        "updated": UPDATED,
         "exportd": META,
     }
     answers: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """What the rungs share: the services under test, init's tables, raw sessions, the clock."""
 
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from nexus.abi import (
     SLOTS_MAX,
@@ -64,6 +64,9 @@ from nexus.services.selftest.own_memory import OwnRing
 from nexus.services.selftest.rung import RungFailed, expect, status_of_trap
 from nexus.wire import Request
 
+if TYPE_CHECKING:
+    from nexus.services.selftest.stick import Stick
+
 CALL_WAIT: Final = Nanos(2_000_000_000)  # ns; a local call takes microseconds
 RESTART_WAIT: Final = Nanos(10_000_000_000)  # ns; back-off, fork, bind, and room for a slow host
 RESTART_POLLS_MAX: Final = 10  # with doubling pauses: 5 ms to 2.5 s
@@ -102,6 +105,8 @@ class Climb:
         self.services: frozenset[str] = frozenset()  # of the system, on demand or not
         self.children: dict[str, Child] = {}  # started by execd for this client, the latest by name
         self.ends: dict[str, Ended] = {}  # how those ended that were waited for
+        self.stick: Stick | None = None  # the updates that the runner gave, once it is opened
+        self.refused_unproven = ""  # with what staging was refused while a new set was on trial
         self.held_at_ready: dict[str, int] = {}
         self.planned: list[int] = []
         self.passed: list[int] = []

@@ -18,7 +18,9 @@ from nexus.abi import (
 )
 from nexus.services.selftest.climb import Climb
 from nexus.services.selftest.rung import Evidence, RungAbsent, expect, refusal
+from nexus.services.selftest.stick import device_named
 
+SPARE: Final = "spare"
 BACKING: Final = "virtio-mmio"
 MAGIC: Final = 0x74726976  # "virt"
 VERSION: Final = 2
@@ -26,17 +28,17 @@ MAGIC_AT, VERSION_AT, DEVICE_ID_AT = 0x000, 0x004, 0x008  # registers
 NO_DEVICE: Final = 0
 
 
-def _window(climb: Climb) -> Slot:
-    """The one device of this client; a ground without a bus has none."""
-    if not climb.boot.hardware:
-        raise RungAbsent("no device was granted")
-    expect(len(climb.boot.hardware), 1, "devices of this client")
-    return climb.boot.hardware[0]
+async def _window(climb: Climb) -> Slot:
+    """The empty transport; a ground without a bus has none."""
+    slot = await device_named(climb, SPARE)
+    if slot is None:
+        raise RungAbsent("no empty transport was granted")
+    return slot
 
 
 async def mmio_map(climb: Climb) -> Evidence:
     """#140: the transport that the bus map names, and nothing beside or behind its page."""
-    slot = _window(climb)
+    slot = await _window(climb)
     info = await DeviceQuery(slot)
     if info.backing != BACKING:
         raise RungAbsent(f"{info.name} is {info.backing}")
@@ -62,7 +64,7 @@ async def mmio_map(climb: Climb) -> Evidence:
 
 async def cap_query_mmio(climb: Climb) -> Evidence:
     """#141: a window is kind 2 and a page long, and where it is on the bus is not said."""
-    slot = _window(climb)
+    slot = await _window(climb)
     try:
         info = await CapQuery(slot)
         device = await DeviceQuery(slot)

@@ -14,6 +14,7 @@ from nexus.protocols.metricsd import GetSeries
 from nexus.protocols.rngd import GetEntropy
 from nexus.protocols.statefsd import Get
 from nexus.protocols.testsvc import UseKeys, UseState
+from nexus.protocols.updated import BeginInline, GetUpdate, PutMetadata
 from nexus.services.selftest.climb import CALL_WAIT, Climb
 from nexus.services.selftest.exec_rungs import EXECD_NAME, EXIT42, use_execd
 from nexus.services.selftest.rung import Evidence, expect, require
@@ -31,6 +32,7 @@ KEPT_FACTS: Final = frozenset(
         *("clients", "statefsd_generation", "wrapping"),  # who asks, and whom it asks
         *("reports", "reports_unsaved"),  # of crashes
         *("epoch", "sequence", "durable", "keys", "used"),  # what is on the disk
+        *("trial", "provisioned"),  # what is on the boot device
     }
 )
 HELD: Final = (  # counters that say what a task holds now; the others only grow
@@ -81,6 +83,7 @@ async def _use_all(climb: Climb) -> None:
         "rngd": (GetEntropy(1),),
         "statefsd": (Get(UNUSED_KEY),),
         "keystored": (GetPublicKey(), GetKey(UNUSED_NAME)),
+        "updated": (GetUpdate(), PutMetadata(0, b"x"), BeginInline(1)),  # refused, and written down
         "demo.testsvc": (UseState(UNUSED_KEY, b""), UseKeys(UNUSED_NAME)),
     }
     for name, requests in uses.items():

@@ -11,6 +11,7 @@ from nexus.abi import (
     BootImage,
     ConsoleWrite,
     Nanos,
+    Now,
     TaskStats,
 )
 from nexus.ipc import Client, Exchange, Peers, RetryBudget, RetryTokens, retry_until
@@ -19,7 +20,7 @@ from nexus.protocols.exportd import PROTOCOL as EXPORTD
 from nexus.protocols.init import AwaitReady, Health, Ready, TaskState
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
-from nexus.protocols.ladder import SELFTEST, boot_of, last_boot
+from nexus.protocols.ladder import BAD_BOOT, SELFTEST, boot_of, last_boot
 from nexus.protocols.ladder import Rung as Row
 from nexus.protocols.ladder import rung as row_of
 from nexus.protocols.logd import PROTOCOL as LOGD
@@ -30,6 +31,7 @@ from nexus.protocols.rngd import PROTOCOL as RNGD
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.protocols.testsvc import PROTOCOL as TESTSVC
 from nexus.protocols.timed import PROTOCOL as TIMED
+from nexus.protocols.updated import PROTOCOL as UPDATED
 from nexus.runtime import Call, Server, ServiceConfig
 from nexus.services.selftest.climb import Climb
 from nexus.services.selftest.end_rungs import held
@@ -43,6 +45,7 @@ from nexus.services.selftest.own_memory import (
 )
 from nexus.services.selftest.rung import RUNG_LINE_SIZE_MAX, Evidence, Rung, RungAbsent, RungFailed
 from nexus.services.selftest.rungs import RUNGS
+from nexus.services.selftest.stick import open_stick
 from nexus.wire import Protocol, ReplyStatus
 
 START_BUDGET: Final = Nanos(30_000_000_000)  # ns; a whole system starts in a second, CI in ten
@@ -66,6 +69,7 @@ PROTOCOLS: Final[dict[str, Protocol]] = {
     "metricsd": METRICSD,
     "execd": EXECD,
     "exportd": EXPORTD,
+    "updated": UPDATED,
 }
 
 
@@ -84,6 +88,8 @@ async def main(boot: BootImage) -> int:
     server = Server(Selftest(), TESTSVC, boot, peers.caller)
     until = Nanos(boot.now + START_BUDGET)
     _ = await server.step(until)
+    if config.boot == BAD_BOOT and UPDATED.name in config.uses:
+        return await _until_stopped(server, until)
     climb = await _connect(boot, config, peers, until)
     if isinstance(climb, str):
         await _fail("start", climb)
@@ -100,6 +106,14 @@ async def main(boot: BootImage) -> int:
         return EXIT_RED
     climb.held_at_ready = held(await TaskStats())
     return await _climb(climb)
+
+
+async def _until_stopped(server: Server, until: Nanos) -> int:
+    """The life of this client in the boot of a bad set, which init ends: nobody else has anything
+    to do in it. One that goes on is a run that has gone wrong."""
+    while not server.stopping and await Now() < until:
+        _ = await server.step(until)
+    return 0 if server.stopping else EXIT_RED
 
 
 async def _connect(
@@ -150,6 +164,8 @@ async def _share(climb: Climb, until: Nanos) -> str:
         opened = await open_stream(climb.client("logd"), ring.memory, until)
         if not isinstance(opened, StreamOpened):
             return f"logd does not drain our ring: {opened!r}"
+    if "updated" in climb.clients:
+        _ = await open_stick(climb)  # whose window this task holds from now on
     if "metricsd" in climb.clients:
         await climb.metrics.begin()
         if not await is_settled(climb.metrics, until):

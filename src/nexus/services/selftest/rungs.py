@@ -78,6 +78,21 @@ from nexus.services.selftest.metric_rungs import (
 from nexus.services.selftest.metric_rungs import invalid_args as metric_invalid_args
 from nexus.services.selftest.metric_rungs import over_limit as metric_over_limit
 from nexus.services.selftest.metric_rungs import rate_limited as metric_rate_limited
+from nexus.services.selftest.ota_rungs import (
+    bootctl_persist,
+    flipped_set,
+    history_read,
+    ota_health,
+    ota_rollback,
+    ota_stage,
+    ota_switch,
+    rollback_reason,
+    routing_updated,
+    running_set,
+    switch_to_bad,
+    switch_to_good,
+    untrusted_refused,
+)
 from nexus.services.selftest.policy_rungs import (
     mmio_policy_deny,
     policy_allow,
@@ -106,9 +121,11 @@ from nexus.services.selftest.watch_rungs import sandbox_escape, watchdog_restart
 
 RUNGS: Final = (
     Rung(35, opening_read, stated=True),
+    Rung(36, history_read, stated=True),
     Rung(37, program_table, stated=True),
     Rung(52, routing_keystored),
     Rung(53, routing_policyd),
+    Rung(54, routing_updated),
     Rung(55, routing_execd),
     Rung(56, routing),
     Rung(57, payload_roundtrip),
@@ -186,6 +203,16 @@ RUNGS: Final = (
     Rung(128, retention),
     Rung(129, last_words),
     Rung(130, export_scrape),
+    Rung(132, flipped_set, stated=True, boot=2),
+    Rung(131, ota_stage),
+    Rung(132, untrusted_refused),
+    Rung(133, ota_switch),
+    Rung(134, running_set),
+    Rung(135, ota_health),
+    Rung(136, switch_to_bad, stated=True, boot=3),
+    Rung(136, ota_rollback),
+    Rung(137, rollback_reason),
+    Rung(138, bootctl_persist),
     Rung(139, mmio_policy_deny),
     Rung(140, mmio_map),
     Rung(141, cap_query_mmio),
@@ -193,4 +220,5 @@ RUNGS: Final = (
     Rung(143, no_resource_left_behind, always=True),
     Rung(144, end),
     Rung(105, before_the_power_cut, stated=True, boot=1),
+    Rung(133, switch_to_good, stated=True, boot=2),
 )
