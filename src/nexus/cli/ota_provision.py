@@ -86,15 +86,12 @@ def provision(
         )
         return
     say(f"{folder}: {first.system.name} boots set {first.target.name} from slot a")
-    say(f"it trusts the root {anchor.digest.hex()[:12]}, and what that root's keys will sign")
+    trusted = Anchor(first.state.root).digest.hex()[:12]
+    say(f"it trusts the root {trusted}, and what that root's keys will sign")
 
 
 def write_device(folder: Path, first: First, *, again: bool) -> BootRecord:
     """Write slot a, anchor and record of the device whose state is in `folder`."""
-    hardware = _hardware(first.system)
-    made = Bus(tuple(hardware.values()), folder)
-    with telling(f"cannot make the images in {folder}"):
-        _ = made.make_images()
     info = SlotInfo(
         version=first.target.version,
         name=first.target.name,
@@ -102,6 +99,10 @@ def write_device(folder: Path, first: First, *, again: bool) -> BootRecord:
         size=first.target.length,
         floor=first.target.floor,
     )
+    hardware = _hardware(first.system)
+    _check_declared(hardware, info)
+    with telling(f"cannot make the images in {folder}"):
+        _ = Bus(tuple(hardware.values()), folder).make_images()
     wall = int(datetime.now(tz=UTC).timestamp()) * 1_000_000_000
     try:
         with ExitStack() as stack:
@@ -109,7 +110,7 @@ def write_device(folder: Path, first: First, *, again: bool) -> BootRecord:
                 name: stack.enter_context(opened(_path(folder, each), writable=True))
                 for name, each in hardware.items()
             }
-            _check_sizes(devices, hardware, info)
+            _check_sizes(devices, hardware)
             control = BlockBoot(devices[BOOT])
             if not again:
                 _check_new(control)
@@ -134,18 +135,19 @@ def _check_new(control: BlockBoot) -> None:
     )
 
 
-def _check_sizes(
-    devices: Mapping[str, FileBlock], hardware: Mapping[str, Hardware], info: SlotInfo
-) -> None:
-    for name, each in hardware.items():
-        if devices[name].block_count * BLOCK_SIZE < each.size:
-            raise CommandFailed(f"the device {name} is smaller than the system file says")
+def _check_declared(hardware: Mapping[str, Hardware], info: SlotInfo) -> None:
     if info.size > hardware[SLOT_A].size:
         raise CommandFailed(
             f"the set has {info.size} bytes, and a slot has {hardware[SLOT_A].size}"
         )
     if hardware[SLOT_A].size != hardware[SLOT_B].size:
         raise CommandFailed("the two slots are of different size: what fits one has to fit both")
+
+
+def _check_sizes(devices: Mapping[str, FileBlock], hardware: Mapping[str, Hardware]) -> None:
+    for name, each in hardware.items():
+        if devices[name].block_count * BLOCK_SIZE < each.size:
+            raise CommandFailed(f"the device {name} is smaller than the system file says")
 
 
 def _hardware(system: System) -> dict[str, Hardware]:

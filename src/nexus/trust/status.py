@@ -28,6 +28,6 @@ class Untrusted(Exception):
     """This metadata is refused; `detail` is one sentence for people and holds no bytes of keys."""
 
     def __init__(self, status: TrustStatus, detail: str) -> None:
-        super().__init__(f"{status.name}: {detail}")
+        super().__init__(f"{status.name.replace('_', ' ').lower()}: {detail}")
         self.status = status
         self.detail = detail
