@@ -12,6 +12,7 @@ from nexus.bootctl.provision import provision
 from nexus.drivers import finished
 from nexus.kernel.sim.disk import Disk
 from nexus.protocols.updated import Begun, Committed, Staged, Switched, Taken, UpdatedStatus
+from nexus.services.updated.config import DISTRIBUTIONS, PYTHON
 from nexus.services.updated.engine import Engine, Rules
 from nexus.services.updated.faults import Declined
 from nexus.services.updated.kept import Asker, Damaged
@@ -33,8 +34,7 @@ BOOT_BLOCKS: Final = 128
 SLOT_BLOCKS: Final = 2048  # 1 MiB
 ISSUED: Final = 1_700_000_000  # s since 1970
 LASTS: Final = 86_400 * 365
-PYTHON: Final = "3.11"
-BASE: Final[Mapping[str, str]] = {"msgspec": "0.19.0"}
+BASE: Final[Mapping[str, str]] = {"msgspec": DISTRIBUTIONS["msgspec"]}
 RULES: Final = Rules(release=True, python=PYTHON, distributions=BASE)
 ASKER: Final = Asker(subject=7, name="operator", trace=bytes(range(16)), at=5, wall=1000)
 AREA: Final = "/state/app/"

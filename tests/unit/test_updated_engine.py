@@ -16,6 +16,7 @@ from nexus.protocols.updated import (
     Slot,
     UpdatedStatus,
 )
+from nexus.services.updated.config import PYTHON
 from nexus.services.updated.engine import SYNC_SIZE
 from nexus.services.updated.faults import OF_TRUST, Declined
 from nexus.services.updated.kept import HISTORY, TRANSFER, TRUST
@@ -329,7 +330,7 @@ def test_a_set_is_what_it_was_signed_as(device: Device, signed_as: tuple[int, st
 
 @pytest.mark.parametrize(
     ("python", "base"),
-    [("3.99", {}), ("3.11", {"msgspec": "9.9"}), ("3.11", {"left-pad": "1.0"})],
+    [("3.99", {}), (PYTHON, {"msgspec": "9.9"}), (PYTHON, {"left-pad": "1.0"})],
 )
 def test_a_set_that_needs_another_base_system_is_refused(
     device: Device, python: str, base: dict[str, str]

@@ -8,6 +8,7 @@ request: pieces as their sum. Nothing secret goes through it. Decision: docs/adr
 """
 
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any, Final, TypeAlias, assert_never
 
 from nexus.abi import INIT_NAME, Clock, ClockMap, Nanos, Now, ServiceId, service_id
@@ -136,6 +137,9 @@ class Updated:
             distributions=DISTRIBUTIONS,
         )
         self._engine = Engine(boot, slots, self._memory, rules)
+        self._memory.until = await self._context.after(START_MAX)
+        with suppress(Declined):  # the planned link is there also if there is no record to open
+            _ = await self._memory.connect()
         self._is_begun = True
         await self._settle(START_MAX)
 
