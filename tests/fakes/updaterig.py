@@ -161,6 +161,7 @@ class UpdateMachine:
     disks: dict[str, Disk] = field(default_factory=dict)
     memory: bytes = b""
     ended: Ended | None = None
+    was_cut: bool = False  # the latest boot ended without a word
     chosen: Chosen | None = None
     kernels: list[SimKernel] = field(default_factory=list)
 
@@ -244,6 +245,7 @@ class UpdateMachine:
         if kernel.power.off:
             self.disks = {name: disk.survivors(()) for name, disk in self.disks.items()}
         self.memory = kernel.boot_memory or b""
+        self.was_cut = ended is None
         if ended is None:
             self.ended = Ended()
         else:
