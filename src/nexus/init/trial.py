@@ -104,9 +104,7 @@ class Trial:
 
     def _settled_time(self) -> Nanos | None:
         """When everybody has been well for long enough; None while somebody is not."""
-        latest = self._init.ready_at
-        if latest is None:
-            return None
+        latest = self._init.boot.now
         for record in self._awaited():
             if not self._is_well(record):
                 return None

@@ -162,11 +162,11 @@ class Device:
 
     async def state(self, service: str) -> ServiceRecord:
         """What init knows of a service."""
-        return await self._of_init(GetService(service))
+        return await self.init(GetService(service))
 
     async def system(self) -> SystemInfo:
         """What init knows of the system."""
-        return await self._of_init(GetSystem())
+        return await self.init(GetSystem())
 
     async def logs(self, key: str = "", value: str = "", *, boots_back: int = 0) -> list[Record]:
         """The journal, or what of it has that field; of an earlier boot what is left of it.
@@ -197,11 +197,11 @@ class Device:
 
     async def kill(self, service: str) -> Restarting:
         """End an instance, as SIGKILL does; init does what the system file says."""
-        return await self._of_init(Restart(service))
+        return await self.init(Restart(service))
 
     def freeze(self, service: str, span: str) -> None:
         """Stop a service for a while, as SIGSTOP and SIGCONT do."""
-        until = Nanos(self.kernel.now + _span(span))
+        until = Nanos(self.kernel.now + span_of(span))
         assert self.kernel.freeze(service, until), f"{service} is not running"
 
     async def cut_power(self) -> NoReturn:
@@ -216,14 +216,15 @@ class Device:
 
     # ------------------------------------------------------------------ inside
 
-    async def _of_init(self, request: Request[ReplyT]) -> ReplyT:
+    async def init(self, request: Request[ReplyT]) -> ReplyT:
+        """The reply of init, within the rights of the tester. Raises CallFailed."""
         outcome = await self._control.call(request, await self._after(CALL_MAX))
         if isinstance(outcome, Refused | CallFailure):
             raise CallFailed("init-lite", request, outcome)
         return outcome
 
     async def _after(self, span: str) -> Nanos:
-        return Nanos(await Now() + _span(span))
+        return Nanos(await Now() + span_of(span))
 
 
 def simulate(
@@ -246,7 +247,7 @@ def simulate(
     with the last console lines when the system ends before the scenario does.
     """
     plan = plan_with_tester(load(system), rights)
-    test = _Test(plan, scenario)
+    test = Inside(plan, scenario)
     kernel = SimKernel(
         {**programs_of(plan), plan.by_name[TESTER].program: test.program},
         seed=seed,
@@ -260,7 +261,7 @@ def simulate(
         wall_start=WALL_START if after is None else after.wall,
     )
     test.kernel = kernel
-    until = Nanos(kernel.now + _span(within))
+    until = Nanos(kernel.now + span_of(within))
     try:
         ended = kernel.run(init_program(plan, plan.smp), plan.digest.encode(), until=until)
     except PowerCut as cut:
@@ -310,7 +311,7 @@ class Tester:
         raise call.refuse(ReplyStatus.DENIED)
 
 
-class _Test:
+class Inside:
     """One run: the tester's program, what it raised, what the console said."""
 
     def __init__(self, plan: Plan, scenario: Scenario) -> None:
@@ -405,6 +406,6 @@ def _protocols_by_service(plan: Plan) -> dict[str, Protocol]:
     }
 
 
-def _span(text: str) -> int:
+def span_of(text: str) -> int:
     """Nanoseconds in "250ms". Raises WrongValue with a sentence for anything else."""
     return int(_DURATION.read(text, ()))
