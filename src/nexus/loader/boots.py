@@ -134,16 +134,12 @@ def tail_of(console: Path, boots: int, service: str = "") -> str:
     except OSError:
         return ""
     head = f"{TELLER} [{BOOTING}] "
-    own: list[str] | None = None
-    for line in lines:
-        _, found, text = line.partition(head)
-        if found:
-            own = [] if text.startswith(f"boot {boots}:") else None
-        elif own is not None:
-            own.append(line)
-    if own is None and not any(head in line for line in lines):
-        own = lines[1:]  # a boot that wrote more than is looked through
-    return last_words((_console_line(line) for line in own or ()), service)
+    heads = [at for at, line in enumerate(lines) if head in line]
+    own: list[str] = [] if heads else lines[1:]  # a boot that wrote more than is looked through
+    for at, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+        if f"{head}boot {boots}:" in lines[at]:
+            own = lines[at + 1 : end]
+    return last_words((_console_line(line) for line in own), service)
 
 
 def _console_line(line: str) -> ConsoleLine:

@@ -244,12 +244,12 @@ def _compile_and_end(new: Path, path: Path, modules: list[str]) -> None:
 def _names(path: Path) -> list[str]:
     """Every file below a folder, by its path in it. Raises OSError for what is no file."""
     names = []
-    for folder, _, files in os.walk(path, onerror=_refuse):
+    for folder, folders, files in os.walk(path, onerror=_refuse):
         below = Path(folder).relative_to(path)
-        for file in files:
-            if Path(folder, file).is_symlink():
-                raise OSError(f"{file} is a link")
-            names.append((below / file).as_posix())
+        for name in (*folders, *files):
+            if Path(folder, name).is_symlink():
+                raise OSError(f"{name} is a link")
+        names += [(below / file).as_posix() for file in files]
     return names
 
 
