@@ -136,7 +136,7 @@ def tail_of(console: Path, boots: int, service: str = "") -> str:
     head = f"{TELLER} [{BOOTING}] "
     heads = [at for at, line in enumerate(lines) if head in line]
     own: list[str] = [] if heads else lines[1:]  # a boot that wrote more than is looked through
-    for at, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+    for at, end in zip(heads, [*heads[1:], len(lines)], strict=False):
         if f"{head}boot {boots}:" in lines[at]:
             own = lines[at + 1 : end]
     return last_words((_console_line(line) for line in own), service)
