@@ -47,6 +47,7 @@ from nexus.bootctl import (
     switch,
 )
 from nexus.drivers import BlockDevice, DeviceFault
+from nexus.drivers.crc import extend
 from nexus.protocols.updated import (
     DIGEST_SIZE,
     PIECE_UNIT,
@@ -77,7 +78,7 @@ from nexus.services.updated.kept import (
 )
 from nexus.services.updated.source import SlotSource
 from nexus.services.updated.verification import Verification, wrong_digest
-from nexus.sets import SET_SIZE_MAX, Manifest, SetRefused, read_manifest
+from nexus.sets import SET_SIZE_MAX, Known, Manifest, SetRefused, read_manifest
 from nexus.trust import Anchor, TrustState, Untrusted, decode_metadata
 from nexus.trust.verify import resume, verify_metadata
 
@@ -130,6 +131,7 @@ class Engine:
         self._phase = Phase.IDLE
         self._offset = 0  # bytes of the transfer that are in the slot, durable or not
         self._hash = sha256()  # of the first `_hashed` bytes, as they came
+        self._crc = 0  # CRC-32C of them
         self._hashed = 0
         self._check: Verification | None = None
         self._refused: Declined | None = None
@@ -341,6 +343,7 @@ class Engine:
             raise device_failed("the slot cannot be written", fault) from fault
         if self._hashed == offset:
             self._hash.update(data)
+            self._crc = extend(self._crc, bytes(data))
             self._hashed += size
         self._offset += size
         if self._offset - transfer.durable >= SYNC_SIZE:
@@ -384,13 +387,15 @@ class Engine:
                 UpdatedStatus.INCOMPLETE, f"{self._offset} of {transfer.size} bytes have come"
             )
         await self.sync()
-        hashed = self._hashed == transfer.size
-        if hashed and self._hash.digest() != transfer.digest:
-            declined = wrong_digest(self._hash.digest(), transfer.digest)
-            await self._refuse(declined, asker)
-            raise declined
+        known = None
+        if self._hashed == transfer.size:
+            known = Known(sha256=self._hash.digest(), crc=self._crc)
+            if known.sha256 != transfer.digest:
+                declined = wrong_digest(known.sha256, transfer.digest)
+                await self._refuse(declined, asker)
+                raise declined
         source = SlotSource(self._slots[NAMES[transfer.slot]], transfer.size)
-        self._check = Verification(source, transfer, hashed=hashed)
+        self._check = Verification(source, transfer, known=known)
         self._phase = Phase.VERIFYING
         return None
 
@@ -474,6 +479,7 @@ class Engine:
         self._phase = Phase.IDLE
         self._offset = 0
         self._hash = sha256()
+        self._crc = 0
         self._hashed = 0
         self._check = None
         self._refused = None
