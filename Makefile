@@ -92,8 +92,10 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/python -m fuzz.images --images 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m fuzz.memory --turns 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m fuzz.sets --sets 20000 >> docs/reference/fuzz.txt
+	@$(BIN)/python -m fuzz.trust --updates 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m fuzz.boots --devices 20000 >> docs/reference/fuzz.txt
 	@$(BIN)/python -m nexus.proof.powercut --report docs/reference/powercut.md
+	@$(BIN)/python -m nexus.proof.powercut_ota --report docs/reference/powercut-ota.md
 	@$(BIN)/python -m nexus.proof.longrun > docs/reference/longrun.txt
 	@$(BIN)/python -m tools.aarch64 > .venv/aarch64.txt && \
 	    mv .venv/aarch64.txt docs/reference/aarch64.txt

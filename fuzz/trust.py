@@ -23,6 +23,7 @@ from securesystemslib.formats import encode_canonical
 from fuzz.decoders import mutate as mutate_bytes
 from nexus.drivers import finished
 from nexus.trust import Anchor, Target, TrustState, TrustStatus, Untrusted, encode_update
+from nexus.trust.metadata import DEVELOPMENT, ISSUED, SET_FLOOR, SET_VERSION
 from nexus.trust.sign import (
     ROLES,
     RoleKeys,
@@ -47,6 +48,7 @@ VALUES: Final[tuple[Any, ...]] = (
     0, 1, 2, -1, 1 << 62, 1 << 64, 10**30, 1.5, True, None, "", "x", "a" * 64, "0" * 128, "\x00",
     "\ud800", "ä", [], [[]], {}, {"x": {}}, "2020-01-01T00:00:00Z", "9999-12-31T23:59:59Z",
     "0001-01-01T00:00:00Z", "2020-13-01T00:00:00Z", "1.0", "2.0.0", "ed25519", "rsa", ["x", "x"],
+    "2020-09-17T00:00:00Z",
 )  # fmt: skip
 """What a value in metadata is replaced with."""
 
@@ -213,25 +215,64 @@ class Scenario:
 
     def __init__(self) -> None:
         self.publisher = Publisher(roots=(2, 3))
+        self.older = self.publisher.release(2)
         first = self.publisher.release(3)
         self.state, _ = verify_metadata(self.publisher.new_state(2), first, release=True)
         _ = self.publisher.rotate("root", 2, 3)
-        _ = self.publisher.rotate("timestamp")
+        _ = self.publisher.rotate("targets")
         self.files = self.publisher.release(4)
-        self.updates = [encode_update(first) + b"set", encode_update(self.files) + b"set"]
+        self.updates = [encode_update(files) + b"set" for files in (first, self.files, self.older)]
 
     def mutated(self, rng: random.Random) -> bytes:
         """An update that somebody may bring."""
         if rng.randrange(4) == 0:
             return mutate_bytes(rng, self.updates)
         name = rng.choice([root_name(2), root_name(3), TARGETS, SNAPSHOT, TIMESTAMP])
-        files = self.publisher.changed(self.files, name, lambda signed: _tweak(rng, signed))
-        if rng.randrange(4) == 0:
-            files[name] = mutate_bytes(rng, [files[name]])
+        change = _tweak if rng.randrange(4) else _attack
+        files = self.publisher.changed(self.files, name, lambda signed: change(rng, signed))
+        match rng.randrange(8):
+            case 0 | 1:
+                files[name] = mutate_bytes(rng, [files[name]])
+            case 2:
+                document = json.loads(files[name])
+                document["signatures"] = _resigned(rng, document["signatures"])
+                files[name] = json.dumps(document).encode()
+            case 3:
+                files |= rng.choice((self.older, {name: self.older.get(name, b"")}))
+            case _:
+                pass
         try:
             return encode_update(files) + b"set"
         except Untrusted:
             return self.updates[0]
+
+
+def _attack(rng: random.Random, signed: Any) -> None:
+    """What a thief of keys would change."""
+    match rng.randrange(4):
+        case 0:
+            signed["version"] = 1
+        case 1:
+            signed |= {"expires": "2020-09-14T00:00:00Z", ISSUED: T0}
+        case 2:
+            signed[DEVELOPMENT] = True
+        case _:
+            for file in signed.get("targets", {}).values():
+                file["custom"] |= {SET_VERSION: rng.choice((1, 2, 1 << 62)), SET_FLOOR: 1}
+
+
+def _resigned(rng: random.Random, signatures: list[Any]) -> list[Any]:
+    """Fewer signatures, more of them, or one of them twice."""
+    match rng.randrange(4):
+        case 0:
+            return rng.sample(signatures, rng.randrange(len(signatures)))
+        case 1:
+            return signatures * 2
+        case 2:
+            more = [{**signatures[0], "keyid": f"{number:064x}"} for number in range(20)]
+            return signatures + more[: rng.randrange(21)]
+        case _:
+            return [{**each, "sig": each["sig"][::-1]} for each in signatures]
 
 
 def _tweak(rng: random.Random, signed: Any) -> None:
@@ -249,9 +290,12 @@ def _tweak(rng: random.Random, signed: Any) -> None:
             case 0:
                 del at[key]
             case 1 if isinstance(at, dict):
-                at[rng.choice(("x", "delegations", "unrecognized", "meta"))] = rng.choice(VALUES)
+                at[rng.choice(("x", "delegations", DEVELOPMENT, "meta"))] = rng.choice(VALUES)
             case 2 if isinstance(at[key], int):
-                at[key] += rng.choice((-1, 1))
+                at[key] += rng.choice((-DAY * 10, -1, 1, DAY * 10))
+            case 3 if isinstance(at, dict):
+                for number in range(rng.choice((1, 40))):
+                    at[f"{number:064x}"] = at[key]
             case _:
                 at[key] = rng.choice(VALUES)
         return

@@ -147,8 +147,9 @@ def test_a_section_has_one_form() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "x", "root.json", "01.root.json", "0.root.json", "-1.root.json", "1.root.JSON", "².root.json",
-     "../1.root.json", "1/root.json", f"{10**19}.root.json", "1.targets.json", "mirrors.json"],
+    ["", "x", "root.json", "01.root.json", "0.root.json", "-1.root.json", "1.root.JSON",
+     "².root.json", "../1.root.json", "1/root.json", f"{10**19}.root.json", "1.targets.json",
+     "mirrors.json"],
 )  # fmt: skip
 def test_a_file_of_another_name_is_refused(name: str) -> None:
     assert section_refused(encode_metadata({**FILES, name: b""})) is TrustStatus.MALFORMED

@@ -35,7 +35,8 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustState:
-    """What has been seen so far. Every number only grows (test_what_was_seen_only_grows).
+    """What has been seen so far. Every number only grows (test_what_was_seen_only_grows); only a
+    root that takes keys away takes the versions along that those keys have signed.
 
     `timestamp_digest` tells a release that is tried again from another one of the same number.
     `time_floor` is s since 1970: the latest moment that somebody we trust has signed, and never
