@@ -571,16 +571,23 @@ def safe_leave(name: Name = None, json: Json = False) -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def powercut(context: typer.Context) -> None:
-    """Cut the power at every write of statefsd's engine (`nexus sim powercut state --help`)."""
+    """Cut the power at every write: `nexus sim powercut state` of statefsd's engine, `nexus sim
+    powercut ota` of an update (`--help` of each tells more)."""
     from nexus.cli.errors import UsageError
 
     subject, *arguments = context.args or [""]
     if subject in ("-h", "--help"):
-        arguments = ["--help"]
-    elif subject != "state":
-        raise UsageError("say whose power is cut: `nexus sim powercut state`")
+        subject, arguments = "state", ["--help"]
+    elif subject not in ("state", "ota"):
+        raise UsageError(
+            "say whose power is cut: `nexus sim powercut state` or `nexus sim powercut ota`"
+        )
     from nexus.cli.output import answering
-    from nexus.proof.powercut import main as act
+
+    if subject == "ota":
+        from nexus.proof.powercut_ota import main as act
+    else:
+        from nexus.proof.powercut import main as act
 
     try:
         with answering():
