@@ -353,6 +353,7 @@ def test_who_asks_for_the_end_of_a_verification_gets_it_and_others_are_served_me
     assert machine.boot(script).result == [True, "VERIFYING", True, "Staged"]
 
 
+@pytest.mark.covers("updated.ABANDONED")
 def test_another_transfer_ends_the_verification_of_one(machine: UpdateMachine) -> None:
     made = machine.maker.update(11, size=900_000)
     other = machine.maker.update(12)
@@ -518,6 +519,7 @@ def test_keys_for_development_are_taken_only_where_the_system_file_says_so(
     assert machine.boot(script).result == "Staged"
 
 
+@pytest.mark.covers("updated.BAD_BULK")
 def test_a_vmo_that_is_no_such_piece_is_refused(machine: UpdateMachine) -> None:
     made = machine.maker.update(11)
 
@@ -591,6 +593,26 @@ def test_a_full_statefs_has_room_for_what_updated_keeps_and_none_for_a_copy(
 
     assert machine.boot(script).result == [True, "Staged", "Staged", "NO_SNAPSHOT"]
     assert machine.record().trying is None
+
+
+@pytest.mark.covers("updated.NO_SPACE")
+def test_without_room_in_statefs_for_what_it_keeps_nothing_is_begun(
+    machine: UpdateMachine,
+) -> None:
+    machine.text = (
+        SYSTEM
+        + """
+[service.statefsd.settings]
+quotas = "keystore 1MiB 4096, boot 512 4"
+"""
+    )
+    made = machine.maker.update(11)
+
+    async def script(hands: Hands) -> Any:
+        return [await begin(hands, made), await told(hands)]
+
+    assert machine.boot(script).result == ["NO_SPACE", [Slot.A, Slot.NONE, Slot.A]]
+    assert machine.record().slot(B).state is SlotState.EMPTY
 
 
 def test_a_device_that_was_never_provisioned_says_so_and_takes_nothing(

@@ -1,7 +1,6 @@
 """updated's engine over simulated disks: what is staged, tried, kept and left, and what is not."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -18,14 +17,11 @@ from nexus.protocols.updated import (
 )
 from nexus.services.updated.config import PYTHON
 from nexus.services.updated.engine import SYNC_SIZE
-from nexus.services.updated.faults import OF_TRUST, Declined
+from nexus.services.updated.faults import Declined
 from nexus.services.updated.kept import HISTORY, TRANSFER, TRUST
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
-from nexus.trust import TrustStatus, decode_state, encode_metadata
-from nexus.trust.sign import newest
-from nexus.trust.update import TARGETS
 from tests.fakes.diskdevice import DiskDevice
-from tests.fakes.updates import AREA, ASKER, LASTS, Device, Made, Maker, set_file
+from tests.fakes.updates import AREA, ASKER, Device, Made, Maker, set_file
 
 A, B = SlotName.A, SlotName.B
 
@@ -340,65 +336,6 @@ def test_a_set_that_needs_another_base_system_is_refused(
     assert refused(device, made) is UpdatedStatus.WRONG_BASE
 
 
-def metadata_of(device: Device, attack: TrustStatus) -> bytes:
-    """Metadata of an update that is not to be trusted, in this way."""
-    maker = device.maker
-    old = dict(maker.files)
-    good = maker.update(11)
-    match attack:
-        case TrustStatus.MALFORMED:
-            return b"\x80"
-        case TrustStatus.WRONG_KEY:
-            return Maker(seed=2).update(11).metadata
-        case TrustStatus.BAD_SIGNATURE:
-            targets = maker.files[TARGETS].replace(b'"length":3', b'"length":4')
-            return encode_metadata({**newest(maker.files), TARGETS: targets})
-        case TrustStatus.MIXED:
-            return encode_metadata({**newest(maker.files), TARGETS: old[TARGETS]})
-        case TrustStatus.REPLAYED:
-            _ = device.begin(good)
-            return encode_metadata(newest(old))
-        case TrustStatus.BELOW_FLOOR:
-            device.update(maker.update(12, schemas={AREA: 1}, floor=12))
-            return maker.update(11).metadata
-        case TrustStatus.EXPIRED:
-            _ = device.begin(good)
-            kept = decode_state(device.memory.values[TRUST])
-            later = replace(kept, time_floor=maker.issued + 2 * LASTS)
-            device.memory.values[TRUST] = later.encode()
-            _ = device.start()
-            return maker.update(12).metadata
-        case _:
-            raise AssertionError(attack)
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        TrustStatus.MALFORMED,
-        TrustStatus.WRONG_KEY,
-        TrustStatus.BAD_SIGNATURE,
-        TrustStatus.MIXED,
-        TrustStatus.REPLAYED,
-        TrustStatus.BELOW_FLOOR,
-        TrustStatus.EXPIRED,
-    ],
-)
-def test_each_kind_of_untrusted_metadata_has_its_status_and_changes_nothing(
-    device: Device, attack: TrustStatus
-) -> None:
-    section = metadata_of(device, attack)
-    trust, record = device.memory.values.get(TRUST), stored(device)
-
-    status = declined(lambda: finished(device.engine.begin(section, ASKER)))
-
-    assert status is OF_TRUST[attack]
-    assert device.memory.values.get(TRUST) == trust
-    assert stored(device) == record
-    event = device.engine.history.page(0, 1)[0][0]
-    assert (event.kind, event.status) == (EventKind.REFUSED, status)
-
-
 def test_what_trusted_metadata_was_seen_is_kept_before_the_update_is_taken(device: Device) -> None:
     old = device.maker.update(11)
     new = device.maker.update(12)
@@ -528,15 +465,20 @@ def test_on_trial_neither_slot_can_be_written_or_switched_to(device: Device) -> 
 def test_only_the_set_on_trial_is_committed(device: Device) -> None:
     made = device.maker.update(11)
     _ = device.stage(made)
-    wrong = UpdatedStatus.NOT_ON_TRIAL
 
-    assert declined(lambda: finished(device.engine.commit(B, made.digest, 1, ASKER))) is wrong
+    assert declined(lambda: finished(device.engine.commit(B, made.digest, 1, ASKER))) is (
+        UpdatedStatus.NOT_ON_TRIAL
+    )
     _ = device.switch(made)
-    assert declined(lambda: finished(device.engine.commit(B, made.digest, 1, ASKER))) is wrong
+    assert declined(lambda: finished(device.engine.commit(B, made.digest, 1, ASKER))) is (
+        UpdatedStatus.NOT_ON_TRIAL
+    )
     _ = device.boot()
-    assert declined(lambda: finished(device.engine.commit(B, bytes(32), 1, ASKER))) is wrong
-    assert (
-        declined(lambda: finished(device.engine.commit(A, device.first.digest, 1, ASKER))) is wrong
+    assert declined(lambda: finished(device.engine.commit(B, bytes(32), 1, ASKER))) is (
+        UpdatedStatus.NOT_ON_TRIAL
+    )
+    assert declined(lambda: finished(device.engine.commit(A, device.first.digest, 1, ASKER))) is (
+        UpdatedStatus.NOT_ON_TRIAL
     )
     assert stored(device).active is A
 
