@@ -137,8 +137,8 @@ class Publisher:
     def changed(
         self, files: Mapping[str, bytes], name: str, change: Callable[[Any], object]
     ) -> dict[str, bytes]:
-        """One signed part changed and signed again by the keys of its role (a root by those of every
-        root there was), and whatever names the file made to name the new one."""
+        """One signed part changed and signed again by the keys of its role (a root by those of all
+        roots there were), and whatever names the file made to name the new one."""
         found = {**files, name: self._signed(files[name], change)}
         if name == TARGETS:
             found[SNAPSHOT] = self._signed(found[SNAPSHOT], _names(TARGETS, found[TARGETS]))

@@ -39,6 +39,7 @@ from nexus.trust.state import Target
 from nexus.trust.update import SNAPSHOT, TARGETS, TIMESTAMP, check_files, root_name, root_version
 from nexus.trust.verify import SET_SUFFIX
 
+SPECIFICATION: Final = "1.0.31"  # of TUF; written down, or a new library would change our bytes
 SEED_SIZE: Final = 32  # bytes: RFC 8032, 5.1.5
 _SEALED: Final = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"  # RFC 7468, 11
 ROLES: Final = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
@@ -98,7 +99,12 @@ def first_root(
     roles: Mapping[str, RoleKeys], signers: Sequence[Signer], term: Term, *, development: bool
 ) -> dict[str, bytes]:
     """A repository with a first root and nothing released."""
-    root = Root(version=1, expires=_moment(term.expires), consistent_snapshot=False)
+    root = Root(
+        version=1,
+        spec_version=SPECIFICATION,
+        expires=_moment(term.expires),
+        consistent_snapshot=False,
+    )
     if development:
         root.unrecognized_fields[DEVELOPMENT] = True
     _give_keys(root, roles)
@@ -124,6 +130,7 @@ def next_root(
     _check_moment(files, term)
     root = Root(
         version=last.version + 1,
+        spec_version=SPECIFICATION,
         expires=_moment(term.expires),
         consistent_snapshot=False,
         unrecognized_fields=dict(last.unrecognized_fields),
@@ -185,16 +192,20 @@ def release(
         f"{target.name}{SET_SUFFIX}",
         {"custom": {SET_VERSION: target.version, SET_FLOOR: target.floor}},
     )
-    targets = Targets(_next(files, Targets, TARGETS), expires=until, targets={file.path: file})
+    targets = Targets(
+        _next(files, Targets, TARGETS), SPECIFICATION, expires=until, targets={file.path: file}
+    )
     targets_data = _by_role(root, targets, signers, term)
     snapshot = Snapshot(
         _next(files, Snapshot, SNAPSHOT),
+        SPECIFICATION,
         expires=until,
         meta={TARGETS: _named(targets.version, targets_data)},
     )
     snapshot_data = _by_role(root, snapshot, signers, term)
     timestamp = Timestamp(
         _next(files, Timestamp, TIMESTAMP),
+        SPECIFICATION,
         expires=until,
         snapshot_meta=_named(snapshot.version, snapshot_data),
     )
