@@ -17,6 +17,7 @@ nobody refers to any more. Staging and switching are refused unless the running 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
@@ -185,6 +186,8 @@ class Engine:
             await self._restore(asker)
         await self._memory.keep_only(self.record.snapshot)
         await self._take_up(transfer)
+        with suppress(Declined, Untrusted):  # who begins is told; all the rest goes without
+            _ = await self._known_trust()
         self._opened = True
 
     async def _load(self) -> BootRecord:
@@ -337,13 +340,14 @@ class Engine:
                 UpdatedStatus.OUT_OF_ORDER, f"a piece of {size} bytes is no whole blocks"
             )
         device = self._slots[NAMES[transfer.slot]]
+        piece = bytes(data)  # a write from pages that are not there yet goes by the page, twice
         try:
-            await _write(device, offset // BLOCK_SIZE, data)
+            await _write(device, offset // BLOCK_SIZE, piece)
         except DeviceFault as fault:
             raise device_failed("the slot cannot be written", fault) from fault
         if self._hashed == offset:
-            self._hash.update(data)
-            self._crc = extend(self._crc, bytes(data))
+            self._hash.update(piece)
+            self._crc = extend(self._crc, piece)
             self._hashed += size
         self._offset += size
         if self._offset - transfer.durable >= SYNC_SIZE:

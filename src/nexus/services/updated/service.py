@@ -4,7 +4,7 @@ Owns the boot-control record while the system runs, both slots, and /state/boot/
 trusts the anchor on the boot device, init's word that a trial is healthy, and policyd about who may
 what; the bytes that come it trusts in nothing. The slot that runs is never written, and nothing is
 staged or switched to while that one is not proven good. What it does is in the audit, request by
-request: pieces as their sum. Nothing secret goes through it. Decision: docs/adr/0023.
+request: pieces as their sum. Nothing secret goes through it. Decision: docs/adr/0024.
 """
 
 from collections.abc import Awaitable
@@ -161,6 +161,8 @@ class Updated:
             "statefsd_generation": self._memory.generation,
             "slot": self._engine.running,
             "sequence": record.sequence,
+            "trying": "" if record.trying is None else record.trying,
+            "tries_left": record.slot(self._engine.running).tries_left,
             "events": self._engine.history.last,
         }
 
