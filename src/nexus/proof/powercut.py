@@ -803,7 +803,7 @@ def _without_copy(content: Content) -> Content:
 
 
 def _recovered(disk: Disk, way: Way) -> str | None:
-    """What is wrong with a store that was opened and brought back, as statefsd does at its start."""
+    """What is wrong with a store that was opened and brought back, as statefsd begins."""
     try:
         store = finished(Store.open(DiskDevice(disk), LIMITS))
         head = finished(resume(store, way.number))

@@ -8,6 +8,7 @@ from nexus.proof.plants_init import SABOTEURS as INIT
 from nexus.proof.plants_kernel import SABOTEURS as KERNEL
 from nexus.proof.plants_keys import SABOTEURS as KEYS
 from nexus.proof.plants_observe import SABOTEURS as OBSERVE
+from nexus.proof.plants_ota import SABOTEURS as OTA
 from nexus.proof.plants_policy import SABOTEURS as POLICY
 from nexus.proof.plants_selftest import SABOTEURS as SELFTEST
 from nexus.proof.plants_state import SABOTEURS as STATE
@@ -26,6 +27,7 @@ SABOTEURS: Final[tuple[Saboteur, ...]] = (
     *KEYS,
     *OBSERVE,
     *EXEC,
+    *OTA,
 )
 
 

@@ -25,6 +25,7 @@ from nexus.services.selftest.stick import (
     BAD,
     GOOD,
     INDEX_BLOCKS,
+    LOW,
     STICK,
     Index,
     Update,
@@ -159,16 +160,17 @@ class Keys:
 def _write_stick(
     device: BlockDevice, keys: Keys, contents: Mapping[str, bytes], made: Mapping[str, Made]
 ) -> None:
-    good = keys.released(keys.files, made[GOOD])
-    bad = keys.released(good, made[BAD])
     low = Made(version=LOW_VERSION, name="0.8.0", digest=made[BAD].digest, size=made[BAD].size)
+    lowest = keys.released(keys.files, low)  # older than the good one, and refused for its version
+    good = keys.released(lowest, made[GOOD])
+    bad = keys.released(good, made[BAD])
     strangers = Keys("of somebody else")
     foreign = strangers.released(strangers.files, made[BAD])
     at = bad[TARGETS].index(SIGNATURE) + len(SIGNATURE)
     flipped = bytearray(bad[TARGETS])
     flipped[at] = ord("0") if flipped[at] != ord("0") else ord("1")
     old = keys.files
-    for _ in range(2):  # newer in number than the good one, and ended before it was signed
+    for _ in range(3):  # newer in number than the good one, and ended before it was signed
         old = keys.released(old, made[BAD], issued=ISSUED - 2 * LASTS)
     updates: dict[str, tuple[Made, Mapping[str, bytes], bytes, str]] = {
         GOOD: (made[GOOD], good, contents[GOOD], ""),
@@ -180,7 +182,7 @@ def _write_stick(
             "WRONG_KEY",
         ),
         "flipped byte": (made[BAD], {**bad, TARGETS: bytes(flipped)}, b"", "BAD_SIGNATURE"),
-        "below the floor": (low, keys.released(good, low), b"", "BELOW_FLOOR"),
+        LOW: (low, lowest, b"", "BELOW_FLOOR"),
         "mixed": (
             made[BAD],
             {**bad, SNAPSHOT: good[SNAPSHOT], TARGETS: good[TARGETS]},

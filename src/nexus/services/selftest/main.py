@@ -17,7 +17,15 @@ from nexus.abi import (
 from nexus.ipc import Client, Exchange, Peers, RetryBudget, RetryTokens, retry_until
 from nexus.protocols.execd import PROTOCOL as EXECD
 from nexus.protocols.exportd import PROTOCOL as EXPORTD
-from nexus.protocols.init import AwaitReady, Health, Ready, TaskState
+from nexus.protocols.init import (
+    AwaitReady,
+    GetSystem,
+    Health,
+    Ready,
+    SystemInfo,
+    TaskState,
+    TrialState,
+)
 from nexus.protocols.interactive import PROTOCOL as INTERACTIVE
 from nexus.protocols.keystored import PROTOCOL as KEYSTORED
 from nexus.protocols.ladder import BAD_BOOT, SELFTEST, boot_of, last_boot
@@ -89,7 +97,7 @@ async def main(boot: BootImage) -> int:
     until = Nanos(boot.now + START_BUDGET)
     _ = await server.step(until)
     if config.boot == BAD_BOOT and UPDATED.name in config.uses:
-        return await _until_stopped(server, until)
+        return await _until_stopped(server, peers, until)
     climb = await _connect(boot, config, peers, until)
     if isinstance(climb, str):
         await _fail("start", climb)
@@ -108,9 +116,14 @@ async def main(boot: BootImage) -> int:
     return await _climb(climb)
 
 
-async def _until_stopped(server: Server, until: Nanos) -> int:
+async def _until_stopped(server: Server, peers: Peers, until: Nanos) -> int:
     """The life of this client in the boot of a bad set, which init ends: nobody else has anything
-    to do in it. One that goes on is a run that has gone wrong."""
+    to do in it. A boot that is no trial is not that one, and ends at once."""
+    control = await peers.control(until)
+    if isinstance(control, Exchange):
+        system = await control.call(GetSystem(), until)
+        if isinstance(system, SystemInfo) and system.trial is TrialState.NONE:
+            return 0
     while not server.stopping and await Now() < until:
         _ = await server.step(until)
     return 0 if server.stopping else EXIT_RED

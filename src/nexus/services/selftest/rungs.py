@@ -79,8 +79,8 @@ from nexus.services.selftest.metric_rungs import invalid_args as metric_invalid_
 from nexus.services.selftest.metric_rungs import over_limit as metric_over_limit
 from nexus.services.selftest.metric_rungs import rate_limited as metric_rate_limited
 from nexus.services.selftest.ota_rungs import (
+    before_staging,
     bootctl_persist,
-    flipped_set,
     history_read,
     ota_health,
     ota_rollback,
@@ -203,7 +203,7 @@ RUNGS: Final = (
     Rung(128, retention),
     Rung(129, last_words),
     Rung(130, export_scrape),
-    Rung(132, flipped_set, stated=True, boot=2),
+    Rung(132, before_staging, stated=True, boot=2),
     Rung(131, ota_stage),
     Rung(132, untrusted_refused),
     Rung(133, ota_switch),

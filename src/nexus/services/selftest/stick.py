@@ -14,6 +14,7 @@ STICK: Final = "stick"
 INDEX_BLOCKS: Final = 16  # 8 KiB at the beginning: the index as JSON, and zeros
 READ_BLOCKS: Final = 128  # of one read: 64 KiB
 GOOD: Final = "good"
+LOW: Final = "below the floor"
 BAD: Final = "bad"  # one of its services never becomes ready
 
 
