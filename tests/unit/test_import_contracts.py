@@ -13,6 +13,11 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 MODULES: Final = (
     "abi",
+    "bootctl",
+    "bootctl/block",
+    "bootctl/environment",
+    "bootctl/record",
+    "bundle",
     "cli",
     "drivers",
     "init",
@@ -22,6 +27,8 @@ MODULES: Final = (
     "kernel/linux",
     "kernel/sim",
     "kernel/sim/watchdog",
+    "loader",
+    "loader/choose",
     "log",
     "metrics",
     "proof",
@@ -39,8 +46,14 @@ MODULES: Final = (
     "services/keystored/sealing",
     "services/selftest",
     "services/timed",
+    "services/updated",
+    "sets",
     "telemetry",
     "testing",
+    "trust",
+    "trust/metadata",
+    "trust/sign",
+    "trust/verify",
     "wire",
 )
 IGNORED: Final = {
@@ -49,6 +62,9 @@ IGNORED: Final = {
     "services/exportd/pages": "import h11",
     "services/keystored/ed25519": "import cryptography",
     "services/keystored/sealing": "import cryptography",
+    "trust/metadata": "import tuf\nimport securesystemslib",
+    "trust/sign": "import cryptography\nimport tuf\nimport securesystemslib",
+    "trust/verify": "import tuf",
 }
 VIOLATIONS: Final = {
     "layers": ("abi", "import nexus.wire"),
@@ -64,6 +80,11 @@ VIOLATIONS: Final = {
     "host-only": ("log", "import rich"),
     "scraping": ("services/timed", "import prometheus_client"),
     "http": ("services/timed", "import h11"),
+    "sbom": ("loader", "import cyclonedx"),
+    "tuf": ("services/updated", "import tuf"),
+    "trust": ("init", "import nexus.trust.verify"),
+    "boot-record": ("init", "import nexus.bootctl.block"),
+    "boot-choice": ("loader/choose", "import time"),
     "keys": ("services/timed", "import cryptography"),
 }
 
