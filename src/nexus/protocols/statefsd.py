@@ -52,7 +52,8 @@ SPECIAL_AREAS: Final = {
     SNAPSHOT_AREA: SNAPSHOT_RIGHT,
 }
 SNAPSHOT_AREAS_MAX: Final = 8  # areas of a snapshot: data whose schema one update changes
-SNAPSHOT_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes of keys and values in one
+SNAPSHOT_SIZE_MAX: Final = 8 * 1024 * 1024  # bytes of keys and values in one
+SNAPSHOT_KEYS_MAX: Final = 16_384  # keys in one; as many as an area has by default
 
 assert WIRE_VALUE_MAX + WIRE_KEY_MAX + 32 <= INLINE_SIZE_MAX
 assert LIST_MAX * (KEY_SIZE_MAX + 3) + 32 <= INLINE_SIZE_MAX
@@ -333,7 +334,8 @@ class Snapshot(Request[SnapshotKept], op=12, idempotent=False, refuses=StatefsdS
     copy takes as much again. Neither "/state/boot/" nor "/state/.snapshot/" is copied: what says
     how far an update is does not go back with it. The caller holds `statefs.snapshot` for each.
     *Refuses*: INVALID_KEY, KEY_TOO_LONG (what is no such area, or is there twice),
-    SNAPSHOT_EXISTS, NO_SPACE (also for more than SNAPSHOT_SIZE_MAX), CORRUPTED (a record of them is
+    SNAPSHOT_EXISTS, NO_SPACE (also for more than SNAPSHOT_SIZE_MAX and
+    SNAPSHOT_KEYS_MAX), CORRUPTED (a record of them is
     damaged, and no copy could bring it back), IO_ERROR, READ_ONLY.
     """
 

@@ -27,6 +27,7 @@ from nexus.protocols.statefsd import (
     ROOT,
     SNAPSHOT_AREA,
     SNAPSHOT_AREAS_MAX,
+    SNAPSHOT_KEYS_MAX,
     SNAPSHOT_SIZE_MAX,
     SPECIAL_AREAS,
 )
@@ -42,6 +43,7 @@ from nexus.services.statefsd.engine.layout import (
 from nexus.services.statefsd.engine.limits import Quota, StoreLimits
 from nexus.services.statefsd.engine.snapshot import AREA as SNAPSHOT_PAGES
 from nexus.services.statefsd.engine.snapshot import AREAS_MAX as COPIED_MAX
+from nexus.services.statefsd.engine.snapshot import KEYS_MAX as COPY_KEYS_MAX
 from nexus.services.statefsd.engine.snapshot import NUMBER_MAX
 from nexus.services.statefsd.engine.snapshot import SIZE_MAX as COPY_SIZE_MAX
 from nexus.services.statefsd.engine.store import COMMIT_SHARE, REQUEST_SIZE
@@ -65,6 +67,7 @@ assert BULK_VALUE_MAX == engine.VALUE_SIZE_MAX
 assert SNAPSHOT_AREA.encode() == SNAPSHOT_PAGES
 assert SNAPSHOT_AREAS_MAX == COPIED_MAX
 assert SNAPSHOT_SIZE_MAX == COPY_SIZE_MAX
+assert SNAPSHOT_KEYS_MAX == COPY_KEYS_MAX
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ While one is kept its areas keep the room that they took: whoever fills the stor
 way back is open.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from enum import IntEnum
 from struct import Struct
 from typing import Annotated, Final, NamedTuple
@@ -36,11 +36,12 @@ AREA: Final = b"/state/.snapshot/"
 HEAD: Final = AREA + b"head"
 FORMAT: Final = 1
 AREAS_MAX: Final = 8  # areas of a snapshot: data whose schema one update changes
-SIZE_MAX: Final = 16 * 1024 * 1024  # bytes of keys and values; nobody is served meanwhile
+SIZE_MAX: Final = 8 * 1024 * 1024  # bytes of keys and values; nobody is served meanwhile, which
+KEYS_MAX: Final = 16_384  # is below a second on an idle machine: a readiness deadline is two
 NUMBER_MAX: Final = 0xFFFF_FFFF
 PAGE_SIZE: Final = 32 * 1024  # bytes of a page; less where a commit takes less
 KEYS_PAGE: Final = 256  # keys looked up at a time
-CHANGES_MAX: Final = 64  # of one commit while restoring
+CHANGES_MAX: Final = 256  # of one commit while restoring
 
 _RECORD: Final = Struct("<BI")  # bytes of key and value
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -121,7 +122,7 @@ async def head_of(store: Store) -> Head:
 async def take(store: Store, areas: Sequence[bytes]) -> Head:
     """Copy these areas as they are: durable on return. Nothing may be staged.
 
-    Raises SnapshotExists; StoreFull, also for more than SIZE_MAX; Damaged for an area with a
+    Raises SnapshotExists; StoreFull, also for more than SIZE_MAX or KEYS_MAX; Damaged for an area with a
     damaged record, which no copy could bring back; ReadOnly and DeviceFault.
     """
     former = await head_of(store)
@@ -144,30 +145,53 @@ async def take(store: Store, areas: Sequence[bytes]) -> Head:
 
 async def _write_pages(store: Store, head: Head) -> Head:
     """Everything into pages; the head of what is kept then."""
-    page_size = min(PAGE_SIZE, store.value_max(_page_key(0)))
-    pending = bytearray()
-    pages = size = keys = 0
-    crc = crc32c(b"")
+    pages = _Pages(min(PAGE_SIZE, store.value_max(_page_key(0))))
+    keys = count = 0
     for area, _ in head.areas:
-        async for key, value in _live(store, area):
-            pending += _RECORD.pack(len(key), len(value)) + key + value
+        for key in _keys(store, area):
+            pages.add(key, await _value(store, key))
             keys += 1
-            while len(pending) >= page_size:
-                page = bytes(pending[:page_size])
-                del pending[:page_size]
-                crc, size = extend(crc, page), size + len(page)
-                await _write(store, [Change(_page_key(pages), page)])
-                pages += 1
-                if size > SIZE_MAX:
-                    raise StoreFull(f"a snapshot keeps {SIZE_MAX} bytes at most")
-    if pending:
-        page = bytes(pending)
-        crc, size = extend(crc, page), size + len(page)
-        await _write(store, [Change(_page_key(pages), page)])
-        pages += 1
+            if keys > KEYS_MAX:
+                raise StoreFull(f"a snapshot keeps {KEYS_MAX} keys at most")
+            for page in pages.whole():
+                await _write(store, [Change(_page_key(count), page)])
+                count += 1
+    for page in pages.rest():
+        await _write(store, [Change(_page_key(count), page)])
+        count += 1
     return msgspec.structs.replace(
-        head, state=State.KEPT, pages=pages, size=size, keys=keys, crc=crc
+        head, state=State.KEPT, pages=count, size=pages.size, keys=keys, crc=pages.crc
     )
+
+
+class _Pages:
+    """The stream of a snapshot as it is written, cut into pages."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._pending = bytearray()
+        self.size = 0
+        self.crc = crc32c(b"")
+
+    def add(self, key: bytes, value: bytes) -> None:
+        """One more record. Raises StoreFull."""
+        record = _RECORD.pack(len(key), len(value)) + key + value
+        self._pending += record
+        self.size += len(record)
+        self.crc = extend(self.crc, record)
+        if self.size > SIZE_MAX:
+            raise StoreFull(f"a snapshot keeps {SIZE_MAX} bytes at most")
+
+    def whole(self) -> list[bytes]:
+        """The pages that are full."""
+        size, count = self._page_size, len(self._pending) // self._page_size
+        found = [bytes(self._pending[at * size : (at + 1) * size]) for at in range(count)]
+        del self._pending[: count * size]
+        return found
+
+    def rest(self) -> list[bytes]:
+        """The last page, if there is one."""
+        return [bytes(self._pending)] if self._pending else []
 
 
 async def restore(store: Store, number: int) -> Head:
@@ -214,24 +238,17 @@ async def _check_whole(store: Store, head: Head) -> None:
 
 
 async def _drop_others(store: Store, head: Head) -> None:
-    """Delete the keys that came since. Both sides are in order: they are gone through together."""
-    kept = _kept(store, head)
-    ahead = await anext(kept, None)
-    gone: list[Change] = []
-    for area, _ in head.areas:
-        async for key in _keys(store, area):
-            while ahead is not None and area_of(ahead.key) == area and ahead.key < key:
-                ahead = await anext(kept, None)
-            if ahead is not None and ahead.key == key:
-                continue
-            gone.append(Change(key, None))
-            if len(gone) >= CHANGES_MAX // 4:
-                await _write(store, gone)
-                gone = []
-        while ahead is not None and area_of(ahead.key) == area:
-            ahead = await anext(kept, None)
-    if gone:
-        await _write(store, gone)
+    """Delete the keys that came since."""
+    kept = {key async for key, _ in _kept(store, head)}
+    gone = [key for area, _ in head.areas for key in _keys(store, area) if key not in kept]
+    await _delete(store, gone)
+
+
+async def _delete(store: Store, keys: Sequence[bytes]) -> None:
+    """Delete keys, as many in a commit as surely fit."""
+    count = min(CHANGES_MAX, store.commit_room // store.change_size(bytes(KEY_SIZE_MAX), b""))
+    for at in range(0, len(keys), count):
+        await _write(store, [Change(key, None) for key in keys[at : at + count]])
 
 
 async def _put_back(store: Store, head: Head, *, growing: bool) -> None:
@@ -239,13 +256,8 @@ async def _put_back(store: Store, head: Head, *, growing: bool) -> None:
     changes: list[Change] = []
     room = 0
     async for key, value in _kept(store, head):
-        try:
-            entry = await store.get(key)
-        except Damaged:
-            entry = None
-        if entry is not None and entry.value == value:
-            continue
-        if (entry is None or len(value) > len(entry.value)) is not growing:
+        former = await _former(store, key)
+        if former == [value] or _grows(former, value) != growing:
             continue
         cost = store.change_size(key, value)
         if changes and (cost > room or len(changes) >= CHANGES_MAX):
@@ -271,13 +283,7 @@ async def drop(store: Store, number: int) -> Head:
 
 async def _finish_drop(store: Store, head: Head) -> Head:
     """Delete whatever pages there are; their number is kept, so that no other has it."""
-    while True:  # ends: every turn has fewer keys
-        keys, more = store.keys(AREA, b"", CHANGES_MAX // 4, _is_own)
-        pages = [Change(key, None) for key in keys if key != HEAD]
-        if pages:
-            await _write(store, pages)
-        if not more:
-            break
+    await _delete(store, [key for key in _keys(store, AREA) if key != HEAD])
     store.hold({})
     head = Head(FORMAT, head.number, State.NONE, [])
     await _write_head(store, head, durable=True)
@@ -311,10 +317,6 @@ def _page_key(index: int) -> bytes:
     return AREA + b"page-%08d" % index
 
 
-def _is_own(_area: bytes) -> bool:
-    return True
-
-
 async def _page(store: Store, index: int) -> bytes:
     try:
         entry = await store.get(_page_key(index))
@@ -325,29 +327,47 @@ async def _page(store: Store, index: int) -> bytes:
     return entry.value
 
 
-async def _kept(store: Store, head: Head) -> AsyncIterator[Record]:
-    """The records of a snapshot, in the order they were taken. Raises SnapshotDamaged."""
-    pending = b""
-    at = 0
-    for index in range(head.pages):
-        pending = pending[at:] + await _page(store, index)
+class _Stream:
+    """The stream of a snapshot as it is read."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def feed(self, page: bytes) -> list[Record]:
+        """The records that are whole with this page. Raises SnapshotDamaged."""
+        data = self._pending + page
+        found = []
         at = 0
-        while len(pending) - at >= _RECORD.size:
-            key_size, value_size = _RECORD.unpack_from(pending, at)
+        while len(data) - at >= _RECORD.size:
+            key_size, value_size = _RECORD.unpack_from(data, at)
             if not 0 < key_size <= KEY_SIZE_MAX or value_size > VALUE_SIZE_MAX:
                 raise SnapshotDamaged("it holds a record that is none")
             start = at + _RECORD.size
             stop = start + key_size + value_size
-            if stop > len(pending):
+            if stop > len(data):
                 break
-            yield Record(pending[start : start + key_size], pending[start + key_size : stop])
+            found.append(Record(data[start : start + key_size], data[start + key_size : stop]))
             at = stop
-    if at != len(pending):
-        raise SnapshotDamaged("its last record is cut off")
+        self._pending = data[at:]
+        return found
+
+    def end(self) -> None:
+        """There are no more pages. Raises SnapshotDamaged."""
+        if self._pending:
+            raise SnapshotDamaged("its last record is cut off")
 
 
-async def _keys(store: Store, area: bytes) -> AsyncIterator[bytes]:
-    """The keys of an area, in order; those that are deleted meanwhile may be among them."""
+async def _kept(store: Store, head: Head) -> AsyncIterator[Record]:
+    """The records of a snapshot, in the order they were taken. Raises SnapshotDamaged."""
+    stream = _Stream()
+    for index in range(head.pages):
+        for record in stream.feed(await _page(store, index)):
+            yield record
+    stream.end()
+
+
+def _keys(store: Store, area: bytes) -> Iterator[bytes]:
+    """The keys of an area, in order, each looked up when its turn comes."""
 
     def visible(found: bytes) -> bool:
         return found == area
@@ -355,19 +375,31 @@ async def _keys(store: Store, area: bytes) -> AsyncIterator[bytes]:
     after = b""
     while True:  # ends: every turn begins behind the one before
         keys, more = store.keys(area, after, KEYS_PAGE, visible)
-        for key in keys:
-            yield key
+        yield from keys
         if not more:
             return
         after = keys[-1]
 
 
-async def _live(store: Store, area: bytes) -> AsyncIterator[Record]:
-    """The records of an area. Raises Damaged."""
-    async for key in _keys(store, area):
+async def _value(store: Store, key: bytes) -> bytes:
+    """The value of a key that is there. Raises Damaged."""
+    entry = await store.get(key)
+    assert entry is not None, "nobody changes anything meanwhile"
+    return entry.value
+
+
+async def _former(store: Store, key: bytes) -> list[bytes]:
+    """The value that a key has now; none if there is no such key, or its record is damaged."""
+    try:
         entry = await store.get(key)
-        if entry is not None:
-            yield Record(key, entry.value)
+    except Damaged:
+        return []
+    return [] if entry is None else [entry.value]
+
+
+def _grows(former: list[bytes], value: bytes) -> bool:
+    """Whether this value takes more room than what is there."""
+    return not former or len(value) > len(former[0])
 
 
 async def _write(store: Store, changes: Sequence[Change], *, durable: bool = False) -> None:
