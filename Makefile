@@ -97,6 +97,7 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/python -m nexus.proof.powercut --report docs/reference/powercut.md
 	@$(BIN)/python -m nexus.proof.powercut_ota --report docs/reference/powercut-ota.md
 	@$(BIN)/python -m nexus.proof.longrun > docs/reference/longrun.txt
+	@$(BIN)/python -m tests.linux.slot_kills --kills 100 --report docs/reference/ota-kills.txt
 	@$(BIN)/python -m tools.aarch64 > .venv/aarch64.txt && \
 	    mv .venv/aarch64.txt docs/reference/aarch64.txt
 

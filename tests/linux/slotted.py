@@ -7,6 +7,7 @@ changed. Needs no pytest: tests/linux/slot_kills.py uses it as a campaign.
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from threading import Event as Pause
 
 import msgspec
 
+from nexus.abi import INIT_NAME
 from nexus.bootctl import BootRecord, SlotInfo, SlotName, open_boot
 from nexus.bootctl.block import BlockBoot
 from nexus.bootctl.provision import provision
@@ -25,6 +27,9 @@ from nexus.cli.client import OperatorClient
 from nexus.cli.places import Running
 from nexus.drivers import finished
 from nexus.loader.devices import boot_path, opened, slot_path
+from nexus.loader.main import MARGIN
+from nexus.protocols.init import PROTOCOL as INIT
+from nexus.protocols.init import GetTasks
 from nexus.protocols.meta import PROTOCOL as META
 from nexus.protocols.meta import Health
 from nexus.sets import (
@@ -227,6 +232,34 @@ class Device:
     def down(self) -> None:
         _ = self.host.ok("down", "--name", TITLE)
 
+    def start(self) -> "subprocess.Popen[bytes]":
+        """The loader and nothing else, in a process group with everything that it starts."""
+        for folder in ("r", "l"):
+            (self.host.home / folder / TITLE).mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.host.home / folder).chmod(0o700)
+        running = {"title": TITLE, "file": "", "digest": "", "pid": 0}
+        places = {name: str(self.host.home / name[0] / TITLE) for name in ("runtime", "log")}
+        job = {
+            "running": {**running, **places, "state": str(self.state)},
+            "home": places["runtime"],
+            "smp": len(os.sched_getaffinity(0)),
+            "watcher": -1,
+            "leashed": False,
+            "streams": False,
+            "parent": os.getpid(),
+            "loader": {"becomes": False, "margin": MARGIN},
+        }
+        with (self.host.home / "loader.err").open("ab") as errors:
+            return subprocess.Popen(
+                [self.host.python[0], "-P", "-m", "nexus.loader.main", json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env=self.host.environment,
+                cwd="/",
+                start_new_session=True,
+            )
+
     def says(self, text: str, since: int = 0) -> int:
         """Wait for a line on the console behind an offset; the offset behind it."""
         wanted = text.encode()
@@ -258,11 +291,11 @@ class Device:
         running = self.running()
         with OperatorClient(Path(running.runtime), TITLE, lambda: True) as client:
             answers = {name: client.relay(name, META, Health(), WAIT / 4) for name in SERVICES}
-        rows = json.loads(self.host.ok("status", "--json", "--name", TITLE).out)["services"]
+            tasks = client.relay(INIT_NAME, INIT, GetTasks(), WAIT / 4)
         return Stamps(
             init=(running.set_version, running.set_digest),
             services={name: (each.set_version, each.set_digest) for name, each in answers.items()},
-            pids={running.pid, *(row["pid"] for row in rows)},
+            pids={running.pid, *(row.pid for row in tasks.rows)},
         )
 
 
