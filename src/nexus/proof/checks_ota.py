@@ -15,17 +15,19 @@ from nexus.proof.slots import FIRST, FLOOR, ISSUED, STUCK, STUCK_SAYS
 from nexus.proof.trace import FAIL_WORD, Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
 from nexus.protocols.ladder import SELFTEST, Ground, rung
-from nexus.protocols.statefsd import Get
+from nexus.protocols.statefsd import Get, GetSnapshot
 from nexus.protocols.updated import UpdatedStatus
 from nexus.services.selftest.exec_rungs import ON_DEMAND
 from nexus.services.selftest.ota_rungs import BAD_TRIES, TRIES
 from nexus.services.selftest.stick import BAD, GOOD
-from nexus.services.updated.kept import TRUST
+from nexus.services.updated.kept import HISTORY, TRUST, KeptHistory
 from nexus.trust import Untrusted, decode_state
+from nexus.wire import RemoteProtocolError, strict_decoder
 
 UPDATED: Final = "updated"
 HEALTH_OK: Final = "init: health ok (slot b)"
 SLOT_FAILED: Final = "init: slot failed (slot a)"
+read_history: Final = strict_decoder(KeptHistory)
 READS_AT_START: Final = 2  # of updated in statefs: the history, and a transfer that is not over
 Evidence = Mapping[str, Any]
 
@@ -113,10 +115,29 @@ def updated_ready(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(
         heard["senders"], [f"{service_id(UPDATED):016x}"], "senders of what statefsd heard"
     )
-    reads = heard["ops"].count(Get.INFO.op)
+    ops = heard["ops"]
+    opening = ops[: ops.index(GetSnapshot.INFO.op)] if GetSnapshot.INFO.op in ops else ops
+    reads = opening.count(Get.INFO.op)
     demand(reads >= READS_AT_START, f"{reads} reads of updated: not its history and its transfer")
+    for boot in case.boots[1:]:
+        _history_read(boot)
     demand_equal(heard["running"], record.active.value, "slot, as it is answered")
     demand_equal(heard["sequence"], record.sequence, "sequence number, as it is answered")
+
+
+def _history_read(boot: Trace) -> None:
+    """What updated says of its history when it comes up again is what was on the disk."""
+    kept = left_of(boot.earlier[-1]).records.get(HISTORY)
+    ready = [each for each in boot.lines if (each.printer, each.text) == (UPDATED, rung(36).marker)]
+    if kept is None or not ready:  # what is not there is another rung's
+        return
+    try:
+        last = read_history(kept.value).last
+    except RemoteProtocolError as error:
+        raise Mismatch(f"the history on the disk: {error}") from error
+    demand(
+        ready[0].evidence["events"] >= last, f"history of boot {boot.number}: {last} on the disk"
+    )
 
 
 def routing_updated(_case: Case, trace: Trace, line: Line) -> None:
