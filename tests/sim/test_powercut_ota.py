@@ -11,18 +11,15 @@ from random import Random  # noqa: TID251 (seeded)
 
 import pytest
 
-from nexus.bootctl import BootRecord, SlotInfo, SlotName, attempt, block, staged
+from nexus.bootctl import BootRecord, SlotInfo, SlotName, attempt, block, environment, staged
 from nexus.cli.command import main as nexus
 from nexus.drivers import BlockDevice
 from nexus.kernel.sim.disk import Disk, Piece
 from nexus.loader import choose as loader
-from nexus.proof import powercut_ota
+from nexus.proof.ota_device import AREA, BACKENDS, BLOCKS, FIRST, MIGRATING, SCENES, Paper
 from nexus.proof.powercut_ota import (
-    BLOCKS,
-    SCENES,
     CutTarget,
     Explorer,
-    Paper,
     explore,
     left_of,
     main,
@@ -40,12 +37,12 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def test_a_power_cut_anywhere_in_an_update_leaves_a_device_that_boots_the_right_set() -> None:
-    report = explore(list(SCENES), every=SAMPLE)
+    report = explore(list(SCENES), backends=list(BACKENDS), every=SAMPLE)
 
     assert report.problems == []
     assert [report.count(kind) for kind in ("brick", "wrong", "loss")] == [0, 0, 0]
     assert report.exit_code == 0
-    assert report.cut_points > 250
+    assert report.cut_points > 450
     assert report.cases > 200
     assert all(each.cases for each in report.explored)
 
@@ -59,7 +56,7 @@ def test_the_scenes_are_those_of_a_device_that_is_updated() -> None:
 def test_both_sets_come_up_where_both_may() -> None:
     (explored,) = explore(["second-try"], every=7).explored
 
-    assert set(explored.seen) == {powercut_ota.FIRST, powercut_ota.MIGRATING}
+    assert set(explored.seen) == {FIRST, MIGRATING}
 
 
 def test_opening_nothing_proves_nothing() -> None:
@@ -131,6 +128,11 @@ def not_durable(patch: pytest.MonkeyPatch) -> None:
 def one_copy(patch: pytest.MonkeyPatch) -> None:
     """The record is written over the only one there is."""
     patch.setattr(block, "COPIES", (0, 0))
+
+
+def one_environment(patch: pytest.MonkeyPatch) -> None:
+    """U-Boot's environment is written over the only copy there is."""
+    patch.setattr(environment, "ENVIRONMENT_COPIES", (0, 0))
 
 
 def no_try_counted(patch: pytest.MonkeyPatch) -> None:
@@ -213,7 +215,7 @@ def switched_before_the_copy(patch: pytest.MonkeyPatch) -> None:
 
     async def switch(self: Engine, digest: bytes, tries: int, asker: Asker) -> object:
         answer = await genuine(self, digest, tries, asker)
-        _ = await self._memory.snapshot([powercut_ota.AREA])
+        _ = await self._memory.snapshot([AREA])
         return answer
 
     patch.setattr(Engine, "_copied", copied)
@@ -223,6 +225,7 @@ def switched_before_the_copy(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS: dict[Patch, tuple[str, str]] = {
     not_durable: ("commit", "wrong"),
     one_copy: ("switch", "brick"),
+    one_environment: ("switch", "brick"),
     no_try_counted: ("first-boot", "wrong"),
     not_cleared_first: ("stage-anew", "loss"),
     not_flushed: ("stage", "wrong"),
@@ -241,7 +244,9 @@ def test_a_device_without_one_of_its_guards_is_found_out(
     scene, kind = MUTATIONS[mutation]
     mutation(monkeypatch)
 
-    report = explore([scene], every=5)
+    backend = "environment" if mutation is one_environment else "block"
+
+    report = explore([scene], backends=[backend], every=5)
 
     assert report.exit_code == 1
     assert kind in {problem.kind for problem in report.problems}
