@@ -233,6 +233,24 @@ def test_a_root_waits_for_the_holders_of_its_keys(
     assert "no root is pending" in capsys.readouterr().err
 
 
+def test_a_pending_root_that_somebody_overtook_replaces_nothing(
+    ring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made(ring, "--roots", "2", "--threshold", "2") == 0
+    away = (ring / "keys" / "root-2.pem").rename(tmp_path / "root-2.pem")
+    assert main(["bundle", "keys", "rotate", str(ring), "timestamp"]) == 0
+    aside = (ring / "pending" / root_name(2)).rename(tmp_path / root_name(2))
+    assert main(["bundle", "keys", "rotate", str(ring), "snapshot", "--root-key", str(away)]) == 0
+    in_force = (ring / "metadata" / root_name(2)).read_bytes()
+    _ = aside.rename(ring / "pending" / root_name(2))
+    _ = capsys.readouterr()
+
+    assert main(["bundle", "keys", "approve", str(ring), str(away)]) == 1
+
+    assert "2.root.json does not follow on root 2" in capsys.readouterr().err
+    assert (ring / "metadata" / root_name(2)).read_bytes() == in_force
+
+
 def test_a_root_key_that_is_kept_elsewhere_is_named(ring: Path, tmp_path: Path) -> None:
     assert made(ring) == 0
     elsewhere = (ring / "keys" / "root-1.pem").rename(tmp_path / "root-1.pem")

@@ -14,8 +14,10 @@ from fuzz.trust import Publisher
 from nexus.bootctl import BootRecord, Cause, SlotName, SlotState
 from nexus.bootctl.block import BlockBoot
 from nexus.cli.command import main
+from nexus.cli.ota_provision import DEVELOPMENT_SETTING
 from nexus.drivers import finished
 from nexus.loader.devices import opened
+from nexus.services.updated.config import Settings
 from nexus.sets import Content, write
 from nexus.trust import encode_update
 from nexus.trust.update import root_name
@@ -33,6 +35,13 @@ size = "1MiB"
 [device.slot-b]
 kind = "block"
 size = "1MiB"
+"""
+TAKES_DEVELOPMENT_KEYS: Final = """
+[service.updated]
+program = "updated"
+
+[service.updated.settings]
+development_keys = true
 """
 SYSTEM: Final = '[system]\nname = "pump"\n\n[service.timed]\nprogram = "timed"\n'
 
@@ -172,17 +181,27 @@ def test_an_update_that_is_not_trusted_makes_no_device(
     assert untouched(place)
 
 
-def test_keys_for_development_make_no_device_for_release(
+def test_keys_for_development_make_no_device_that_would_refuse_them(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.publisher = Publisher(development=True)
     _ = place.root.write_bytes(place.publisher.anchor.root)
-    update = an_update(place.publisher, a_set())
 
-    assert place.provision(update, "--release") == 1
-    assert "development key" in capsys.readouterr().err
-    assert untouched(place)
-    assert place.provision(update) == 0
+    refuses = a_set(7, DEVICES + TAKES_DEVELOPMENT_KEYS.replace("true", "false"))
+    default = a_set(8, DEVICES + TAKES_DEVELOPMENT_KEYS.partition("[service.updated.set")[0])
+    takes = a_set(9, DEVICES + TAKES_DEVELOPMENT_KEYS)
+
+    for version, content in ((7, refuses), (8, default)):
+        assert place.provision(an_update(place.publisher, content, version=version)) == 1
+        assert "development key" in capsys.readouterr().err
+        assert untouched(place)
+
+    assert place.provision(an_update(place.publisher, takes, version=9)) == 0
+
+
+def test_the_setting_is_the_one_that_updated_reads() -> None:
+    assert Settings.__struct_fields__ == (DEVELOPMENT_SETTING,)
+    assert Settings().development_keys is False
 
 
 def test_a_set_that_was_changed_makes_no_device(

@@ -777,7 +777,7 @@ def ota_stage(
     "provision",
     epilog=_examples(
         "nexus ota provision pump.nxu --root signing/metadata/1.root.json",
-        "nexus ota provision pump.nxu --root 1.root.json --release --state /srv/image/state",
+        "nexus ota provision pump.nxu --root 1.root.json --state /srv/image/state",
     ),
 )
 def ota_provision(
@@ -786,9 +786,6 @@ def ota_provision(
         Path,
         typer.Option("--root", help="Whom the device shall trust (root.json).", show_default=False),
     ],
-    release: Annotated[
-        bool, typer.Option("--release", help="Refuse keys that are marked for development.")
-    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Also a device that is provisioned already.")
     ] = False,
@@ -807,7 +804,6 @@ def ota_provision(
         root,
         instance=instance,
         state=state,
-        release=release,
         again=again,
         as_json=json,
     )

@@ -35,6 +35,8 @@ from nexus.trust.verify import resume, verify_metadata
 BOOT: Final = "boot"
 SLOT_A: Final = "slot-a"
 SLOT_B: Final = "slot-b"
+UPDATED: Final = "updated"
+DEVELOPMENT_SETTING: Final = "development_keys"  # of updated; a test compares it
 DEVICES: Final = (BOOT, SLOT_A, SLOT_B)
 
 
@@ -55,7 +57,6 @@ def provision(
     *,
     instance: str | None,
     state: Path | None,
-    release: bool,
     again: bool,
     as_json: bool,
 ) -> None:
@@ -66,7 +67,7 @@ def provision(
     anchor = Anchor(_bounded(root, ROOT_SIZE_MAX))
     descriptor = open_input(update)
     try:
-        first = _verified(update, descriptor, anchor, release=release)
+        first = _verified(update, descriptor, anchor)
         folder = _folder(first.system, instance, state)
         record = write_device(folder, first, again=again)
     finally:
@@ -185,19 +186,21 @@ def _folder(system: System, instance: str | None, state: Path | None) -> Path:
     return places.state
 
 
-def _verified(update: Path, descriptor: int, anchor: Anchor, *, release: bool) -> First:
+def _verified(update: Path, descriptor: int, anchor: Anchor) -> First:
     def read_at(offset: int, size: int) -> bytes:
         return os.pread(descriptor, size, offset)
 
     try:
         whole = CallSource(read_at, os.fstat(descriptor).st_size)
         found: Update = finished(read_update(whole))
-        state = resume(anchor, None, version_floor=0)
-        state, target = verify_metadata(state, found.metadata, release=release)
+        new = resume(anchor, None, version_floor=0)
+        state, target = verify_metadata(new, found.metadata, release=False)
         source = CallSource(
             lambda offset, size: read_at(found.set_offset + offset, size), found.set_size
         )
         verified, system = _unpacked(source)
+        if _refuses_development_keys(system):
+            _ = verify_metadata(new, found.metadata, release=True)
     except Untrusted as error:
         raise CommandFailed(f"{update} is not trusted: {error}") from error
     except SetRefused as refused:
@@ -217,6 +220,14 @@ def _unpacked(source: CallSource) -> tuple[Verified, System]:
     keeper = _Keeper(manifest.system)
     verified = finished(unpack(source, keeper))
     return verified, parse(bytes(keeper.data), Path("/") / manifest.system)
+
+
+def _refuses_development_keys(system: System) -> bool:
+    """What updated of this system will say; a device that takes no further update is not made."""
+    return any(
+        service.program == UPDATED and (DEVELOPMENT_SETTING, True) not in service.settings
+        for service in system.services
+    )
 
 
 class _Keeper:

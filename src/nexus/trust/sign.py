@@ -161,11 +161,17 @@ def more_signatures(data: bytes, files: Mapping[str, bytes], signers: Sequence[S
 
 
 def root_missing(files: Mapping[str, bytes], name: str, data: bytes) -> str:
-    """Which signatures a root still needs, as a sentence; empty if none."""
+    """Which signatures a root still needs, as a sentence; empty if none. Raises NotSigned for one
+    that is not the next."""
     document = load(Root, name, data)
     roots = [("its own keys", document.signed)]
-    if document.signed.version > 1:
-        roots.append(("the keys of the root before it", last_root(files)))
+    last = 0
+    if files:
+        before = last_root(files)
+        last = before.version
+        roots.append(("the keys of the root before it", before))
+    if document.signed.version != last + 1 or name != root_name(last + 1):
+        raise NotSigned(f"{name} does not follow on root {last}")
     for whose, root in roots:
         result = root.get_verification_result(
             Root.type, document.payload, dict(document.signatures)
