@@ -1,4 +1,4 @@
-"""A system with updated and all it stands on under the real init, on the simulated kernel.
+"""A system with updated and all it stands on under the real init, on either kernel.
 
 A machine is what lasts between boots: its disks, and init's memory. Before each boot the loader's
 own `choose` decides over the very disks which slot it is. The driver runs a script, as in policyrig.
@@ -8,11 +8,12 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from nexus.abi import BLOCK_SIZE, CapClose, Event, ExitInfo, Nanos, Programs
+from nexus.abi import BLOCK_SIZE, CapClose, Event, EventKind, ExitInfo, Nanos, Programs
 from nexus.bootctl import BlockBoot, BootRecord, SlotName
 from nexus.bootctl.handover import read_failure
 from nexus.drivers import finished
@@ -29,6 +30,7 @@ from nexus.ipc import (
     retry_until,
 )
 from nexus.kernel.core import PowerCut
+from nexus.kernel.linux import LinuxKernel
 from nexus.kernel.sim.disk import Disk
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.loader.choose import Chosen, Ended, choose
@@ -254,10 +256,14 @@ class UpdateMachine:
         return Outcome(plan, ended, events)  # type: ignore[arg-type]
 
 
-def programs_of(script: Script, mains: Mapping[str, Main]) -> Programs:
+def programs_of(script: Script, mains: Mapping[str, Main], *, executes: bool = False) -> Programs:
     given = {"guard": reporting(idle), "driver": reporting(driver_of(script)), **mains}
     return {
-        **{name: load_program(PROGRAMS[name]) for name in REAL if name not in given},
+        **{
+            name: load_program(PROGRAMS[name], executes=executes)
+            for name in REAL
+            if name not in given
+        },
         **{name: program(name, main) for name, main in given.items()},
     }
 
@@ -314,3 +320,71 @@ async def stage(hands: Hands, made: Made, *, piece: int = 1024, inline: bool = F
         if isinstance(taken, str):
             return taken
     return await ask(hands, Finish())
+
+
+@dataclass
+class LinuxUpdateMachine:
+    """The same system on the Linux kernel backend, in the calling process, on images in `state`.
+
+    It boots without the loader, as of slot a. `pids` are of the latest instances.
+    """
+
+    monkeypatch: pytest.MonkeyPatch
+    state: Path
+    text: str = SYSTEM
+    slot_blocks: int = SLOT_BLOCKS
+    pids: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """A new device, provisioned as of version 10, that was booted once."""
+        device = Device(slot_blocks=self.slot_blocks)
+        _ = device.boot()
+        self.maker = device.maker
+        self.first = device.first
+        disks = {"boot": device.boot_disk}
+        disks |= {f"slot-{name}": disk for name, disk in device.slot_disks.items()}
+        for name, disk in disks.items():
+            content = disk.image()
+            with (self.state / f"{name}.img").open("wb") as file:
+                _ = file.write(content.rstrip(b"\0"))
+                _ = file.truncate(len(content))
+
+    def record(self) -> BootRecord:
+        """The boot-control record as it is in the image."""
+        disk = Disk(BOOT_BLOCKS, (self.state / "boot.img").read_bytes())
+        return finished(BlockBoot(DiskDevice(disk)).load())
+
+    def slot_bytes(self, name: SlotName) -> bytes:
+        return (self.state / f"slot-{name}.img").read_bytes()
+
+    def boot(
+        self,
+        script: Script,
+        *,
+        obey: Callable[[str, str], None] = lambda _what, _name: None,
+        seconds: int = 120,
+    ) -> Outcome:
+        """One boot, to the end of the script; `obey` is what the driver orders from outside."""
+        for name, protocol in (("updated", UPDATED), ("statefsd", STATEFSD)):
+            self.monkeypatch.setitem(initrig.PROTOCOLS, name, protocol)
+        plan = plan_of(self.monkeypatch, self.text)
+        events: list[Event] = []
+
+        def record(event: Event) -> None:
+            events.append(event)
+            if event.kind is EventKind.SPAWN:
+                self.pids[str(event.fields["name"])] = event.pid
+            order = order_in(event)
+            if order is not None:
+                obey(*order)
+
+        kernel = LinuxKernel(
+            programs_of(script, {}, executes=True),
+            recorder=record,
+            limits=limits_of(plan),
+            hardware=plan.hardware,
+            state_dir=self.state,
+        )
+        until = Nanos(kernel.now + seconds * SECOND)
+        ended = kernel.run(init_program(plan, 1), b"", until=until)
+        return Outcome(plan, ended, events)

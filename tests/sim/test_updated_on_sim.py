@@ -266,6 +266,25 @@ def test_a_transfer_goes_on_when_updated_was_killed_in_its_midst(machine: Update
     assert machine.slot_bytes(B)[: len(made.data)] == made.data
 
 
+def test_a_slow_transfer_is_kept_every_second_and_goes_on_from_there(
+    machine: UpdateMachine,
+) -> None:
+    made = machine.maker.update(11, size=20_000)
+
+    async def script(hands: Hands) -> Any:
+        _ = await begin(hands, made)
+        _ = await ask_with(hands, Chunk(0, 0, 8192), made.data[:8192])
+        await hands.pause(1500 * MS)
+        _ = await ask_with(hands, Chunk(8192, 0, 1024), made.data[8192:9216])
+        await hands.outside("kill updated")
+        await hands.pause(300 * MS)
+        begun = await begin(hands, made)
+        assert isinstance(begun, Begun), begun
+        return begun.offset
+
+    assert machine.boot(script).result == 8192
+
+
 def test_a_transfer_goes_on_after_a_reboot_where_it_was_kept(machine: UpdateMachine) -> None:
     made = machine.maker.update(11, size=20_000)
 

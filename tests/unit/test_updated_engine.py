@@ -16,7 +16,6 @@ from nexus.protocols.updated import (
     UpdatedStatus,
 )
 from nexus.services.updated.config import PYTHON
-from nexus.services.updated.engine import SYNC_SIZE
 from nexus.services.updated.faults import Declined
 from nexus.services.updated.kept import HISTORY, TRANSFER, TRUST
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
@@ -145,19 +144,18 @@ def test_after_a_power_cut_it_goes_on_from_what_is_durable_and_no_further(device
     assert device.finish().digest == made.digest
 
 
-def test_what_came_is_made_durable_every_so_many_bytes() -> None:
-    device = Device(slot_blocks=2 * SYNC_SIZE // BLOCK_SIZE)
-    _ = device.boot()
-    made = device.maker.update(11, size=SYNC_SIZE + 5000)
+def test_what_came_is_made_durable_every_so_many_bytes(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus.services.updated.engine.SYNC_SIZE", 4096)
+    made = device.maker.update(11, size=10_000)
     _ = device.begin(made)
-    piece = 1 << 20
 
     taken = [
-        device.take(at, made.data[at : at + piece]).durable
-        for at in range(0, len(made.data), piece)
+        device.take(at, made.data[at : at + 1024]).durable for at in range(0, len(made.data), 1024)
     ]
 
-    assert taken == [0] * 15 + [SYNC_SIZE] * (len(taken) - 15)
+    assert taken == [0] * 3 + [4096] * 4 + [8192] * (len(taken) - 7)
 
 
 def test_another_update_ends_the_transfer_that_was_under_way(device: Device) -> None:

@@ -74,6 +74,7 @@ SWITCH_MAX: Final = Nanos(10_000_000_000)  # ns; statefsd may copy SNAPSHOT_SIZE
 SETTLE_MAX: Final = Nanos(400_000_000)  # ns of one attempt to put right what a start could not
 SETTLE_PAUSE: Final = Nanos(500_000_000)  # ns before the first of them, doubling
 SETTLE_PAUSE_MAX: Final = Nanos(16_000_000_000)  # ns
+SYNC_AFTER: Final = Nanos(1_000_000_000)  # ns; what came of a slow transfer is kept so often
 REBOOT_MAX: Final = Nanos(500_000_000)  # ns for init's answer
 STOP_MAX: Final = Nanos(500_000_000)  # ns to keep how far a transfer came; else it is sent again
 WAITING_MAX: Final = 4  # requests that wait for the end of a verification
@@ -116,6 +117,7 @@ class Updated:
         self._declined: Declined | None = None  # why the record could not be opened
         self._due: Nanos | None = None  # when to try again what is not settled
         self._pause = SETTLE_PAUSE
+        self._sync_due: Nanos | None = None  # when to keep how far the transfer is
         self._section = bytearray()  # metadata that one caller puts together
         self._section_of = ServiceId(0)
         self._waiting: list[Deferred] = []  # for the end of a verification
@@ -196,24 +198,33 @@ class Updated:
             await self._verify_on()
 
     def next_time(self) -> Nanos | None:
-        """When to try again what is not settled."""
-        return self._due
+        """When to try again what is not settled, or to keep how far a transfer is."""
+        times = [time for time in (self._due, self._sync_due) if time is not None]
+        return min(times, default=None)
 
     async def on_time(self, now: Nanos) -> None:
-        """Try again."""
-        self._pause = min(Nanos(2 * self._pause), SETTLE_PAUSE_MAX)
-        self._due = deadline_after(now, self._pause)
-        await self._settle(SETTLE_MAX)
+        """What is due of the two."""
+        if self._sync_due is not None and self._sync_due <= now:
+            self._sync_due = None
+            await self._sync(SETTLE_MAX)
+        if self._due is not None and self._due <= now:
+            self._pause = min(Nanos(2 * self._pause), SETTLE_PAUSE_MAX)
+            self._due = deadline_after(now, self._pause)
+            await self._settle(SETTLE_MAX)
 
     async def on_stop(self) -> None:
         """An orderly end: what came of a transfer need not be sent again."""
-        if not self._engine.opened or not self._engine.receiving:
-            return
-        self._memory.until = deadline_after(await Now(), STOP_MAX)
+        if self._engine.opened and self._engine.receiving:
+            await self._sync(STOP_MAX)
+
+    async def _sync(self, span: Nanos) -> None:
+        """Keep how far the transfer is; what cannot be kept is sent again after a cut."""
+        self._memory.until = deadline_after(await Now(), span)
         try:
             await self._engine.sync()
         except Declined as declined:
-            self._context.log.warning("transfer not kept", why=declined.detail)
+            fields = {"status": declined.status.name, "why": declined.detail}
+            _ = self._context.log.write(Level.WARN, "transfer not kept", fields)
 
     # ------------------------------------------------------------------ requests
 
@@ -350,19 +361,25 @@ class Updated:
         engine = await self._open()
         bulk = await self._bulk(call, request.start, request.length)
         try:
-            return await self._counted(engine.take(request.offset, bulk.view), request.length)
+            taking = engine.take(request.offset, bulk.view)
+            return await self._counted(taking, request.length, call.now)
         finally:
             await bulk.release()
 
     async def _chunk_inline(self, call: Call, request: ChunkInline) -> Taken:
         await self._require(call, STAGE_RIGHT)
         engine = await self._open()
-        return await self._counted(engine.take(request.offset, request.data), len(request.data))
+        taking = engine.take(request.offset, request.data)
+        return await self._counted(taking, len(request.data), call.now)
 
-    async def _counted(self, taking: Awaitable[Taken], size: int) -> Taken:
+    async def _counted(self, taking: Awaitable[Taken], size: int, now: Nanos) -> Taken:
         taken = await taking
         self._pieces += 1
         self._bytes += size
+        if taken.durable == taken.offset:
+            self._sync_due = None
+        elif self._sync_due is None:
+            self._sync_due = deadline_after(now, SYNC_AFTER)
         return taken
 
     async def _bulk(self, call: Call, offset: int, length: int) -> Bulk:
