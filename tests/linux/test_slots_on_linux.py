@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.fakes.machine import Machine, machine, python_of
 from tests.linux.slotted import (
     SERVICES,
     TITLE,
+    WAIT,
     Device,
     Set,
     changed,
@@ -175,6 +177,40 @@ def test_when_the_loader_is_killed_its_system_ends_in_order(device: Device) -> N
 
     _ = device.says("init: stopped")
     assert eventually(lambda: has_ended(running.pid))
+
+
+def test_under_a_service_manager_the_loader_becomes_init(device: Device) -> None:
+    def start() -> "subprocess.Popen[str]":
+        since = device.size()
+        process = device.host.start("up", "--exec", "--slots", TITLE)
+        _ = device.says("updated: ready (statefs)", since)
+        return process
+
+    first = start()
+    assert device.running().pid == first.pid
+    assert device.running().loader == 0
+    before = update_to(device, first_set().as_version(2))
+    assert first.wait(WAIT) == EXIT_REBOOT, "and its manager starts it again"
+    _ = first.communicate()
+
+    second = start()
+    _ = device.says("init: health ok (slot b)", before)
+    assert device.stamps().all == {stamp_of(first_set().as_version(2))}
+    device.down()
+    assert second.wait(WAIT) == 0
+    _ = second.communicate()
+
+
+def test_the_status_names_the_set(device: Device) -> None:
+    device.up()
+
+    headline = device.host.ok("status").out.splitlines()[0]
+    told = device.host.ok("status", "--json").json["set"]
+
+    assert headline.endswith(", set 1.0.0 out of slot a")
+    digest = first_set().digest.hex()
+    assert told == {"slot": "a", "name": "1.0.0", "version": 1, "digest": digest}
+    device.down()
 
 
 def test_a_second_loader_of_one_device_is_refused(device: Device) -> None:

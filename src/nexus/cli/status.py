@@ -8,7 +8,7 @@ from nexus.abi import INIT_NAME
 from nexus.cli.ask import Asked
 from nexus.cli.client import OperatorClient
 from nexus.cli.output import say, say_json, say_table
-from nexus.cli.places import all_running
+from nexus.cli.places import Running, all_running
 from nexus.proof.lock import start_of
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import (
@@ -45,6 +45,7 @@ def status(asked: Asked, *, as_json: bool) -> None:
                 "state": info.state.name.lower(),
                 "why": info.why,
                 "digest": info.digest,
+                "set": set_document(running),
                 "boots": info.boots,
                 "boot_id": info.boot_id.hex(),
                 "policy": {
@@ -56,8 +57,25 @@ def status(asked: Asked, *, as_json: bool) -> None:
             }
         )
         return
-    say(headline(running.title, running.pid, info))
+    say(headline(running.title, running.pid, info) + from_slot(running))
     say_table(HEADS, [row(name, record, info) for name, record in records.items()])
+
+
+def set_document(running: Running) -> dict[str, object] | None:
+    """The system set that init imported its code from; None outside of a slot."""
+    if not running.slot:
+        return None
+    return {
+        "slot": running.slot,
+        "name": running.set_name,
+        "version": running.set_version,
+        "digest": running.set_digest,
+    }
+
+
+def from_slot(running: Running) -> str:
+    """The end of the headline of a system out of a slot."""
+    return f", set {running.set_name} out of slot {running.slot}" if running.slot else ""
 
 
 def systems(*, as_json: bool) -> None:

@@ -31,7 +31,7 @@ CONSOLE: Final = "console.log"  # of the log directory; init writes it too
 TAIL_READ: Final = 64 * 1024  # bytes at the end of it that are looked through
 TELLER: Final = "loader"
 INIT_MODULE: Final = "nexus.cli.boot"
-NOT_INHERITED: Final = ("PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONSTARTUP")
+NOT_INHERITED: Final = ("PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONOPTIMIZE")
 
 CANNOT: Final = (NothingBootable, NoBootRecord, DeviceFault)
 """Why there is no boot at all; the text is a sentence."""

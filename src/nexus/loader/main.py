@@ -1,4 +1,4 @@
-"""The loader's process: `python -P -m nexus.loader.main JOB`, started or become by `nexus up --slots`.
+"""The loader's process: `python -P -m nexus.loader.main JOB`, started by `nexus up --slots`.
 
     fork -> the child chooses a slot and becomes its init -> wait for its end -> again, or end
 
@@ -213,9 +213,10 @@ def _live(work: Any) -> None:
         for number in SIGNALS:
             _ = signal.signal(number, signal.SIG_DFL)
         code = work()
-    except BaseException as error:  # noqa: BLE001 (the outermost frame of this process)
-        _ = sys.stderr.write(f"nexus: the loader failed: {type(error).__name__}: {error}\n")
     finally:
+        error = sys.exc_info()[1]
+        if error is not None:
+            _ = sys.stderr.write(f"nexus: the loader failed: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
         os._exit(code)
 

@@ -126,7 +126,7 @@ def _make(path: Path, manifest: Manifest, digest: bytes, source: Source) -> None
     sums = {name: _sum(new / name) for name in names if name not in own}
     text = json.dumps({"set": digest.hex(), "python": sys.version, "files": sums})
     _write(new / SUMS, text.encode())
-    new.rename(path)
+    _ = new.rename(path)
 
 
 class _Folder:
