@@ -26,6 +26,7 @@ from nexus.testing.slots import (
     Published,
     Slots,
     judging,
+    reboot,
     stage,
     stamped,
     switch,
@@ -246,8 +247,11 @@ def test_data_that_a_bad_set_has_migrated_are_as_before_once_it_is_left(
     left: list[SnapshotKept] = []
 
     async def fill(found: Device) -> None:
-        await write(found, BEFORE)
-        await updating(bad)(found)
+        await write(found, dict.fromkeys(BEFORE, b"earlier"))
+        _ = await stage(found, bad)
+        _ = await switch(found, bad)
+        await write(found, BEFORE)  # promised to last, and in no copy yet
+        await reboot(found)
 
     async def look(found: Device) -> None:
         await judging(found)

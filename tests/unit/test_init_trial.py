@@ -4,6 +4,7 @@ import itertools
 from hashlib import sha256
 from typing import Any, Final
 
+import msgspec
 import pytest
 
 from nexus.abi import BootImage, Nanos, Now, SleepUntil
@@ -407,8 +408,17 @@ def test_what_is_no_memory_tells_of_no_failure(data: bytes) -> None:
 # ---------------------------------------------------------------- restore and reboot
 
 
-@pytest.mark.parametrize("restore", [True, False])
-def test_statefsd_alone_is_told_what_to_restore(boot: Boot, restore: bool) -> None:
+@pytest.mark.parametrize(
+    ("trial", "restore", "settings"),
+    [
+        (False, True, {"restore": 3}),
+        (True, False, {"refresh": 3}),
+        (False, False, {}),
+    ],
+)
+def test_statefsd_alone_is_told_what_to_do_with_the_snapshot(
+    boot: Boot, trial: bool, restore: bool, settings: dict[str, int]
+) -> None:
     told: dict[str, Any] = {}
 
     async def note(image: BootImage) -> int:
@@ -416,13 +426,11 @@ def test_statefsd_alone_is_told_what_to_restore(boot: Boot, restore: bool) -> No
         return await idle(image)
 
     text = WHOLE + '\n[service.statefsd]\nprogram = "statefsd"\n'
-    slot_boot = SlotBoot(
-        slot="a", version=6, name="", digest=DIGEST, trial=False, snapshot=3, restore=restore
-    )
+    slot_boot = msgspec.structs.replace(TRIAL, trial=trial, snapshot=3, restore=restore)
 
     _ = tried(boot, Updater(), note, text=text, mains={"statefsd": note}, slot_boot=slot_boot)
 
-    assert told == {"other": {}, "statefsd": {"restore": 3} if restore else {}}
+    assert told == {"other": {}, "statefsd": settings}
 
 
 def test_a_reboot_ends_everything_in_order_and_asks_the_loader_for_another_boot(

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from random import Random  # noqa: TID251 (seeded)
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given, settings
 
 from nexus.drivers import DeviceFault, finished
+from nexus.drivers.crc import crc32c
 from nexus.kernel.sim.disk import (
     Disk,
     DiskErrorKind,
@@ -40,6 +42,7 @@ from nexus.services.statefsd.engine.snapshot import (
     restore,
     resume,
     take,
+    take_again,
 )
 
 BLOCKS = 2048  # 1 MiB
@@ -149,6 +152,66 @@ def test_going_back_twice_changes_nothing_that_came_between() -> None:
 
     assert again.state is State.RESTORED
     assert data_of(store) == {b"/state/app/k": b"since"}
+
+
+def test_a_copy_that_is_taken_again_is_of_what_was_written_since_and_once() -> None:
+    store = fresh()
+    put(store, {b"/state/app/k": b"old", b"/state/app/gone": bytes(9000)})
+    head = finished(take(store, [APP]))
+    put(store, {b"/state/app/k": b"late", b"/state/app/gone": None})
+
+    fresh_one = finished(take_again(store, head.number))
+    put(store, {b"/state/app/k": b"migrated"})
+    same = finished(take_again(store, head.number))  # the second boot of the same trial
+    _ = finished(restore(store, head.number))
+
+    assert (fresh_one.number, fresh_one.keys, fresh_one.pages) == (head.number, 1, 1)
+    assert same == fresh_one
+    assert data_of(store) == {b"/state/app/k": b"late"}
+    with pytest.raises(NoSnapshot):
+        _ = finished(take_again(store, head.number))
+
+
+def test_a_copy_that_does_not_fit_any_more_is_none_and_the_data_stay() -> None:
+    store = fresh()
+    put(store, {b"/state/app/k": b"old"})
+    head = finished(take(store, [APP]))
+    put(store, {b"/state/app/%02d" % n: bytes(8000) for n in range(30)})
+    before = data_of(store)
+
+    with pytest.raises(StoreFull):
+        _ = finished(take_again(store, head.number))
+    back = finished(restore(store, head.number))
+
+    assert (back.state, back.pages) == (State.RESTORED, 0)
+    assert data_of(store) == before
+    assert {key for key in content_of(store) if area_of(key) == AREA} == {HEAD}
+
+
+def test_a_snapshot_stands_on_the_disk_as_the_format_says() -> None:
+    store = fresh()
+    put(store, {b"/state/app/b": b"2", b"/state/app/a": b"", b"/state/z": b"3"})
+    _ = finished(take(store, [ROOT, APP]))
+
+    content = content_of(store)
+    stream = (
+        b"\x08\x01\x00\x00\x00/state/z3"
+        b"\x0c\x00\x00\x00\x00/state/app/a"
+        b"\x0c\x01\x00\x00\x00/state/app/b2"
+    )
+    assert content[AREA + b"page-00000000"] == stream
+    assert msgspec.msgpack.decode(content[HEAD]) == [
+        1,
+        1,
+        2,
+        [[b"/state/", 57], [b"/state/app/", 121]],
+        1,
+        len(stream),
+        3,
+        crc32c(stream),
+        3,
+        False,
+    ]
 
 
 def test_one_is_kept_at_a_time_and_no_number_is_given_twice() -> None:

@@ -217,6 +217,27 @@ def test_the_setting_brings_the_areas_back_before_anybody_is_served_and_once() -
     assert again.log.lines == []
 
 
+def test_a_trial_begins_with_a_copy_of_what_was_written_up_to_the_end_and_once() -> None:
+    system = fresh()
+    _ = system.ask(put(K, b"old"), TAKE, put(K, b"late"))
+
+    first = fresh(system.stop().disk, refresh=1)
+    _ = first.one(put(K, b"migrated"))
+    second = fresh(first.stop().disk, refresh=1)  # its second try
+    _ = second.one(put(K, b"migrated again"))
+    back = fresh(second.stop().disk, restore=1)
+
+    assert values(back, K) == [b"late"]
+
+
+def test_no_trial_begins_without_its_way_back() -> None:
+    system = fresh()
+    _ = system.one(put(K))
+
+    with pytest.raises(Unusable, match="no way back without it: NoSnapshot"):
+        _ = fresh(system.stop().disk, refresh=1)
+
+
 def half_restored() -> Disk:
     """A disk whose power went in the midst of going back."""
     system = fresh()

@@ -12,7 +12,8 @@ from nexus.protocols.init import Account, Health, TaskState
 from nexus.runtime import ServiceConfig
 
 STATEFSD_PROGRAM: Final = "statefsd"
-RESTORE_SETTING: Final = "restore"  # of statefsd
+REFRESH_SETTING: Final = "refresh"  # of statefsd, as the next
+RESTORE_SETTING: Final = "restore"
 NO_PID: Final = Pid(0)
 NEVER_YET: Final = Nanos(0)
 NO_ACCOUNT: Final = Account(generation=0, counters=[], facts=[])
@@ -194,7 +195,10 @@ def config_of(
 
 
 def _restoring(planned: PlannedService, slot_boot: SlotBoot | None) -> Mapping[str, int]:
-    """What statefsd is told after a rollback: the snapshot it goes back to before it serves."""
-    if slot_boot is None or not slot_boot.restore or planned.program != STATEFSD_PROGRAM:
+    """What statefsd does with the snapshot before it serves: after a rollback it goes back to it,
+    and for a trial of a set that migrates data it takes it again."""
+    if slot_boot is None or not slot_boot.snapshot or planned.program != STATEFSD_PROGRAM:
         return {}
-    return {RESTORE_SETTING: slot_boot.snapshot}
+    if slot_boot.restore:
+        return {RESTORE_SETTING: slot_boot.snapshot}
+    return {REFRESH_SETTING: slot_boot.snapshot} if slot_boot.trial else {}

@@ -58,6 +58,7 @@ from nexus.services.statefsd.engine.snapshot import (
     restore,
     resume,
     take,
+    take_again,
 )
 from nexus.services.statefsd.engine.snapshot import (
     State as CopyState,
@@ -281,6 +282,10 @@ class Take(NamedTuple):
     """Copy what workloads write into."""
 
 
+class TakeAgain(NamedTuple):
+    """Take it again, as the boot does that may change what was copied."""
+
+
 class GoBack(NamedTuple):
     """Go back to the copy."""
 
@@ -295,7 +300,7 @@ class Cut(NamedTuple):
     seed: int
 
 
-Step: TypeAlias = Make | Commit | Maintain | Close | Cut | Take | GoBack | Drop
+Step: TypeAlias = Make | Commit | Maintain | Close | Cut | Take | TakeAgain | GoBack | Drop
 Script: TypeAlias = Callable[[Random], Iterator[Step]]
 
 DURABLE: Final = Commit(durable=True)
@@ -391,6 +396,10 @@ def snapshots(source: Random) -> Iterator[Step]:
             yield Make((_put(number, source.randbytes(source.choice((20, 300, 700)))),))
         yield DURABLE
         yield Take()
+        if round_:
+            yield Make((_put(0, b"late"), _put(7, source.randbytes(200))))
+            yield ACCEPTED
+            yield TakeAgain()
         yield Make((_put(0, source.randbytes(900)), Change(_key(1), None), _put(9, b"new")))
         yield Make((_put(2, b""), Change(b"/state/b/other", source.randbytes(50))))
         yield DURABLE if round_ % 2 else ACCEPTED
@@ -568,6 +577,7 @@ class Way(NamedTuple):
 
     number: int
     content: Content
+    again: bool = False  # the copy was being taken again
 
 
 # ---------------------------------------------------------------- the explorer
@@ -651,6 +661,9 @@ class Explorer:
                 case Take():
                     self._copied = _without_copy(self._model.states[-1].content)
                     _ = finished(take(store, AREAS))
+                case TakeAgain():
+                    self._copied = _without_copy(self._model.states[-1].content)
+                    _ = finished(take_again(store, finished(head_of(store)).number))
                 case GoBack():
                     head = finished(head_of(store))
                     self._going_back = head.number
@@ -753,6 +766,8 @@ class Explorer:
         way = None if problem is not None else self._way(store)
         if way is not None:
             problem = _recovered(disk.copy(), way)
+            if problem is None and way.again:
+                problem = _taken_again(disk.copy(), way)
             if not self._target and self.explored.cases % COPIES_EVERY == 0:
                 self._cut_on_the_way(disk.copy(), way, case)
         if problem is None:
@@ -768,6 +783,8 @@ class Explorer:
         if head.state is CopyState.NONE:
             return None
         content = _without_copy(self._model.states[index].content)
+        if head.state is CopyState.TAKING_AGAIN:
+            return Way(head.number, content, again=True)
         going_back = self._going_back == head.number or head.state is CopyState.RESTORING
         if not head.is_kept or head.state is CopyState.RESTORED or not going_back:
             return Way(0, content)
@@ -829,6 +846,16 @@ def _recovered(disk: Disk, way: Way) -> str | None:
     if way.number and head.state is not CopyState.RESTORED:
         return f"the way back is not gone to its end: {head.state.name}"
     return None
+
+
+def _taken_again(disk: Disk, way: Way) -> str | None:
+    """What is wrong with a trial whose first boot was cut off, once the next one has migrated."""
+    store = finished(Store.open(DiskDevice(disk), LIMITS))
+    _ = finished(resume(store))
+    _ = finished(take_again(store, way.number))
+    _ = store.stage([_put(0, b"migrated"), Change(_key(3), None)])
+    finished(store.commit(True))
+    return _recovered(disk, way)
 
 
 def _write_on(device: DiskDevice, store: Store, model: Model) -> str | None:

@@ -148,6 +148,7 @@ class Statefsd:
         send_given: Callable[[], Awaitable[None]],
     ) -> None:
         self._limits = settings.limits
+        self._refresh = settings.refresh
         self._restore = settings.restore
         self._authority = authority
         self._log = log
@@ -520,10 +521,14 @@ class Statefsd:
             await self._authority.require(call, SNAPSHOT_RIGHT, area.decode())
 
     async def _bring_back(self, store: Store) -> None:
-        """Before anybody is served: end what a power cut left half done, and go back if init says.
+        """Before anybody is served: end what a power cut left half done, and do what init says.
 
-        A copy that is damaged is no way back, and no reason to serve nobody. Raises Unusable.
+        A copy that is damaged is no way back, and no reason to serve nobody; but no trial begins
+        without its way back. Raises Unusable.
         """
+        if self._refresh:
+            await self._take_again(store)
+            return
         try:
             before = await copies.head_of(store)
             head = await copies.resume(store, self._restore)
@@ -536,6 +541,25 @@ class Statefsd:
             raise Unusable(f"cannot go back to the snapshot on {name}: {error!r}") from error
         if head.state is copies.State.RESTORED is not before.state:
             self._log.warning("snapshot restored", snapshot=head.number, keys=head.keys)
+
+    async def _take_again(self, store: Store) -> None:
+        """A set that migrates data is tried for the first time: copy them as they are now."""
+        try:
+            _ = await copies.resume(store)
+            head = await copies.take_again(store, self._refresh)
+        except (
+            copies.NoSnapshot,
+            copies.SnapshotDamaged,
+            Damaged,
+            StoreFull,
+            ReadOnly,
+            DeviceFault,
+        ) as error:
+            raise Unusable(
+                f"cannot copy on {self._disk.name} what this set migrates, and there is no way "
+                f"back without it: {error!r}"
+            ) from error
+        self._log.warning("snapshot taken again", snapshot=head.number, keys=head.keys)
 
     # ------------------------------------------------------------------ reading
 

@@ -4,6 +4,10 @@
       ^              |                             |                                |
       \\--------------+--dropping <-----------------+--------------------------------/
 
+Between the copy and the boot that migrates others still write. So that boot takes it again, once,
+before it serves anybody: kept --take_again--> taking again --> kept, and fresh. A cut in the midst
+finds the areas as they were: nobody can have migrated them.
+
 One at a time. Its pages are values in an area of their own, a stream of keys and values, so that
 the format of the device knows nothing of it, and no change of it needs more than one commit. What
 a power cut leaves of a state in the midst (taking, restoring, dropping) is brought to an end by
@@ -56,6 +60,7 @@ class State(IntEnum):
     RESTORING = 3
     RESTORED = 4
     DROPPING = 5
+    TAKING_AGAIN = 6
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -75,11 +80,12 @@ class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     keys: _Count = 0
     crc: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0  # of the stream
     sequence: _Count = 0  # of the last change in it
+    fresh: bool = False  # it was taken again
 
     @property
     def is_kept(self) -> bool:
         """Whether there is one that the areas can go back to, or went back to."""
-        return self.state in (State.KEPT, State.RESTORING, State.RESTORED)
+        return self.state in (State.KEPT, State.TAKING_AGAIN, State.RESTORING, State.RESTORED)
 
 
 _DECODER: Final = msgspec.msgpack.Decoder(Head)
@@ -122,8 +128,8 @@ async def head_of(store: Store) -> Head:
 async def take(store: Store, areas: Sequence[bytes]) -> Head:
     """Copy these areas as they are: durable on return. Nothing may be staged.
 
-    Raises SnapshotExists; StoreFull, also for more than SIZE_MAX or KEYS_MAX; Damaged for an area with a
-    damaged record, which no copy could bring back; ReadOnly and DeviceFault.
+    Raises SnapshotExists; StoreFull, also for more than SIZE_MAX or KEYS_MAX; Damaged for an area
+    with a damaged record, which no copy could bring back; ReadOnly and DeviceFault.
     """
     former = await head_of(store)
     if former.is_kept:
@@ -139,6 +145,27 @@ async def take(store: Store, areas: Sequence[bytes]) -> Head:
     except (Damaged, StoreFull):
         _ = await drop(store, head.number)
         raise
+    _hold(store, head)
+    return head
+
+
+async def take_again(store: Store, number: int) -> Head:
+    """Have the snapshot be of the areas as they are now; done already, it does nothing.
+
+    For a store that was just opened, before anybody is served. Raises NoSnapshot, and as `take`;
+    then there is no copy, and `restore` knows that there is nothing to bring back.
+    """
+    head = await head_of(store)
+    if head.number != number or head.state not in (State.KEPT, State.TAKING_AGAIN):
+        raise NoSnapshot
+    if head.state is State.KEPT and head.fresh:
+        return head
+    rows = [(area, store.usage(area).size) for area, _ in head.areas]
+    head = Head(FORMAT, number, State.TAKING_AGAIN, rows, sequence=store.sequence, fresh=True)
+    await _write_head(store, head, durable=False)
+    await _delete_pages(store)
+    head = await _write_pages(store, head)
+    await _write_head(store, head, durable=True)
     _hold(store, head)
     return head
 
@@ -205,6 +232,8 @@ async def restore(store: Store, number: int) -> Head:
         raise NoSnapshot
     if head.state is State.RESTORED:
         return head
+    if head.state is State.TAKING_AGAIN:
+        return await _forget(store, head)
     await _check_whole(store, head)
     head = msgspec.structs.replace(head, state=State.RESTORING)
     await _write_head(store, head, durable=True)
@@ -212,6 +241,14 @@ async def restore(store: Store, number: int) -> Head:
     await _put_back(store, head, growing=False)
     await _put_back(store, head, growing=True)
     head = msgspec.structs.replace(head, state=State.RESTORED)
+    await _write_head(store, head, durable=True)
+    return head
+
+
+async def _forget(store: Store, head: Head) -> Head:
+    """Nobody was served since the copy was to be taken again: the areas are what they were."""
+    await _delete_pages(store)
+    head = Head(FORMAT, head.number, State.RESTORED, head.areas, sequence=head.sequence)
     await _write_head(store, head, durable=True)
     return head
 
@@ -283,11 +320,15 @@ async def drop(store: Store, number: int) -> Head:
 
 async def _finish_drop(store: Store, head: Head) -> Head:
     """Delete whatever pages there are; their number is kept, so that no other has it."""
-    await _delete(store, [key for key in _keys(store, AREA) if key != HEAD])
+    await _delete_pages(store)
     store.hold({})
     head = Head(FORMAT, head.number, State.NONE, [])
     await _write_head(store, head, durable=True)
     return head
+
+
+async def _delete_pages(store: Store) -> None:
+    await _delete(store, [key for key in _keys(store, AREA) if key != HEAD])
 
 
 async def resume(store: Store, number: int = 0) -> Head:
