@@ -1,4 +1,4 @@
-"""`python -m bench [ipc|sim|boot|state|observe|all]`: measure, print, and keep the report.
+"""`python -m bench [ipc|sim|boot|state|observe|update|all]`: measure, print, and keep the report.
 
 Exit codes: 0 measured (a missed target is reported, not hidden behind a code), 1 a
 measurement of ours failed, 2 usage or a missing prerequisite.
@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from bench import boot, ipc, observe, sim, state
+from bench import boot, ipc, observe, sim, state, update
 from bench.measure import UnavailableError
 from bench.pairing import WorkerError
 from bench.report import Machine, Outcome, Report, refresh, render, write
@@ -21,7 +21,7 @@ ROUNDS: Final = 9  # odd, so that the median is a run
 SECONDS: Final = 0.5  # of one run; 25 000 samples of a typed call
 QUICK_ROUNDS: Final = 3
 QUICK_SECONDS: Final = 0.25
-PARTS: Final = ("ipc", "sim", "boot", "state", "observe")
+PARTS: Final = ("ipc", "sim", "boot", "state", "observe", "update")
 
 
 def _arguments(words: list[str]) -> argparse.Namespace:
@@ -69,6 +69,11 @@ def _run_part(part: str, arguments: argparse.Namespace, report: Report) -> None:
     elif part == "observe":
         report.observe, judged = observe.run(
             rounds=arguments.rounds, seconds=arguments.seconds, progress=_progress
+        )
+        report.targets += judged
+    elif part == "update":
+        report.update, judged = update.run(
+            rounds=arguments.rounds, quick=arguments.quick, progress=_progress
         )
         report.targets += judged
     elif part == "state":

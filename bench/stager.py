@@ -5,13 +5,14 @@ is being written, has it verified, and says on the console how long that took.
 """
 
 import time
+from collections import deque
 from typing import Final
 
 import msgspec
 
 from nexus.abi import BLOCK_SIZE, ConsoleWrite, Nanos
 from nexus.drivers import BlockDevice, open_block
-from nexus.ipc import Answer, Client, deadline_after, offer_bulk
+from nexus.ipc import Answer, Client, Started, deadline_after, offer_bulk
 from nexus.protocols import updated
 from nexus.protocols.updated import PIECE_SIZE_MAX, Begin, Begun, Chunk, Finish, Staged, Taken
 from nexus.runtime import Call
@@ -19,6 +20,7 @@ from nexus.runtime.program import Context
 from nexus.wire import Message, Protocol, ReplyStatus, Request
 
 CALL_MAX: Final = Nanos(10_000_000_000)  # ns for one call; a flush of a loaded disk is within it
+IN_FLIGHT: Final = 2  # pieces with updated: the one it writes, and the next
 FINISH_MAX: Final = Nanos(300_000_000_000)  # ns for the whole verification
 INDEX_BLOCKS: Final = 8  # 4 KiB at the beginning of the stick: the index as JSON, and zeros
 BEGUN_LINE: Final = "bench.stager: begun"
@@ -100,20 +102,22 @@ class Stager:
         assert outcome.reply.offset == 0, "a device that has staged nothing before"
 
     async def _send(self, client: Client, stick: BlockDevice, block: int, size: int) -> None:
-        under_way = None
+        under_way: deque[Started[Taken]] = deque()
         for offset in range(0, size, PIECE_SIZE_MAX):
             length = min(PIECE_SIZE_MAX, size - offset)
-            piece = await _bytes(stick, block + offset // BLOCK_SIZE, length)
-            cap = await offer_bulk(piece)
-            if under_way is not None:
-                taken = await client.finish(under_way)
-                assert isinstance(taken, Taken), taken
+            cap = await offer_bulk(await _bytes(stick, block + offset // BLOCK_SIZE, length))
+            if len(under_way) == IN_FLIGHT:
+                _ = await self._taken(client, under_way.popleft())
             request = Chunk(offset, 0, length)
-            under_way = await client.start(request, await self._until(CALL_MAX), move=cap)
-        assert under_way is not None, "a set is not empty"
-        taken = await client.finish(under_way)
+            until = await self._until(CALL_MAX)
+            under_way.append(await client.start(request, until, move=cap))
+        ends = [await self._taken(client, each) for each in under_way]
+        assert ends[-1] == size, "all of it was taken"
+
+    async def _taken(self, client: Client, started: Started[Taken]) -> int:
+        taken = await client.finish(started)
         assert isinstance(taken, Taken), taken
-        assert taken.offset == size
+        return taken.offset
 
     async def _finish(self, client: Client) -> None:
         outcome = await client.call(Finish(), await self._until(FINISH_MAX))
