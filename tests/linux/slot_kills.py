@@ -3,8 +3,8 @@
     python -m tests.linux.slot_kills --kills 100 --seed 0 --report docs/reference/ota-kills.txt
     python -m tests.linux.slot_kills --only 37 --seed 0
 
-Each kill begins with a copy of a device that was brought to the phase before: so one can be repeated
-without the others. The moment is drawn over a tenth more than what the phase takes on
+Each kill begins with a copy of a device that was brought to the phase before: so one can be
+repeated without the others. The moment is drawn over a tenth more than what the phase takes on
 this machine when nobody kills it, which the first, unkilled run of the phase measures.
 
 SIGKILL takes no page of the file cache with it, so this is no power cut: torn and lost writes are

@@ -216,8 +216,8 @@ def _live(work: Any) -> None:
     finally:
         error = sys.exc_info()[1]
         if error is not None:
-            _ = sys.stderr.write(f"nexus: the loader failed: {type(error).__name__}: {error}\n")
-        sys.stderr.flush()
+            text = f"nexus: the loader failed: {type(error).__name__}: {error}\n"
+            _ = os.write(sys.stderr.fileno(), text.encode("utf-8", "backslashreplace"))
         os._exit(code)
 
 
