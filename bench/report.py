@@ -231,7 +231,7 @@ class ObserveResult(msgspec.Struct, frozen=True):
 
 class UpdateRow(msgspec.Struct, frozen=True):
     """Sets of one kind, bench/update: s to have all pieces taken, to have it staged, to copy and
-    hash the same file, and for the strict reader alone; the ratio is taken within a round."""
+    hash the same file, and for the strict reader alone; the ratios are to the copy within a round."""
 
     kind: str
     size: int  # bytes of the set file
@@ -239,6 +239,7 @@ class UpdateRow(msgspec.Struct, frozen=True):
     staged_s: Spread
     copied_s: Spread
     checked_s: Spread
+    received_ratio: Spread
     ratio: Spread
 
 
@@ -663,6 +664,7 @@ def _update(result: UpdateResult) -> list[str]:
             cell(row.staged_s),
             cell(row.copied_s),
             cell(row.checked_s),
+            _spread(row.received_ratio),
             _spread(row.ratio),
         )
         for row in result.rows
@@ -688,6 +690,7 @@ def _update(result: UpdateResult) -> list[str]:
                 "staged",
                 "copied and hashed",
                 "strict reader",
+                "received to copied",
                 "staged to copied",
             ),
             rows,

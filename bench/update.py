@@ -282,7 +282,14 @@ def run(
     )
     return result, [
         Target(
-            "staging against copy and hash of the same bytes",
+            "update received, hashed and in the slot, against copy and hash",
+            RATIO_MAX,
+            at_most=True,
+            measured=rows[0].received_ratio,
+            unit=" x",
+        ),
+        Target(
+            "the same and verified, against copy and hash",
             RATIO_MAX,
             at_most=True,
             measured=rows[0].ratio,
@@ -307,6 +314,7 @@ def _row(kind: str, size: int, found: Sequence[Round]) -> UpdateRow:
         Spread.of([each.sample.staged for each in found]),
         Spread.of([each.copied for each in found]),
         Spread.of([each.checked for each in found]),
+        Spread.of([each.sample.received / each.copied for each in found]),
         Spread.of([each.sample.staged / each.copied for each in found]),
     )
 

@@ -6,7 +6,17 @@ import msgspec
 import pytest
 
 from bench.pairing import Spread
-from bench.report import Machine, Report, SimResult, Target, refreshed, render, targets_table
+from bench.report import (
+    Machine,
+    Report,
+    SimResult,
+    Target,
+    UpdateResult,
+    UpdateRow,
+    refreshed,
+    render,
+    targets_table,
+)
 
 HERE: Final = Machine(system="here", cpu_count=2, python="3.11", packages={}, load=0.0)
 
@@ -55,3 +65,17 @@ def test_a_bound_is_shown_as_it_is_and_not_rounded(bound: float, shown: str) -> 
     row = targets_table([Target("ours", bound, at_most=True, measured=Spread.of([1.0]))])[-1]
 
     assert row.split("|")[2].strip() == f"at most {shown}"
+
+
+def test_the_section_about_updates_has_times_in_ms_and_what_a_large_set_takes() -> None:
+    one, two = Spread.of([0.1, 0.2, 0.3]), Spread.of([0.05])
+    ratios = Spread.of([1.6]), Spread.of([2.5])
+    row = UpdateRow("bytes that do not pack", 67_100_000, one, one, two, two, *ratios)
+    result = UpdateResult(3, [row], 1 << 30, 40 << 20, 44 << 20, 2.94, 1.11)
+
+    page = render(Report(machine=HERE, update=result))
+
+    cells = "67.1 | 200 [100-300] | 200 [100-300] | 50 [50-50] | 50 [50-50] | 1.60 [1.60-1.60]"
+    assert f"| bytes that do not pack | {cells} | 2.50 [2.50-2.50] |" in page
+    assert "A set of 1 024 MiB: staged in 2.94 s, copied and hashed in 1.11 s." in page
+    assert "40.0 MiB resident before and 44.0 MiB at most, 4.0 MiB more" in page
