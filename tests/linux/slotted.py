@@ -7,6 +7,7 @@ changed. Needs no pytest: tests/linux/slot_kills.py uses it as a campaign.
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -168,12 +169,16 @@ class Stamps:
 
 
 class Device:
-    """A device in a machine's directories."""
+    """A device in a machine's directories: new, or a copy of the state of one that is down."""
 
-    def __init__(self, host: Machine, first: Set) -> None:
+    def __init__(self, host: Machine, first: Set, state: Path | None = None) -> None:
         self.host = host
         self.signer = Signer()
         self.state = host.home / "s" / TITLE
+        if state is not None:
+            _ = shutil.copytree(state, self.state)
+            self.state.parent.chmod(0o700)
+            return
         for folder in (self.state.parent, self.state):
             folder.mkdir(mode=0o700)
             os.chown(folder, host.uid, host.uid)

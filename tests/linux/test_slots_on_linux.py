@@ -1,6 +1,7 @@
 """What runs is what the active slot holds, across real restarts of the whole system."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -40,9 +41,23 @@ def host() -> Iterator[Machine]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of a device that was up once: its first set is unpacked and compiled."""
+    python = python_of(os.getuid())
+    assert python is not None
+    state = tmp_path_factory.mktemp("booted") / "state"
+    with machine(os.getuid(), python) as host:
+        made = Device(host, first_set())
+        made.up()
+        made.down()
+        _ = shutil.copytree(made.state, state)
+    return state
+
+
 @pytest.fixture
-def device(host: Machine) -> Iterator[Device]:
-    made = Device(host, first_set())
+def device(host: Machine, booted: Path) -> Iterator[Device]:
+    made = Device(host, first_set(), booted)
     yield made
     for running in host.run("status", "--all", "--json").json or []:
         _ = host.run("down", "--name", running["system"])
