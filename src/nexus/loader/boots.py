@@ -22,7 +22,7 @@ from nexus.drivers.block import BlockDevice, DeviceFault
 from nexus.drivers.finished import finished
 from nexus.kernel.linux.bootmemory import BootMemory
 from nexus.loader.choose import Chosen, Ended, NothingBootable, SlotSource, choose, note_end
-from nexus.loader.devices import boot_path, opened, slot_path
+from nexus.loader.devices import boot_path, opened, opened_slot, slot_path
 from nexus.loader.main import BOOTING, FAILING, JUDGED, OPEN
 from nexus.loader.tail import ConsoleLine, last_words
 from nexus.loader.tree import PYTHON, NoTree, tree_of
@@ -95,7 +95,9 @@ def _prepared(
     ended = _ended(state, record.boots, console, seen or {})
     for _ in range(TRIES_MAX + 2):
         with ExitStack() as stack:
-            slots = {name: stack.enter_context(opened(slot_path(state, name))) for name in SlotName}
+            slots = {
+                name: stack.enter_context(opened_slot(slot_path(state, name))) for name in SlotName
+            }
             chosen = finished(choose(control, slots, ended, wall=time.time_ns()))
             name = SlotName(chosen.boot.slot)
             source = SlotSource(slots[name], chosen.record.slot(name).size)

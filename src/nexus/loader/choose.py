@@ -27,6 +27,7 @@ from nexus.bootctl import (
     attempt,
     damaged,
     failed,
+    rollback,
     slot_boot,
 )
 from nexus.bootctl.contract import BootControl
@@ -102,8 +103,43 @@ async def choose(
     """Decide what is booted, and have that on the boot device before this returns.
 
     `ended` is how the last boot ended, None for a first look; `wall` the time for the record, ns
-    since 1970 or 0. Raises NothingBootable, bootctl's NoBootRecord, DeviceFault (boot device).
+    since 1970 or 0. A boot device that cannot be written any more boots what was proven good, and
+    tries nothing. Raises NothingBootable, bootctl's NoBootRecord, DeviceFault (boot device).
     """
+    try:
+        return await _choose(control, slots, ended, wall)
+    except DeviceFault as fault:
+        return await _proven(control, slots, fault)
+
+
+async def _proven(
+    control: BootControl, slots: Mapping[SlotName, BlockDevice], fault: DeviceFault
+) -> Chosen:
+    """What can be booted without storing anything: a good slot, and never one in trial."""
+    record = settled = await control.load()
+    if record.trying is not None:
+        # In memory alone: the data are those of before the trial in any case.
+        name = record.trying
+        settled = rollback(
+            record,
+            Reason(cause=Cause.GIVEN_UP, slot=name, version=0, boot=record.boots),
+        )
+    for name in (record.active, record.standby):
+        if record.slot(name).state is not SlotState.GOOD:
+            continue
+        found = await _look(slots[name], record.slot(name))
+        if isinstance(found, Manifest):
+            boot = slot_boot(settled, name, Nanos(found.health))
+            return Chosen(boot=boot, manifest=found, record=record)
+    raise fault
+
+
+async def _choose(
+    control: BootControl,
+    slots: Mapping[SlotName, BlockDevice],
+    ended: Ended | None,
+    wall: int,
+) -> Chosen:
     record = await control.load()
     if ended is not None:
         record = await _noted(control, record, ended, wall)

@@ -11,14 +11,14 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event as Pause
 from typing import Final
 
 from nexus.abi import BLOCK_SIZE
 from nexus.bootctl import SlotName
-from nexus.drivers.block import DeviceFault, Fault, check_range, whole_blocks
+from nexus.drivers.block import BlockDevice, DeviceFault, Fault, check_range, whole_blocks
 
 IMAGE_SUFFIX: Final = ".img"  # as nexus.kernel.linux.hardware names an image
 BOOT_NAME: Final = "boot"
@@ -93,20 +93,73 @@ class FileBlock:
 
 @contextmanager
 def opened(path: Path, *, writable: bool = False) -> Iterator[FileBlock]:
-    """A device, held alone if it is to be written. Raises DeviceFault."""
-    try:
-        descriptor = os.open(path, FLAGS | (os.O_RDWR if writable else os.O_RDONLY))
-    except OSError as error:
-        raise _fault(error, path) from error
+    """A device, held alone if it is to be written. Raises DeviceFault.
+
+    One that is worn out or write-protected is opened all the same, and says what it is when it is
+    written.
+    """
+    descriptor, can_write = _open(path, writable=writable)
     try:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise DeviceFault(Fault.REFUSED, f"{path} is neither a file nor a block device")
         if writable:
             _hold(descriptor, path)
-        yield FileBlock(descriptor, writable=writable)
+        yield FileBlock(descriptor, writable=can_write)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path, *, writable: bool) -> tuple[int, bool]:
+    """A descriptor, and whether it can be written."""
+    try:
+        if not writable:
+            return os.open(path, FLAGS | os.O_RDONLY), False
+        try:
+            return os.open(path, FLAGS | os.O_RDWR), True
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            return os.open(path, FLAGS | os.O_RDONLY), False
+    except OSError as error:
+        raise _fault(error, path) from error
+
+
+class Missing:
+    """drivers.BlockDevice in place of one that cannot be opened."""
+
+    block_count: Final = 0
+    writable: Final = False
+
+    def __init__(self, fault: DeviceFault) -> None:
+        self._fault = fault
+
+    async def read(self, block: int, count: int) -> bytes:
+        """Why it is missing."""
+        del block, count
+        raise self._fault
+
+    async def write(
+        self, block: int, data: bytes | bytearray | memoryview, *, durable: bool = False
+    ) -> None:
+        """Why it is missing."""
+        del block, data, durable
+        raise self._fault
+
+    async def flush(self) -> None:
+        """Why it is missing."""
+        raise self._fault
+
+
+@contextmanager
+def opened_slot(path: Path) -> Iterator[BlockDevice]:
+    """A slot to read; one that cannot be opened is no reason not to boot the other one."""
+    with ExitStack() as stack:
+        try:
+            device: BlockDevice = stack.enter_context(opened(path))
+        except DeviceFault as fault:
+            device = Missing(fault)
+        yield device
 
 
 def _hold(descriptor: int, path: Path) -> None:
