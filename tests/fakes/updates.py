@@ -195,6 +195,7 @@ class Device:
         self.first = self.maker.update(first, schemas={AREA: 1})
         self.provision(self.first)
         self.engine: Engine
+        self.running: SlotName | None = None  # what the loader booted
 
     def provision(self, made: Made) -> None:
         target = made.target
@@ -221,7 +222,8 @@ class Device:
         record = finished(control.load())
         record, slot = attempt(record)
         _ = finished(control.store(record))
-        self.start()
+        self.running = slot
+        _ = self.start()
         return slot
 
     def start(self) -> Engine:
@@ -231,6 +233,7 @@ class Device:
             {name: DiskDevice(disk) for name, disk in self.slot_disks.items()},
             self.memory,
             self.rules,
+            self.running,
         )
         finished(self.engine.open(ASKER))
         return self.engine

@@ -187,12 +187,14 @@ class Engine(RuleBasedStateMachine):
 
     @property
     def on_trial(self) -> bool:
-        return self.device.engine.running is not self.device.engine.record.active
+        record = self.device.engine.record
+        return record.trying is not None and record.slot(record.trying).state is SlotState.TRYING
 
     @property
     def unsettled(self) -> bool:
         record = self.device.engine.record
-        return record.trying is not None or record.restore
+        is_other = self.device.engine.running is not record.active
+        return record.trying is not None or record.restore or is_other
 
     @invariant()
     def the_good_set_stands_whole_in_its_slot(self) -> None:

@@ -617,6 +617,24 @@ def test_staging_waits_until_the_data_are_restored(device: Device) -> None:
     assert device.memory.data == b"old"
 
 
+def test_data_are_not_restored_under_the_services_of_the_set_that_was_left(
+    device: Device,
+) -> None:
+    made = device.maker.update(11, schemas={AREA: 2})
+    _ = device.stage(made)
+    _ = device.switch(made)
+    _ = device.boot()
+    device.memory.data = b"migrated"
+    _ = finished(device.engine.rollback(A, ASKER))
+
+    _ = device.start()  # updated alone: the others are still those of the new set
+
+    assert (device.memory.data, device.memory.restored) == (b"migrated", [])
+    assert stored(device).restore
+    assert device.boot() is A
+    assert (device.memory.data, device.memory.copies) == (b"old", {})
+
+
 def test_a_copy_that_a_cut_left_behind_is_put_away(device: Device) -> None:
     device.memory.copies = {5: b"left"}
 
@@ -650,6 +668,21 @@ def test_a_committed_set_is_left_for_the_one_before(device: Device) -> None:
     assert back.slot is Slot.A
     assert device.boot() is A
     assert stored(device).reasons[-1].cause is Cause.GIVEN_UP
+
+
+def test_until_the_way_back_was_booted_the_slot_that_runs_is_not_written(device: Device) -> None:
+    device.update(device.maker.update(11))
+    running = device.slot_bytes(B)
+
+    _ = finished(device.engine.rollback(A, ASKER))
+
+    assert device.engine.running is B
+    assert declined(lambda: device.begin(device.maker.update(12))) is UpdatedStatus.PENDING
+    _ = device.start()
+    assert declined(lambda: device.begin(device.maker.update(13))) is UpdatedStatus.PENDING
+    assert device.slot_bytes(B) == running
+    _ = device.boot()
+    assert device.begin(device.maker.update(14)).slot is Slot.B
 
 
 def test_there_is_no_way_back_to_a_set_that_knows_an_older_schema(device: Device) -> None:

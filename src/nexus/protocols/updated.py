@@ -61,7 +61,7 @@ class UpdatedStatus(IntEnum):
 
     # How it stands with the slots.
     UNPROVEN = 16  # the running set is on trial: neither slot can be spared
-    PENDING = 17  # a switch waits for its boot: let it boot, or take it back
+    PENDING = 17  # a switch, or the way back, waits for its boot
     NOT_STAGED = 18  # the standby slot holds no verified set of that digest
     NOT_ON_TRIAL = 19  # there is no trial to commit, or it is another one
     NO_TARGET = 20  # the slot to go back to holds no set that was ever committed
@@ -171,7 +171,7 @@ class Update(Message):
     """How it stands with the slots and the transfer.
 
     `active` is proven good and is booted when nothing is tried; `trying` is to be tried, or is:
-    then `running` is the same. `sequence` is the boot-control record's, as it is on the device.
+    then `running` is the same. `running` is what this boot is of. `sequence` is the boot-control record's, as it is on the device.
     """
 
     sequence: Annotated[int, U64()]
@@ -366,7 +366,7 @@ class RolledBack(Message):
 class Rollback(Request[RolledBack], op=11, idempotent=True, refuses=UpdatedStatus):
     """Boot `slot` from now on: end a trial, take a switch back, or leave a committed set.
 
-    With `reboot` at once. The caller holds `update.rollback`, else DENIED.
+    With `reboot` at once, unless it runs already. The caller holds `update.rollback`, else DENIED.
     *Refuses*: NO_TARGET, RESTORING, SCHEMA_OLDER (data were migrated, and the copy is gone),
     NO_BOOT_RECORD, IO_ERROR.
     """
@@ -414,10 +414,9 @@ class EventKind(IntEnum):
     REFUSED = 3  # a transfer, or its set; `status` says why
     SWITCHED = 4
     COMMITTED = 5
-    ROLLED_BACK = 6  # by request
-    FAILED = 7  # a trial: the loader went back; the reasons tell more
+    ROLLED_BACK = 6  # by request, or by the loader: no tries were left
+    FAILED = 7  # a boot of a trial; the reasons tell more
     RESTORED = 8  # statefsd had put the data back
-    DENIED = 9  # somebody asked for what it may not
 
 
 class Event(Message):

@@ -119,11 +119,14 @@ class Engine:
         slots: Mapping[SlotName, BlockDevice],
         memory: Memory,
         rules: Rules,
+        running: SlotName | None = None,
     ) -> None:
+        """`running` is the slot that the loader booted; None where the record's word has to do."""
         self._boot = boot
         self._slots = slots
         self._memory = memory
         self._rules = rules
+        self._running = running
         self._record: BootRecord | None = None
         self._opened = False
         self._in_doubt = False  # a store failed: which record is in force has to be read
@@ -153,8 +156,9 @@ class Engine:
 
     @property
     def running(self) -> SlotName:
-        """The slot this system was booted from: the one on trial, if one is."""
-        return self._trial or self.record.active
+        """The slot this system was booted from, whatever is booted next."""
+        assert self._running is not None, "it was opened"
+        return self._running
 
     @property
     def verifying(self) -> bool:
@@ -181,9 +185,11 @@ class Engine:
         await self.history.open()
         transfer = await read_transfer(self._memory)
         self._record = record
+        if self._running is None:
+            self._running = self._trial or record.active
         _ = await self.history.take_reasons(record, OF_LOADER)
-        if record.restore:
-            await self._restore(asker)
+        if record.restore and self._running is record.active:
+            await self._restore(asker)  # not under services of the set that was left
         await self._memory.keep_only(self.record.snapshot)
         await self._take_up(transfer)
         with suppress(Declined, Untrusted):  # who begins is told; all the rest goes without
@@ -631,6 +637,11 @@ class Engine:
             check_settled(self.record)
         except BootRefused as refused:
             raise _of_boot(refused) from refused
+        if self.running is not self.record.active:
+            raise Declined(
+                UpdatedStatus.PENDING,
+                f"slot {self.record.active} is booted next, and this is slot {self.running} still",
+            )
 
     async def _sure(self) -> None:
         """After a store that failed: find out which record is in force."""

@@ -138,7 +138,9 @@ class Updated:
             python=PYTHON,
             distributions=DISTRIBUTIONS,
         )
-        self._engine = Engine(boot, slots, self._memory, rules)
+        slot = self._context.config.slot
+        running = SlotName(slot) if slot else None
+        self._engine = Engine(boot, slots, self._memory, rules, running)
         self._memory.until = await self._context.after(START_MAX)
         with suppress(Declined):  # the planned link is there also if there is no record to open
             _ = await self._memory.connect()
@@ -462,7 +464,8 @@ class Updated:
         if name is None:
             raise Declined(UpdatedStatus.NO_TARGET, "there is no such slot")
         back = await engine.rollback(name, self._asker(call))
-        self._rebooting = self._rebooting or request.reboot
+        if request.reboot and engine.running is not name:
+            self._rebooting = True
         return back
 
     async def _reboot(self) -> None:
