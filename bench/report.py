@@ -244,7 +244,7 @@ class UpdateRow(msgspec.Struct, frozen=True):
 
 
 class UpdateResult(msgspec.Struct, frozen=True):
-    """bench/update: the rows; bytes of updated's memory before a large set and at most, and s."""
+    """bench/update: the rows; of a large set bytes of updated's memory before and at most, and s."""
 
     rounds: int
     rows: list[UpdateRow]
@@ -704,8 +704,8 @@ def _update(result: UpdateResult) -> list[str]:
         ),
         "",
         (
-            "What a stage does more than the copy: a second SHA-256 over every byte, for the chunks "
-            "(the first is over the file, as it comes); unpacking, of what is packed; and a VMO "
+            "What a stage does more than the copy: a second SHA-256 over every byte, for the "
+            "chunks (the first is over the file, as it comes); unpacking, of what is packed; a VMO "
             "for each MiB, made, mapped and copied. A disk slower than the page cache that these "
             "files are in adds the same time to both."
         ),

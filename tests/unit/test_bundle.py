@@ -67,7 +67,9 @@ def own_system(folder: Path, text: str = OWN) -> Path:
     source.mkdir(parents=True)
     (source / "__init__.py").write_text('"""A plant."""\n')
     (source / "valve.py").write_text(
-        "class Valve:\n    def __init__(self, context): ...\n    def handle(self, call, request): ...\n"
+        "class Valve:\n"
+        "    def __init__(self, context): ...\n"
+        "    def handle(self, call, request): ...\n"
     )
     file = folder / "system.toml"
     file.write_text(text)

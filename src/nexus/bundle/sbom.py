@@ -47,9 +47,9 @@ def sbom(
         ),
     )
     bom.metadata.timestamp = None  # type: ignore[assignment]  # BomMetaData fills in the time
-    bom.register_dependency(root, parts)
+    _ = bom.register_dependency(root, parts)
     for part in parts:
-        bom.register_dependency(part, below)
+        _ = bom.register_dependency(part, below)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 

@@ -151,7 +151,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         raise SetRefused(
             SetStatus.OVERSIZED, f"a manifest of {len(data)} bytes, {MANIFEST_SIZE_MAX} at most"
         )
-    decode_manifest(data)
+    _ = decode_manifest(data)  # what is written can be read
     return data
 
 
