@@ -195,6 +195,7 @@ class Device:
         self.first = self.maker.update(first, schemas={AREA: 1})
         self.provision(self.first)
         self.engine: Engine
+        self.slots: dict[SlotName, DiskDevice] = {}
         self.running: SlotName | None = None  # what the loader booted
 
     def provision(self, made: Made) -> None:
@@ -228,9 +229,10 @@ class Device:
 
     def start(self) -> Engine:
         """updated begins, as it does when its process was replaced."""
+        self.slots = {name: DiskDevice(disk) for name, disk in self.slot_disks.items()}
         self.engine = Engine(
             BlockBoot(DiskDevice(self.boot_disk)),
-            {name: DiskDevice(disk) for name, disk in self.slot_disks.items()},
+            self.slots,
             self.memory,
             self.rules,
             self.running,

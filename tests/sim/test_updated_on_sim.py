@@ -372,6 +372,25 @@ def test_who_asks_for_the_end_of_a_verification_gets_it_and_others_are_served_me
     assert machine.boot(script).result == [True, "VERIFYING", True, "Staged"]
 
 
+def test_only_so_many_wait_for_the_end_of_a_verification(machine: UpdateMachine) -> None:
+    made = machine.maker.update(11, size=900_000)
+
+    async def script(hands: Hands) -> Any:
+        _ = await begin(hands, made)
+        for at in range(0, len(made.data), 100_352):
+            piece = made.data[at : at + 100_352]
+            _ = await ask_with(hands, Chunk(at, 0, len(piece)), piece)
+        updated = hands.client("updated")
+        until = await hands.ahead(5 * SECOND)
+        started = [await updated.start(Finish(), until) for _ in range(6)]
+        found = [await updated.finish(each) for each in started]
+        return [
+            each.status.name if isinstance(each, Refused) else type(each).__name__ for each in found
+        ]
+
+    assert machine.boot(script).result == ["Staged"] * 4 + ["BUSY"] * 2
+
+
 @pytest.mark.covers("updated.ABANDONED")
 def test_another_transfer_ends_the_verification_of_one(machine: UpdateMachine) -> None:
     made = machine.maker.update(11, size=900_000)

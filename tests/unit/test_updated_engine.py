@@ -6,7 +6,7 @@ import pytest
 
 from nexus.abi import BLOCK_SIZE
 from nexus.bootctl import BlockBoot, BootRecord, Cause, Reason, SlotName, SlotState, failed
-from nexus.drivers import finished
+from nexus.drivers import DeviceFault, Fault, finished
 from nexus.kernel.sim.disk import NOTHING, Disk, DiskFaults, Failure, Operation
 from nexus.protocols.updated import (
     HISTORY_KEPT,
@@ -148,6 +148,7 @@ def test_what_came_is_made_durable_every_so_many_bytes(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nexus.services.updated.engine.SYNC_SIZE", 4096)
+    _ = device.start()
     made = device.maker.update(11, size=10_000)
     _ = device.begin(made)
 
@@ -758,6 +759,49 @@ def test_after_a_flush_that_failed_all_since_the_last_one_is_sent_again(device: 
 
     assert device.begin(made).offset == 1024
     device.send(made.data, 1024)
+    assert device.finish().digest == made.digest
+
+
+def test_a_disk_too_slow_for_so_much_at_once_is_given_less_at_a_time(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus.services.updated.engine.SYNC_SIZE", 8192)
+    monkeypatch.setattr("nexus.services.updated.engine.SYNC_LEAST", 1024)
+    _ = device.start()
+    made = device.maker.update(11, size=20_000)
+    _ = device.begin(made)
+    slot = device.slots[B]
+    flush = slot.flush
+
+    async def slow() -> None:
+        due = sum(len(pending.data) for pending in slot.disk.pending)
+        await flush()  # it goes on behind the back of who gave up waiting
+        if due > 4096:
+            raise DeviceFault(Fault.TIMED_OUT)
+
+    slot.flush = slow  # type: ignore[method-assign]
+
+    assert declined(lambda: device.send(made.data)) is UpdatedStatus.IO_ERROR
+
+    device.send(made.data, device.begin(made).offset)
+    assert device.finish().digest == made.digest
+
+
+def test_a_piece_is_taken_though_statefs_cannot_keep_how_far_it_is(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus.services.updated.engine.SYNC_SIZE", 1024)
+    _ = device.start()
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.memory.failing = {TRANSFER}
+
+    taken = device.take(0, made.data[:1024])
+
+    assert (taken.offset, taken.durable) == (1024, 0)
+    device.send(made.data, 1024)
+    assert declined(device.finish) is UpdatedStatus.UNAVAILABLE
+    device.memory.failing = False
     assert device.finish().digest == made.digest
 
 

@@ -47,7 +47,7 @@ from nexus.bootctl import (
     staging,
     switch,
 )
-from nexus.drivers import BlockDevice, DeviceFault
+from nexus.drivers import BlockDevice, DeviceFault, Fault
 from nexus.drivers.crc import extend
 from nexus.protocols.updated import (
     DIGEST_SIZE,
@@ -84,6 +84,9 @@ from nexus.trust import Anchor, TrustState, Untrusted, decode_metadata
 from nexus.trust.verify import resume, verify_metadata
 
 SYNC_SIZE: Final = 16 * 1024 * 1024  # bytes that a power cut has sent again, at most
+SYNC_LEAST: Final = (
+    256 * 1024
+)  # bytes; a disk that takes longer than REQUEST_MAX for them is broken
 NAMES: Final[Mapping[Slot, SlotName]] = {slot: name for name, slot in SLOTS.items()}
 OF_LOADER: Final[Mapping[int, EventKind]] = {
     **dict.fromkeys(EVIDENCE, EventKind.FAILED),
@@ -134,6 +137,7 @@ class Engine:
         self._transfer: KeptTransfer | None = None
         self._phase = Phase.IDLE
         self._offset = 0  # bytes of the transfer that are in the slot, durable or not
+        self._sync_size = SYNC_SIZE
         self._hash = sha256()  # of the first `_hashed` bytes, as they came
         self._crc = 0  # CRC-32C of them
         self._hashed = 0
@@ -356,8 +360,13 @@ class Engine:
             self._crc = extend(self._crc, piece)
             self._hashed += size
         self._offset += size
-        if self._offset - transfer.durable >= SYNC_SIZE:
-            await self.sync()
+        if self._offset - transfer.durable >= self._sync_size:
+            try:
+                await self.sync()
+            except Declined as declined:
+                if declined.status is UpdatedStatus.IO_ERROR:
+                    raise
+                # The piece is in the slot; that it is durable is kept with a later one.
         return Taken(self._offset, self._transfer.durable if self._transfer else 0)
 
     async def sync(self) -> None:
@@ -371,6 +380,8 @@ class Engine:
             await self._slots[NAMES[transfer.slot]].flush()
         except DeviceFault as fault:
             self._offset = transfer.durable  # of what came since nothing is known
+            if fault.fault is Fault.TIMED_OUT:  # a slow disk: less at a time, or it never ends
+                self._sync_size = max(SYNC_LEAST, self._sync_size // 4)
             raise device_failed("the slot cannot be flushed", fault) from fault
         kept = replace(transfer, durable=self._offset)
         await write_transfer(self._memory, kept)
