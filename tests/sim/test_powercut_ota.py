@@ -6,6 +6,7 @@ All of it is part of `make campaign`; its last report is docs/reference/powercut
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from random import Random  # noqa: TID251 (seeded)
 
@@ -16,7 +17,7 @@ from nexus.cli.command import main as nexus
 from nexus.drivers import BlockDevice
 from nexus.kernel.sim.disk import Disk, Piece
 from nexus.loader import choose as loader
-from nexus.proof.ota_device import AREA, BACKENDS, BLOCKS, FIRST, MIGRATING, SCENES, Paper
+from nexus.proof.ota_device import AREA, BACKENDS, BLOCKS, FIRST, MIGRATING, SCENES, Paper, vendor
 from nexus.proof.powercut_ota import (
     CutTarget,
     Explorer,
@@ -51,6 +52,7 @@ def test_the_scenes_are_those_of_a_device_that_is_updated() -> None:
     asked = {step.name.split(" ")[0] for scene in SCENES.values() for step in scene.cut}
 
     assert asked == {"begin", "stage", "switch", "boot", "migrate", "commit", "fail", "go"}
+    assert any(step.name == "rot" for scene in SCENES.values() for step in scene.before)
 
 
 def test_both_sets_come_up_where_both_may() -> None:
@@ -222,6 +224,19 @@ def switched_before_the_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "switch", switch)
 
 
+def not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    """A slot is booted for what the record says of it."""
+
+    async def believed(device: BlockDevice, size: int) -> bytes:
+        data = await device.read(0, device.block_count)
+        known = vendor().by_digest(sha256(data[:size]).digest())
+        whole = (each for each in vendor().releases.values() if len(each.data) == size)
+        found = known or next(each for each in whole if each.data[:64] == data[:64])
+        return found.digest
+
+    patch.setattr(loader, "_digest", believed)
+
+
 MUTATIONS: dict[Patch, tuple[str, str]] = {
     not_durable: ("commit", "wrong"),
     one_copy: ("switch", "brick"),
@@ -234,6 +249,7 @@ MUTATIONS: dict[Patch, tuple[str, str]] = {
     copy_dropped_first: ("commit", "loss"),
     commit_forgotten: ("commit", "wrong"),
     switched_before_the_copy: ("switch", "loss"),
+    not_looked_at: ("rotten", "wrong"),
 }
 
 

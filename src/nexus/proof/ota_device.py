@@ -57,6 +57,7 @@ HEALTH: Final = 10_000_000_000  # ns
 PYTHON: Final = "3.11"
 AREA: Final = "/state/app/"
 SCHEMA: Final = AREA.encode() + b"schema"
+ROTTEN_AT: Final = 700  # byte of a slot, in the midst of a chunk
 VALUES: Final = 3  # values of the application, all changed by a migration
 
 LIMITS: Final = StoreLimits(
@@ -509,6 +510,26 @@ def _notes_back(paper: Paper) -> Paper:
 BACK: Final = Step("go back", lambda session: session.system.go_back(), _notes_back)
 
 
+def _rot(session: Session) -> None:
+    record = session.system.engine.record
+    name = record.trying or record.active
+    device = session.devices[SLOTS[name]]
+    assert isinstance(device, DiskDevice)
+    device.disk.rot(ROTTEN_AT)
+
+
+def _notes_rot(paper: Paper) -> Paper:
+    if paper.trying is None:
+        assert paper.before is not None
+        return paper._replace(good=paper.before, before=None)
+    data = paper.data if paper.staged is not None else paper.copy or paper.data
+    return paper._replace(trying=None, tries=0, staged=None, data=data, copy=0)
+
+
+ROTTEN: Final = Step("rot", _rot, _notes_rot)
+"""A bit of the set that would be booted next flips; on paper it is as if it were not there."""
+
+
 class Scene(NamedTuple):
     """What has happened, and what is cut."""
 
@@ -542,6 +563,11 @@ SCENES: Final[Mapping[str, Scene]] = {
     "rollback-of-two": Scene(_TRIAL, (FAILED, FAILED, BOOTED)),
     "give-up": Scene(_TRIAL, (BACK, BOOTED, BOOTED)),
     "go-back": Scene(_UPDATED, (BACK, BOOTED)),
+    "rotten": Scene((*_UPDATED, ROTTEN), (BOOTED, BOOTED)),
+    "rotten-before-its-trial": Scene(
+        (BOOTED, *whole(MIGRATING), switch(MIGRATING), ROTTEN), (BOOTED, BOOTED)
+    ),
+    "rotten-in-its-trial": Scene((*_TRIAL, ROTTEN), (FAILED, MIGRATED, BOOTED)),
     "after-a-rollback": Scene(
         (*_LAST_TRY, FAILED), (*whole(LATER), switch(LATER), BOOTED, MIGRATED, COMMITTED)
     ),
