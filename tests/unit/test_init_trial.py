@@ -9,6 +9,7 @@ import pytest
 
 from nexus.abi import BootImage, Nanos, Now, SleepUntil
 from nexus.bootctl.handover import (
+    EXIT_ENDED,
     EXIT_REBOOT,
     EXIT_SLOT_FAILED,
     SlotBoot,
@@ -24,6 +25,8 @@ from nexus.protocols.init import (
     InitStatus,
     Reboot,
     Rebooting,
+    Shutdown,
+    ShuttingDown,
     SystemInfo,
     SystemState,
     TrialState,
@@ -454,3 +457,26 @@ def test_a_system_of_no_slot_is_not_rebooted(boot: Boot) -> None:
 
     assert run.result == Refused(InitStatus.NO_SLOTS)
     assert run.ended.code == 0
+
+
+@pytest.mark.parametrize(
+    ("slot_boot", "code"), [(TRIAL, EXIT_ENDED), (NO_TRIAL, EXIT_ENDED), (None, 1)]
+)
+def test_the_loader_can_tell_an_end_that_was_wished_from_a_crash(
+    boot: Boot, slot_boot: SlotBoot | None, code: int
+) -> None:
+    """A service that does not stop makes the end dirty; booting again would be against the wish."""
+
+    async def stubborn(image: BootImage) -> int:
+        server = Server(Nothing(), TESTSVC, image)
+        while True:
+            _ = await server.step(Nanos(await Now() + SECOND))
+
+    run = tried(boot, Updater(), stubborn, slot_boot=slot_boot, driver=shut_down)
+
+    assert run.evidence("init: stopped")["dirty"] == ["other"]
+    assert run.ended.code == code
+
+
+async def shut_down(driver: Driver) -> ShuttingDown:
+    return await driver.reply(Shutdown(), ShuttingDown)

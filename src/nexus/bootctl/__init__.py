@@ -9,6 +9,7 @@ from nexus.bootctl.choose import open_boot
 from nexus.bootctl.contract import BOOT_BLOCKS_MIN, BootControl, NoBootRecord
 from nexus.bootctl.environment import EnvironmentBoot
 from nexus.bootctl.handover import (
+    EXIT_ENDED,
     EXIT_REBOOT,
     EXIT_SLOT_FAILED,
     SlotBoot,
@@ -63,6 +64,7 @@ __all__ = [
     "DETAIL_SIZE_MAX",
     "DIGEST_SIZE",
     "EVIDENCE",
+    "EXIT_ENDED",
     "EXIT_REBOOT",
     "EXIT_SLOT_FAILED",
     "FORMAT_VERSION",

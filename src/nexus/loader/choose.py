@@ -31,14 +31,14 @@ from nexus.bootctl import (
     slot_boot,
 )
 from nexus.bootctl.contract import BootControl
-from nexus.bootctl.handover import SlotBoot, TrialFailure, TrialReason
+from nexus.bootctl.handover import EXIT_ENDED, SlotBoot, TrialFailure, TrialReason
 from nexus.drivers import BlockDevice, DeviceFault
 from nexus.sets import Manifest, SetRefused, read_manifest
 
 READ_BLOCKS: Final = 2048  # blocks of one read: 1 MiB, of which one at a time is in memory
 LOOKS_MAX: Final = 4  # slots looked at for one boot: each may be found damaged, in trial and after
 
-ORDERLY: Final = 0  # exit code of an init that was told to end
+ORDERLY: Final = (0, EXIT_ENDED)  # exit codes of an init that was told to end
 
 
 class NothingBootable(Exception):
@@ -196,7 +196,7 @@ def _end_of(record: BootRecord, name: SlotName, ended: Ended, wall: int) -> Reas
         cause, detail = Cause.INIT_HUNG, "no verdict by the deadline of the trial: init was killed"
     elif ended.signal:
         cause, detail = Cause.INIT_ENDED, f"init was killed by signal {ended.signal}"
-    elif ended.code == ORDERLY:
+    elif ended.code in ORDERLY:
         cause, detail = Cause.STOPPED, "the system was ended in order before it was judged"
     elif ended.code is not None:
         cause, detail = Cause.INIT_ENDED, f"init ended with exit code {ended.code}"

@@ -25,8 +25,10 @@ from typing import Any, Final, NamedTuple
 # memory as everything else of this process.
 EXIT_REBOOT: Final = 3
 EXIT_SLOT_FAILED: Final = 4
+EXIT_ENDED: Final = 5
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
+ENDED: Final = (EXIT_OK, EXIT_ENDED)  # exit codes of a system that somebody told to end
 JUDGED, OPEN, FAILING = 0, 1, 2  # of a trial: committed or given up, not yet, init says it failed
 SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
 LOCK_NAME: Final = "loader.lock"  # in the instance's directory
@@ -85,10 +87,10 @@ class Loader:
                 return end.exit_code or EXIT_FAILED
             again = end.code in (EXIT_REBOOT, EXIT_SLOT_FAILED) and not end.signal
             is_open = start.trial and self._verdict() != JUDGED
-            if self._stopping or not (again or (is_open and end.exit_code != EXIT_OK)):
+            if self._stopping or not (again or (is_open and end.exit_code not in ENDED)):
                 if is_open:
                     _ = self._asked(partial(self._note, end))
-                return end.exit_code
+                return EXIT_FAILED if end.exit_code == EXIT_ENDED else end.exit_code
             seen = end.seen
 
     # ------------------------------------------------------------------ a boot
