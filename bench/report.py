@@ -231,7 +231,7 @@ class ObserveResult(msgspec.Struct, frozen=True):
 
 class UpdateRow(msgspec.Struct, frozen=True):
     """Sets of one kind, bench/update: s to have all pieces taken, to have it staged, to copy and
-    hash the same file, and for the strict reader alone; the ratios are to the copy within a round."""
+    hash the same file, and for the strict reader alone; ratios are to the copy of the round."""
 
     kind: str
     size: int  # bytes of the set file
@@ -244,7 +244,7 @@ class UpdateRow(msgspec.Struct, frozen=True):
 
 
 class UpdateResult(msgspec.Struct, frozen=True):
-    """bench/update: the rows; of a large set bytes of updated's memory before and at most, and s."""
+    """bench/update: the rows; of a large set updated's memory before and at most, bytes, and s."""
 
     rounds: int
     rows: list[UpdateRow]

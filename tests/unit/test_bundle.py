@@ -138,7 +138,7 @@ def test_a_set_for_the_simulator_has_the_system_alone() -> None:
 def test_a_changed_line_of_a_program_changes_its_digest_and_no_other(tmp_path: Path) -> None:
     package = tmp_path / "nexus"
     shutil.copytree(package_folder(), package, ignore=shutil.ignore_patterns("__pycache__"))
-    before, _ = opened(pump_set())
+    before, _ = opened(build(PUMP, RELEASE, package=package))
     with (package / "services" / "logd" / "service.py").open("a") as file:
         file.write("# changed\n")
 
@@ -245,11 +245,11 @@ def test_a_name_that_no_set_can_have_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the same bytes
 
 
-def built_apart(folder: Path, seed: str, *, backwards: bool, umask: int) -> bytes:
+def built_apart(folder: Path, package: Path, seed: str, *, backwards: bool, umask: int) -> bytes:
     """A set built by an interpreter of its own, from copies made in this order."""
     home = folder / "deep" / "er"
     home.mkdir(parents=True)
-    for tree, target in ((PUMP.parent / "src", home / "src"), (package_folder(), folder / "nexus")):
+    for tree, target in ((PUMP.parent / "src", home / "src"), (package, folder / "nexus")):
         files = sorted(file for file in tree.rglob("*") if file.is_file())
         for file in reversed(files) if backwards else files:
             if "__pycache__" not in file.parts:
@@ -277,8 +277,11 @@ def built_apart(folder: Path, seed: str, *, backwards: bool, umask: int) -> byte
 
 
 def test_two_builds_in_other_folders_under_other_hash_seeds_are_equal(tmp_path: Path) -> None:
-    one = built_apart(tmp_path / "one", "1", backwards=False, umask=0o022)
-    two = built_apart(tmp_path / "another place", "4242", backwards=True, umask=0o077)
+    package = tmp_path / "package"  # so that nobody's editor comes between the two
+    shutil.copytree(package_folder(), package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    one = built_apart(tmp_path / "one", package, "1", backwards=False, umask=0o022)
+    two = built_apart(tmp_path / "another", package, "4242", backwards=True, umask=0o077)
 
     assert one == two
     manifest, _ = opened(one)

@@ -5,7 +5,7 @@ Equal for equal content: its serial number is a digest of what it lists, and it 
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import metadata
 from typing import Final
@@ -14,6 +14,7 @@ from backports import zstd
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom, BomMetaData
 from cyclonedx.model.component import Component, ComponentScope, ComponentType
+from cyclonedx.model.dependency import Dependency
 from cyclonedx.model.license import DisjunctiveLicense, LicenseExpression
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
@@ -41,17 +42,23 @@ def sbom(
     told = json.dumps([system, version, listed, services, base.python, base.distributions])
     bom = Bom(
         components=[*parts, *below],
+        dependencies=[
+            _needs(root, parts),
+            *(_needs(part, below) for part in parts),
+            *(_needs(each, []) for each in below),
+        ],
         serial_number=uuid.uuid5(SPACE, told),
         metadata=BomMetaData(
             component=root, properties=[Property(name="nexus:zstd", value=zstd.zstd_version)]
         ),
     )
     bom.metadata.timestamp = None  # type: ignore[assignment]  # BomMetaData fills in the time
-    _ = bom.register_dependency(root, parts)
-    for part in parts:
-        _ = bom.register_dependency(part, below)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _needs(what: Component, of: Sequence[Component]) -> Dependency:
+    return Dependency(what.bom_ref, [Dependency(each.bom_ref) for each in of])
 
 
 def _nexus(files: Contents) -> Component:
