@@ -171,7 +171,8 @@ class Update(Message):
     """How it stands with the slots and the transfer.
 
     `active` is proven good and is booted when nothing is tried; `trying` is to be tried, or is:
-    then `running` is the same. `running` is what this boot is of. `sequence` is the boot-control record's, as it is on the device.
+    then `running`, the slot of this boot, is the same. `sequence` is that of the boot-control
+    record on the device.
     """
 
     sequence: Annotated[int, U64()]

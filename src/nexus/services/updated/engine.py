@@ -79,7 +79,7 @@ from nexus.services.updated.kept import (
 )
 from nexus.services.updated.source import SlotSource
 from nexus.services.updated.verification import Verification, wrong_digest
-from nexus.sets import SET_SIZE_MAX, Known, Manifest, SetRefused, read_manifest
+from nexus.sets import SET_SIZE_MAX, Known, Manifest, SetRefused, read_manifest, unmet
 from nexus.trust import Anchor, TrustState, Untrusted, decode_metadata
 from nexus.trust.verify import resume, verify_metadata
 
@@ -458,19 +458,9 @@ class Engine:
                 f"the set is {manifest.name} ({manifest.version}), signed was "
                 f"{transfer.name} ({transfer.version})",
             )
-        base = manifest.base
-        if base.python != self._rules.python:
-            raise Declined(
-                UpdatedStatus.WRONG_BASE,
-                f"it needs Python {base.python}, the base system has {self._rules.python}",
-            )
-        for name, version in base.distributions.items():
-            found = self._rules.distributions.get(name)
-            if found != version:
-                raise Declined(
-                    UpdatedStatus.WRONG_BASE,
-                    f"it needs {name} {version}, the base system has {found or 'none'}",
-                )
+        lacking = unmet(manifest.base, self._rules.python, self._rules.distributions)
+        if lacking:
+            raise Declined(UpdatedStatus.WRONG_BASE, f"it needs {lacking[0]}")
 
     async def _refuse(self, declined: Declined, asker: Asker) -> None:
         """The transfer is over, and its slot stays empty; unless it may be tried again as it is."""

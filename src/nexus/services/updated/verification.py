@@ -1,7 +1,7 @@
 """Is what stands in a slot the set that was signed? Looked at in small steps.
 
     HASHING --digest is the signed one--> READING --every byte fits the manifest--> done
-       |                                     '--a rule is broken--> HASHING, to say whose fault it is
+       |                                     '--a rule is broken--> HASHING: whose fault is it?
        '--another digest--> WRONG_DIGEST
 
 Nothing of a file is parsed before its digest is known to be the signed one: either the pieces were
@@ -21,7 +21,7 @@ from nexus.protocols.updated import UpdatedStatus
 from nexus.services.updated.faults import Declined, device_failed
 from nexus.services.updated.kept import KeptTransfer
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
-from nexus.sets import Known, Manifest, Pass, SetRefused
+from nexus.sets import Known, Manifest, Pass, SetRefused, Verified
 
 READ_STEPS: Final = 4  # chunks of 256 KiB in one step: a few milliseconds, and a probe is answered
 
@@ -77,19 +77,24 @@ class Verification:
         self._phase = Phase.READING
 
     async def _read_on(self) -> Manifest | None:
+        try:
+            verified = await self._read_some()
+        except SetRefused as refused:
+            if self._read_back:
+                raise self._bad(refused) from refused
+            self._refused = refused
+            self._phase = Phase.HASHING
+            return None
+        if verified is None:
+            return None
+        self._check_digest(verified.sha256)
+        return verified.manifest
+
+    async def _read_some(self) -> Verified | None:
+        verified: Verified | None = None
         for _ in range(READ_STEPS):
-            try:
-                verified = await self._pass.step()
-            except SetRefused as refused:
-                if self._read_back:
-                    raise self._bad(refused) from refused
-                self._refused = refused
-                self._phase = Phase.HASHING
-                return None
-            if verified is not None:
-                self._check_digest(verified.sha256)
-                return verified.manifest
-        return None
+            verified = verified or await self._pass.step()
+        return verified
 
     def _check_digest(self, found: bytes) -> None:
         if found != self._transfer.digest:
