@@ -214,7 +214,8 @@ class System:
                 snapshot.resume(self.store, boot.snapshot if boot.restore else 0)
             )  # before it serves anybody, as init told it
             control, _ = finished(open_boot(devices[BOOT]))
-            self.engine = Engine(control, slots, StoreMemory(self.store), RULES)
+            memory = StoreMemory(self.store)
+            self.engine = Engine(control, slots, memory, RULES, SlotName(boot.slot))
             finished(self.engine.open(ASKER))
         except (
             NothingBootable,

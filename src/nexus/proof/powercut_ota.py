@@ -74,7 +74,7 @@ from nexus.services.updated.faults import Declined
 SUBSETS_MAX: Final = 4  # pending writes of one disk of which every subset is tried
 DRAWN: Final = 8  # splits of all disks at once, in any order and with any tear
 LIVE_EVERY: Final = 13  # of so many cases a whole update follows
-SECOND_EVERY: Final = 61  # of so many cases one is cut again while it boots
+SECOND_EVERY: Final = 149  # of so many cases one is cut again while it boots
 SECOND_CHOICES: Final = 1  # pending writes of which every subset is tried, in a second cut
 PROBLEMS_MAX: Final = 20  # a scene with more of them is left
 BOOTS_MAX: Final = TRIES + 2  # until a trial that fails has to be over
@@ -583,8 +583,8 @@ class OtaReport:
         for each in self.explored:
             seen = ", ".join(f"{version}: {count}" for version, count in sorted(each.seen.items()))
             yield (
-                f"| {each.backend} | {each.scene} | {each.operations} | {each.cases} | {each.second_cuts} "
-                f"| {each.lives} | {seen} | {len(each.problems)} |"
+                f"| {each.backend} | {each.scene} | {each.operations} | {each.cases} "
+                f"| {each.second_cuts} | {each.lives} | {seen} | {len(each.problems)} |"
             )
         if self.problems:
             yield ""
