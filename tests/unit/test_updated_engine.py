@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from nexus.abi import BLOCK_SIZE
@@ -17,7 +18,13 @@ from nexus.protocols.updated import (
 )
 from nexus.services.updated.config import PYTHON
 from nexus.services.updated.faults import Declined
-from nexus.services.updated.kept import HISTORY, TRANSFER, TRUST
+from nexus.services.updated.kept import (
+    HISTORY,
+    TRANSFER,
+    TRUST,
+    read_transfer,
+    write_transfer,
+)
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
 from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.updates import AREA, ASKER, Device, Made, Maker, set_file
@@ -889,6 +896,24 @@ def test_a_damaged_history_or_transfer_begins_anew(device: Device, content: byte
     assert device.begin(made).offset == 0
     device.send(made.data)
     assert device.finish().digest == made.digest
+
+
+@pytest.mark.parametrize(
+    "changes", [{"durable": 100}, {"durable": 1 << 40}, {"size": 1 << 40}, {"slot": Slot.NONE}]
+)
+def test_a_kept_transfer_that_cannot_be_begins_anew(
+    device: Device, changes: dict[str, object]
+) -> None:
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    kept = finished(read_transfer(device.memory))
+    assert kept is not None
+    finished(write_transfer(device.memory, msgspec.structs.replace(kept, **changes)))
+
+    _ = device.start()
+
+    assert device.engine.transfer().phase is Phase.IDLE
+    assert device.stage(made).digest == made.digest
 
 
 # ------------------------------------------------------------------ bounds

@@ -223,7 +223,8 @@ class Engine:
             return
         name = NAMES[transfer.slot]
         is_due = name is self.record.standby and self.record.trying is None
-        if not is_due or self.record.slot(name).state is not SlotState.EMPTY:
+        fits = transfer.size <= self.capacity(name)
+        if not (is_due and fits) or self.record.slot(name).state is not SlotState.EMPTY:
             await write_transfer(self._memory, None)
             return
         self._transfer = transfer

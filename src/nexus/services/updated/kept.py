@@ -17,6 +17,7 @@ from nexus.protocols.updated import (
     DIGEST_SIZE,
     HISTORY_KEPT,
     NAME_SIZE_MAX,
+    PIECE_UNIT,
     Event,
     EventKind,
     Slot,
@@ -136,7 +137,8 @@ async def read_transfer(memory: Memory) -> KeptTransfer | None:
         kept: KeptTransfer = _decode_transfer(data)
     except RemoteProtocolError:
         return None
-    return kept if kept.durable <= kept.size and kept.slot is not Slot.NONE else None
+    is_whole = kept.durable == kept.size or kept.durable % PIECE_UNIT == 0
+    return kept if is_whole and kept.durable <= kept.size and kept.slot is not Slot.NONE else None
 
 
 async def write_transfer(memory: Memory, transfer: KeptTransfer | None) -> None:
