@@ -1,6 +1,7 @@
 """The strict reader: what it takes, what it refuses and by which rule, and how little it needs."""
 
 import json
+import random  # noqa: TID251 (bytes that do not pack, the same in each run)
 import subprocess
 import sys
 import tracemalloc
@@ -27,6 +28,7 @@ from fuzz.sets import (
     small,
 )
 from nexus.drivers import finished
+from nexus.drivers.crc import crc32c
 from nexus.sets import (
     CHUNK_SIZE,
     MANIFEST_SIZE_MAX,
@@ -36,6 +38,7 @@ from nexus.sets import (
     BytesSource,
     CallSource,
     Content,
+    Known,
     PartSource,
     Pass,
     SetRefused,
@@ -250,6 +253,23 @@ def test_another_format_is_refused_before_anything_else_of_it_is_read() -> None:
     assert refused(MAGIC + b"\2\0" + SMALL[8:]) is SetStatus.VERSION
 
 
+def test_a_set_that_was_hashed_before_is_told_from_other_bytes_by_its_crc() -> None:
+    known = Known(sha256=sha256(SMALL).digest(), crc=crc32c(SMALL))
+    flipped = bytearray(SMALL)
+    flipped[-1] ^= 1  # nothing but the digest of the whole covers it
+
+    assert finished(run(Pass(BytesSource(SMALL), known=known))).sha256 == known.sha256
+    with pytest.raises(SetRefused) as error:
+        _ = finished(run(Pass(BytesSource(bytes(flipped)), known=known)))
+    assert error.value.status is SetStatus.CHECKSUM
+
+
+async def run(reading: Pass) -> Verified:
+    while (verified := await reading.step()) is None:
+        pass
+    return verified
+
+
 # ---------------------------------------------------------------- paths, duplicates, links
 
 
@@ -454,6 +474,22 @@ def test_more_files_than_there_may_be_are_refused() -> None:
     assert refused(crafted(lambda parts: change(parts, FILES_MAX + 1))) is SetStatus.MANIFEST
 
 
+def test_a_large_set_is_looked_at_a_chunk_at_a_time() -> None:
+    data = write(
+        about(), small() | {"data/large": Content(data=random.Random(2).randbytes(8 * MIB))}
+    )
+    source = BytesSource(data)
+
+    tracemalloc.start()
+    try:
+        _ = finished(verify(source))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 4 * CHUNK_SIZE
+
+
 def test_a_health_deadline_of_more_than_an_hour_is_refused() -> None:
     def change(parts: Parts) -> None:
         parts.manifest[4] = HEALTH_MAX + 1
@@ -553,6 +589,7 @@ def test_a_frame_that_looks_back_further_than_a_chunk_is_refused() -> None:
 BOMB: Final = """
 import json, resource, sys
 from nexus.drivers import finished
+from nexus.drivers.crc import crc32c
 from nexus.sets import BytesSource, SetRefused, verify
 data = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -896,9 +896,14 @@ def bundle_build(
         str, typer.Option("--name", help="What people call the version.", show_default=False)
     ],
     health: Annotated[
-        float,
-        typer.Option("--health", min=1, max=3600, help="Seconds a first boot has to prove well."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--health",
+            min=1,
+            max=3600,
+            help="Seconds a first boot has to prove well; 60 if not given.",
+        ),
+    ] = None,
     schema: Annotated[
         list[str] | None,
         typer.Option("--schema", help="Version of the data of an area, AREA=VERSION; repeat it."),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from nexus.bundle import NotInstalled, Release, WrongContent, build, package_folder
+from nexus.bundle import HEALTH_DEFAULT, NotInstalled, Release, WrongContent, build, package_folder
 from nexus.cli.errors import EXIT_FAILED, EXIT_OK, CommandFailed, UsageError
 from nexus.cli.files import open_input, write_output
 from nexus.cli.output import say, say_json, say_table
@@ -40,7 +40,7 @@ def make(
     *,
     version: int,
     name: str,
-    health: float,
+    health: float | None,
     schemas: Sequence[str],
     needs: Sequence[str],
     as_json: bool,
@@ -49,7 +49,7 @@ def make(
     release = Release(
         version=version,
         name=name,
-        health=round(health * NANOS),
+        health=HEALTH_DEFAULT if health is None else round(health * NANOS),
         schemas=dict(_schema(text) for text in schemas),
     )
     try:
