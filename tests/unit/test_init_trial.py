@@ -302,6 +302,22 @@ def test_a_service_that_keeps_crashing_fails_the_trial_with_how_it_ended(boot: B
     assert len(run.spawns("other")) == ENDS_MAX + 1
 
 
+@pytest.mark.parametrize("exceeded", ["safe-mode", "give-up", "shut-down"])
+def test_a_group_that_is_exceeded_in_a_trial_fails_it_whatever_is_declared(
+    boot: Boot, exceeded: str
+) -> None:
+    group = f'\n[group.g]\nrestarts = 1\nwithin = "10s"\nexceeded = "{exceeded}"\n'
+    text = LASTING + QUIET + group + UPDATER + OTHER + 'group = "g"\n'
+
+    run = tried(boot, Updater(), lives(20 * MS), text=text)
+
+    found = failure(run)
+    assert (found.service, found.reason) == ("other", TrialReason.CRASHED)
+    assert "more than 1 restarts of its group" in found.detail
+    assert not run.lines("init: safe mode")
+    assert decode_memory(run.memory).unstable == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "reason", "word"),
     [

@@ -33,6 +33,7 @@ from nexus.services.statefsd.engine.limits import area_of
 from nexus.services.statefsd.engine.snapshot import (
     AREA,
     HEAD,
+    Head,
     NoSnapshot,
     SnapshotDamaged,
     SnapshotExists,
@@ -394,6 +395,36 @@ def test_any_head_is_one_or_is_damaged(value: bytes) -> None:
     except SnapshotDamaged:
         return
     assert head.format == 1
+
+
+@given(pages=st.lists(st.binary(min_size=1, max_size=60), max_size=3), keys=st.integers(0, 3))
+def test_any_pages_are_a_snapshot_or_are_damaged(pages: list[bytes], keys: int) -> None:
+    """Also such as have the checksum that the head says: whoever writes both is no friend."""
+    store = fresh(128)
+    put(store, {b"/state/app/k": b"v"})
+    stream = b"".join(pages)
+    head = Head(1, 4, State.KEPT, [(APP, 60)], len(pages), len(stream), keys, crc32c(stream), 1)
+    _ = store.stage([Change(HEAD, msgspec.msgpack.encode(head))])
+    for index, page in enumerate(pages):
+        _ = store.stage([Change(AREA + b"page-%08d" % index, page)])
+    before = data_of(store)
+
+    try:
+        _ = finished(restore(store, 4))
+    except SnapshotDamaged:
+        assert data_of(store) == before
+        return
+    assert set(data_of(store)) == {key for key, _ in records_of(stream)}
+
+
+def records_of(stream: bytes) -> list[tuple[bytes, bytes]]:
+    """The same read by hand."""
+    found = []
+    while stream:
+        key, value = stream[0], int.from_bytes(stream[1:5], "little")
+        found.append((stream[5 : 5 + key], stream[5 + key : 5 + key + value]))
+        stream = stream[5 + key + value :]
+    return found
 
 
 def test_every_failure_of_the_device_on_the_way_back_is_made_good_by_the_next_boot() -> None:

@@ -121,8 +121,11 @@ class Groups:
             f"{record.name}: more than {planned.restarts} restarts of its group "
             f"within {planned.within // 1_000_000} ms, the last for: {record.reason}"
         )
+        if await self._init.trial.on_exceeded(record, why):
+            record.state = TaskState.FAILED  # the system goes down for it, whatever is declared
+            self._init.dirty.append(record.name)
+            return
         await self._init.memory.on_exceeded(why)
-        await self._init.trial.on_exceeded(record, why)
         if planned.exceeded is Exceeded.SHUT_DOWN:
             record.state = TaskState.FAILED
             self._init.dirty.append(record.name)

@@ -161,10 +161,11 @@ class Trial:
         if ends > ENDS_MAX:
             await self._fail(record.name, TrialReason.CRASHED, self._ends_text(record.name))
 
-    async def on_exceeded(self, record: Record, why: str) -> None:
-        """A group ended more often than it may."""
+    async def on_exceeded(self, record: Record, why: str) -> bool:
+        """A group ended more often than it may; whether that, or what was before, ends a trial."""
         if self.is_open:
             await self._fail(record.name, TrialReason.CRASHED, why)
+        return self.state is TrialState.FAILED
 
     async def on_unwell(self, record: Record, reason: Reason) -> None:
         """A service that had been well is killed, for it missed its later probes."""
