@@ -174,6 +174,13 @@ def _root_by_strangers(publisher: Publisher, seen: dict[str, bytes]) -> Mapping[
     return {**files, name: envelope(signed, stranger.signers["root"])}
 
 
+def _root_by_itself(publisher: Publisher, seen: dict[str, bytes]) -> Mapping[str, bytes]:
+    name = publisher.rotate("root", 2, 2)
+    files = _later(publisher)
+    signed = json.loads(files[name])["signed"]
+    return {**files, name: envelope(signed, publisher.signers["root"])}
+
+
 def _root_without_its_own_keys(publisher: Publisher, seen: dict[str, bytes]) -> Mapping[str, bytes]:
     before = publisher.signers["root"]
     name = publisher.rotate("root", 2, 2)
@@ -243,6 +250,7 @@ ATTACKS: Final[dict[str, Attack]] = {
     "ended targets": Attack(_ended(TARGETS), TrustStatus.EXPIRED, ExpiredMetadataError),
     "an ended root": Attack(_ended_root, TrustStatus.EXPIRED, ExpiredMetadataError),
     "a root by strangers": Attack(_root_by_strangers, TrustStatus.WRONG_KEY, UNSIGNED),
+    "a root by itself": Attack(_root_by_itself, TrustStatus.WRONG_KEY, UNSIGNED),
     "a root by the old keys": Attack(_root_without_its_own_keys, TrustStatus.WRONG_KEY, UNSIGNED),
     "a root by too few": Attack(_root_by_too_few, TrustStatus.THRESHOLD, UNSIGNED),
     "keys that are gone": Attack(_old_keys, TrustStatus.WRONG_KEY, UNSIGNED),

@@ -266,6 +266,23 @@ def test_a_successor_needs_the_keys_of_the_root_before_it() -> None:
     assert refused(state, by_strangers) is TrustStatus.WRONG_KEY
 
 
+def test_a_successor_that_names_other_people_needs_the_keys_of_the_root_before_it() -> None:
+    publisher = Publisher(roots=(2, 2))
+    state = publisher.new_state()
+    before = publisher.signers["root"]
+    name = publisher.rotate("root", 1, 1)
+    files = publisher.release(1)
+    signed = json.loads(files[name])["signed"]
+    own = publisher.signers["root"]
+
+    by_itself = {**files, name: envelope(signed, own)}
+    by_one_of_two = {**files, name: envelope(signed, [*own, before[0]])}
+
+    assert refused(state, by_itself) is TrustStatus.WRONG_KEY
+    assert refused(state, by_one_of_two) is TrustStatus.THRESHOLD
+    assert moved(state, {**files, name: envelope(signed, [*own, *before])}).timestamp == 1
+
+
 def test_a_successor_needs_its_own_keys_too() -> None:
     publisher = Publisher(roots=(2, 2))
     state = publisher.new_state()
@@ -414,19 +431,49 @@ def test_a_newer_outside_with_an_older_inside_is_refused(name: str) -> None:
 # ---------------------------------------------------------------- what has ended
 
 
-@pytest.mark.parametrize("name", [*ROLE_FILES, root_name(2)])
-def test_what_ended_before_the_time_floor_is_refused(name: str) -> None:
+def _with(fields: Mapping[str, Any]) -> Callable[[Any], object]:
+    return lambda signed: signed.update(fields)
+
+
+def _earlier(publisher: Publisher, files: Mapping[str, bytes], **more: str) -> dict[str, bytes]:
+    """The same files, signed on the fifth day; `more` changes one of them, by its role."""
+    found = dict(files)
+    for name in (root_name(2), TARGETS, SNAPSHOT, TIMESTAMP):
+        role = name.removesuffix(".json").rpartition(".")[2]
+        fields: dict[str, Any] = {ISSUED: T0 + 5 * DAY}
+        if role in more:
+            fields["expires"] = more[role]
+        found = publisher.changed(found, name, _with(fields))
+    return found
+
+
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp"])
+def test_what_ended_before_the_time_floor_is_refused(role: str) -> None:
     publisher = Publisher()
     seen = moved(publisher.new_state(), publisher.release(10))
     _ = publisher.rotate("root")
-    files = publisher.release(11, issued=T0 + 10 * DAY)
+    files = publisher.release(11)
+    day_7 = "2020-09-20T00:00:00Z"  # after the fifth day, before the tenth
 
-    def end(signed: Any) -> None:
-        signed["expires"] = "2020-09-20T00:00:00Z"  # after T0 + 5 days, before T0 + 10
-        signed[ISSUED] = T0 + 5 * DAY
+    assert moved(seen, _earlier(publisher, files)).time_floor == T0 + 10 * DAY
+    assert refused(seen, _earlier(publisher, files, **{role: day_7})) is TrustStatus.EXPIRED
+    new = publisher.new_state()
+    assert moved(new, _earlier(publisher, files, **{role: day_7})).time_floor == T0 + 5 * DAY
 
-    assert moved(seen, files).time_floor == T0 + 10 * DAY
-    assert refused(seen, publisher.changed(files, name, end)) is TrustStatus.EXPIRED
+
+@pytest.mark.parametrize("name", [root_name(2), *ROLE_FILES])
+def test_every_signed_file_moves_the_time_floor(name: str) -> None:
+    publisher = Publisher()
+    _ = publisher.rotate("root")
+    _ = publisher.rotate("root")
+    files = publisher.release(1)
+
+    def later(signed: Any) -> None:
+        signed[ISSUED] = T0 + 40 * DAY
+
+    moment = moved(publisher.new_state(), publisher.changed(files, name, later)).time_floor
+
+    assert moment == T0 + 40 * DAY
 
 
 def test_what_ended_before_the_release_itself_was_signed_is_refused() -> None:
