@@ -27,6 +27,7 @@ from fuzz.sets import (
     assemble,
     small,
 )
+from nexus.bootctl import COUNT_MAX
 from nexus.drivers import finished
 from nexus.drivers.crc import crc32c
 from nexus.sets import (
@@ -488,6 +489,14 @@ def test_a_large_set_is_looked_at_a_chunk_at_a_time() -> None:
         tracemalloc.stop()
 
     assert peak < 4 * CHUNK_SIZE
+
+
+def test_a_version_that_no_boot_record_counts_is_refused() -> None:
+    def change(parts: Parts) -> None:
+        parts.manifest[0] = COUNT_MAX + 1
+
+    assert refused(crafted(change)) is SetStatus.OVERSIZED
+    assert finished(verify(BytesSource(write(about(COUNT_MAX), small())))).size > 0
 
 
 def test_a_health_deadline_of_more_than_an_hour_is_refused() -> None:

@@ -887,7 +887,7 @@ def bundle_build(
         typer.Option(
             "--version",
             min=1,
-            max=2**64 - 1,
+            max=2**63 - 1,
             help="What devices compare; a higher one is newer.",
             show_default=False,
         ),

@@ -29,6 +29,7 @@ SERVICE_NAME_SIZE_MAX: Final = 48
 AREAS_MAX: Final = 64
 AREA_SIZE_MAX: Final = 128
 DISTRIBUTIONS_MAX: Final = 128
+VERSION_MAX: Final = (1 << 63) - 1  # as nexus.bootctl counts
 HEALTH_MAX: Final = 3600_000_000_000  # ns; a boot that takes an hour to get well is not well
 
 _NAMED: Final = r"(?!\.{1,2}(/|\Z))[A-Za-z0-9_+@=,.-]+"
@@ -171,6 +172,8 @@ def decode_manifest(data: bytes) -> Manifest:
 
 def check(manifest: Manifest) -> None:
     """Raises SetRefused unless the tables of a manifest fit each other."""
+    if manifest.version > VERSION_MAX:
+        raise SetRefused(SetStatus.OVERSIZED, f"version {manifest.version}")
     if manifest.health > HEALTH_MAX:
         raise SetRefused(SetStatus.OVERSIZED, f"{manifest.health} ns to get well")
     for name, table in (
