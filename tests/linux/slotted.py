@@ -232,7 +232,8 @@ class Device:
         return str(path)
 
     def up(self) -> None:
-        _ = self.host.ok("up", "-d", "--slots", TITLE, "--wait", str(WAIT))
+        answer = self.host.run("up", "-d", "--slots", TITLE, "--wait", str(WAIT))
+        assert answer.code == 0, f"{answer.err}\n{self.tail()}"
 
     def down(self) -> None:
         _ = self.host.ok("down", "--name", TITLE)
