@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -28,6 +29,7 @@ from nexus.trust.verify import resume, verify_metadata
 
 ROLE_FILES: Final = (TIMESTAMP, SNAPSHOT, TARGETS)
 CONTENT: Final = b"a set"
+MEMORY_MAX: Final = 4 * 1024 * 1024  # bytes for any metadata
 
 
 def moved(state: TrustState, files: Mapping[str, bytes], *, release: bool = True) -> TrustState:
@@ -354,6 +356,23 @@ def test_a_version_that_a_stolen_key_counted_up_is_forgotten_with_the_key() -> N
     assert (after.timestamp, after.snapshot, after.targets) == (3, 3, 3)
 
 
+def test_sets_that_a_stolen_key_counted_up_are_forgotten_with_the_key() -> None:
+    publisher = Publisher()
+    stolen = publisher.changed(
+        publisher.release(1), TARGETS, lambda signed: signed.update(version=1 << 60)
+    )
+    stolen = publisher.changed(
+        stolen, SNAPSHOT, lambda signed: signed["meta"][TARGETS].update(version=1 << 60)
+    )
+    seen = moved(publisher.new_state(), stolen)
+    assert seen.targets == 1 << 60
+    assert refused(seen, publisher.release(2)) is TrustStatus.ROLLED_BACK
+
+    _ = publisher.rotate("targets")
+
+    assert moved(seen, publisher.release(3)).targets == 3
+
+
 def test_a_key_that_is_added_makes_the_device_forget_nothing() -> None:
     publisher = Publisher()
     old = publisher.release(1)
@@ -624,6 +643,26 @@ def test_a_chain_of_as_many_roots_as_may_be_is_followed() -> None:
     assert moved(state, files).root == files[root_name(ROOTS_MAX + 1)]
 
 
+@pytest.mark.parametrize("filler", ['"x":[1', '"x":[{}', '"x":[[]', '"x":["y"'])
+def test_the_largest_metadata_take_little_memory(filler: str) -> None:
+    publisher = Publisher()
+    state, files = publisher.new_state(), publisher.release(1)
+    item = filler.partition("[")[2]
+    names = [root_name(number) for number in range(2, ROOTS_MAX + 1)]
+    count = (ROOT_SIZE_MAX - 100) // (len(item) + 1)
+    data = f'{{"signatures":[],"signed":{{{filler}{f",{item}" * (count - 1)}]}}}}'.encode()
+    assert ROOT_SIZE_MAX - 200 < len(data) <= ROOT_SIZE_MAX
+    largest = {**files, **dict.fromkeys(names, data)}
+    _ = refused(state, largest)  # whatever is made once
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+
+    assert refused(state, largest) is TrustStatus.MALFORMED
+
+    assert tracemalloc.get_traced_memory()[1] - before < MEMORY_MAX
+    tracemalloc.stop()
+
+
 def test_two_sets_in_one_release_are_refused_and_none_too() -> None:
     publisher = Publisher()
     state, files = publisher.new_state(), publisher.release(1)
@@ -695,6 +734,7 @@ SIGNED_WRONG: Final[dict[str, tuple[str, Callable[[Any], object]]]] = {
     "a moment that is true": (TIMESTAMP, lambda signed: signed.update({ISSUED: True})),
     "signed after its end": (TIMESTAMP, lambda signed: signed.update({ISSUED: UNTIL})),
     "another specification": (TIMESTAMP, lambda signed: signed.update(spec_version="2.0.0")),
+    "depth": (TIMESTAMP, lambda signed: signed.update(x=json.loads("[" * 7 + "]" * 7))),
     "no version": (TIMESTAMP, lambda signed: signed.update(version=0)),
     "a version that is true": (TIMESTAMP, lambda signed: signed.update(version=True)),
     "a date with a blank": (
