@@ -72,6 +72,8 @@ class Faulty:
 
     async def start(self) -> None:
         """Fail now, or plan to."""
+        if STATEFSD.name in self._context.config.uses:
+            _ = await self._context.client(STATEFSD.name, STATEFSD)
         match self._settings.failure:
             case Failure.NONE:
                 pass
@@ -127,7 +129,7 @@ class Faulty:
         raise Unusable("the migrated data do not fit each other")
 
     async def _put(self, key: str, value: bytes) -> Stored | Refused:
-        statefsd = await self._context.client("statefsd", STATEFSD)
+        statefsd = await self._context.client(STATEFSD.name, STATEFSD)
         deadline = deadline_after(await self._context.now(), ASK_MAX)
         outcome = await statefsd.call(Put(key.encode(), value, Durability.DURABLE, 0), deadline)
         if isinstance(outcome, Stored | Refused):
