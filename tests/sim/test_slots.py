@@ -237,12 +237,15 @@ async def read(found: Device, keys: Mapping[str, bytes]) -> dict[str, bytes]:
 BEFORE = {f"{DATA}a": b"1", f"{DATA}b": b"x" * 3000, "/state/log/k": b"other"}
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_data_that_a_bad_set_has_migrated_are_as_before_once_it_is_left(
-    device: Slots, tmp_path: Path, cut: bool
+@pytest.mark.parametrize(
+    ("failure", "cut"), [("migration", False), ("migration", True), ("disk", False)]
+)
+def test_data_that_a_bad_set_has_changed_are_as_before_once_it_is_left(
+    device: Slots, tmp_path: Path, failure: str, cut: bool
 ) -> None:
-    keys = f"{DATA}a {DATA}b {DATA}new"
-    bad = made(device, tmp_path, 2, "migration", schema=2, keys=keys)
+    """It migrates them, or fills the whole disk with more of them."""
+    more = {"keys": f"{DATA}a {DATA}b {DATA}0"} if failure == "migration" else {}
+    bad = made(device, tmp_path, 2, failure, schema=2, **more)
     seen: list[dict[str, bytes]] = []
     left: list[SnapshotKept] = []
 
@@ -258,7 +261,7 @@ def test_data_that_a_bad_set_has_migrated_are_as_before_once_it_is_left(
         seen.append(await read(found, BEFORE))
         left.append(await kept(found))
         with pytest.raises(CallFailed, match="NOT_FOUND"):
-            _ = await read(found, {f"{DATA}new": b""})
+            _ = await read(found, {f"{DATA}0": b""})
 
     _ = device.boot(fill, rights=STATE_RIGHTS)
     trial = device.boot(judging, rights=STATE_RIGHTS)
@@ -273,7 +276,8 @@ def test_data_that_a_bad_set_has_migrated_are_as_before_once_it_is_left(
     back = device.boot(look, rights=STATE_RIGHTS)
 
     assert trial.failure is not None
-    assert "migrating" in "".join(trial.console)
+    assert trial.failure.reason == TrialReason.CRASHED
+    assert "app: " in "".join(trial.console)
     assert back.slot.slot == "a"
     assert back.slot.restore
     assert seen == [BEFORE]

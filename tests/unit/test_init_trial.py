@@ -7,7 +7,15 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from nexus.abi import BootImage, Nanos, Now, SleepUntil
+from nexus.abi import (
+    INIT_NAME,
+    BootImage,
+    BootMemoryReplace,
+    Nanos,
+    Now,
+    SleepUntil,
+    Status,
+)
 from nexus.bootctl.handover import (
     EXIT_ENDED,
     EXIT_REBOOT,
@@ -20,6 +28,8 @@ from nexus.bootctl.handover import (
 from nexus.init.memory import Memory, decode_memory, encode_memory
 from nexus.init.trial import AGAIN, ENDS_MAX
 from nexus.ipc import Refused
+from nexus.kernel.sim.faults import Faults, NthFailure
+from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.protocols.init import (
     GetSystem,
     InitStatus,
@@ -378,6 +388,16 @@ def test_the_cause_is_stored_before_anything_is_stopped_for_it(boot: Boot) -> No
     found = read_failure(run.memory)
     assert found is not None
     assert found.service == "other"
+
+
+def test_a_cause_that_cannot_be_stored_is_said_and_ends_the_boot_all_the_same(boot: Boot) -> None:
+    failing = NthFailure(trap=BootMemoryReplace, nth=2, status=Status.NO_SPACE, task=INIT_NAME)
+
+    run = tried(boot, Updater(), probed(silent, well=0), faults=Faults(FaultPlan(nth=(failing,))))
+
+    assert run.evidence("init: boot memory not stored") == {"status": "NO_SPACE"}
+    assert run.lines(SLOT_FAILED)
+    assert run.ended.code == EXIT_SLOT_FAILED
 
 
 def test_the_trace_of_a_failed_trial_is_of_that_boot_alone(boot: Boot) -> None:

@@ -278,6 +278,13 @@ def simulate(
     return test.left(ended.code, kernel.bus.disks)
 
 
+def is_end(raised: BaseException) -> bool:
+    """Whether that is what a tester meets whose system goes down around it."""
+    if isinstance(raised, CallFailed):
+        return not isinstance(raised.outcome, Refused)
+    return isinstance(raised, SystemDied)
+
+
 def copied(disk: Disk) -> Disk:
     """A disk with the same content, so that a run may be followed by several others."""
     return Disk(disk.block_count, disk.image())
@@ -312,10 +319,15 @@ class Tester:
 
 
 class Inside:
-    """One run: the tester's program, what it raised, what the console said."""
+    """One run: the tester's program, what it raised, what the console said.
 
-    def __init__(self, plan: Plan, scenario: Scenario) -> None:
+    A tester whose system dies around it ends, and so does the run, or it `stays` until it is ended:
+    then the system's own verdict about itself is what ends the run.
+    """
+
+    def __init__(self, plan: Plan, scenario: Scenario, *, stays: bool = False) -> None:
         self._scenario = scenario
+        self._stays = stays
         self._protocols = _protocols_by_service(plan)
         self.program = Program(
             name=plan.by_name[TESTER].program,
@@ -365,6 +377,8 @@ class Inside:
             for crash in self.kernel.crashes[:CRASHES_SHOWN_MAX]:
                 error.add_note(f"a service crashed before:\n{crash}")
             self.raised = error
+            if self._stays and is_end(error):
+                _ = await SleepUntil(NEVER)
             return 1
         self.finished = True
         return 0

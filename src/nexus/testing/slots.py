@@ -43,8 +43,7 @@ from nexus.drivers import finished
 from nexus.init.ground import init_program, limits_of, programs_of
 from nexus.init.plan import Plan, load_plan
 from nexus.init.system import load
-from nexus.ipc import Refused
-from nexus.kernel.core import PowerCut
+from nexus.kernel.core import PowerCut, RunOver
 from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.clock import WALL_START
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk
@@ -72,13 +71,13 @@ from nexus.sets import BytesSource
 from nexus.testing.device import (
     RUN_MAX,
     TESTER,
-    CallFailed,
     Device,
     Inside,
     Run,
     Scenario,
     SystemDied,
     copied,
+    is_end,
     plan_with_tester,
     span_of,
 )
@@ -288,7 +287,7 @@ class Slots:
         """
         chosen = self._choose()
         plan = plan_with_tester(load(self._tree(chosen) / chosen.manifest.system), RIGHTS + rights)
-        inside = Inside(plan, scenario)
+        inside = Inside(plan, scenario, stays=True)
         spawned: dict[str, str] = {}
 
         def record(event: Event) -> None:
@@ -322,6 +321,8 @@ class Slots:
                 name: each.survivors(survivors(each)) for name, each in kernel.bus.disks.items()
             }
             run = inside.left(1, disks, power.why)
+        except RunOver as over:
+            raise (inside.raised or SystemDied(inside.told(str(over)))) from over
         else:
             run = inside.left(ended.code, kernel.bus.disks)
         self._keep(run)
@@ -376,13 +377,6 @@ class Slots:
 def stamped(program_digest: str, set_digest: str) -> str:
     """The digest of a program that is of this set: no two sets have it, though the code be one."""
     return sha256(f"{program_digest} of {set_digest}".encode()).hexdigest()
-
-
-def is_end(raised: BaseException) -> bool:
-    """Whether that is what a tester meets whose system goes down around it."""
-    if isinstance(raised, CallFailed):
-        return not isinstance(raised.outcome, Refused)
-    return isinstance(raised, SystemDied)
 
 
 # ---------------------------------------------------------------- what scenarios do
