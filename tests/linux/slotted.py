@@ -54,7 +54,7 @@ TITLE = "slotted"
 SERVICES = ("policyd", "logd", "statefsd", "updated")  # whom operator may ask
 HEALTH = 30_000_000_000  # ns; the machine that tests may be busy
 TERM = Term(1_790_000_000, 1_890_000_000)
-WAIT = 60.0  # seconds for anything that takes one or two
+WAIT = 120.0  # seconds for anything that takes one or two; a machine may be that busy
 LOOK = 0.02  # seconds between looks at a file
 
 
@@ -296,8 +296,8 @@ class Device:
         """Ask every process of the running system which set its code is of."""
         running = self.running()
         with OperatorClient(Path(running.runtime), TITLE, lambda: True) as client:
-            answers = {name: client.relay(name, META, Health(), WAIT / 4) for name in SERVICES}
-            tasks = client.relay(INIT_NAME, INIT, GetTasks(), WAIT / 4)
+            answers = {name: client.relay(name, META, Health(), WAIT / 8) for name in SERVICES}
+            tasks = client.relay(INIT_NAME, INIT, GetTasks(), WAIT / 8)
         return Stamps(
             init=(running.set_version, running.set_digest),
             services={name: (each.set_version, each.set_digest) for name, each in answers.items()},

@@ -1,0 +1,225 @@
+"""The loader's loop, with children that follow a script in place of boots."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from nexus.loader import boots
+from nexus.loader.choose import NothingBootable
+from nexus.loader.main import (
+    EXIT_ENDED,
+    EXIT_FAILED,
+    EXIT_REBOOT,
+    EXIT_SLOT_FAILED,
+    FAILING,
+    JUDGED,
+    OPEN,
+    SIGNALS,
+    Loader,
+    main,
+)
+
+SHORT = 0.05  # seconds
+
+
+class Life(NamedTuple):
+    """A boot: how its init ends, whether it is a trial, and what becomes of that."""
+
+    code: int = 0
+    signal: int = 0
+    trial: bool = False
+    verdict: int = OPEN
+    hangs: bool = False
+
+
+class Script:
+    """Plays boots one after the other; each is a process, so it is told by files."""
+
+    def __init__(self, folder: Path, lives: Sequence[Life]) -> None:
+        self._folder = folder
+        self._lives = lives
+
+    @property
+    def seen(self) -> list[dict[str, Any] | None]:
+        """What each boot was told of the one before."""
+        return [json.loads(path.read_text()) for path in sorted(self._folder.glob("boot-*"))]
+
+    @property
+    def noted(self) -> list[dict[str, Any]]:
+        """What was kept of an end that no boot follows."""
+        return [json.loads(path.read_text()) for path in self._folder.glob("note")]
+
+    def become(self, _job: Any, seen: dict[str, Any] | None, told: int) -> None:
+        number = len(self.seen)
+        _ = (self._folder / f"boot-{number}").write_text(json.dumps(seen))
+        if number == len(self._lives):
+            raise NothingBootable("the script is over")
+        life = self._lives[number]
+        start = {"trial": life.trial, "deadline": SHORT * 1e9, "slot": "b"}
+        _ = os.write(told, json.dumps(start).encode())
+        os.close(told)
+        if life.hangs:
+            signal.pause()
+        if life.signal:
+            os.kill(os.getpid(), life.signal)
+        os._exit(life.code)
+
+    def verdict(self, _job: Any) -> int:
+        return self._lives[len(self.seen) - 1].verdict
+
+    def note(self, _job: Any, seen: dict[str, Any]) -> None:
+        _ = (self._folder / "note").write_text(json.dumps(seen))
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> int:
+        for name in ("become", "verdict", "note"):
+            monkeypatch.setattr(boots, name, getattr(self, name))
+        return Loader({"watcher": -1}, SHORT).run()
+
+
+@pytest.mark.parametrize(
+    ("lives", "code", "count"),
+    [
+        ([Life()], 0, 1),
+        ([Life(code=1)], 1, 1),
+        ([Life(signal=signal.SIGKILL)], 137, 1),
+        ([Life(code=EXIT_REBOOT), Life()], 0, 2),
+        ([Life(code=EXIT_REBOOT), Life(code=EXIT_REBOOT), Life(code=7)], 7, 3),
+        ([Life(code=EXIT_SLOT_FAILED, trial=True), Life()], 0, 2),
+        ([Life(code=70, trial=True), Life()], 0, 2),
+        ([Life(signal=signal.SIGKILL, trial=True), Life()], 0, 2),
+        ([Life(code=70, trial=True, verdict=JUDGED)], 70, 1),
+        ([Life(code=EXIT_REBOOT, trial=True, verdict=JUDGED), Life()], 0, 2),
+        ([Life(trial=True)], 0, 1),
+        ([Life(code=EXIT_ENDED, trial=True)], 1, 1),
+        ([Life(code=EXIT_ENDED)], 1, 1),
+    ],
+)
+def test_what_is_booted_again_and_what_ends_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: list[Life], code: int, count: int
+) -> None:
+    script = Script(tmp_path, lives)
+
+    assert script.run(monkeypatch) == code
+    assert len(script.seen) == count
+
+
+def test_each_boot_is_told_how_the_one_before_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(
+        tmp_path,
+        [Life(code=EXIT_REBOOT), Life(code=9, trial=True), Life(signal=9, trial=True), Life()],
+    )
+
+    assert script.run(monkeypatch) == 0
+    assert script.seen == [
+        None,
+        {"code": EXIT_REBOOT, "signal": 0, "is_hung": False},
+        {"code": 9, "signal": 0, "is_hung": False},
+        {"code": 0, "signal": 9, "is_hung": False},
+    ]
+
+
+def test_a_trial_without_a_verdict_is_killed_after_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path, [Life(trial=True, hangs=True), Life()])
+
+    assert script.run(monkeypatch) == 0
+    assert script.seen[1] == {"code": 0, "signal": signal.SIGKILL, "is_hung": True}
+
+
+def test_a_trial_that_says_it_failed_has_time_to_end_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus.loader.main.END_MAX", SHORT)
+    script = Script(tmp_path, [Life(trial=True, verdict=FAILING, hangs=True), Life()])
+
+    assert script.run(monkeypatch) == 0
+    assert script.seen[1] == {"code": 0, "signal": signal.SIGKILL, "is_hung": True}
+
+
+@pytest.mark.parametrize("life", [Life(hangs=True), Life(trial=True, hangs=True, verdict=JUDGED)])
+def test_what_is_proven_may_run_as_long_as_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, life: Life
+) -> None:
+    script = Script(tmp_path, [life])
+    loader = Loader({"watcher": -1}, SHORT)
+    for name in ("become", "verdict", "note"):
+        monkeypatch.setattr(boots, name, getattr(script, name))
+    before = [signal.signal(number, loader.on_signal) for number in SIGNALS]
+    later = threading.Timer(8 * SHORT, os.kill, (os.getpid(), signal.SIGTERM))
+    later.start()
+    try:
+        code = loader.run()
+    finally:
+        later.join()
+        for number, handler in zip(SIGNALS, before, strict=True):
+            _ = signal.signal(number, handler)
+
+    assert code == 128 + signal.SIGTERM
+    assert len(script.seen) == 1, "who asks it to end ends the loader"
+
+
+def test_an_end_of_a_trial_that_nobody_follows_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path, [Life(trial=True)])
+
+    assert script.run(monkeypatch) == 0
+    assert script.noted == [{"code": 0, "signal": 0, "is_hung": False}]
+
+
+def test_an_end_of_a_proven_set_is_nothing_to_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path, [Life(code=9)])
+
+    assert script.run(monkeypatch) == 9
+    assert script.noted == []
+
+
+def test_a_loader_with_nothing_to_boot_says_so_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(tmp_path, [])
+
+    assert script.run(monkeypatch) == EXIT_FAILED
+    assert capfd.readouterr().err == "nexus: nothing can be booted: the script is over\n"
+
+
+def test_a_fault_of_the_loader_itself_ends_in_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(tmp_path, [])
+
+    def broken(*_words: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(script, "become", broken)
+
+    assert script.run(monkeypatch) == EXIT_FAILED
+    assert capfd.readouterr().err == "nexus: the loader failed: ZeroDivisionError: a bug\n"
+
+
+def test_two_loaders_never_boot_one_device(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    job = {
+        "home": str(tmp_path),
+        "watcher": -1,
+        "running": {"title": "pump"},
+        "loader": {"becomes": False, "margin": 1.0},
+    }
+    with (tmp_path / "loader.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main([json.dumps(job)]) == EXIT_FAILED
+    assert "another loader boots pump" in capfd.readouterr().err
