@@ -331,8 +331,8 @@ def test_a_group_that_is_exceeded_in_a_trial_fails_it_whatever_is_declared(
 @pytest.mark.parametrize(
     ("answer", "reason", "word"),
     [
-        (of_another_start, TrialReason.UNHEALTHY, "says that it is not well"),
-        (silent, TrialReason.HUNG, "does not answer"),
+        (of_another_start, TrialReason.UNHEALTHY, "not ready"),
+        (silent, TrialReason.HUNG, "hang"),
     ],
 )
 def test_a_service_that_was_well_and_is_not_any_more_fails_the_trial(
@@ -342,7 +342,18 @@ def test_a_service_that_was_well_and_is_not_any_more_fails_the_trial(
 
     found = failure(run)
     assert (found.service, found.reason) == ("other", reason)
-    assert found.detail == f"other was well and now {word}: 2 probes in a row"
+    assert found.detail == f"other ended {ENDS_MAX + 1} times, the last by {word}, signal 9"
+
+
+def test_what_the_watchdog_of_a_busy_machine_does_once_is_forgiven(boot: Boot) -> None:
+    async def other(image: BootImage) -> int:
+        main = probed(silent, well=3) if image.generation == 1 else idle
+        return int(await main(image) or 0)
+
+    run = tried(boot, Updater(), other)
+
+    assert len(run.spawns("other")) == 2
+    assert run.lines(HEALTH_OK)
 
 
 def test_a_set_without_updated_is_never_committed(boot: Boot) -> None:

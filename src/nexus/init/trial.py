@@ -29,14 +29,21 @@ from nexus.protocols.updated import Committed, ReportHealth, Slot
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
-ENDS_MAX: Final = 2  # unexpected ends of one service that a trial allows: a third is no accident
+ENDS_MAX: Final = 2  # ends of one service that a trial forgives, those by a busy machine's watchdog
+# among them: a third is no accident
 REPORT_MAX: Final = Nanos(5_000_000_000)  # ns for updated's answer: two durable writes, and time
 AGAIN: Final = Nanos(250_000_000)  # ns until updated is told again; it may have restarted
 NONCE_SIZE: Final = 8  # bytes
 MILLISECOND: Final = 1_000_000  # ns
 SLOTS: Final = {"a": Slot.A, "b": Slot.B}
 
-_UNWELL: Final = {Reason.NOT_READY: TrialReason.UNHEALTHY}  # any other is a service that hangs
+_KINDS: Final = {
+    Reason.HANG: TrialReason.HUNG,
+    Reason.LATE: TrialReason.HUNG,
+    Reason.NO_ECHO: TrialReason.NOT_READY,
+    Reason.NOT_READY: TrialReason.NOT_READY,
+}
+"""What an end says about a service, by init's word for it; any other is a crash."""
 
 
 class Trial:
@@ -51,7 +58,7 @@ class Trial:
         self._was_well: set[str] = set()
         self._unwell_since: dict[str, Nanos] = {}  # who was well in this boot, and ended then
         self._ends: dict[str, int] = {}
-        self._last: dict[str, str] = {}  # how the latest of these ends was
+        self._last: dict[str, tuple[TrialReason, str]] = {}  # how the latest of these ends was
         self._nonce = 0
         self._report_at: Nanos | None = None  # when updated is to be told, or told again
         self._is_told = False  # its answer is awaited
@@ -93,6 +100,8 @@ class Trial:
         """
         since = self._unwell_since.get(record.name, record.first_started)
         if since is None:  # never started: its turn has not come, or a grant is not decided
+            return None
+        if record.name in self._was_well:  # it misses a probe: that is for the watchdog to judge
             return None
         for link in record.planned.uses:
             used = self._init.records[link.server]
@@ -152,14 +161,18 @@ class Trial:
         """An instance ended and nobody wanted that."""
         if not self.is_open or record.is_demanded or record.reason in UNCOUNTED:
             return
+        name = record.name
         how = f"signal {info.signal}" if info.signal else f"code {info.code}"
-        ends = self._ends[record.name] = self._ends.get(record.name, 0) + 1
-        self._last[record.name] = f"{record.reason}, {how}"
-        if record.name in self._was_well:
-            self._was_well.remove(record.name)
-            self._unwell_since[record.name] = self._init.now
-        if ends > ENDS_MAX:
-            await self._fail(record.name, TrialReason.CRASHED, self._ends_text(record.name))
+        kind = next((kind for word, kind in _KINDS.items() if record.reason == word), None)
+        kind = kind or TrialReason.CRASHED
+        if name in self._was_well:
+            self._was_well.remove(name)
+            self._unwell_since[name] = self._init.now
+            kind = TrialReason.UNHEALTHY if kind is TrialReason.NOT_READY else kind
+        self._ends[name] = self._ends.get(name, 0) + 1
+        self._last[name] = kind, f"{record.reason}, {how}"
+        if self._ends[name] > ENDS_MAX:
+            await self._fail(name, kind, self._ends_text(name))
 
     async def on_exceeded(self, record: Record, why: str) -> bool:
         """A group ended more often than it may; whether that, or what was before, ends a trial."""
@@ -167,30 +180,17 @@ class Trial:
             await self._fail(record.name, TrialReason.CRASHED, why)
         return self.state is TrialState.FAILED
 
-    async def on_unwell(self, record: Record, reason: Reason) -> None:
-        """A service that had been well is killed, for it missed its later probes."""
-        if not self.is_open or record.is_demanded:
-            return
-        what = "says that it is not well" if reason is Reason.NOT_READY else "does not answer"
-        if reason is Reason.LATE:
-            what = "lets its requests expire"
-        await self._fail(
-            record.name,
-            _UNWELL.get(reason, TrialReason.HUNG),
-            f"{record.name} was well and now {what}: {record.misses} probes in a row",
-        )
-
     # ------------------------------------------------------------------ the verdict
 
     def _ends_text(self, name: str) -> str:
-        return f"{name} ended {self._ends[name]} times, the last by {self._last[name]}"
+        return f"{name} ended {self._ends[name]} times, the last by {self._last[name][1]}"
 
     async def _fail_late(self, record: Record) -> None:
-        """A readiness deadline passed; a service that keeps ending has crashed, and is not late."""
+        """A readiness deadline passed; of a service that keeps ending that is what it is told of."""
         limit = record.planned.health_deadline // MILLISECOND
         if record.name in self._ends:
             detail = f"{self._ends_text(record.name)}; it was not ready within {limit} ms"
-            await self._fail(record.name, TrialReason.CRASHED, detail)
+            await self._fail(record.name, self._last[record.name][0], detail)
             return
         detail = f"{record.name} was not ready within its deadline of {limit} ms"
         if record.reason:

@@ -224,5 +224,4 @@ class Watch:
         await self._init.authority.on_doubt(record)
         # Going down, a service has the deadline of its Stop, and no other.
         if record.misses >= record.planned.probe_misses and not self._init.is_going_down:
-            await self._init.trial.on_unwell(record, reason)
             await self._init.kill(record, reason)
