@@ -13,7 +13,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "guide"
 
 @pytest.mark.linux
 @pytest.mark.parametrize(
-    "name", ["first-system", "state", "keys", "observability", "crashes", "export"]
+    "name", ["first-system", "state", "keys", "observability", "crashes", "export", "updates"]
 )
 def test_a_page_shows_what_the_commands_print(name: str) -> None:
     page = PAGES / f"{name}.md"
