@@ -1,5 +1,6 @@
 """Directories of instances, their locks, and which of them a command means."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nexus.cli.places import (
     the_running,
     title_of,
 )
+from nexus.loader.main import LOCK_NAME as LOADER_LOCK
 from nexus.proof import lock
 
 FILE = Path("/srv/pump/system.toml")
@@ -307,3 +309,18 @@ def test_every_folder_made_on_the_way_is_its_users_alone(
         _ = os.umask(former)
     for made in ("a", "a/b", "a/b/pump", "NEXUS_LOG_DIR", "NEXUS_LOG_DIR/pump"):
         assert (tmp_path / made).stat().st_mode & 0o777 == 0o700, made
+
+
+def test_a_system_between_two_boots_is_told_from_one_that_does_not_run(tmp_path: Path) -> None:
+    environ = {"NEXUS_RUNTIME_DIR": str(tmp_path)}
+    home = tmp_path / "pump"
+    home.mkdir(mode=0o700)
+    tmp_path.chmod(0o700)
+    with (home / LOADER_LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for title in (None, "pump"):
+            with pytest.raises(CommandFailed, match="pump is being booted out of its slots"):
+                _ = the_running(title, environ, os.getuid())
+    for title in (None, "pump"):
+        with pytest.raises(CommandFailed, match=r"runs here|none runs"):
+            _ = the_running(title, environ, os.getuid())

@@ -14,6 +14,7 @@ import msgspec
 
 from nexus.cli.errors import CommandFailed, UsageError
 from nexus.kernel.core.paths import SOCKET_PATH_SIZE_MAX
+from nexus.loader.main import LOCK_NAME as LOADER_LOCK
 from nexus.proof.lock import (
     RUNTIME_VARIABLE,
     NotPrivate,
@@ -214,13 +215,25 @@ def the_running(title: str | None, environ: Mapping[str, str], uid: int) -> Runn
         for running in found:
             if running.title == title:
                 return running
+        _check_booting([title], environ, uid)
         rest = f"running are: {titles}" if found else "none runs"
         raise CommandFailed(f"no system {title} runs here ({rest}): start it with `nexus up`")
     if not found:
         _, runtime, _ = base_dirs(environ, uid)
+        _check_booting(
+            sorted(path.parent.name for path in runtime.glob(f"*/{LOADER_LOCK}")), environ, uid
+        )
         raise CommandFailed(
             f"no system runs here (looked in {runtime}): start one with `nexus up FILE`"
         )
     if len(found) > 1:
         raise UsageError(f"several systems run here, name one with --name: {titles}")
     return found[0]
+
+
+def _check_booting(titles: Iterable[str], environ: Mapping[str, str], uid: int) -> None:
+    """Raises CommandFailed if a loader is about to boot one of these: it is between two inits."""
+    _, runtime, _ = base_dirs(environ, uid)
+    for title in titles:
+        if holder_of(runtime / title / LOADER_LOCK) is not None:
+            raise CommandFailed(f"{title} is being booted out of its slots: try again in a moment")

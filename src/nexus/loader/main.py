@@ -32,6 +32,8 @@ ENDED: Final = (EXIT_OK, EXIT_ENDED)  # exit codes of a system that somebody tol
 JUDGED, OPEN, FAILING = 0, 1, 2  # of a trial: committed or given up, not yet, init says it failed
 SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
 LOCK_NAME: Final = "loader.lock"  # in the instance's directory
+LOCK_TRIES: Final = 30
+LOCK_PAUSE: Final = 0.01  # seconds
 REFUSED: Final = "refused"  # nexus.cli.boot
 BOOTING: Final = "booting"  # kind of what the watching command is told when a boot begins
 START_SIZE_MAX: Final = 512  # bytes of what a child tells of its boot
@@ -241,6 +243,18 @@ def _leash(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _held(lock: int) -> bool:
+    """Take the lock; a command that only looks has it for a moment."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _ = select.select([], [], [], LOCK_PAUSE)
+        else:
+            return True
+    return False
+
+
 def main(argv: list[str]) -> int:
     """Be the loader of `JOB` (nexus.cli.slots), to the end of its system."""
     job = json.loads(argv[0])
@@ -248,9 +262,7 @@ def main(argv: list[str]) -> int:
     lock = os.open(
         Path(job["home"]) / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _held(lock):
         title = job["running"]["title"]
         return _refuse(job, f"another loader boots {title}: end it with `nexus down`")
     if settings["becomes"]:
