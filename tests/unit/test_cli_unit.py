@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nexus.bootctl import EXIT_ENDED
 from nexus.cli import main, unit
-from nexus.cli.unit import unit_text
+from nexus.cli.unit import slots_unit_text, unit_text
 from nexus.kernel.linux import native
 
 MINIMAL = Path(__file__).parents[2] / "systems" / "minimal.toml"
@@ -193,3 +194,29 @@ def test_the_unit_is_had_as_json_too(capsys: pytest.CaptureFixture[str]) -> None
         "user": True,
         "unit": unit_text(MINIMAL, "b", user=True),
     }
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_a_system_out_of_its_slots_is_started_again_by_its_manager(user: bool) -> None:
+    made = sections(slots_unit_text("pump", "b", user=user))
+    service = made["Service"]
+
+    assert service["ExecStart"] == [
+        f"{sys.executable} -P -m nexus.cli up --exec --slots pump --instance b"
+    ]
+    assert service["Restart"] == ["on-failure"], "a reboot and a failed trial are exit codes"
+    assert service["RestartPreventExitStatus"] == [str(EXIT_ENDED)]
+    assert made["Unit"]["StartLimitBurst"] == ["20"]
+    changed = {"TimeoutStartSec": ["180"], "TimeoutStopSec": ["30"]}
+    assert {key: service[key] for key in SHARED} == {**SHARED, **changed}
+    if user:
+        assert "ConditionPathExists" not in made["Unit"]
+    else:
+        assert made["Unit"]["ConditionPathExists"] == ["/var/lib/nexus/pump@b/boot.img"]
+        assert service["StateDirectory"] == ["nexus"]
+        assert service["ProtectSystem"] == ["strict"]
+
+
+def test_the_command_prints_the_unit_of_slots(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unit", "--slots", "pump"]) == 0
+    assert capsys.readouterr().out == slots_unit_text("pump", None, user=False)

@@ -523,19 +523,30 @@ def bugreport(
     epilog=_examples(
         "nexus unit system.toml > /etc/systemd/system/pump.service",
         "nexus unit --user system.toml > ~/.config/systemd/user/pump.service",
+        "nexus unit --slots pump > /etc/systemd/system/pump.service",
     )
 )
 def unit(
-    file: File,
+    file: Annotated[
+        Path,
+        typer.Argument(help="The system file (TOML); with --slots a name.", show_default=False),
+    ],
     instance: Instance = None,
     user: Annotated[
         bool, typer.Option("--user", help="For the user's own systemd, not the machine's.")
     ] = False,
+    slots: Annotated[
+        bool, typer.Option("--slots", help="Of a provisioned system, booted out of its slots.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Print a systemd unit that runs a system."""
+    from nexus.cli.unit import slots_unit
     from nexus.cli.unit import unit as act
 
+    if slots:
+        slots_unit(str(file), instance, user=user, as_json=json)
+        return
     act(file, instance, user=user, as_json=json)
 
 
