@@ -84,6 +84,7 @@ def test_a_staged_set_stands_whole_in_the_other_slot_and_the_record_says_so(
     assert info.floor == 3
     assert stored(device).sequence == staged.sequence
     assert kinds(device) == [EventKind.BEGUN, EventKind.STAGED]
+    assert TRANSFER not in device.memory.values
 
 
 def test_the_standby_slot_is_empty_in_the_record_before_its_first_byte_is_written(
@@ -837,7 +838,10 @@ def test_after_a_store_that_failed_the_record_on_the_device_counts(device: Devic
 
     assert declined(lambda: device.switch(made)) is UpdatedStatus.IO_ERROR
 
-    assert device.switch(made).repeated, "it was in force all the same"
+    assert device.engine.record.trying is None, "nothing is told that was not read back"
+    finished(device.engine.sure())
+    assert device.engine.record.trying is B, "it was in force all the same"
+    assert device.switch(made).repeated
 
 
 def test_without_statefs_nothing_is_opened_and_later_it_is(device: Device) -> None:

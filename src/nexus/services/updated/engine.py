@@ -235,7 +235,7 @@ class Engine:
 
     async def begin(self, section: bytes, asker: Asker) -> Begun:
         """Who signed it and what may come; from where it goes on. Raises Declined."""
-        await self._sure()
+        await self.sure()
         self._check_settled()
         try:
             wanted = await self._trusted(section)
@@ -393,7 +393,7 @@ class Engine:
 
         The outcome if there is one: it is staged, or Declined is raised again.
         """
-        await self._sure()
+        await self.sure()
         if self._phase is Phase.REFUSED and self._refused is not None:
             raise self._refused
         if self._phase is Phase.VERIFYING:
@@ -432,7 +432,7 @@ class Engine:
                 return None
             self._check_manifest(manifest, transfer)
             _ = await self._migrated(manifest)
-            await self._sure()
+            await self.sure()
             info = SlotInfo(
                 state=SlotState.STAGED,
                 version=transfer.version,
@@ -524,7 +524,7 @@ class Engine:
 
     async def switch(self, digest: bytes, tries: int, asker: Asker) -> Switched:
         """Have the staged set of this digest tried from the next boot on. Raises Declined."""
-        await self._sure()
+        await self.sure()
         record = self.record
         trying = record.trying
         if trying is not None and self._trial is None and record.slot(trying).digest == digest:
@@ -557,7 +557,7 @@ class Engine:
 
     async def commit(self, name: SlotName, digest: bytes, nonce: int, asker: Asker) -> Committed:
         """The set on trial is healthy: it is what is booted from now on. Raises Declined."""
-        await self._sure()
+        await self.sure()
         info = self.record.slot(name)
         if info.digest != digest:
             raise Declined(UpdatedStatus.NOT_ON_TRIAL, f"slot {name} holds another set")
@@ -573,7 +573,7 @@ class Engine:
 
     async def rollback(self, target: SlotName, asker: Asker) -> RolledBack:
         """Boot `target` from now on. Raises Declined."""
-        await self._sure()
+        await self.sure()
         record = self.record
         if record.trying is target:
             raise Declined(UpdatedStatus.NO_TARGET, f"slot {target} is what is tried")
@@ -645,7 +645,7 @@ class Engine:
                 f"slot {self.record.active} is booted next, and this is slot {self.running} still",
             )
 
-    async def _sure(self) -> None:
+    async def sure(self) -> None:
         """After a store that failed: find out which record is in force."""
         if self._in_doubt:
             self._record = await self._load()

@@ -499,6 +499,7 @@ class Updated:
         """The engine, opened: now, if it could not be before. Raises Declined."""
         if not self._engine.opened:
             await self._open_now()
+        await self._engine.sure()
         return self._engine
 
     async def _open_now(self) -> None:
