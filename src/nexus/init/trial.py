@@ -186,7 +186,7 @@ class Trial:
         return f"{name} ended {self._ends[name]} times, the last by {self._last[name][1]}"
 
     async def _fail_late(self, record: Record) -> None:
-        """A readiness deadline passed; of a service that keeps ending that is what it is told of."""
+        """A readiness deadline passed; a service that keeps ending is told by how it ends."""
         limit = record.planned.health_deadline // MILLISECOND
         if record.name in self._ends:
             detail = f"{self._ends_text(record.name)}; it was not ready within {limit} ms"

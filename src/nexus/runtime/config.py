@@ -23,8 +23,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `streams` are its stream ports and their roles, the last of BootImage.ports in that order;
     `names` are those of all services, for a program that tells of others to people.
     `log_ring` and `metrics_page` are the bytes of its ring for lines and of its page of series.
-    `slot` is the slot that was booted, `set_version` and `set_digest` are those of the system set in
-    it; empty and 0 for a system that was booted out of no slot.
+    `slot` is the slot that was booted, `set_version` and `set_digest` are those of the system set
+    in it; empty and 0 for a system that was booted out of no slot.
     """
 
     uses: list[str]
