@@ -9,7 +9,7 @@ below /state/. Areas are separated by commas::
     reserves = "keystore 256KiB, boot 64KiB" # kept free for these, however full the disk is
 
 The area ".snapshot" is the copy that an update makes of data that it migrates: with a reserve of
-its own there is always room for it. `refresh` and `restore` are init's words, and nobody writes them
+its own there is always room for it. `refresh` and `restore` are init's: nobody writes them
 into a system file: the snapshot that is taken again before the first boot of a trial serves, and
 the one that the areas go back to after a rollback; 0 for none.
 """
