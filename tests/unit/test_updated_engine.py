@@ -167,6 +167,23 @@ def test_what_came_is_made_durable_every_so_many_bytes(
     assert taken == [0] * 3 + [4096] * 4 + [8192] * (len(taken) - 7)
 
 
+def test_after_a_restart_a_transfer_goes_on_only_once_its_metadata_are_believed_again(
+    device: Device,
+) -> None:
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(made.data)
+    finished(device.engine.sync())
+    device.provision(device.first)  # for another publisher, say
+    _ = device.boot()
+
+    assert declined(lambda: device.take(0, made.data[:512])) is UpdatedStatus.NOT_STAGING
+    assert declined(device.finish) is UpdatedStatus.NOT_STAGING
+
+    assert device.begin(made).offset == len(made.data)
+    assert device.finish().digest == made.digest
+
+
 def test_another_update_ends_the_transfer_that_was_under_way(device: Device) -> None:
     one, other = device.maker.update(11), device.maker.update(12)
     _ = device.begin(one)
@@ -318,6 +335,7 @@ def test_a_bad_set_is_told_from_a_damaged_one_also_after_a_restart(device: Devic
     device.send(made.data)
     finished(device.engine.sync())
     _ = device.start()
+    _ = device.begin(made)
 
     assert declined(device.finish) is UpdatedStatus.BAD_SET
 
@@ -838,8 +856,10 @@ def test_after_a_store_that_failed_the_record_on_the_device_counts(device: Devic
 
     assert declined(lambda: device.switch(made)) is UpdatedStatus.IO_ERROR
 
-    assert device.engine.record.trying is None, "nothing is told that was not read back"
+    before = device.engine.record
     finished(device.engine.sure())
+
+    assert before.trying is None, "nothing is told that was not read back"
     assert device.engine.record.trying is B, "it was in force all the same"
     assert device.switch(made).repeated
 

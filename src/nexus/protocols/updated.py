@@ -67,7 +67,7 @@ class UpdatedStatus(IntEnum):
     NO_TARGET = 20  # the slot to go back to holds no set that was ever committed
     NO_BOOT_RECORD = 21  # the boot device holds no record that can be read: provision the device
     # How it goes with a transfer.
-    NOT_STAGING = 22  # no transfer was begun
+    NOT_STAGING = 22  # no transfer was begun, or updated has restarted since: begin again
     OUT_OF_ORDER = 23  # the piece does not begin where the file ends so far, or is not whole blocks
     INCOMPLETE = 24  # the file has not come whole
     TOO_LARGE = 25  # the set is larger than the slot, or the metadata than METADATA_SIZE_MAX

@@ -136,6 +136,7 @@ class Engine:
         self._trust: TrustState | None = None
         self._transfer: KeptTransfer | None = None
         self._phase = Phase.IDLE
+        self._admitted = False  # its metadata were believed by this instance, and not only once
         self._offset = 0  # bytes of the transfer that are in the slot, durable or not
         self._sync_size = SYNC_SIZE
         self._hash = sha256()  # of the first `_hashed` bytes, as they came
@@ -253,6 +254,7 @@ class Engine:
         info = self.record.slot(self.record.standby)
         if info.state is SlotState.STAGED and info.digest == wanted.digest:
             return _begun(wanted, wanted.size, staged=True)
+        self._admitted = True
         if self._goes_on(wanted) and info.state is SlotState.EMPTY:
             return _begun(wanted, self._offset, staged=False)
         await self._start(wanted, asker)
@@ -331,7 +333,8 @@ class Engine:
     async def take(self, offset: int, data: bytes | memoryview) -> Taken:
         """The next piece, to the slot; one that has come already changes nothing."""
         transfer = self._transfer
-        if transfer is None or self._phase not in (Phase.RECEIVING, Phase.VERIFYING):
+        going = self._admitted and self._phase in (Phase.RECEIVING, Phase.VERIFYING)
+        if transfer is None or not going:
             raise self._not_staging()
         size = len(data)
         if offset + size <= self._offset:
@@ -404,6 +407,8 @@ class Engine:
             if info.state is not SlotState.STAGED:
                 raise self._not_staging()
             return _staged(self.record, self.record.standby)
+        if not self._admitted:
+            raise self._not_staging()
         if self._offset < transfer.size:
             raise Declined(
                 UpdatedStatus.INCOMPLETE, f"{self._offset} of {transfer.size} bytes have come"
@@ -497,7 +502,7 @@ class Engine:
         self._refused = None
 
     def _not_staging(self) -> Declined:
-        return Declined(UpdatedStatus.NOT_STAGING, "no transfer is under way")
+        return Declined(UpdatedStatus.NOT_STAGING, "no transfer was begun")
 
     def transfer(self) -> Transfer:
         """How far the transfer is, for people."""
