@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 
-from nexus.abi import BootImage
+from nexus.abi import INIT_NAME, BootImage, EndpointCreate, Status
 from nexus.bootctl import Cause, SlotName, SlotState
 from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED, TrialReason
 from nexus.ipc import Refused
+from nexus.kernel.core.ending import EXIT_CRASH
+from nexus.kernel.sim.faults import Faults, NthFailure, Plan
 from nexus.kernel.sim.power import Cut, Moment
 from nexus.protocols.statefsd import (
     Durability,
     Get,
     GetSnapshot,
+    GetStore,
     Put,
     SnapshotKept,
     SnapshotState,
@@ -39,6 +42,7 @@ pytestmark = pytest.mark.sim
 
 A, B = SlotName.A, SlotName.B
 DATA = "/state/faulty/"
+HISTORY_SIZE = 12_000  # bytes; updated keeps its latest events, a few more for each update
 STATE_RIGHTS = ("statefs.read", "statefs.write", "statefs.snapshot")
 SYSTEM = """
 [system]
@@ -186,6 +190,21 @@ def test_a_bad_set_fails_its_trial_and_the_device_goes_back_by_itself(
     assert "app: " in why.tail
 
 
+def test_a_set_whose_init_crashes_is_left_too(device: Slots, tmp_path: Path) -> None:
+    """Its kernel gives it no endpoint, and it has no answer to that."""
+    failing = NthFailure(trap=EndpointCreate, nth=1, status=Status.NO_SPACE, task=INIT_NAME)
+    bad = made(device, tmp_path, 2)
+    _ = device.boot(updating(bad))
+
+    trial = device.boot(judging, faults=Faults(Plan(nth=(failing,))))
+    back = device.boot(judging)
+
+    assert (trial.exit_code, trial.failure) == (EXIT_CRASH, None)
+    assert (back.slot.slot, back.exit_code) == ("a", 0)
+    why = next(each for each in device.record.reasons if each.cause is Cause.INIT_ENDED)
+    assert why.detail == f"init ended with exit code {EXIT_CRASH}"
+
+
 def test_a_second_try_may_go_well(device: Slots, tmp_path: Path) -> None:
     async def shaky(image: BootImage) -> int:
         if len(device.boots) == 1:  # in the first boot of the trial
@@ -313,6 +332,31 @@ def test_an_update_that_migrates_and_commits_keeps_what_it_made_and_no_copy(
 
     assert states == [SnapshotState.KEPT, SnapshotState.NONE]
     assert seen == [{**BEFORE, f"{DATA}a": b"2"}]
+
+
+def test_ten_updates_in_a_row_leave_nothing_behind(device: Slots, tmp_path: Path) -> None:
+    """Each migrates the data. What is left is two sets, two trees, the data, and no copy."""
+    sizes: list[int] = []
+
+    async def look(found: Device) -> None:
+        await judging(found)
+        assert (await kept(found)).state is SnapshotState.NONE
+        sizes.append((await found.call("statefsd", GetStore())).used)
+        assert await read(found, BEFORE) == BEFORE
+
+    async def fill(found: Device) -> None:
+        await write(found, BEFORE)
+
+    _ = device.boot(fill, rights=STATE_RIGHTS)
+    for version in range(2, 12):
+        update = made(device, tmp_path, version, schema=version)
+        assert device.boot(updating(update)).exit_code == EXIT_REBOOT
+        assert device.boot(look, rights=STATE_RIGHTS).exit_code == 0
+
+    assert device.record.slot(device.record.active).version == 11
+    assert len(list((tmp_path / "trees" / "slots").iterdir())) == 2
+    assert max(sizes) - sizes[-1] < HISTORY_SIZE
+    assert sizes[-1] - sizes[0] < HISTORY_SIZE
 
 
 @pytest.mark.parametrize(

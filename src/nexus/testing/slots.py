@@ -47,6 +47,7 @@ from nexus.kernel.core import PowerCut, RunOver
 from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.clock import WALL_START
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk
+from nexus.kernel.sim.faults import Faults
 from nexus.kernel.sim.power import Cut
 from nexus.loader.choose import Chosen, Ended, SlotSource, choose
 from nexus.loader.tree import tree_of
@@ -277,11 +278,12 @@ class Slots:
         cut: Cut | None = None,
         survivors: Callable[[Disk], Choice] = _nothing,
         on_machine: Callable[[SimKernel], None] | None = None,
+        faults: Faults | None = None,
     ) -> Boot:
         """One boot, from the loader's choice to the end; with `cut` the power goes there.
 
         `survivors` says which cached writes of a disk a power cut leaves. `on_machine` is shown the
-        machine before it runs. A system that goes down by itself before the scenario ends, as a
+        machine before it runs, and `faults` are of its kernel. A system that goes down by itself before the scenario ends, as a
         failed trial does, is no error: `finished` is False then. What else the scenario raises is
         raised here, and the loader's NothingBootable.
         """
@@ -306,6 +308,7 @@ class Slots:
             disks={name: copied(disk) for name, disk in self.disks.items()},
             secrets=self.secrets,
             wall_start=self.wall,
+            faults=faults,
         )
         inside.kernel = kernel
         if cut is not None:
