@@ -1,4 +1,5 @@
-"""A device whose storage is wearing out: what was proven good boots as long as it can be read."""
+"""A device whose storage is wearing out: what was proven good boots as long as it can be read, and
+again when it can be read again."""
 
 import errno
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus.bootctl import BlockBoot, SlotName, SlotState
+from nexus.bootctl import BlockBoot, Cause, SlotInfo, SlotName, SlotState
 from nexus.drivers import DeviceFault, Fault, finished
 from nexus.kernel.sim.disk import Disk, DiskFaults
 from nexus.loader.choose import Chosen, Ended, NothingBootable, choose
@@ -77,6 +78,109 @@ def test_a_worn_boot_device_without_a_whole_good_slot_boots_nothing_and_says_why
         _ = choose_on_worn(board)
 
     assert caught.value.fault is Fault.READ_ONLY
+
+
+def spoil(board: Board, name: SlotName, *, heal: bool = False) -> None:
+    """The first block of a slot cannot be read for now."""
+    disk = board.disks[name]
+    faults = DiskFaults() if heal else DiskFaults(unreadable=frozenset({0}))
+    board.disks[name] = Disk(disk.block_count, disk.image(), faults)
+
+
+class OnceUnreadable(DiskDevice):
+    """A slot whose first read fails, and no other one."""
+
+    async def read(self, block: int, count: int) -> bytes:
+        data = await super().read(block, count)
+        if self.reads == 1:
+            raise DeviceFault(Fault.TIMED_OUT)
+        return data
+
+
+def good_beside_good(board: Board) -> None:
+    board.keep(board.record.with_slot(B, replace(board.record.slot(B), state=SlotState.GOOD)))
+
+
+def test_the_only_good_slot_is_not_condemned_for_what_cannot_be_read_now(board: Board) -> None:
+    board.keep(board.record.with_slot(B, SlotInfo()))
+    spoil(board, A)
+
+    with pytest.raises(NothingBootable, match="slot a: it cannot be read"):
+        _ = board.choose()
+
+    assert board.stored() == board.record, "nothing was decided"
+    spoil(board, A, heal=True)
+    assert board.choose().boot.slot == "a"
+
+
+def test_two_slots_that_cannot_be_read_now_are_as_before_when_they_can(board: Board) -> None:
+    board.switch(tries=1, snapshot=4)
+    spoil(board, A)
+    spoil(board, B)
+
+    with pytest.raises(NothingBootable, match=r"slot b: it cannot.*slot a: it cannot"):
+        _ = board.choose()
+
+    assert board.stored() == board.record
+    spoil(board, B, heal=True)
+    assert (board.choose().boot.slot, board.record.slot(B).tries_left) == ("b", 0)
+
+
+def test_a_read_that_fails_once_changes_nothing(board: Board) -> None:
+    good_beside_good(board)
+    slots = {A: OnceUnreadable(board.disks[A], writable=False), B: DiskDevice(board.disks[B])}
+
+    chosen = finished(choose(BlockBoot(DiskDevice(board.boot)), slots, None))
+
+    assert chosen.boot.slot == "a"
+    assert chosen.record.reasons == board.record.reasons
+
+
+def test_the_other_good_slot_boots_and_the_one_that_cannot_be_read_stays_good(
+    board: Board,
+) -> None:
+    good_beside_good(board)
+    spoil(board, A)
+
+    boot = board.choose().boot
+
+    assert (boot.slot, boot.trial) == ("b", False)
+    assert (board.record.active, board.record.slot(A).state) == (B, SlotState.GOOD)
+    last = board.record.reasons[-1]
+    assert (last.cause, last.slot) == (Cause.DAMAGED, A)
+    assert last.detail.startswith("slot a: it cannot be read")
+    spoil(board, A, heal=True)
+    board.rot(B)
+    assert board.choose().boot.slot == "a", "and it is there when it is needed"
+
+
+def test_a_set_tried_in_place_of_one_that_cannot_be_read_leads_back_to_it(board: Board) -> None:
+    spoil(board, A)
+
+    assert (board.choose().boot.slot, board.record.active) == ("b", A)
+    assert board.choose(Ended(code=1)).boot.slot == "b", "it is the last one as long as that lasts"
+
+    spoil(board, A, heal=True)
+    boot = board.choose(Ended(code=1)).boot
+    assert (boot.slot, boot.trial) == ("a", False)
+    assert board.record.slot(B).state is SlotState.BAD
+
+
+def test_damage_found_beside_a_slot_that_cannot_be_read_is_stored_and_it_is_not(
+    board: Board,
+) -> None:
+    board.rot(B)
+    spoil(board, A)
+
+    with pytest.raises(NothingBootable, match="slot a: it cannot be read"):
+        _ = board.choose()
+
+    assert [board.stored().slot(name).state for name in SlotName] == [
+        SlotState.GOOD,
+        SlotState.BAD,
+    ]
+    spoil(board, A, heal=True)
+    assert board.choose().boot.slot == "a"
 
 
 def test_a_slot_that_is_missing_is_no_reason_not_to_boot_the_other_one(

@@ -6,6 +6,10 @@
 The record is stored before anything is started from the slot, so whatever happens from then on has
 been paid for: a boot that never says a word again leads back, one try at a time. A slot that does
 not hold what the record says is never started; then the other one is looked at.
+
+A slot that cannot be read now may be readable at the next boot. It is passed over, and what is
+stored is that the other one is booted: a set that was proven good stays so, and nothing at all is
+stored if there is nothing else to boot.
 """
 
 from collections.abc import Mapping
@@ -143,21 +147,45 @@ async def _choose(
     record = await control.load()
     if ended is not None:
         record = await _noted(control, record, ended, wall)
+    unread: dict[SlotName, Reason] = {}
     for _ in range(LOOKS_MAX):
         try:
-            tried, name = attempt(record, wall=wall)
+            tried, name = attempt(_without(record, unread), wall=wall)
         except BootRefused as refused:
-            raise NothingBootable(str(refused)) from refused
+            why = [str(refused), *(reason.detail for reason in unread.values())]
+            raise NothingBootable("; ".join(why)) from refused
         found = await _look(slots[name], tried.slot(name))
+        if isinstance(found, Unread):  # once more: to leave a slot for a moment's fault is dear
+            found = await _look(slots[name], tried.slot(name))
         if isinstance(found, Manifest):
-            stored = await control.store(tried)
+            stored = await control.store(_spared(tried, record, unread))
             deadline = Nanos(found.health)
             boot = slot_boot(stored, name, deadline)
             return Chosen(boot=boot, manifest=found, record=stored)
+        if isinstance(found, Unread):
+            unread[name] = _flaw(record, name, found, wall)
+            continue
         # The boot that did not happen is not counted; that a trial was over is.
-        base = record if tried.trying is record.trying else tried
+        is_over = tried.trying is not record.trying and not unread
+        base = tried if is_over else record
         record = await control.store(damaged(base, name, _flaw(base, name, found, wall)))
     raise NothingBootable("every slot that was looked at is damaged")
+
+
+def _without(record: BootRecord, unread: Mapping[SlotName, Reason]) -> BootRecord:
+    """The record as if these slots were damaged: what else there is to boot."""
+    for name, reason in unread.items():
+        record = damaged(record, name, reason)
+    return record
+
+
+def _spared(tried: BootRecord, record: BootRecord, unread: Mapping[SlotName, Reason]) -> BootRecord:
+    """What is stored of a choice without these slots: those that were proven good still are, and a
+    trial that could not be read is over."""
+    for name in unread:
+        if record.slot(name).state is SlotState.GOOD:
+            tried = tried.with_slot(name, record.slot(name))
+    return tried
 
 
 async def note_end(control: BootControl, ended: Ended, *, wall: int = 0) -> BootRecord:
@@ -235,14 +263,20 @@ def _trace(text: str) -> bytes:
     return trace if len(trace) == TRACE_SIZE else NO_TRACE
 
 
-async def _look(device: BlockDevice, info: SlotInfo) -> Manifest | str:
+class Unread(str):
+    """Why a slot could not be read: nothing is known of what it holds."""
+
+    __slots__ = ()
+
+
+async def _look(device: BlockDevice, info: SlotInfo) -> Manifest | Unread | str:
     """Every byte of a slot against the record: its manifest, or what is wrong with it."""
     try:
         if await _digest(device, info.size) != info.digest:
             return "its bytes are not those that were staged"
         manifest = await read_manifest(SlotSource(device, info.size))
     except DeviceFault as fault:
-        return f"it cannot be read: {fault}"
+        return Unread(f"it cannot be read: {fault}")
     except SetRefused as refused:
         return str(refused)
     if manifest.version != info.version:
