@@ -283,9 +283,9 @@ class Slots:
         """One boot, from the loader's choice to the end; with `cut` the power goes there.
 
         `survivors` says which cached writes of a disk a power cut leaves. `on_machine` is shown the
-        machine before it runs, and `faults` are of its kernel. A system that goes down by itself before the scenario ends, as a
-        failed trial does, is no error: `finished` is False then. What else the scenario raises is
-        raised here, and the loader's NothingBootable.
+        machine before it runs, and `faults` are its kernel's. A system that goes down by itself
+        before the scenario ends, as a failed trial does, is no error: `finished` is False then.
+        What else the scenario raises is raised here, and the loader's NothingBootable.
         """
         chosen = self._choose()
         plan = plan_with_tester(load(self._tree(chosen) / chosen.manifest.system), RIGHTS + rights)
