@@ -144,6 +144,7 @@ class FakeMemory:
         self.copies: dict[int, bytes] = {}
         self.copied: list[list[str]] = []
         self.restored: list[int] = []
+        self.restore_fails: UpdatedStatus | None = None
         self._copies = 0
 
     async def get(self, key: bytes) -> bytes | None:
@@ -173,6 +174,8 @@ class FakeMemory:
         return self._copies
 
     async def restore(self, snapshot: int) -> None:
+        if self.restore_fails is not None:
+            raise Declined(self.restore_fails, "statefsd: it cannot be put back")
         if snapshot not in self.restored:
             self.data = self.copies[snapshot]
             self.restored.append(snapshot)

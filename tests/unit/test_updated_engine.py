@@ -662,6 +662,39 @@ def test_data_are_not_restored_under_the_services_of_the_set_that_was_left(
     assert (device.memory.data, device.memory.copies) == (b"old", {})
 
 
+def left_with_data_to_put_back(device: Device, fails: UpdatedStatus) -> None:
+    """A trial that migrated data has failed, and the old set runs again."""
+    made = device.maker.update(11, schemas={AREA: 2})
+    _ = device.stage(made)
+    _ = device.switch(made, tries=1)
+    _ = device.boot()
+    device.memory.data = b"migrated"
+    device.memory.restore_fails = fails
+    assert device.boot() is A
+
+
+def test_data_that_cannot_be_put_back_yet_are_put_back_later(device: Device) -> None:
+    left_with_data_to_put_back(device, UpdatedStatus.UNAVAILABLE)
+
+    assert (device.engine.opened, device.engine.unrestored) == (True, True)
+    assert device.memory.copies, "the way back stays open"
+    assert declined(lambda: device.begin(device.maker.update(12))) is UpdatedStatus.RESTORING
+
+    device.memory.restore_fails = None
+    finished(device.engine.put_back(ASKER))
+    assert (device.memory.data, device.memory.copies) == (b"old", {})
+    assert device.begin(device.maker.update(13)).slot is Slot.B
+
+
+def test_where_the_copy_is_gone_that_is_told_and_the_device_can_be_updated(device: Device) -> None:
+    left_with_data_to_put_back(device, UpdatedStatus.NO_SNAPSHOT)
+
+    assert not device.engine.unrestored
+    event = device.engine.history.page(0, 1)[0][0]
+    assert (event.kind, event.status) == (EventKind.RESTORED, UpdatedStatus.NO_SNAPSHOT)
+    assert device.begin(device.maker.update(12)).slot is Slot.B
+
+
 def test_a_copy_that_a_cut_left_behind_is_put_away(device: Device) -> None:
     device.memory.copies = {5: b"left"}
 

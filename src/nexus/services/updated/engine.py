@@ -193,8 +193,8 @@ class Engine:
         if self._running is None:
             self._running = self._trial or record.active
         _ = await self.history.take_reasons(record, OF_LOADER)
-        if record.restore and self._running is record.active:
-            await self._restore(asker)  # not under services of the set that was left
+        with suppress(Declined):  # `unrestored` says so, and staging waits for it
+            await self.put_back(asker)
         await self._memory.keep_only(self.record.snapshot)
         await self._take_up(transfer)
         with suppress(Declined, Untrusted):  # who begins is told; all the rest goes without
@@ -209,14 +209,31 @@ class Engine:
         except DeviceFault as fault:
             raise device_failed("the boot device", fault) from fault
 
-    async def _restore(self, asker: Asker) -> None:
-        """The data are as before the trial: statefsd has seen to it, or does now."""
+    @property
+    def unrestored(self) -> bool:
+        """Whether data are to be put back: never under services of the set that was left."""
+        return self.record.restore and self._running is self.record.active
+
+    async def put_back(self, asker: Asker) -> None:
+        """The data are as before the trial: statefsd has seen to it, or does now.
+
+        Where the copy is gone for good there is nothing to wait for: that is told, and updates go
+        on. Raises Declined if it may be put back later.
+        """
+        if not self.unrestored:
+            return
+        await self.sure()
         snapshot = self.record.snapshot
-        await self._memory.restore(snapshot)
+        status, detail = 0, f"the data are as in copy {snapshot}"
+        try:
+            await self._memory.restore(snapshot)
+        except Declined as declined:
+            if declined.status is not UpdatedStatus.NO_SNAPSHOT:
+                raise
+            status, detail = declined.status, declined.detail
         await self._store(restored(self.record))
-        await self.history.add(
-            EventKind.RESTORED, self.record, asker, detail=f"snapshot {snapshot}"
-        )
+        await self.history.add(EventKind.RESTORED, self.record, asker, status=status, detail=detail)
+        await self._drop_copies()
 
     async def _take_up(self, transfer: KeptTransfer | None) -> None:
         """Go on with a transfer that was cut off, if its slot still waits for it."""

@@ -77,7 +77,10 @@ class Memory(Protocol):
         ...
 
     async def restore(self, snapshot: int) -> None:
-        """Be sure that the areas are as in that copy. Asking again changes nothing."""
+        """Be sure that the areas are as in that copy. Asking again changes nothing.
+
+        Raises Declined(NO_SNAPSHOT) where there is no such copy that is whole.
+        """
         ...
 
     async def keep_only(self, snapshot: int) -> None:

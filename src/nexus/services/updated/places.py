@@ -206,9 +206,13 @@ class StateMemory:
 
     async def restore(self, snapshot: int) -> None:
         """As Memory.restore: statefsd did it before it served anybody, and says so."""
-        outcome = await self._ask(Restore(snapshot))
-        if not isinstance(outcome, Answer):
-            raise _refused(outcome)
+        match await self._ask(Restore(snapshot)):
+            case Answer():
+                return
+            case Refused(StatefsdStatus.NO_SNAPSHOT | StatefsdStatus.CORRUPTED as status):
+                raise _no_copy(f"{snapshot}: {STATEFSD_NAME}: {status.name}")
+            case other:
+                raise _refused(other)
 
     async def keep_only(self, snapshot: int) -> None:
         """As Memory.keep_only."""

@@ -535,13 +535,25 @@ class Updated:
             except Declined as declined:
                 fields = {"status": declined.status.name, "why": declined.detail}
                 _ = self._context.log.write(Level.ERROR, "boot record not opened", fields)
-        elif self._engine.history.unwritten:
-            await self._engine.history.write()
+        else:
+            if self._engine.unrestored:
+                await self._put_back(now)
+            if self._engine.history.unwritten:
+                await self._engine.history.write()
         self._look_after(await Now())
+
+    async def _put_back(self, now: Nanos) -> None:
+        """The way back of the data, once more."""
+        try:
+            await self._engine.put_back(Asker(at=now, wall=self._clock.wall()))
+        except Declined as declined:
+            fields = {"status": declined.status.name, "why": declined.detail}
+            _ = self._context.log.write(Level.ERROR, "data not put back", fields)
 
     def _look_after(self, now: Nanos) -> None:
         """Come back where something is not settled; a device without a record stays as it is."""
-        settled = self._engine.opened and not self._engine.history.unwritten
+        engine = self._engine
+        settled = engine.opened and not (engine.history.unwritten or engine.unrestored)
         if settled or self._unprovisioned:
             self._due = None
             self._pause = SETTLE_PAUSE
