@@ -1,4 +1,4 @@
-"""Whatever bytes stand where updated keeps its own: it opens, and goes on or says what is damaged."""
+"""Whatever bytes stand where updated keeps its own: it opens, and goes on or says what is wrong."""
 
 from functools import cache
 
