@@ -11,7 +11,7 @@ import pytest
 
 from nexus.bootctl import EXIT_ENDED, EXIT_REBOOT, EXIT_SLOT_FAILED, Cause, SlotName, SlotState
 from nexus.loader import main as loader
-from tests.fakes.machine import Machine, machine, python_of
+from tests.fakes.machine import NOBODY, Machine, machine, python_of
 from tests.linux.slotted import (
     SERVICES,
     TITLE,
@@ -104,6 +104,22 @@ def test_after_a_switch_every_running_process_is_of_the_new_set(device: Device) 
     assert device.trees() == [f"{name}-{of.digest.hex()[:12]}" for name, of in digests.items()]
     device.down()
     assert device.content(SlotName.B, len(second.data)) == second.data, "the old set is as it was"
+
+
+def test_an_ordinary_user_boots_slots_and_updates_them_too() -> None:
+    python = python_of(NOBODY) if os.getuid() == 0 else None
+    if python is None:
+        pytest.skip("the tester is an ordinary user already, or there is no Python for one")
+    with machine(NOBODY, python) as host:
+        device = Device(host, first_set())
+        device.up()
+        second = first_set().as_version(2)
+
+        before = update_to(device, second)
+        _ = device.says("init: health ok (slot b)", before)
+
+        assert device.stamps().all == {stamp_of(second)}
+        device.down()
 
 
 def test_an_init_that_says_nothing_is_killed_and_the_old_set_boots_again(device: Device) -> None:
