@@ -6,6 +6,7 @@ of bootctl, and says which set may run, and with which data. `SCENES` is such a 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -186,7 +187,10 @@ class StoreMemory:
 
     async def restore(self, number: int) -> None:
         """As Memory."""
-        _ = await snapshot.restore(self._store, number)
+        try:
+            _ = await snapshot.restore(self._store, number)
+        except (snapshot.NoSnapshot, snapshot.SnapshotDamaged) as error:
+            raise Declined(UpdatedStatus.NO_SNAPSHOT, f"{number}: {error}") from error
 
     async def keep_only(self, number: int) -> None:
         """As Memory."""
@@ -210,9 +214,9 @@ class System:
             self.chosen: Chosen = finished(choose(control, slots, ended))
             boot = self.chosen.boot
             self.store = finished(Store.open(devices[STATE], LIMITS))
-            _ = finished(
-                snapshot.resume(self.store, boot.snapshot if boot.restore else 0)
-            )  # before it serves anybody, as init told it
+            # Before it serves anybody, as init told it; without a copy it serves what there is.
+            with suppress(snapshot.NoSnapshot, snapshot.SnapshotDamaged):
+                _ = finished(snapshot.resume(self.store, boot.snapshot if boot.restore else 0))
             control, _ = finished(open_boot(devices[BOOT]))
             memory = StoreMemory(self.store)
             self.engine = Engine(control, slots, memory, RULES, SlotName(boot.slot))
@@ -224,8 +228,6 @@ class System:
             DeviceFault,
             Unopenable,
             Declined,
-            snapshot.NoSnapshot,
-            snapshot.SnapshotDamaged,
         ) as error:
             raise Unbootable(f"{type(error).__name__}: {error}") from error
 
