@@ -14,7 +14,6 @@ files), and after a power cut that comes before the kernel wrote them they are m
 
 import json
 import os
-import py_compile
 import shutil
 import sys
 from contextlib import suppress
@@ -224,6 +223,8 @@ def _compile(new: Path, path: Path) -> None:
 
 def _compile_and_end(new: Path, path: Path, modules: list[str]) -> None:
     """A compiler's life; its exit code says whether it could write."""
+    import py_compile  # which most boots do without
+
     code = 1
     try:
         for name in modules:
