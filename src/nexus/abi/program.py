@@ -36,8 +36,8 @@ class Program:
 
     `entry` is where an interpreter of its own finds `main`, as "package.module:name", with
     `path` in front of its import path. `ordinary` programs use libraries that need an event loop
-    of their own; on linux they run under the asyncio driver, and `main` is their double. `set_digest`
-    is the SHA-256 of the system set that it came with, empty outside of a slot.
+    of their own; on linux they run under the asyncio driver, and `main` is their double.
+    `set_digest` is the SHA-256 of the system set that it came with, empty outside of a slot.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""The evidence behind the rungs about updates: what the runner reads on boot device and slots between
-the boots, the sets that it has made itself, and what the earlier boots said."""
+"""The evidence behind the rungs about updates: what the runner reads on boot device and slots
+between the boots, the sets that it has made itself, and what the earlier boots said."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What a saboteur breaks wherever the boot-control record is written: in the loader and in updated."""
+"""What a saboteur breaks where the boot-control record is written: in the loader and in updated."""
 
 # ruff: noqa: SLF001 (saboteurs break what is private)
 

@@ -111,10 +111,10 @@ LOOKS: Final = (
     | frozenset(METRICSD.codecs[each].prefix for each in (GetSeries, GetHistory, GetSpans))
     | frozenset(UPDATED.codecs[each].prefix for each in (*UPDATED_LOOKS, *UPDATED_PIECES))
 )
-"""Requests that change nothing, and the pieces of an update, whose Begin and Finish count. A command
-that follows the log asks twice a second: of these the first of a connection is audited, the others
-are counted; and no span is made of them, so that the latest trace is that of the latest command and
-not that of the look at it."""
+"""Requests that change nothing, and the pieces of an update, whose Begin and Finish count. A
+command that follows the log asks twice a second: of these the first of a connection is audited, the
+others are counted; and no span is made of them, so that the latest trace is that of the latest
+command and not that of the look at it."""
 
 KNOWN: Final = (
     META.dispatch

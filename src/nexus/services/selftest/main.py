@@ -11,7 +11,6 @@ from nexus.abi import (
     BootImage,
     ConsoleWrite,
     Nanos,
-    Now,
     TaskStats,
 )
 from nexus.ipc import Client, Exchange, Peers, RetryBudget, RetryTokens, retry_until
@@ -118,15 +117,14 @@ async def main(boot: BootImage) -> int:
 
 async def _until_stopped(server: Server, peers: Peers, until: Nanos) -> int:
     """The life of this client in the boot of a bad set, which init ends: nobody else has anything
-    to do in it. A boot that is no trial is not that one, and ends at once."""
+    to do in it. A boot that is no trial is not that one, and ends at once. One that init does not
+    end is a run that the runner ends."""
     control = await peers.control(until)
     if isinstance(control, Exchange):
         system = await control.call(GetSystem(), until)
         if isinstance(system, SystemInfo) and system.trial is TrialState.NONE:
             return 0
-    while not server.stopping and await Now() < until:
-        _ = await server.step(until)
-    return 0 if server.stopping else EXIT_RED
+    return await server.run()
 
 
 async def _connect(

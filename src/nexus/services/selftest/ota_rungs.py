@@ -13,6 +13,7 @@ from nexus.protocols.meta import Health
 from nexus.protocols.statefsd import GetCalls
 from nexus.protocols.updated import (
     PIECE_UNIT,
+    REASONS_PAGE,
     Begin,
     Begun,
     Chunk,
@@ -363,12 +364,13 @@ async def rollback_reason(climb: Climb) -> Evidence:
 
 
 async def _reasons(climb: Climb) -> list[ReasonRow]:
-    reasons: list[ReasonRow] = []
-    page = await climb.call(climb.client(UPDATED_NAME), GetReasons(0))
-    reasons += page.reasons
-    while page.reasons and len(reasons) < page.total:
-        page = await climb.call(climb.client(UPDATED_NAME), GetReasons(len(reasons)))
-        reasons += page.reasons
+    """All that the boot device keeps, latest first."""
+    updated = climb.client(UPDATED_NAME)
+    first = await climb.call(updated, GetReasons(0))
+    reasons = list(first.reasons)
+    for index in range(len(reasons), first.total, REASONS_PAGE):
+        reasons += (await climb.call(updated, GetReasons(index))).reasons
+    expect(len(reasons), first.total, "reasons")
     return reasons
 
 
