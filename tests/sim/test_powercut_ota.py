@@ -51,7 +51,7 @@ def test_a_power_cut_anywhere_in_an_update_leaves_a_device_that_boots_the_right_
 def test_the_scenes_are_those_of_a_device_that_is_updated() -> None:
     asked = {step.name.split(" ")[0] for scene in SCENES.values() for step in scene.cut}
 
-    assert asked == {"begin", "stage", "switch", "boot", "migrate", "commit", "fail", "go"}
+    assert asked == {"begin", "stage", "switch", "boot", "migrate", "commit", "fail", "go", "edit"}
     assert any(step.name == "rot" for scene in SCENES.values() for step in scene.before)
 
 
@@ -189,6 +189,16 @@ def not_restored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(snapshot, "restore", restore)
 
 
+def not_taken_again(patch: pytest.MonkeyPatch) -> None:
+    """What was changed between the switch and the boot is lost with a rollback."""
+
+    async def take_again(store: Store, number: int) -> snapshot.Head:
+        del number
+        return await snapshot.head_of(store)
+
+    patch.setattr(snapshot, "take_again", take_again)
+
+
 def copy_dropped_first(patch: pytest.MonkeyPatch) -> None:
     """The copy goes before the commit is durable."""
     genuine = Engine.commit
@@ -246,9 +256,10 @@ MUTATIONS: dict[Patch, tuple[str, str]] = {
     not_flushed: ("stage", "wrong"),
     no_copy: ("first-boot", "loss"),
     not_restored: ("rollback", "loss"),
-    copy_dropped_first: ("commit", "loss"),
+    not_taken_again: ("edit-and-roll-back", "loss"),
+    copy_dropped_first: ("commit", "brick"),
     commit_forgotten: ("commit", "wrong"),
-    switched_before_the_copy: ("switch", "loss"),
+    switched_before_the_copy: ("switch", "brick"),
     not_looked_at: ("rotten", "wrong"),
 }
 

@@ -202,10 +202,11 @@ def test_a_device_that_fails_while_copying_is_said_to_have_failed() -> None:
 
 def test_the_setting_brings_the_areas_back_before_anybody_is_served_and_once() -> None:
     system = fresh()
-    _ = system.ask(put(K, b"old"), TAKE, put(K, b"migrated"))
-    _ = system.stop()
+    _ = system.ask(put(K, b"old"), TAKE)
+    trial = fresh(system.stop().disk, refresh=1)
+    _ = trial.one(put(K, b"migrated"))
 
-    back = fresh(system.disk, restore=1)
+    back = fresh(trial.stop().disk, restore=1)
     first = values(back, K)
     _ = back.one(put(K, b"since"))
     _ = back.stop()
@@ -228,6 +229,19 @@ def test_a_trial_begins_with_a_copy_of_what_was_written_up_to_the_end_and_once()
     back = fresh(second.stop().disk, restore=1)
 
     assert values(back, K) == [b"late"]
+
+
+def test_a_trial_that_never_came_so_far_as_its_copy_takes_nothing_back() -> None:
+    system = fresh()
+    _ = system.ask(put(K, b"old"), TAKE, put(K, b"after the switch"))
+
+    back = fresh(system.stop().disk, restore=1)
+
+    assert values(back, K) == [b"after the switch"]
+    kept = back.one(Restore(1))
+    assert isinstance(kept, SnapshotKept)
+    assert kept.state is SnapshotState.RESTORED
+    assert values(back, K) == [b"after the switch"]
 
 
 def test_no_trial_begins_without_its_way_back() -> None:
@@ -276,8 +290,10 @@ def test_a_setting_that_names_no_snapshot_is_said_and_what_is_there_is_served() 
 
 def test_a_snapshot_that_is_damaged_leads_nowhere_and_is_said() -> None:
     system = fresh()
-    _ = system.ask(put(K, b"v" * 100), TAKE, put(K, b"new"))
-    disk = system.stop().disk
+    _ = system.ask(put(K, b"v" * 100), TAKE)
+    trial = fresh(system.stop().disk, refresh=1)
+    _ = trial.one(put(K, b"new"))
+    disk = trial.stop().disk
     store = finished(Store.open(DiskDevice(disk), Settings().limits))
     _ = store.stage([Change(PAGES + b"page-00000000", b"rubbish")])
     finished(store.close())

@@ -59,6 +59,7 @@ PYTHON: Final = "3.11"
 AREA: Final = "/state/app/"
 SCHEMA: Final = AREA.encode() + b"schema"
 ROTTEN_AT: Final = 700  # byte of a slot, in the midst of a chunk
+EDITION: Final = 100  # data are told by one number: that times an edition, and their schema
 VALUES: Final = 3  # values of the application, all changed by a migration
 
 LIMITS: Final = StoreLimits(
@@ -216,7 +217,9 @@ class System:
             self.store = finished(Store.open(devices[STATE], LIMITS))
             # Before it serves anybody, as init told it; without a copy it serves what there is.
             with suppress(snapshot.NoSnapshot, snapshot.SnapshotDamaged):
-                _ = finished(snapshot.resume(self.store, boot.snapshot if boot.restore else 0))
+                _ = finished(snapshot.go_back(self.store, boot.snapshot if boot.restore else 0))
+            if boot.trial and boot.snapshot:
+                _ = finished(snapshot.take_again(self.store, boot.snapshot))
             control, _ = finished(open_boot(devices[BOOT]))
             memory = StoreMemory(self.store)
             self.engine = Engine(control, slots, memory, RULES, SlotName(boot.slot))
@@ -228,6 +231,8 @@ class System:
             DeviceFault,
             Unopenable,
             Declined,
+            snapshot.NoSnapshot,
+            snapshot.SnapshotDamaged,
         ) as error:
             raise Unbootable(f"{type(error).__name__}: {error}") from error
 
@@ -243,16 +248,17 @@ class System:
 
     @property
     def data(self) -> int | str:
-        """The schema of the application's data, or what is wrong with them."""
+        """EDITION times the edition of the application's data, and their schema; or what is wrong
+        with them."""
         entry = finished(self.store.get(SCHEMA))
         if entry is None:
             return "there are no data"
-        schema = int(entry.value)
+        data = int(entry.value)
         for number in range(VALUES):
             entry = finished(self.store.get(_value_key(number)))
-            if entry is None or entry.value != _value(number, schema):
-                return f"of schema {schema}, but value {number} is not"
-        return schema
+            if entry is None or entry.value != _value(number, data):
+                return f"{data}, but value {number} is not"
+        return data
 
     @property
     def staged(self) -> int | None:
@@ -268,9 +274,19 @@ class System:
 
     def migrate(self) -> None:
         """What the application does first: its data become those that its set knows."""
-        if self.data == self.schema:
-            return
-        _ = self.store.stage(_data(self.schema))
+        data = self.data
+        assert isinstance(data, int), data
+        if data % EDITION != self.schema:
+            self._write(data - data % EDITION + self.schema)
+
+    def edit(self) -> None:
+        """What the application does now and then: its data change, and their schema does not."""
+        data = self.data
+        assert isinstance(data, int), data
+        self._write(data + EDITION)
+
+    def _write(self, data: int) -> None:
+        _ = self.store.stage(_data(data))
         finished(self.store.commit(True))
 
     def begin(self, release: Release) -> int:
@@ -335,14 +351,14 @@ def _value_key(number: int) -> bytes:
     return b"%svalue-%d" % (AREA.encode(), number)
 
 
-def _value(number: int, schema: int) -> bytes:
-    return b"value %d as schema %d has it" % (number, schema) * (10 * schema)
+def _value(number: int, data: int) -> bytes:
+    return b"value %d as data %d have it" % (number, data) * (10 * (data % EDITION))
 
 
-def _data(schema: int) -> list[Change]:
+def _data(data: int) -> list[Change]:
     """The application's data: one batch, for a migration that is half done is nobody's fault."""
-    values = [Change(_value_key(number), _value(number, schema)) for number in range(VALUES)]
-    return [Change(SCHEMA, b"%d" % schema), *values]
+    values = [Change(_value_key(number), _value(number, data)) for number in range(VALUES)]
+    return [Change(SCHEMA, b"%d" % data), *values]
 
 
 def new_disks(backend: str) -> Disks:
@@ -374,8 +390,8 @@ class Paper(NamedTuple):
     staged: int | None = None
     trying: int | None = None
     tries: int = 0
-    data: int = 1  # schema
-    copy: int = 0  # schema of the data that were copied before the trial; 0 for no copy
+    data: int = 1
+    copy: int = 0  # the data that were copied for the way back; 0 for no copy
     trusted: int = 0  # releases that were believed, counted
 
     def boots(self) -> "Paper":
@@ -383,7 +399,9 @@ class Paper(NamedTuple):
         if self.trying is None:
             return self
         if self.tries:
-            return self._replace(tries=self.tries - 1, staged=None)
+            is_first = self.staged is not None
+            copy = self.data if self.copy and is_first else self.copy
+            return self._replace(tries=self.tries - 1, staged=None, copy=copy)
         return self._replace(trying=None, staged=None, data=self.copy or self.data, copy=0)
 
     @property
@@ -492,13 +510,22 @@ FAILED: Final = Step("fail and boot", _fail, Paper.boots)
 MIGRATED: Final = Step(
     "migrate",
     lambda session: session.system.migrate(),
-    lambda paper: paper._replace(data=max(paper.data, SCHEMAS[paper.runs])),
+    lambda paper: paper._replace(data=_migrated(paper.data, SCHEMAS[paper.runs])),
+)
+EDITED: Final = Step(
+    "edit",
+    lambda session: session.system.edit(),
+    lambda paper: paper._replace(data=paper.data + EDITION),
 )
 COMMITTED: Final = Step(
     "commit",
     lambda session: session.system.commit(),
     lambda paper: paper._replace(good=paper.runs, before=paper.good, trying=None, tries=0, copy=0),
 )
+
+
+def _migrated(data: int, schema: int) -> int:
+    return data - data % EDITION + schema
 
 
 def _notes_back(paper: Paper) -> Paper:
@@ -565,6 +592,10 @@ SCENES: Final[Mapping[str, Scene]] = {
     "rollback": Scene(_LAST_TRY, (FAILED, MIGRATED, BOOTED)),
     "rollback-of-two": Scene(_TRIAL, (FAILED, FAILED, BOOTED)),
     "give-up": Scene(_TRIAL, (BACK, BOOTED, BOOTED)),
+    "edit-and-roll-back": Scene(
+        (BOOTED, *whole(MIGRATING), switch(MIGRATING, 1)),
+        (EDITED, BOOTED, MIGRATED, EDITED, FAILED, BOOTED),
+    ),
     "go-back": Scene(_UPDATED, (BACK, BOOTED)),
     "rotten": Scene((*_UPDATED, ROTTEN), (BOOTED, BOOTED)),
     "rotten-before-its-trial": Scene(

@@ -531,7 +531,7 @@ class Statefsd:
             return
         try:
             before = await copies.head_of(store)
-            head = await copies.resume(store, self._restore)
+            head = await copies.go_back(store, self._restore)
         except (copies.NoSnapshot, copies.SnapshotDamaged) as error:
             why = str(error) or "it is not kept"
             self._log.error("snapshot not restored", snapshot=self._restore, why=why)

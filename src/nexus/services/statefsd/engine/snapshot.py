@@ -345,6 +345,20 @@ async def resume(store: Store, number: int = 0) -> Head:
     return await restore(store, number) if number else head
 
 
+async def go_back(store: Store, number: int) -> Head:
+    """What init asks for after a rollback, 0 for none: `resume`, but nothing that is not lost.
+
+    A copy that was never taken again is of a trial that did not come so far: nobody was served in
+    it, so the areas are what they were, with all that was written between the switch and the boot.
+    """
+    head = await resume(store)
+    if not number:
+        return head
+    if head.number == number and head.state is State.KEPT and not head.fresh:
+        return await _forget(store, head)
+    return await restore(store, number)
+
+
 def _hold(store: Store, head: Head) -> None:
     """Keep the room that the areas need to become what they were."""
     if head.state in (State.KEPT, State.RESTORING):
