@@ -10,12 +10,13 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from threading import Event as Pause
+from typing import Any
 
 import msgspec
 
@@ -69,11 +70,11 @@ class Set:
     def digest(self) -> bytes:
         return sha256(self.data).digest()
 
-    def as_version(self, version: int, health: int = HEALTH) -> "Set":
+    def as_version(self, version: int, health: int = HEALTH, **others: Any) -> "Set":
         """The same files as another version: only the manifest differs."""
         _, _, size, _ = HEADER.unpack_from(self.data)
         manifest = msgspec.structs.replace(
-            self.manifest, version=version, name=f"{version}.0.0", health=health
+            self.manifest, version=version, name=f"{version}.0.0", health=health, **others
         )
         head = encode_manifest(manifest)
         chunks = self.data[HEADER.size + size : -len(END) - 32]
@@ -133,10 +134,10 @@ def changed(base: Set, files: Mapping[str, bytes]) -> Set:
 
 
 class Signer:
-    """Who signs updates for the device: one release after the other."""
+    """Who signs updates for the device: one release after the other. Another name, other keys."""
 
-    def __init__(self) -> None:
-        signers = {role: signer_of(sha256(role.encode()).digest()) for role in ROLES}
+    def __init__(self, name: str = "") -> None:
+        signers = {role: signer_of(sha256((name + role).encode()).digest()) for role in ROLES}
         self._all = list(signers.values())
         roles = {role: RoleKeys([signer.public_key], 1) for role, signer in signers.items()}
         self._files = first_root(roles, self._all, TERM, development=False)
@@ -292,11 +293,11 @@ class Device:
         path = self.host.home / "r" / TITLE / "system.json"
         return msgspec.json.decode(path.read_bytes(), type=Running)
 
-    def stamps(self) -> Stamps:
+    def stamps(self, names: Sequence[str] = SERVICES) -> Stamps:
         """Ask every process of the running system which set its code is of."""
         running = self.running()
         with OperatorClient(Path(running.runtime), TITLE, lambda: True) as client:
-            answers = {name: client.relay(name, META, Health(), WAIT / 8) for name in SERVICES}
+            answers = {name: client.relay(name, META, Health(), WAIT / 8) for name in names}
             tasks = client.relay(INIT_NAME, INIT, GetTasks(), WAIT / 8)
         return Stamps(
             init=(running.set_version, running.set_digest),

@@ -34,6 +34,7 @@ class Failure(StrEnum):
     HANGS = "hangs"  # after it was healthy
     UNHEALTHY = "unhealthy"  # it says so, after it was healthy
     MEMORY = "memory"  # it takes all that it may have, and then some
+    PRIVATE_MEMORY = "private memory"  # the same with memory of its own, which linux bounds
     DISK = "disk"  # it fills its area, and cannot go on then
     MIGRATION = "migration"  # it rewrites data for its version, and cannot go on then
 
@@ -55,7 +56,7 @@ class Faulty:
         self._settings = context.settings_as(Settings)
         self._fails_at: Nanos | None = None
         self._is_well = self._settings.failure is not Failure.NEVER_READY
-        self._hoard: list[Slot] = []
+        self._hoard: list[Slot | bytes] = []
 
     async def handle(self, _call: Call, _request: HelloRequest) -> Greeting:
         """The greeting of whoever still answers."""
@@ -86,7 +87,7 @@ class Faulty:
                 await self._fill()
             case Failure.MIGRATION:
                 await self._migrate()
-            case Failure.HANGS | Failure.UNHEALTHY | Failure.MEMORY:
+            case Failure.HANGS | Failure.UNHEALTHY | Failure.MEMORY | Failure.PRIVATE_MEMORY:
                 self._fails_at = await self._context.after(WELL_FOR)
             case _:
                 assert_never(self._settings.failure)
@@ -108,6 +109,9 @@ class Faulty:
     async def _take_memory(self) -> None:
         """As much as there is: the kernel refuses what is beyond the budget, and that ends it."""
         for number in range(PIECES_MAX):
+            if self._settings.failure is Failure.PRIVATE_MEMORY:
+                self._hoard.append(bytes(PIECE_SIZE))
+                continue
             piece = await VmoCreate(PIECE_SIZE)
             await VmoWrite(piece, 0, number.to_bytes(4, "little") * (PIECE_SIZE // 4))
             self._hoard.append(piece)
