@@ -53,7 +53,7 @@ RESULT: Final = "driver: result"
 OUTSIDE: Final = "driver: outside "
 PAGE: Final = 16  # records of one Query
 OBEYED: Final = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
-"""How many orders the test's process has taken; the driver, which is a fork of it, sees that too."""
+"""How many orders the test's process has taken, for the driver, which is a fork of it."""
 
 SYSTEM: Final = """
 [system]

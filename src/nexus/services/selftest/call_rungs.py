@@ -100,6 +100,8 @@ DEATH_NOTICED_MAX: Final = Nanos(100_000_000)  # ns; ladder #68
 HELD_POLLS_MAX: Final = 10  # with doubling pauses: 1 ms to 0.5 s
 HELD_PAUSE: Final = Nanos(1_000_000)  # ns
 FLOODS_MAX: Final = 3  # timed has two posts of its own, whose links it opens when it gets to it
+FLOODS_WAIT: Final = Nanos(20_000_000_000)  # ns; each takes FLOOD_MS
+FLOOD_PAUSE: Final = Nanos(10_000_000)  # ns
 FLOOD_MS: Final = 1_000  # ladder #72
 FLOOD_WARM_UP_MS: Final = 1
 FLOOD_CALLS: Final = 200
@@ -338,15 +340,14 @@ async def flood_isolation(climb: Climb) -> Evidence:
     by_size = await _fill(climb, LARGE_MESSAGE)
     warm_up = FloodTimed(FLOOD_WARM_UP_MS)  # demo.testsvc finds the present instance of timed
     _ = await climb.call(climb.testsvc, warm_up)
-    for _ in range(FLOODS_MAX - 1):
-        flood = await _flood(climb)
-        kept = flood.before.reserved_size == flood.after.reserved_size
-        if kept and all(isinstance(outcome, Seen) for outcome in flood.seen):
-            break
-        # timed has opened a link of its own meanwhile, or the host was busy; what a flood does to
-        # others it does each time.
-    else:
-        flood = await _flood(climb)
+    # timed may open a link of its own meanwhile, or the host be busy; what a flood does to others
+    # it does each time.
+    budget = RetryBudget(
+        attempts_max=FLOODS_MAX, backoff=FLOOD_PAUSE, deadline=await climb.ahead(FLOODS_WAIT)
+    )
+    flood = await retry_until(
+        lambda: _flood(climb), lambda found: not found.is_alone, budget, RetryTokens()
+    )
 
     for index, outcome in enumerate(flood.seen):
         _ = expect_type(outcome, Seen, f"call {index} during the flood")
@@ -370,6 +371,12 @@ class Flood(NamedTuple):
     after: TaskCounters
     seen: list[object]
     evidence: Evidence
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether every call was answered, and timed has reserved nothing else meanwhile."""
+        answered = all(isinstance(outcome, Seen) for outcome in self.seen)
+        return answered and self.before.reserved_size == self.after.reserved_size
 
 
 async def _flood(climb: Climb) -> Flood:
