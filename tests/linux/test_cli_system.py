@@ -220,13 +220,13 @@ def test_a_service_that_only_takes_long_is_waited_for_to_the_end(own: Machine) -
     )
     slow = (
         "from nexus.abi import Now, Nanos, SleepUntil\n\n\nasync def Sleep():\n"
-        "    await SleepUntil(Nanos(await Now() + 100_000_000_000))\n\n\n" + slow
+        "    await SleepUntil(Nanos(await Now() + 50_000_000_000))\n\n\n" + slow
     )
     _ = own.write("slow.py", slow)
     file = own.write(
         "slow.toml",
         '[system]\nname = "slow"\npath = ["."]\n[service.late]\nmodule = "slow:Broken"\n'
-        'protocol = "nexus.protocols.interactive"\nhealth = { deadline = "120s" }\n',
+        'protocol = "nexus.protocols.interactive"\nhealth = { deadline = "60s" }\n',
     )
     answer = own.run("up", "-d", file, "--wait", "5")
     assert answer.code == 1
