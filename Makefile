@@ -7,7 +7,6 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes \
@@ -54,9 +53,13 @@ venv: .venv/.run ## make .venv with what running needs
 run: .venv/.run ## start the selftest system as real processes, climb the ladder, print the verdict
 	@$(BIN)/nexus prove --ground linux
 
-# pytest comes last: its summary is the last thing printed.
+# What only reads the tree takes both CPUs; what runs systems has them for itself. pytest comes
+# last: its summary is the last thing printed.
 .PHONY: test
-test: lint types drift prove pytest ## everything that must hold before a change lands
+test: .venv/.dev ## everything that must hold before a change lands
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target pyright mypy lint drift
+	@$(MAKE) --no-print-directory --jobs=1 prove
+	@$(MAKE) --no-print-directory --jobs=1 pytest
 
 .PHONY: pytest
 pytest: .venv/.dev
@@ -117,11 +120,18 @@ lint: .venv/.dev ## format, lint, words, the rules of the tree, who may import w
 	@$(BIN)/lint-imports --no-cache > .venv/imports.log || { cat .venv/imports.log; exit 1; }
 
 .PHONY: types
-types: .venv/.dev ## mypy strict, and basedpyright for results that nobody looks at
-	@echo '== types'
+types: mypy pyright ## mypy strict, and basedpyright for results that nobody looks at
+
+.PHONY: mypy
+mypy: .venv/.dev
+	@echo '== types: mypy'
 	@$(BIN)/mypy --no-error-summary $(TREES)
 	@for name in pump gauge; do MYPYPATH=src:examples/$$name/src $(BIN)/mypy --no-error-summary \
 	    examples/$$name/src examples/$$name/tests || exit; done
+
+.PHONY: pyright
+pyright: .venv/.dev
+	@echo '== types: basedpyright'
 	@$(BIN)/basedpyright --level error > .venv/types.log || { cat .venv/types.log; exit 1; }
 
 .PHONY: drift

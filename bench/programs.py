@@ -45,7 +45,7 @@ from nexus.abi import (
     Wait,
     service_id,
 )
-from nexus.ipc import Client, Exchange, Peers, RetryTokens
+from nexus.ipc import Client, Exchange, Peers, RetryTokens, Way
 from nexus.metrics import METRICSD_NAME, Metrics
 from nexus.runtime import Call as RuntimeCall
 from nexus.runtime import Server
@@ -174,14 +174,16 @@ async def _connect(boot: BootImage) -> Client:
     assert go.cap is not None
     peers = Peers(boot, TRACE_SEED)
     bound = await peers.bind(
-        go.cap,
-        PROTOCOL,
-        name=SERVER,
-        service=service_id(SERVER),
-        generation=1,
-        terms=TERMS,
-        reply_terms=TERMS,
-        deadline=setup,
+        Way(
+            slot=go.cap,
+            protocol=PROTOCOL,
+            name=SERVER,
+            service=service_id(SERVER),
+            generation=1,
+            terms=TERMS,
+            reply_terms=TERMS,
+        ),
+        setup,
     )
     assert isinstance(bound, Exchange), f"no connection: {bound}"
     return Client(peers, PROTOCOL, bound.peer, RetryTokens())

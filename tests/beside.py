@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ ON_THE_MACHINE: Final = frozenset(
 OPTION: Final = "--beside"
 REPORTS: Final = "NEXUS_TESTS_REPORTS"  # in the environment of the second pytest: where it reports
 LOOK_PAUSE: Final = 0.02  # seconds between two looks for a report; each test has a limit of its own
+END_WAIT: Final = 120.0  # seconds from its last report to its end; the sweep of saboteurs is closed
+TERM_WAIT: Final = 10.0  # seconds to end when it is told to; then it is killed
 OUTPUT_SHOWN: Final = 4_000  # characters of what a second pytest said that ended too early
 SIZE: Final = struct.Struct("<I")  # bytes of a report
 
@@ -78,10 +81,17 @@ class Beside:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._read = bytearray()
         self._pidfd = -1
+        self._failed = 0  # whether a test did
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Begin; the loop itself is pytest's."""
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Begin, and see that it ends as it should; the loop itself is pytest's."""
+        self._begin(session)
+        result = yield
+        self._see_its_end()
+        return result
+
+    def _begin(self, session: pytest.Session) -> None:
         if all(runs_here(item) for item in session.items) or self._config.option.collectonly:
             return
         arguments = [each for each in self._config.invocation_params.args if each != OPTION]
@@ -107,6 +117,7 @@ class Beside:
             from_plain = self._config.hook.pytest_report_from_serializable
             report = from_plain(config=self._config, data=found)
             assert report.nodeid == item.nodeid, f"{report.nodeid} out of turn"
+            self._failed |= report.failed
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
@@ -115,10 +126,29 @@ class Beside:
         """Leave nothing running when the first one has enough."""
         if self._process is not None:
             self._process.terminate()
-            _ = self._process.wait()
+            try:
+                _ = self._process.wait(TERM_WAIT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                _ = self._process.wait()
             os.close(self._pidfd)
         self._reports.close()
         self._output.close()
+
+    def _see_its_end(self) -> None:
+        """Its last test is reported: what goes wrong from here on would be seen by nobody else."""
+        if self._process is None:
+            return
+        try:
+            code = self._process.wait(END_WAIT)
+        except subprocess.TimeoutExpired:
+            pytest.exit(f"the second pytest does not end: {self._said()}", returncode=1)
+        if code != self._failed:  # 1 if a test failed, as was reported; or by an exception of any
+            pytest.exit(f"the second pytest ended with {code}: {self._said()}", returncode=1)
+
+    def _said(self) -> str:
+        _ = self._output.seek(0)
+        return self._output.read().decode(errors="replace")[-OUTPUT_SHOWN:]
 
     def _next(self) -> Any:
         """The next report, or the name of the test that has no more of them."""
@@ -132,9 +162,7 @@ class Beside:
             more = os.read(self._reports.fileno(), 1 << 20)
             self._read += more
             if not more and ended:
-                _ = self._output.seek(0)
-                said = self._output.read().decode(errors="replace")[-OUTPUT_SHOWN:]
-                pytest.exit(f"the second pytest has ended too early: {said}", returncode=1)
+                pytest.exit(f"the second pytest has ended too early: {self._said()}", returncode=1)
             if not more:
                 _ = select.select((self._pidfd,), (), (), LOOK_PAUSE)
         data = bytes(self._read[:size])

@@ -44,7 +44,7 @@ EXCEPTIONS: Final = {
     ("exportd/service.py", "_transmit"): "sends a body piece by piece, up to the first refusal",
     ("keystored/vault.py", "_listed"): "reads page after page: each call asks for other keys",
     ("keystored/vault.py", "_finish"): "reads page after page: each goes on behind the last",
-    ("selftest/call_rungs.py", "flood_isolation"): "a sample of calls; ends at the first failure",
+    ("selftest/call_rungs.py", "_flood"): "a sample of calls; ends at the first failure",
     ("selftest/climb.py", "links"): "reads page after page: each call asks for other rows",
     ("selftest/climb.py", "qos_audit"): "reads page after page: each call asks for other lines",
     ("selftest/policy_rungs.py", "pages"): "reads page after page: each call asks for other rows",

@@ -37,7 +37,7 @@ from nexus.testing.conformance.steps import ended_well, start, tell
 from nexus.testing.rig import Main, linux_rig
 
 QUEUED_MAX: Final = 6  # dead tasks whose words wait, before root listens anyway
-RUN_TIME: Final = Nanos(150_000_000_000)
+RUN_TIME: Final = Nanos(270_000_000_000)
 
 CLONE_NEWPID: Final = 0x2000_0000
 CLONE_NEWNS: Final = 0x0002_0000

@@ -47,7 +47,7 @@ from nexus.runtime.program import Context, program_of
 from nexus.testing.rig import program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND
-from tests.fakes.policyrig import order_in
+from tests.fakes.policyrig import OBEYED, order_in
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
 LOOK: Final = 20 * MS
@@ -348,6 +348,7 @@ def boot_sim(
         order = order_in(event)
         if order is not None:
             kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
+            OBEYED[0] += 1
 
     def obey(what: str, name: str) -> None:
         assert what == "kill", what
@@ -397,6 +398,7 @@ def boot_linux(
             what, name = order
             assert what == "kill", what
             os.kill(pids[name], signal.SIGKILL)
+            OBEYED[0] += 1
 
     kernel = LinuxKernel(
         programs_of(mains),

@@ -54,6 +54,7 @@ from nexus.wire import HEADER_SIZE, PREFIX_SIZE, Message, Request, answer, encod
 MS: Final = 1_000_000
 SECOND: Final = 1_000 * MS
 HEALTH: Final = 100 * MS
+PATIENCE: Final = 20 * SECOND  # for what takes a moment on a free machine
 ReplyT = TypeVar("ReplyT")
 Main = Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
 
@@ -150,7 +151,7 @@ class Driver:
 
     async def begin(self, *, ready: bool = True) -> None:
         """Answer the echo, take the planned links, wait for the system."""
-        until = await self.ahead(5 * SECOND)
+        until = await self.ahead(PATIENCE)
         _ = await self.server.step(until)
         control = await self.peers.control(until)
         assert isinstance(control, Exchange), control
@@ -164,7 +165,7 @@ class Driver:
 
     async def connect(self, name: str) -> None:
         budget = RetryBudget(
-            attempts_max=30, backoff=Nanos(MS), deadline=await self.ahead(5 * SECOND)
+            attempts_max=30, backoff=Nanos(MS), deadline=await self.ahead(PATIENCE)
         )
         client = await self.peers.connect(name, PROTOCOLS[name], budget)
         assert isinstance(client, Client), client

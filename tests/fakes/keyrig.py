@@ -31,7 +31,15 @@ from nexus.testing.rig import program, reporting
 from nexus.wire import ReplyStatus
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
-from tests.fakes.policyrig import Hands, Outcome, Script, driver_of, order_in, plan_of
+from tests.fakes.policyrig import (
+    OBEYED,
+    Hands,
+    Outcome,
+    Script,
+    driver_of,
+    order_in,
+    plan_of,
+)
 
 SYSTEM: Final = """
 [system]
@@ -183,6 +191,7 @@ class SimMachine:
             order = order_in(event)
             if order is not None:
                 kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
+                OBEYED[0] += 1
             on_event(kernel, event)
 
         def obey(what: str, name: str) -> None:
@@ -262,13 +271,12 @@ class LinuxMachine:
             if order is None:
                 return
             what, name = order
-            if what == "mark":
-                return
             if what in signals:
                 os.kill(pids[name], signals[what])
-            else:
+            elif what != "mark":
                 assert obey is not None, what
                 obey(what, pids[name])
+            OBEYED[0] += 1
 
         programs = dict(programs_of(script, mains or {}, executes=True))
         if self.entry:

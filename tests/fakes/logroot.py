@@ -56,6 +56,7 @@ from tests.fakes.pair import SEED
 
 MS = 1_000_000
 SECOND = 1_000 * MS
+PATIENCE = 20 * SECOND  # for what takes a moment on a free machine
 TERMS = LinkTerms(8, 16 * 1024, 0)
 STEP = 50 * MS
 OWNER_SIZE = 160 * 1024  # bytes of links of each task, so that six of them fit the default total
@@ -86,18 +87,18 @@ class Task:
         self.log = Logger(self.peers, [LOGD_NAME])
 
     async def client(self, name: str = LOGD_NAME, protocol: Protocol = LOGD) -> Client:
-        budget = RetryBudget(attempts_max=20, backoff=Nanos(MS), deadline=await ahead(2 * SECOND))
+        budget = RetryBudget(attempts_max=20, backoff=Nanos(MS), deadline=await ahead(PATIENCE))
         client = await self.peers.connect(name, protocol, budget)
         assert isinstance(client, Client), client
         return client
 
     async def ask(self, link: Exchange, request: Any) -> Any:
-        return await link.call(request, await ahead(2 * SECOND))
+        return await link.call(request, await ahead(PATIENCE))
 
     async def settle(self, log: Logger | None = None) -> None:
         """Flush until nothing is due any more."""
         log = self.log if log is None else log
-        until = await ahead(3 * SECOND)
+        until = await ahead(PATIENCE)
         while log.due and await Now() < until:
             await log.flush()
             await self.pause(MS)
@@ -110,7 +111,7 @@ class Task:
             return
 
     async def restart_logd(self) -> None:
-        control = await self.peers.control(await ahead(SECOND))
+        control = await self.peers.control(await ahead(PATIENCE))
         assert isinstance(control, Exchange)
         _ = await self.ask(control, Route(RESTART))
 
@@ -131,7 +132,7 @@ class Task:
             reply_terms=TERMS,
         )
         probe = Exchange(peers.caller, LOGD, peer)
-        outcome = await probe.ask(GetStats(), await ahead(2 * SECOND), move=way.slot)
+        outcome = await probe.ask(GetStats(), await ahead(PATIENCE), move=way.slot)
         assert not isinstance(outcome, Exchange)
         reply = getattr(outcome, "reply", None)
         assert isinstance(reply, Stats), outcome
@@ -209,7 +210,7 @@ class Root:
         if request.name == RESTART:
             pid = self.services[LOGD_NAME].pid
             await Kill(pid)
-            _ = await Wait(pid, await ahead(SECOND))
+            _ = await Wait(pid, await ahead(PATIENCE))
             _ = await self.start(LOGD_NAME)
         spawned = self.services.get(request.name)
         if spawned is None:

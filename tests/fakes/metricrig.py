@@ -44,7 +44,7 @@ from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.testing.rig import program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
-from tests.fakes.policyrig import PAGE, order_in
+from tests.fakes.policyrig import OBEYED, PAGE, order_in
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
 REAL: Final = ("policyd", "logd", "statefsd", "metricsd")
@@ -263,6 +263,7 @@ class SimMachine:
             order = order_in(event)
             if order is not None:
                 kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
+            OBEYED[0] += 1
 
         def obey(what: str, name: str) -> None:
             assert what == "kill", what

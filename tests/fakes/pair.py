@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from nexus.abi import INIT_NAME, BootImage, LinkTerms, Nanos, Slot
-from nexus.ipc import Exchange, Peers
+from nexus.ipc import Exchange, Peers, Way
 from nexus.runtime import Server
 from nexus.wire import Protocol
 from tests.fakes.adder import ADDER, Adder
@@ -58,16 +58,16 @@ class Pair:
     async def bind(
         self, peers: Peers, slot: Slot, server: Task, terms: LinkTerms, reply_terms: LinkTerms
     ) -> Exchange:
-        bound = await peers.bind(
-            slot,
-            self.protocol,
+        way = Way(
+            slot=slot,
+            protocol=self.protocol,
             name=server.name,
             service=server.sender.service,
             generation=server.sender.generation,
             terms=terms,
             reply_terms=reply_terms,
-            deadline=FAR,
         )
+        bound = await peers.bind(way, FAR)
         assert isinstance(bound, Exchange), bound
         return bound
 

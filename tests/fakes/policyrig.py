@@ -5,6 +5,7 @@ console line, and its result travels as the evidence of one, for on linux it is 
 """
 
 import json
+import mmap
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
@@ -46,11 +47,13 @@ from nexus.testing.rig import REPORT_LINE, program, reporting
 from tests.fakes import initrig
 from tests.fakes.guard import PROTOCOL as GUARD
 from tests.fakes.guard import Guard, Use, Used
-from tests.fakes.initrig import MS, SECOND, Driver, Main
+from tests.fakes.initrig import MS, PATIENCE, SECOND, Driver, Main
 
 RESULT: Final = "driver: result"
 OUTSIDE: Final = "driver: outside "
 PAGE: Final = 16  # records of one Query
+OBEYED: Final = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+"""How many orders the test's process has taken, for the driver, which is a fork of it."""
 
 SYSTEM: Final = """
 [system]
@@ -117,8 +120,13 @@ class Hands(Driver):
         return await call_until(self.client(name), request, budget)
 
     async def outside(self, order: str) -> None:
-        """Have the test's process do something to a task."""
+        """Have the test's process do something to a task, and wait until it has."""
+        before = OBEYED[0]
         await ConsoleWrite(OUTSIDE + order)
+        until = await Now() + PATIENCE
+        while OBEYED[0] == before:
+            assert await Now() < until, "nobody obeys"
+            await self.pause(MS)
 
     async def kill(self, name: str) -> None:
         assert isinstance(await self.ask(Restart(name)), Restarting)
@@ -131,7 +139,7 @@ class Hands(Driver):
         assert isinstance(found, Counts), found
         return found
 
-    async def until(self, good: Callable[[], Awaitable[bool]], wait: int = 5 * SECOND) -> int:
+    async def until(self, good: Callable[[], Awaitable[bool]], wait: int = PATIENCE) -> int:
         """Ask every 10 ms; how long it took until it was good."""
         begun = await Now()
         while not await good():
@@ -139,7 +147,7 @@ class Hands(Driver):
             await self.pause(10 * MS)
         return await Now() - begun
 
-    async def until_allowed(self, right: str, wait: int = 5 * SECOND) -> int:
+    async def until_allowed(self, right: str, wait: int = PATIENCE) -> int:
         async def good() -> bool:
             return (await self.use(right)).allowed
 
@@ -250,6 +258,7 @@ def boot_sim(
         order = order_in(event)
         if order is not None:
             kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
+            OBEYED[0] += 1
 
     def obey(what: str, name: str) -> None:
         task = kernel.living(name)
@@ -291,6 +300,7 @@ def boot_linux(
         if order is not None:
             what, name = order
             os.kill(pids[name], {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}[what])
+            OBEYED[0] += 1
 
     recorder: Recorder = record
     kernel = LinuxKernel(

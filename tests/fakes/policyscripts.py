@@ -21,6 +21,7 @@ from tests.fakes.policyrig import Hands, told, without
 KEPT: Final = "store.read"
 ASKED: Final = "store.write"
 FORBIDDEN: Final = "store.format"
+FLOOD: Final = 300  # questions
 STALE_MAX: Final = 1 * SECOND  # policy_stale_max of the system: its default
 
 
@@ -62,10 +63,17 @@ async def frozen(hands: Hands) -> dict[str, Any]:
     }
 
 
+async def is_back(hands: Hands, begun: dict[str, int]) -> bool:
+    """Whether policyd went and came since."""
+    system = await hands.system()
+    return system.policy_available and system.policy_generation > begun["generation"]
+
+
 async def killed(hands: Hands) -> dict[str, Any]:
     """policyd is killed: everything is denied until the next instance is healthy."""
     first = told(await hands.use(KEPT))
     before = await hands.counts()
+    begun = {"generation": (await hands.system()).policy_generation}
     await hands.outside("kill policyd")
     seen: list[tuple[bool, str]] = []
     slowest = 0
@@ -75,6 +83,9 @@ async def killed(hands: Hands) -> dict[str, Any]:
         nonlocal slowest
         slowest = max(slowest, used.took)
         seen.append(told(used))
+        if used.allowed and (False, "UNAVAILABLE") not in seen and await is_back(hands, begun):
+            begun["generation"] = (await hands.system()).policy_generation
+            await hands.outside("kill policyd")  # it was back before anybody looked
         return len(seen) > 1 and used.allowed and (False, "UNAVAILABLE") in seen
 
     back = await hands.until(good)
@@ -101,7 +112,7 @@ async def reloaded(hands: Hands, policy: Any) -> dict[str, Any]:
     system = await hands.system()
     counts = await hands.counts()
     assert isinstance(answer, Reloaded), answer
-    await hands.pause(200 * MS)
+    await settled(hands)
     audits = [each for each in await hands.audits() if each.get("action") == KEPT]
     await hands.kill("policyd")
     await hands.until_allowed(ASKED)
@@ -159,10 +170,7 @@ async def audited(hands: Hands) -> dict[str, Any]:
     for number in range(40):
         _ = await hands.use((KEPT, ASKED, FORBIDDEN)[number % 3], str(number))
 
-    async def settled() -> bool:
-        return (await hands.counts()).audit_waiting == 0
-
-    await hands.until(settled)
+    await settled(hands)
     counts = await hands.counts()
     # Reading the journal is a decision itself: what came after the counting is left out.
     audits = [each for each in await hands.audits() if each["scope"] == "policyd.audit"]
@@ -179,19 +187,40 @@ async def audited(hands: Hands) -> dict[str, Any]:
     }
 
 
+async def settled(hands: Hands) -> None:
+    """Every decision of policyd is in the journal."""
+
+    async def good() -> bool:
+        return (await hands.counts()).audit_waiting == 0
+
+    _ = await hands.until(good)
+
+
 async def flooded(hands: Hands, policy: Any) -> dict[str, Any]:
     """The driver asks as fast as it can; then the guard asks once, and the policy is replaced."""
-    for number in range(300):
+    for number in range(FLOOD):
         decision = await hands.call("policyd", Check(FORBIDDEN, str(number)))
         assert isinstance(decision, Decision), decision
     _ = await hands.use(ASKED, "in the flood")
     answer = await hands.call("policyd", Reload(without(policy, "driver", KEPT).encoded()))
     assert isinstance(answer, Reloaded), answer
-    await hands.pause(2 * SECOND)
+    own: list[dict[str, Any]] = []
+    sums: list[dict[str, Any]] = []
+
+    async def summed_up() -> bool:
+        audits = [each for each in await hands.audits() if each["scope"] == "policyd.audit"]
+        own[:] = [each for each in audits if "number" in each]
+        sums[:] = [each for each in audits if each["op"] == "suppressed"]
+        counted: list[int] = [
+            sum(each["op"] == "check" for each in own),
+            *(int(each["count"]) for each in sums),
+        ]
+        return sum(counted) >= FLOOD
+
+    await hands.pause(2 * SECOND)  # the window of the flood is over: what it hid is summed up
+    _ = await hands.until(summed_up)
+    await settled(hands)
     counts = await hands.counts()
-    audits = [each for each in await hands.audits() if each["scope"] == "policyd.audit"]
-    own = [each for each in audits if "number" in each]
-    sums = [each for each in audits if each["op"] == "suppressed"]
     told = {int(each["number"]) for each in own}
     for each in sums:
         told.update(range(int(each["first"]), int(each["last"]) + 1))
@@ -247,8 +276,9 @@ async def storm(hands: Hands, kills: int, order: str) -> dict[str, Any]:
     seen: dict[str, int] = {}
     slowest = 0
     for number in range(kills):
+        begun = {"generation": (await hands.system()).policy_generation}
         await hands.outside(f"{order} policyd")
-        until = await Now() + 10 * SECOND
+        until = await Now() + 30 * SECOND
         denied = allowed = False
         while not (denied and allowed):
             assert await Now() < until, (number, seen)
@@ -259,6 +289,9 @@ async def storm(hands: Hands, kills: int, order: str) -> dict[str, Any]:
                 seen[key] = seen.get(key, 0) + 1
                 denied = denied or told(used)[1] == "UNAVAILABLE"
                 allowed = used.allowed and denied
+            if not denied and await is_back(hands, begun):
+                begun["generation"] = (await hands.system()).policy_generation
+                await hands.outside(f"{order} policyd")  # it was back before anybody looked
             await hands.pause(1 * MS)
     system = await hands.system()
     counts = await hands.counts()

@@ -32,7 +32,7 @@ from nexus.telemetry.page import BUCKETS, COUNT, HEADER_SIZE
 from nexus.telemetry.ring import CAPACITY_WORD, COMMIT_WORD, RING_HEADER_SIZE
 from nexus.telemetry.span import KIND_BITS, NUMBER_STEP, OPEN
 
-START_MAX: Final = 5.0  # seconds until a writer has written its first word
+START_MAX: Final = 30.0  # seconds until a writer has written its first word
 ALARM: Final = 60  # seconds after which a writer ends whose reader is gone
 DRAIN_COUNT: Final = 64
 SIZE: Final = 16 * 1024  # bytes

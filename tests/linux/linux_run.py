@@ -21,7 +21,7 @@ from nexus.kernel.linux import LinuxKernel
 
 Main = Callable[[BootImage], Coroutine[Trap[Any], Any, int | None]]
 
-RUN_TIME: Final = 30_000_000_000  # nanoseconds
+RUN_TIME: Final = 60_000_000_000  # nanoseconds
 SECOND: Final = 1_000_000_000
 
 

@@ -54,6 +54,7 @@ from nexus.kernel.linux.harden import UID_FIRST
 from nexus.kernel.linux.identity import ROWS, IdentityTable
 from nexus.kernel.linux.stage2 import load_entry
 from nexus.testing.conformance.steps import ended, ended_well, gone, refused, start, take
+from nexus.testing.outside import free_tcp_port
 from nexus.testing.rig import Kernel, Rig, Run, TaskFailed, linux_rig, program
 from tests.linux import exec_programs
 from tests.linux.ground import Ground, mine
@@ -64,10 +65,10 @@ pytestmark = pytest.mark.linux
 
 EXEC: Final = Grants(isolation=Isolation.EXEC)
 STREAMS: Final = EXEC._replace(streams=True)
-TCP_PORTS: Final = (18_421, 18_422, 18_423)
 PLACE: Final = "tests.linux.exec_programs"
 MS: Final = 1_000_000  # nanoseconds
 SECOND: Final = 1_000_000_000
+ANSWER_MAX: Final = 1 * SECOND  # of init, while an import takes five
 
 
 async def double(boot: BootImage) -> None:
@@ -245,17 +246,19 @@ def refused_start(name: str, grants: Grants = EXEC) -> Failed:
     return Failed(exit_info, text, before, after, run)
 
 
-def failed_start(name: str, times: int = 2) -> Failed:
+def failed_start(name: str, times: int = 2, prepare_time: int = kernel.EXEC_PREPARE_TIME) -> Failed:
     """Start what does not get to run, and then something that does: init hears of it as of any
-    task's end, and the record says why."""
+    task's end, and the record says why. It alone is given so many nanoseconds to be prepared in."""
 
     async def root(boot: BootImage) -> Any:
         await told(boot, "who")
         before = _holdings()
         exit_info = None
         for _ in range(times):
-            spawned = await start(boot, name, grants=EXEC)
-            await gone(boot.endpoint, spawned.link, only=True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernel, "EXEC_PREPARE_TIME", prepare_time)
+                spawned = await start(boot, name, grants=EXEC)
+                await gone(boot.endpoint, spawned.link, only=True)
             exit_info = await ended(spawned)
             _ = await refused(Send(spawned.slot, b"?"), Status.NO_SUCH_ENDPOINT)
             await CapClose(spawned.slot)
@@ -358,10 +361,8 @@ def test_what_a_failed_import_had_reserved_is_free_again(mine: Ground) -> None:
     assert deadlines == {}
 
 
-def test_an_import_that_hangs_is_ended_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "EXEC_PREPARE_TIME", 1_000_000_000)
-    # Two interpreters start within the second as well.
-    failed = failed_start("hangs")
+def test_an_import_that_hangs_is_ended_in_time() -> None:
+    failed = failed_start("hangs", prepare_time=1_000_000_000)
 
     assert failed.text == "the child did not confine itself in time (1 s)"
     assert failed.exit is not None
@@ -422,7 +423,7 @@ def test_init_and_the_others_go_on_during_a_long_import() -> None:
         await Kill(asked.pid)
         await ended(asked)  # its number is told to the slow one, and confirmed when that runs
         await Send(slow.slot, b"after")
-        message = await Recv((boot.endpoint,), Nanos(begun + 10 * SECOND), link=slow.link)
+        message = await take(boot.endpoint, link=slow.link)
         assert message.data == b"after"
         assert message.sender.service == slow.service
         await Send(slow.slot, b"end")
@@ -436,8 +437,8 @@ def test_init_and_the_others_go_on_during_a_long_import() -> None:
 
     run = exec_rig().observe(root, programs={"asked": asked})
     took, generation, whole = run.result
-    assert took < 100 * MS
-    assert generation > 50
+    assert took < ANSWER_MAX
+    assert generation > 10
     assert whole > 5 * SECOND, "or nothing was slow"
     kinds = [event.kind for event in run.events if event.fields.get("name") == "sleeps_5"]
     assert kinds == [EventKind.SPAWN, EventKind.EXIT]
@@ -527,7 +528,7 @@ def test_it_ends_with_init_while_it_imports() -> None:
     pid = int(os.read(reader, 20))
     os.close(reader)
     os.close(writer)
-    until = time.monotonic() + 3  # noqa: TID251 (another process is waited for)
+    until = time.monotonic() + 20  # noqa: TID251 (another process is waited for)
     while _runs(pid):
         assert time.monotonic() < until, "it outlives init"  # noqa: TID251 (the same)
         time.sleep(0.01)  # noqa: TID251 (the same)
@@ -569,9 +570,10 @@ def test_timers_and_handlers_rest_while_init_runs() -> None:
 
     async def root(_boot: BootImage) -> Any:
         os.kill(os.getpid(), signal.SIGCHLD)
+        before = len(called)  # by the timer, until init had begun to run
         found = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGUSR1)]
         await SleepUntil(Nanos(await Now() + 50 * MS))
-        return found, signal.getitimer(signal.ITIMER_REAL), list(called)
+        return found, signal.getitimer(signal.ITIMER_REAL), called[before:]
 
     def run() -> Any:
         _ = signal.signal(signal.SIGALRM, lambda *_: called.append(1))
@@ -663,10 +665,11 @@ def tcp_rules() -> None:
 @pytest.mark.usefixtures("tcp_rules")
 def test_a_granted_socket_is_served_by_an_ordinary_library() -> None:
     async def root(boot: BootImage) -> Any:
-        grants = STREAMS._replace(listen=(ListenGrant("web", "127.0.0.1", TCP_PORTS[0]),))
+        port = free_tcp_port()
+        grants = STREAMS._replace(listen=(ListenGrant("web", "127.0.0.1", port),))
         spawned = await start(boot, "serves_tcp", grants=grants)
         assert json.loads((await take(boot.endpoint, link=spawned.link)).data) == "ready"
-        with socket.create_connection(("127.0.0.1", TCP_PORTS[0]), timeout=3) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
             client.sendall(b"hello\n")
             line = client.recv(100)
         await ended_well(spawned)
@@ -677,15 +680,15 @@ def test_a_granted_socket_is_served_by_an_ordinary_library() -> None:
 
 @pytest.mark.usefixtures("tcp_rules")
 def test_only_the_granted_port_can_be_connected_to() -> None:
-    granted, other = TCP_PORTS[1:]
-
     async def root(boot: BootImage) -> Any:
+        granted = free_tcp_port()
         with (
             socket.create_server(("127.0.0.1", granted)) as there,
-            socket.create_server(("127.0.0.1", other)),
+            socket.create_server(("127.0.0.1", free_tcp_port())) as elsewhere,
         ):
+            other = elsewhere.getsockname()[1]
             if os.fork() == 0:  # a peer that answers once
-                there.settimeout(5)
+                there.settimeout(20)
                 peer, _ = there.accept()
                 peer.sendall(b"re:" + peer.recv(100))
                 os._exit(0)
@@ -713,6 +716,8 @@ def test_many_waits_at_once_beside_an_event_loops_own_work() -> None:
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "many_at_once", grants=STREAMS)
         asked = [await take(boot.endpoint, link=spawned.link) for _ in range(4)]
+        # All of them wait for an answer, and it is not sent before the loop has gone on.
+        assert (await take(boot.endpoint, link=spawned.link)).data == b'"ticked"'
         for message in reversed(asked):
             assert message.cap is not None
             await Send(message.cap, b"a" + message.data)
@@ -727,7 +732,6 @@ def test_many_waits_at_once_beside_an_event_loops_own_work() -> None:
     status, late = found["nothing"]
     assert status == Status.TIMED_OUT.name
     assert late >= 0
-    assert found["ticks"] >= 5, "the loop went on while all of them waited"
 
 
 def test_a_wait_ends_when_another_coroutine_closes_its_link() -> None:
@@ -737,14 +741,16 @@ def test_a_wait_ends_when_another_coroutine_closes_its_link() -> None:
     outcome, took = exec_rig().run(root)
 
     assert outcome == "gone"
-    assert took < 1, "not by its deadline"
+    assert took < exec_programs.PATIENCE / SECOND / 2, "not by its deadline"
 
 
 def test_a_full_link_is_waited_for_and_a_wait_can_be_given_up() -> None:
     async def root(boot: BootImage) -> Any:
         spawned = await start(boot, "waits_for_room", grants=STREAMS)
+        aside = await LinkCreate(boot.endpoint, LinkTerms())
         _ = await take(boot.endpoint, link=spawned.link)
-        await SleepUntil(Nanos(await Now() + 100_000_000))  # it has filled its link by then
+        await Send(spawned.slot, b"say when", move=aside.slot)
+        assert (await take(boot.endpoint, link=aside.link)).data == b"waiting"
         filled = 0
         while (data := (await take(boot.endpoint, link=spawned.link)).data) == b"fill":
             filled += 1

@@ -7,6 +7,7 @@ private dirty memory also counts every page that a forked child has stopped shar
 import dataclasses
 import errno
 import fcntl
+import mmap
 import os
 import time
 from collections import Counter
@@ -49,7 +50,8 @@ pytestmark = [pytest.mark.linux, pytest.mark.slow]
 KILLS: Final = 200
 WARM_KILLS: Final = 20  # the interpreter's caches and arenas are filled by then
 CLIENTS: Final = ("one", "two")
-CALL_DEADLINE: Final = 400_000_000  # nanoseconds
+CALL_DEADLINE: Final = 10_000_000_000  # nanoseconds; much on a busy machine: a call lost is late
+WORST_MAX: Final = 1_000_000_000  # nanoseconds of one call of hundreds, beside a flood
 LATE_MAX: Final = 50_000_000  # nanoseconds over a deadline, on a machine shared with other tests
 LIFE_LEAST: Final = 2_000_000  # nanoseconds between a server's wiring and its death
 LIFE_STEP: Final = 700_000
@@ -126,7 +128,7 @@ class _Client:
         self.slot: Slot | None = None
         self.inbox: LinkId | None = None
         self.leak_size = 0
-        self.leaked: list[bytes] = []
+        self.leaked: list[mmap.mmap] = []
 
     async def from_root(self) -> Message | None:
         """The next message of root; ends of old inboxes come in between."""
@@ -141,7 +143,12 @@ class _Client:
         if self.slot is not None:
             await CapClose(self.slot)
             self.slot = None
-            self.leaked.append(b"x" * self.leak_size)  # written to, so that it is resident
+            if self.leak_size:
+                # Of Linux itself, and written to: malloc may have room left of the time before the
+                # fork, whose pages are counted as this process's already.
+                leak = mmap.mmap(-1, self.leak_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                _ = leak.write(b"x" * self.leak_size)
+                self.leaked.append(leak)
         await Send(self.control, b"bind", deadline=await soon())
         message = await self.from_root()
         while message is not None and message.cap is None:
@@ -436,7 +443,7 @@ def test_one_flooding_client_does_not_delay_another_nor_grow_memory(linux: Rig) 
     assert sent > 1000, "it did flood"
     assert refusals > 0, "its queue did fill"
     assert count > 100
-    assert worst < CALL_DEADLINE
+    assert worst < WORST_MAX
     growth = outcome["after"]["memory"] - outcome["before"]["memory"]
     assert growth <= MEMORY_GROWTH_MAX, outcome
     assert outcome["after"]["descriptors"] == outcome["before"]["descriptors"]

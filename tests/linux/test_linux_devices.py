@@ -403,7 +403,8 @@ def mounted(path: Path, size: int) -> Iterator[Path]:
     try:
         yield path
     finally:
-        _ = subprocess.run(["/bin/umount", str(path)], check=True)
+        # Lazily: Linux lets go of a loop device, and of its file, when its last user has.
+        _ = subprocess.run(["/bin/umount", "--lazy", str(path)], check=True)
 
 
 def test_an_image_on_a_file_system_mounted_read_only_is_read_only(tmp_path: Path) -> None:

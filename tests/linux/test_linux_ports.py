@@ -63,6 +63,7 @@ __all__ = ["ground", "mine"]
 pytestmark = pytest.mark.linux
 
 MILLISECOND = 1_000_000
+PATIENCE = 20 * SECOND  # for what takes a moment on a free machine
 DOOR = Grants(ports=("door",))
 STRANGER = 12_345  # a uid that is neither root nor runs init
 ENDPOINT, PORT = Slot(1), Slot(2)
@@ -70,7 +71,7 @@ ACCEPTS = "00010000"  # flags of a listening socket in /proc/net/unix: __SO_ACCE
 
 
 async def soon() -> Nanos:
-    return Nanos(await Now() + 5 * SECOND)
+    return Nanos(await Now() + PATIENCE)
 
 
 async def status_of(trap: Trap[Any]) -> Status | None:
@@ -84,7 +85,7 @@ async def status_of(trap: Trap[Any]) -> Status | None:
 def call(path: Path) -> socket.socket:
     """A connection to a port, with a time limit on everything."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE / SECOND)
     sock.connect(str(path))
     return sock
 
@@ -222,7 +223,7 @@ def test_a_slow_caller_is_queue_full_and_nobody_waits(ground: Ground) -> None:
             sent += 1
             assert sent < 10_000
         assert status is Status.QUEUE_FULL
-        assert await Now() - started < 2 * SECOND
+        assert await Now() - started < PATIENCE // 2
         await Send(boot.control, b"%d" % sent)
         _ = await Recv((PORT,), await soon())
         await PortSend(PORT, message.link, b"again")
@@ -488,7 +489,7 @@ def beside(path: Path, client: Callable[[], None], work: Callable[[], Any]) -> A
     if pid == 0:
         code = 1
         try:
-            give_up = time.monotonic_ns() + 10 * SECOND
+            give_up = time.monotonic_ns() + PATIENCE
             while not listens(path) and time.monotonic_ns() < give_up:
                 time.sleep(0.01)  # noqa: TID251 (a process beside the system)
             client()

@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,14 @@ from nexus.kernel.linux.channel import CONSOLE, CONSOLE_HEAD
 from nexus.kernel.linux.driver import Driver
 from nexus.kernel.linux.kernel import FORKS_MAX, NICE
 from nexus.kernel.linux.report import STEPS
-from tests.linux.linux_run import SECOND, holdings, make, program, run, start
+from tests.linux.linux_run import RUN_TIME, SECOND, holdings, make, program, run, start
 
 pytestmark = pytest.mark.linux
 
 IS_ROOT = os.geteuid() == 0
+MILLISECOND = SECOND // 1000
+PATIENCE = 20 * SECOND  # for what takes a moment on a free machine
+ROUNDS_MAX = 20  # of waits, one of which must end in time on a busy machine
 
 
 async def waits(boot: BootImage) -> int:
@@ -65,7 +69,14 @@ async def waits(boot: BootImage) -> int:
 
 
 async def soon() -> Nanos:
-    return Nanos(await Now() + 5 * SECOND)
+    return Nanos(await Now() + PATIENCE)
+
+
+async def until(holds: Callable[[], bool], what: str) -> None:
+    """Let the tasks go on until it holds."""
+    give_up = await soon()
+    while not holds():
+        assert await SleepUntil(Nanos(await Now() + MILLISECOND)) < give_up, what
 
 
 # ---- what a run leaves behind
@@ -117,7 +128,7 @@ def test_a_run_over_its_time_comes_out_and_leaves_nothing_behind() -> None:
     with pytest.raises(RunOver):
         kernel.run(program("root", _sleeps), b"", until=Nanos(kernel.now + SECOND // 5))
 
-    assert SECOND // 5 <= time.monotonic_ns() - started < 3 * SECOND
+    assert SECOND // 5 <= time.monotonic_ns() - started < PATIENCE
     assert holdings() == before
 
 
@@ -271,6 +282,7 @@ def test_a_task_that_keeps_a_number_is_ended_when_numbers_run_short(
         for index in range(4):
             spawned = await start(boot, f"brief{index}", program="brief")
             await Wait(spawned.pid, await soon())
+            await until(lambda: not keeps(honest.pid), "it does not confirm")
             await SleepUntil(Nanos(await Now() + SECOND // 8))
         assert (await Wait(keeper.pid, await soon())).signal == signal.SIGKILL
         with pytest.raises(AbiError) as refusal:
@@ -278,10 +290,16 @@ def test_a_task_that_keeps_a_number_is_ended_when_numbers_run_short(
         assert refusal.value.status is Status.QUEUE_EMPTY, "it confirms, so it goes on"
         return 0
 
-    ended = run(root, {"deaf": deaf, "waits": waits, "brief": brief})
+    def keeps(pid: int) -> bool:
+        return any(pid in waiting for waiting in kernel.burned.values())
 
-    assert ended.exit.code == 0
-    assert any("KCONFIRM: deaf" in str(row["line"]) for row in ended.of(EventKind.KERNEL))
+    events: list[Event] = []
+    kernel = make(events, {"deaf": deaf, "waits": waits, "brief": brief})
+    ended = kernel.run(program("root", root), b"", until=Nanos(kernel.now + RUN_TIME))
+
+    assert ended.code == 0
+    lines = [str(each.fields["line"]) for each in events if each.kind is EventKind.KERNEL]
+    assert any("KCONFIRM: deaf" in line for line in lines)
 
 
 def test_a_task_kept_waiting_by_init_gives_up_and_an_answer_too_late_is_nobodys(
@@ -337,7 +355,7 @@ def test_a_number_stays_burned_until_what_its_holder_sent_has_been_read() -> Non
         other = await start(boot, "bystander")
         spawned = await start(boot, "child")
         await Wait(spawned.pid, await soon())
-        await SleepUntil(Nanos(await Now() + SECOND // 20))
+        await until(lambda: other.pid not in kernel.burned[spawned.pid], "it does not confirm")
         burned.append(list(kernel.burned))
         message = await Recv((boot.endpoint,), await soon())
         assert (message.data, message.sender.pid) == (b"last words", spawned.pid)
@@ -349,7 +367,7 @@ def test_a_number_stays_burned_until_what_its_holder_sent_has_been_read() -> Non
 
     events: list[Event] = []
     kernel = make(events, {"child": child, "bystander": bystander})
-    ended = kernel.run(program("root", root), b"", until=Nanos(kernel.now + 10 * SECOND))
+    ended = kernel.run(program("root", root), b"", until=Nanos(kernel.now + RUN_TIME))
 
     assert ended.code == 0
     assert burned[1] == []
@@ -361,13 +379,15 @@ def test_a_number_stays_burned_until_what_its_holder_sent_has_been_read() -> Non
 @pytest.mark.parametrize("what", ["endpoint", "link", "sleep", "two endpoints"])
 def test_a_wait_ends_by_itself_never_early_and_hardly_late(what: str) -> None:
     spans = (0.3, 1.5, 5.0, 50.0, 250.0)  # milliseconds
-    rounds = 3
+    late_max = 1.0  # milliseconds, of the best of several waits: the machine has other work too
 
     async def child(boot: BootImage) -> int:
         other = await EndpointCreate()
         link = await LinkCreate(boot.endpoint)
         best = dict.fromkeys(spans, 1_000_000.0)
-        for span in spans * rounds:
+        for span in spans * ROUNDS_MAX:
+            if best[span] < late_max:
+                continue
             deadline = Nanos(await Now() + int(span * 1_000_000))
             try:
                 if what == "sleep":
@@ -393,7 +413,7 @@ def test_a_wait_ends_by_itself_never_early_and_hardly_late(what: str) -> None:
     ended = run(root, {"child": child})
 
     late = [float(value) for value in ended.lines()[0].split(",")]
-    assert max(late) < 1.0, f"late by {late} ms"
+    assert max(late) < late_max, f"late by {late} ms"
 
 
 # ---- traces
@@ -480,7 +500,7 @@ def test_a_flood_of_the_kernel_channel_does_not_hold_init_up() -> None:
     assert ended.kernel.refused_frames > 100
     assert 100 < len(ended.lines()) < 20_000
     assert sorted(late)[len(late) // 2] < SECOND // 100
-    assert max(late) < SECOND // 5
+    assert max(late) < SECOND, "the flood lasts as long"
 
 
 def test_a_console_line_is_stamped_by_the_channel_it_came_over() -> None:
@@ -545,7 +565,7 @@ def test_a_derived_link_whose_move_failed_is_never_heard_of_by_its_owner(
         passed(driver, *arguments)  # type: ignore[arg-type]
 
     async def owner(boot: BootImage) -> int:
-        for expected in (b"before", b"after"):
+        for expected in (b"before", b"after", b"last"):
             assert (await Recv((boot.endpoint,), NEVER)).data == expected
         with pytest.raises(AbiError) as refusal:
             await Recv((boot.endpoint,), Nanos(await Now() + SECOND // 10))
@@ -559,14 +579,17 @@ def test_a_derived_link_whose_move_failed_is_never_heard_of_by_its_owner(
         await Send(link.slot, b"before")
         into = await LinkCreate(await EndpointCreate())
         for attempt in range(2):
-            if attempt:  # the delegation has come back
-                await SleepUntil(Nanos(await Now() + SECOND // 20))
+            if attempt:
                 failures.append(AbiError(Status.NO_SUCH_ENDPOINT, "once more"))
-            with pytest.raises(AbiError) as refusal:
-                await Send(into.slot, b"take it", move=link.slot)
-            assert refusal.value.status is Status.NO_SUCH_ENDPOINT
-            if not attempt:
-                await Send(link.slot, b"after")
+            status = Status.NO_SPACE
+            give_up = await soon()
+            while status is Status.NO_SPACE:  # until the owner has given the delegation back
+                assert await SleepUntil(Nanos(await Now() + MILLISECOND)) < give_up
+                with pytest.raises(AbiError) as refusal:
+                    await Send(into.slot, b"take it", move=link.slot)
+                status = refusal.value.status
+            assert status is Status.NO_SUCH_ENDPOINT
+            await Send(link.slot, (b"after", b"last")[attempt])
         return (await Wait(server.pid, await soon())).code
 
     monkeypatch.setattr(Driver, "_pass", fail_once)
@@ -652,6 +675,8 @@ def test_a_reply_to_a_task_that_died_in_between_is_refused_and_the_server_goes_o
         trap = ReplyRecv((boot.endpoint,), NEVER)
         message = await trap
         assert message.cap is not None
+        assert boot.control is not None
+        await Send(boot.control, b"called")
         heard = 0
         while heard < 2:  # the death of the client, and root's word about it
             try:
@@ -677,7 +702,7 @@ def test_a_reply_to_a_task_that_died_in_between_is_refused_and_the_server_goes_o
         calling = await start(boot, "client")
         link = await LinkCreate(serving.slot)
         await Send(calling.slot, b"yours", move=link.slot)
-        await SleepUntil(Nanos(await Now() + SECOND // 20))
+        assert (await Recv((boot.endpoint,), await soon())).data == b"called"
         await Kill(calling.pid)
         await Wait(calling.pid, await soon())
         await Send(serving.slot, b"it is dead")

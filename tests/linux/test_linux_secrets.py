@@ -335,7 +335,9 @@ def test_only_who_possesses_a_key_reads_it(state: Path) -> None:
     with a_key(state) as key:
         key.replace(b"kept")
         (line,) = [
-            line for line in Path("/proc/keys").read_text().splitlines() if f"{key.key:08x}" in line
+            line
+            for line in Path("/proc/keys").read_text().splitlines()
+            if line.startswith(f"{key.key:08x} ")
         ]
         assert f" {KEY_PERMISSIONS:08x} " in line
         possessor, user, group, other = KEY_PERMISSIONS.to_bytes(4, "big")

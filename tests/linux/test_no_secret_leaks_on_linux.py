@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from msgspec import structs
 
 from nexus.abi import ConsoleWrite, EventKind
 from nexus.ipc import Unknown
@@ -50,8 +51,8 @@ from nexus.services.keystored.sealing import (
 )
 from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.vault import DEVICE_PATH
-from tests.fakes.initrig import MS, SECOND
-from tests.fakes.keyrig import DRAWING, LinuxMachine, asked, nap
+from tests.fakes.initrig import SECOND
+from tests.fakes.keyrig import DRAWING, LinuxMachine, asked
 from tests.fakes.leaks import files_below, listing
 from tests.fakes.policyrig import Hands
 from tests.linux.crashing_keystored import BY_ABORT, BY_ADDRESS, BY_EXCEPTION
@@ -59,6 +60,7 @@ from tests.linux.crashing_keystored import BY_ABORT, BY_ADDRESS, BY_EXCEPTION
 pytestmark = pytest.mark.linux
 
 VALUE: Final = bytes(range(100, 160))
+EXPORT: Final = "device.key.export"
 CRASHES: Final = (BY_ADDRESS, BY_ABORT, BY_EXCEPTION)
 PLACE: Final = "tests.linux.crashing_keystored:main"
 CANARY: Final = bytes((11 * each + 5) % 256 for each in range(64))
@@ -77,8 +79,6 @@ async def until_back(hands: Hands, generation: int) -> None:
 async def look(hands: Hands) -> None:
     """Have the test's process look at keystored, as init, while it lives."""
     await hands.outside("look keystored")
-    await nap(hands, 200 * MS)
-    _ = await hands.system()
 
 
 async def lived(hands: Hands) -> str:
@@ -100,7 +100,13 @@ async def lived(hands: Hands) -> str:
         (put, _) = await asked(hands, Put(b"name", VALUE), Sign(b"payload"))
         assert put == Done()
     await look(hands)
-    await nap(hands, 300 * MS)
+
+    async def told() -> bool:
+        wanted = structs.replace(EVERY_RECORD, key="action", value=EXPORT)
+        page = await hands.call("logd", Query(THIS_BOOT, 1, 16, wanted))
+        return isinstance(page, Records) and bool(page.records)
+
+    _ = await hands.until(told)  # what was denied comes into the journal after the answer
     since = 1
     while True:
         page = await hands.call("logd", Query(THIS_BOOT, since, 16, EVERY_RECORD))
@@ -215,7 +221,7 @@ def test_no_secret_is_in_anything_that_is_left_or_shown(
     assert leaks.within(machine.secret) == {"wrapping key"}
     names = {name for name, _ in places}
     assert {"disk.img", "stderr", f"/proc/{os.getpid()}/environ"} <= names
-    assert b"device.key.export" in b"".join(data for _, data in events)
+    assert EXPORT.encode() in b"".join(data for _, data in events)
     ends = [
         (event.fields["signal"], event.fields["code"])
         for event in outcome.events
@@ -232,11 +238,17 @@ def test_the_scan_finds_what_is_planted_in_files_and_in_the_listing(tmp_path: Pa
     leaks = Leaks({"canary": CANARY})
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "new-secret").write_bytes(b"\0" * 100 + CANARY)
-    sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    # It is started before Linux has its arguments where /proc shows them.
+    sleeper = [sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()"]
 
     with subprocess.Popen(
-        [*sleeper, CANARY.hex()], stdin=subprocess.PIPE, env={"KEY": CANARY.hex()}
+        [*sleeper, CANARY.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"KEY": CANARY.hex()},
     ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
         shown = leaks.among(listing())
         child.communicate(timeout=30)
 

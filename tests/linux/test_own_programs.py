@@ -77,14 +77,14 @@ async def driver(boot: BootImage) -> int:
     for name in ("adder", "doubling", "asyncio"):
         client = hands.clients[name]
         sums = [
-            await client.call(Add(*pair), await hands.ahead(SECOND))
+            await client.call(Add(*pair), await hands.ahead(10 * SECOND))
             for pair in ((1, 2), (900, 900), (3, 4))
         ]
         found[name] = [
             each.value if isinstance(each, Sum) else repr(getattr(each, "status", each))
             for each in sums
         ]
-        status = await client.call(GetStatus(), await hands.ahead(SECOND))
+        status = await client.call(GetStatus(), await hands.ahead(10 * SECOND))
         assert isinstance(status, ServiceStatus), status
         found[f"{name} facts"] = [fact.name for fact in status.facts]
     await ConsoleWrite("driver: result", json.dumps(found).encode())

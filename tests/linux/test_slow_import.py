@@ -26,7 +26,10 @@ pytestmark = [pytest.mark.linux, pytest.mark.slow]
 READINESS: Final = 800 * MS  # of the slow service
 WATCHDOG: Final = Nanos(200 * MS)  # of the service manager
 LOOKED: Final = 4 * SECOND
-ANSWER_MAX: Final = 100 * MS
+ANSWER_MAX: Final = 500 * MS  # less than init would be held up by the import
+
+assert ANSWER_MAX < READINESS
+
 SYSTEM: Final = """
 [system]
 name = "slow"
@@ -144,7 +147,7 @@ def test_a_system_goes_on_while_one_of_its_services_imports(
     assert all(gap >= READINESS + 100 * MS * 2**number for number, gap in enumerate(gaps)), (
         "killed at its deadline, and started again after a pause that doubles"
     )
-    assert gaps[0] < READINESS + 500 * MS
+    assert gaps[0] < 3 * READINESS, "it imports for 13 s"
 
 
 def _take(manager: socket.socket, signs: list[int], now: Nanos) -> None:

@@ -25,7 +25,8 @@ from tests.fakes.initrig import Main, Nothing, idle
 
 pytestmark = pytest.mark.linux
 
-PATIENCE: Final = 20.0  # seconds for anything, on a machine shared with other tests
+PATIENCE: Final = 40.0  # seconds for anything, on a machine shared with other tests
+SOON: Final = 15.0  # seconds for what takes one at most on a free machine
 POLL: Final = 0.01  # seconds
 SECOND: Final = 1_000_000_000
 HEAD: Final = '[system]\nname = "test"\ntotal_size = "4MiB"\n'
@@ -68,7 +69,11 @@ class Running:
         self.code: int | None = None
         self.pid = os.fork()
         if not self.pid:
-            os._exit(run_system(plan, mains, told, state))
+            code = 1
+            try:
+                code = run_system(plan, mains, told, state)
+            finally:
+                os._exit(code)
 
     def events(self) -> list[dict[str, Any]]:
         if not self._told.exists():
@@ -168,7 +173,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
             _ = running.wait()
 
 
-WATCHED: Final = 'health = { deadline = "2s", every = "100ms", answer = "500ms" }'
+WATCHED: Final = 'health = { deadline = "10s", every = "100ms", answer = "2s" }'
 
 
 def test_a_stopped_service_is_noticed_killed_and_restarted(start: Bench) -> None:
@@ -181,7 +186,7 @@ def test_a_stopped_service_is_noticed_killed_and_restarted(start: Bench) -> None
     os.kill(pid, signal.SIGSTOP)
     system.await_line("init: back a")
 
-    assert seconds() - begun < 3.0
+    assert seconds() - begun < SOON
     (end,) = system.evidence("init: end of a")
     assert (end["reason"], end["signal"]) == ("hang", signal.SIGKILL)
     assert len(system.pids("a")) == 2
@@ -199,7 +204,7 @@ def test_a_signal_to_init_ends_the_system_in_order_and_cleanly(start: Bench) -> 
     system.send(signal.SIGTERM)
     took = system.wait()
 
-    assert took < 2.0
+    assert took < SOON
     assert system.code == 0
     (stopped,) = system.evidence("init: stopped")
     assert stopped["exits"] == {"a": [0, 0], "b": [0, 0], "c": [0, 0]}
@@ -207,7 +212,7 @@ def test_a_signal_to_init_ends_the_system_in_order_and_cleanly(start: Bench) -> 
 
 
 def test_a_service_that_ignores_stop_is_killed_and_the_end_has_its_bound(start: Bench) -> None:
-    text = "".join(service(name, 'stop = "500ms"') for name in "abc")
+    text = "".join(service(name, 'stop = "2s"') for name in "abc")
     system = start(text, {"a": stubborn, "b": stubborn, "c": idle})
     system.await_line("init: health c ok")
     system.await_line("init: health a ok")
@@ -216,14 +221,14 @@ def test_a_service_that_ignores_stop_is_killed_and_the_end_has_its_bound(start: 
     system.send(signal.SIGINT)
     took = system.wait()
 
-    assert 0.5 <= took < 2.0  # not one grace after another
+    assert 2.0 <= took < 4.0, "not one grace after another"
     assert system.code == 1
     (stopped,) = system.evidence("init: stopped")
     assert sorted(stopped["dirty"]) == ["a", "b"]
 
 
 def test_a_second_signal_kills_at_once(start: Bench) -> None:
-    system = start(service("a", 'stop = "15s"'), {"a": stubborn})
+    system = start(service("a", 'stop = "30s"'), {"a": stubborn})
     system.await_line("init: health a ok")
 
     system.send(signal.SIGTERM)
@@ -231,7 +236,7 @@ def test_a_second_signal_kills_at_once(start: Bench) -> None:
     system.send(signal.SIGTERM)
     took = system.wait()
 
-    assert took < 2.0
+    assert took < SOON
     (stopped,) = system.evidence("init: stopped")
     assert stopped["exits"] == {"a": [0, signal.SIGKILL]}
 

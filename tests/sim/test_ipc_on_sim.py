@@ -29,6 +29,7 @@ from nexus.ipc import (
     Stale,
     TimedOut,
     Unknown,
+    Way,
     accept_bulk,
     deadline_after,
     offer_bulk,
@@ -64,14 +65,16 @@ class Root:
 
     async def bound(self, spawned: Spawned) -> Exchange:
         bound = await self.peers.bind(
-            spawned.slot,
-            ADDER,
-            name="adder",
-            service=spawned.service,
-            generation=spawned.generation,
-            terms=CONTROL_TERMS,
-            reply_terms=CONTROL_TERMS,
-            deadline=await self.ahead(SECOND),
+            Way(
+                slot=spawned.slot,
+                protocol=ADDER,
+                name="adder",
+                service=spawned.service,
+                generation=spawned.generation,
+                terms=CONTROL_TERMS,
+                reply_terms=CONTROL_TERMS,
+            ),
+            await self.ahead(SECOND),
         )
         assert isinstance(bound, Exchange), bound
         return bound

@@ -20,7 +20,15 @@ from nexus.services.rngd.service import QUOTA_SIZE_MAX
 from nexus.services.rngd.source import LATE_MAX, START_MAX, START_PAUSE
 from nexus.testing.rig import program, reporting
 from tests.fakes.initrig import MS, SECOND, Main
-from tests.fakes.policyrig import Hands, Outcome, Script, driver_of, order_in, plan_of
+from tests.fakes.policyrig import (
+    OBEYED,
+    Hands,
+    Outcome,
+    Script,
+    driver_of,
+    order_in,
+    plan_of,
+)
 from tests.fakes.rngdrig import SYSTEM, draw, source
 
 pytestmark = pytest.mark.sim
@@ -58,6 +66,7 @@ def boot(monkeypatch: pytest.MonkeyPatch) -> Boot:
             events.append(event)
             order = order_in(event)
             if order is not None:
+                OBEYED[0] += 1
                 _, name = order
                 kernel.at(Nanos(kernel.now + 1), partial(freeze, name))
 

@@ -108,6 +108,14 @@ def test_bounds_are_written_as_go_writes_them(value: int, scale: int, text: str)
     assert canonical(value, scale) == text
 
 
+def test_a_metric_whose_labels_are_one_once_they_are_valid_is_left_out_beside_itself() -> None:
+    rows = [series("a", labels={key: "x"}) for key in ("b.c", "b_c")]
+
+    page = exposition(rows, NAMES, Format.OPENMETRICS)
+
+    assert (page.samples, page.left_out, page.metrics_left_out) == (1, 1, ["a"])
+
+
 def test_what_cannot_stand_beside_another_family_is_left_out_and_counted() -> None:
     rows = [
         series("a.b"),

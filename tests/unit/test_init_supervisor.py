@@ -37,7 +37,7 @@ from nexus.abi import (
     service_id,
 )
 from nexus.init.console import evidence_of
-from nexus.init.desk import Held
+from nexus.init.desk import Desk, Held
 from nexus.init.ground import init_program, limits_of
 from nexus.init.instances import REAP_MAX
 from nexus.init.plan import make_plan
@@ -45,7 +45,7 @@ from nexus.init.programs import PROGRAMS, load_program
 from nexus.init.record import Record
 from nexus.init.system import parse
 from nexus.init.watch import PROBE_PAUSE
-from nexus.ipc import Answer, CallFailure, Refused
+from nexus.ipc import Answer, CallFailure, Refused, TimedOut
 from nexus.kernel.sim.faults import FAILURES, Faults, NthFailure
 from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.kernel.sim.kernel import SimKernel
@@ -204,6 +204,33 @@ def test_routes_are_counted_by_outcome(boot: Boot) -> None:
     assert other == Refused(InitStatus.ROUTE_DENIED)
     assert itself == Refused(InitStatus.ROUTE_DENIED)
     assert (counts.ok, counts.not_found, counts.denied, counts.down) == (2, 1, 2, 0)
+
+
+def test_a_route_that_init_answers_after_its_deadline_is_taken_by_nobody(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route = Desk._route
+    slow = [False]
+
+    async def slowly(desk: Desk, asker: Record, request: Route) -> Any:
+        grant = await route(desk, asker, request)
+        if slow[0]:
+            _ = await SleepUntil(Nanos(await Now() + 30 * MS))
+        return grant
+
+    async def driver(driver: Driver) -> tuple[Any, int, LinkRows]:
+        before = await driver.reply(GetRouteCounts("driver"), RouteCounts)
+        slow[0] = True
+        outcome = await driver.control.ask(Route("timed"), await driver.ahead(20 * MS))
+        slow[0] = False
+        after = await driver.reply(GetRouteCounts("driver"), RouteCounts)
+        return outcome, after.ok - before.ok, await driver.reply(GetLinks(0), LinkRows)
+
+    monkeypatch.setattr(Desk, "_route", slowly)
+    outcome, more, links = boot(driver).result
+
+    (row,) = links.rows
+    assert (outcome, more, row.taken) == (TimedOut(), 0, 1)
 
 
 def test_a_route_gives_the_planned_terms_and_a_working_link(boot: Boot) -> None:

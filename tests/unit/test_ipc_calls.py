@@ -46,6 +46,7 @@ from nexus.ipc import (
     route_with_nonce_budgeted,
 )
 from nexus.ipc.correlate import BUFFER_COUNT_MAX, PENDING_COUNT_MAX
+from nexus.ipc.peers import LATE_MAX
 from nexus.protocols.init import PROTOCOL as INIT
 from nexus.protocols.init import Routed as RoutedReply
 from nexus.protocols.meta import Bound
@@ -460,6 +461,43 @@ def test_a_server_that_ends_before_it_has_bound_is_asked_for_anew() -> None:
     assert before == ([TimedOut()] * 3, None, 0)
     assert after == ([], Sum(3), 2)
     assert (system.router.asked["adder"], slots) == (2, 0)
+
+
+def test_a_late_binding_that_is_forgotten_leaves_nothing_and_is_asked_for_anew() -> None:
+    system = System()
+    system.late["adder"] = FAR
+    _ = system.start("adder")
+
+    async def body(peers: Peers) -> Any:
+        _ = await peers.control(FAR)
+        table = next(task.table for task in system.kernel.tasks if task.name == "client")
+        slots = len(table)
+        ended, _, _ = await found_late(peers, 1)
+        await peers.forget("adder")
+        await peers.forget("adder")  # there is none any more
+        left = len(table) - slots, len(peers.caller.correlator.in_flight)
+        again, _, _ = await found_late(peers, 1)
+        return ended, left, again
+
+    assert system.client(body) == ([TimedOut()], (0, 0), [TimedOut()])
+    assert system.router.asked["adder"] == 2
+
+
+def test_a_server_that_lives_and_never_binds_is_asked_anew_after_a_time() -> None:
+    system = System()
+    system.late["adder"] = Nanos(3 * LATE_MAX)
+    _ = system.start("adder")
+
+    async def body(peers: Peers) -> Any:
+        _ = await found_late(peers, 1)
+        asked = []
+        for span in (LATE_MAX // 2, LATE_MAX):
+            _ = await SleepUntil(Nanos(await Now() + span))
+            _ = await found_late(peers, 2)
+            asked.append(system.router.asked["adder"])
+        return asked, len(peers.caller.correlator.in_flight)
+
+    assert system.client(body) == ([1, 2], 1)
 
 
 @pytest.mark.parametrize("use", ["call", "renew", "take"])

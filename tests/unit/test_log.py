@@ -50,6 +50,7 @@ from nexus.services.logd.reading import Wanted
 from nexus.services.logd.service import Logd
 from nexus.wire import Protocol, encode
 from tests.fakes.gate import ListGate
+from tests.fakes.pair import FAR
 from tests.fakes.route import System
 from tests.fakes.tinykernel import TinyKernel
 
@@ -468,6 +469,25 @@ def test_close_gives_everything_back_and_counts_what_is_left() -> None:
     assert not due
     assert (counts.acknowledged, counts.lost_unknown, counts.lost_unreachable) == (1, 1, 1)
     assert texts == ["one", "two"], "logd reads a ring to its end though nobody hears of it"
+
+
+def test_close_lets_go_of_a_logd_that_has_not_bound_its_link_yet() -> None:
+    system = LogSystem()
+    system.late["logd"] = FAR
+    _ = system.start("logd")
+
+    async def main(peers: Peers) -> Any:
+        task = system.kernel.tasks[-1]
+        log = Logger(peers, ["logd"])
+        _ = await peers.control(Nanos(SECOND))
+        slots = len(task.table)
+        log.info("one")
+        await log.flush()
+        during = len(task.table)
+        await log.close()
+        return during - slots, len(task.table) - slots, len(peers.caller.correlator.in_flight)
+
+    assert system.client(main) == (2, 0, 0), "the ring and the link, and then neither"
 
 
 def test_what_a_task_had_written_when_it_died_is_read_from_its_ring() -> None:

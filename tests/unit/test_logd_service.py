@@ -17,7 +17,7 @@ from nexus.abi import (
     Wait,
     service_id,
 )
-from nexus.ipc import Exchange, Peers, Refused
+from nexus.ipc import Exchange, Peers, Refused, Way
 from nexus.protocols.logd import (
     EVERY_RECORD,
     LOG_READ,
@@ -274,14 +274,16 @@ def booted(settings: dict[str, Any], body: Any) -> tuple[Any, list[str], int]:
         spawned = await Spawn(spec)
         peers = Peers(boot, bytes(16))
         bound = await peers.bind(
-            spawned.slot,
-            PROTOCOL,
-            name="logd",
-            service=spawned.service,
-            generation=spawned.generation,
-            terms=TERMS,
-            reply_terms=TERMS,
-            deadline=Nanos(await Now() + SECOND),
+            Way(
+                slot=spawned.slot,
+                protocol=PROTOCOL,
+                name="logd",
+                service=spawned.service,
+                generation=spawned.generation,
+                terms=TERMS,
+                reply_terms=TERMS,
+            ),
+            Nanos(await Now() + SECOND),
         )
         outcome = await body(bound) if isinstance(bound, Exchange) else bound
         if isinstance(bound, Exchange):

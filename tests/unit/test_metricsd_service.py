@@ -44,8 +44,10 @@ from nexus.protocols.metricsd import (
     Taken,
 )
 from nexus.services.metricsd.config import Settings
+from nexus.services.metricsd.requests import Requests
 from nexus.services.metricsd.series import DEFAULT_BOUNDS, Caps, Instance, Key, Table
 from nexus.services.metricsd.service import Metricsd
+from nexus.services.metricsd.spans import Begun
 from nexus.telemetry import PageWriter, called, page_shape
 from nexus.wire import ReplyStatus, Request
 from tests.fakes.gate import ListGate
@@ -651,6 +653,19 @@ def test_a_series_that_nobody_has_read_yet_is_told_since_its_instance_began() ->
         table.end(series)
 
     assert [(each.value, each.since, each.at) for each in told] == [(0, 10, 10), (0, 50, 50)]
+
+
+def test_a_span_that_says_it_began_before_its_page_dates_no_series_back() -> None:
+    table = Table(Caps(total=9, per_service=9, per_metric=9))
+    requests = Requests(table)
+    instance = Instance(OWN.service, 1, Pid(101))
+    for start in (1, 30):
+        begun = Begun(instance, bytes(8), bytes(16), bytes(8), "alpha.GetLevel", Nanos(start), ())
+        requests.on_ended(begun, SpanStatus.OK, Nanos(50), Nanos(20))
+
+    told = {each.key.name: each.told() for each in table.live_of(OWN.service)}
+
+    assert (told[REQUESTS[0]].value, told[REQUESTS[0]].since) == (2, 20)
 
 
 def test_requests_take_no_room_of_a_service_and_its_next_instance_begins_anew() -> None:

@@ -27,7 +27,7 @@ from nexus.abi import (
     Trap,
     service_id,
 )
-from nexus.ipc import CallFailure, Exchange, Peers, Refused
+from nexus.ipc import CallFailure, Exchange, Peers, Refused, Way
 from nexus.kernel.sim.kernel import SimKernel
 from nexus.protocols.meta import GetStatus
 from nexus.protocols.timed import (
@@ -88,14 +88,16 @@ class Rig:
 async def bound(boot: BootImage, slot: Slot, generation: int) -> Exchange:
     peers = Peers(boot, bytes(16))
     outcome = await peers.bind(
-        slot,
-        PROTOCOL,
-        name="timed",
-        service=service_id("timed"),
-        generation=generation,
-        terms=TERMS,
-        reply_terms=TERMS,
-        deadline=Nanos(await Now() + SECOND),
+        Way(
+            slot=slot,
+            protocol=PROTOCOL,
+            name="timed",
+            service=service_id("timed"),
+            generation=generation,
+            terms=TERMS,
+            reply_terms=TERMS,
+        ),
+        Nanos(await Now() + SECOND),
     )
     assert isinstance(outcome, Exchange), outcome
     return outcome

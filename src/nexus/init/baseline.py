@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING, Any, Final
 from nexus.abi import Nanos, TaskCounters, TaskTable
 from nexus.init.desk import SETTLE_TIME
 from nexus.init.record import NO_ACCOUNT, Record
+from nexus.log.logger import DISCOVERY_WAIT, LOOK_PAUSE, LOOK_PAUSE_MAX
 from nexus.protocols.init import Account, Health
 from nexus.protocols.meta import GetStatus, ServiceStatus
 
 if TYPE_CHECKING:
     from nexus.init.supervisor import Supervisor
 
-ROUNDS_MAX: Final = 80  # more rounds of questions, while something is on its way
-ROUND_PAUSE: Final = Nanos(50_000_000)  # ns; all of them are 4 s: five searches for logd are 3.1 s
+ROUNDS_MAX: Final = 120  # more rounds of questions, while something is on its way
+ROUND_PAUSE: Final = Nanos(50_000_000)  # ns; all of them are 6 s
+SEARCHES: Final = 6  # for logd, of a service that the others keep from being answered at once
 BINDS: Final = "binds"  # the fact that says how many links a runtime answers on
 OWN_BIND: Final = 1  # init's own
 QUEUED: Final = TaskCounters._fields.index("queued")
+
+assert (
+    sum(DISCOVERY_WAIT + min(LOOK_PAUSE << count, LOOK_PAUSE_MAX) for count in range(SEARCHES))
+    <= ROUNDS_MAX * ROUND_PAUSE
+), "who looks for logd that often is waited for"
 
 
 class Baseline:

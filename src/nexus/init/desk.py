@@ -18,6 +18,7 @@ from nexus.abi import (
     LinkTerms,
     Message,
     Nanos,
+    Now,
     Pid,
     QosClass,
     Slot,
@@ -311,6 +312,13 @@ class Desk:
         except Refused as refused:
             _ = await self._send(back, answer(message.data, refused.status))
             return
+        header = unpack_header(message.data)
+        assert header is not None, "it was decoded"
+        if header.deadline <= await Now():  # who asked waits no more, and would let the link go
+            await self._drop(grant.slot)
+            _ = await self._send(back, answer(message.data, ReplyStatus.EXPIRED))
+            return
+        record.routes.ok += 1
         frame = answer(message.data, ReplyStatus.OK, encode(grant.reply))
         sent = await self._send(back, frame, move=grant.slot)
         if grant.row is not None and sent:
@@ -358,7 +366,6 @@ class Desk:
         """A route: the answer, and the fresh link that is to move with it."""
         tally = asker.routes
         if request.name == REPLY_NAME:
-            tally.ok += 1
             return Grant(self._own_route(asker), None, None)
         provider = self.find(request.name)
         refusal = self.route_refusal(asker, provider)
@@ -381,7 +388,6 @@ class Desk:
                 raise
             tally.down += 1  # it is ending, or has not yet seen the end of its former clients
             raise Refused(InitStatus.ROUTE_DOWN) from error
-        tally.ok += 1
         reply = Routed(
             service=provider.planned.service,
             generation=provider.generation,

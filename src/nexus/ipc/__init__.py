@@ -28,7 +28,7 @@ from nexus.ipc.outcome import (
     TimedOut,
     Unknown,
 )
-from nexus.ipc.peers import CONTROL_TERMS, Client, Peers
+from nexus.ipc.peers import CONTROL_TERMS, Client, Peers, Way
 from nexus.ipc.poster import OUTSTANDING_MAX, TAKEN_MAX, Posted, Poster
 from nexus.ipc.retry import Retry, RetryBudget, RetryTokens, retry_until
 from nexus.ipc.route import ROUTE_MISMATCHES, RouteAttempt, route_with_nonce_budgeted
@@ -80,6 +80,7 @@ __all__ = [
     "TimedOut",
     "Unknown",
     "Verdict",
+    "Way",
     "accept_bulk",
     "call_until",
     "deadline_after",

@@ -1,7 +1,8 @@
 """The services a task calls: routes and reply links, made once, kept, and found again.
 
     no route --route, bind--> bound --the instance is gone--> stale --next call--> no route
-             --no answer to Bind in time--> late --next search--> bound, or no route
+             --no answer to Bind in time--> late --next search--> bound, late, or no route
+                                            late --for LATE_MAX, or forgotten--> no route
 
 One inbox endpoint takes the replies of all services. Each service gets one SEND link into it,
 moved to it by Bind when the link to it is new.
@@ -52,7 +53,8 @@ from nexus.wire import Protocol
 
 CONTROL_TERMS: Final = LinkTerms(8, CONTROL_LINK_SIZE, 0)  # of links to and from init
 REBIND_ATTEMPTS_MAX: Final = 8  # with doubling pauses: 5 ms to 0.64 s, about a restart's back-off
-BIND_ATTEMPTS_MAX: Final = 3  # routes that die between init's answer and the Bind
+BIND_ATTEMPTS_MAX: Final = 3  # routes that die before they are bound; a late one counts as a try
+LATE_MAX: Final = Nanos(30_000_000_000)  # ns; longer than any planned start, or a full queue, lasts
 END_WAIT: Final = Nanos(20_000_000)  # ns; a live server closes its end of a closed link at once
 REBIND_BACKOFF: Final = Nanos(5_000_000)
 
@@ -93,13 +95,27 @@ class Client(Exchange):
         return found if isinstance(found, CallFailure) else Closed()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """A held link to a service, which is to be made answerable, and what both directions take."""
+
+    slot: Slot
+    protocol: Protocol
+    name: str
+    service: ServiceId
+    generation: int
+    terms: LinkTerms
+    reply_terms: LinkTerms
+
+
+@dataclass(slots=True)
 class Binding:
     """A Bind that was sent; `ended` has its outcome, one at most, when there is one."""
 
     exchange: Exchange
     posted: Pending
     ended: list[object]
+    late_since: Nanos | None = None  # the deadline that it missed first
 
 
 class Peers:
@@ -122,16 +138,16 @@ class Peers:
         """The link to init, bound when first needed."""
         if self._control is None:
             assert self.boot.control is not None, "init asks itself for no route"
-            bound = await self.bind(
-                self.boot.control,
-                INIT,
+            way = Way(
+                slot=self.boot.control,
+                protocol=INIT,
                 name=INIT_NAME,
                 service=service_id(INIT_NAME),
                 generation=GENERATION_ANY,
                 terms=CONTROL_TERMS,
                 reply_terms=CONTROL_TERMS,
-                deadline=deadline,
             )
+            bound = await self.bind(way, deadline)
             if not isinstance(bound, Exchange):
                 return bound
             self._control = bound
@@ -173,15 +189,16 @@ class Peers:
     ) -> Binding | CallFailure:
         """Send Bind over a fresh route; if that fails the route is closed."""
         assert routed.slot is not None, "@reply is no service to connect to"
-        binding = await self._begin(
-            routed.slot,
-            protocol,
+        way = Way(
+            slot=routed.slot,
+            protocol=protocol,
             name=name,
             service=routed.service,
             generation=routed.generation,
             terms=routed.terms,
             reply_terms=routed.reply_terms,
         )
+        binding = await self._begin(way)
         if not isinstance(binding, Binding):
             await CapClose(routed.slot)
         return binding
@@ -192,45 +209,40 @@ class Peers:
         """The bound link, its route closed if it cannot be bound; a late one is kept.
 
         init counts a route as taken from its answer on. One that was let go of because the server
-        was late would be missing from this task's share for as long as that server lives.
+        was late would be missing from this task's share for as long as that server lives. After
+        LATE_MAX that is paid: whatever became of this Bind, the server is asked anew.
         """
         if not isinstance(binding, Binding):
             return binding
         self._late[name] = binding
         bound = await self._bound(binding, deadline)
         if isinstance(bound, TimedOut):
+            if binding.late_since is None:
+                binding.late_since = deadline
+            if deadline >= binding.late_since + LATE_MAX:
+                await self.forget(name)
             return bound
         del self._late[name]
         if not isinstance(bound, Exchange):
             await CapClose(binding.exchange.peer.slot)
         return bound
 
-    async def bind(
-        self,
-        slot: Slot,
-        protocol: Protocol,
-        *,
-        name: str,
-        service: ServiceId,
-        generation: int,
-        terms: LinkTerms,
-        reply_terms: LinkTerms,
-        deadline: Nanos,
-    ) -> Exchange | CallFailure:
+    async def forget(self, name: str) -> None:
+        """Let go of a late binding of the service, whose answer is nobody's from now on."""
+        binding = self._late.pop(name, None)
+        if binding is None:
+            return
+        if not binding.ended:
+            binding.exchange.give_up(binding.posted, TimedOut())
+        await self.discard(binding.exchange.peer)
+
+    async def bind(self, way: Way, deadline: Nanos) -> Exchange | CallFailure:
         """Make a held link answerable: move a link into the inbox to its other end.
 
-        `slot` stays the caller's, also when this fails. With GENERATION_ANY the instance that
+        Its slot stays the caller's, also when this fails. With GENERATION_ANY the instance that
         answers first is taken for the one meant.
         """
-        binding = await self._begin(
-            slot,
-            protocol,
-            name=name,
-            service=service,
-            generation=generation,
-            terms=terms,
-            reply_terms=reply_terms,
-        )
+        binding = await self._begin(way)
         if not isinstance(binding, Binding):
             return binding
         bound = await self._bound(binding, deadline)
@@ -239,37 +251,27 @@ class Peers:
             await self._drain(binding.exchange.peer, NO_WAIT)
         return bound
 
-    async def _begin(
-        self,
-        slot: Slot,
-        protocol: Protocol,
-        *,
-        name: str,
-        service: ServiceId,
-        generation: int,
-        terms: LinkTerms,
-        reply_terms: LinkTerms,
-    ) -> Binding | CallFailure:
+    async def _begin(self, way: Way) -> Binding | CallFailure:
         """Send Bind with a new link into the inbox; its answer is good whenever it comes."""
         inbox = await self.inbox()
         try:
-            link = await LinkCreate(inbox, reply_terms)
+            link = await LinkCreate(inbox, way.reply_terms)
         except AbiError as error:
             if error.status is Status.NO_SPACE:
                 return Closed()
             raise
         assert link.link is not None, "the inbox is ours"
         peer = Peer(
-            name,
-            slot=slot,
+            way.name,
+            slot=way.slot,
             inbox=inbox,
             link=link.link,
-            service=service,
-            generation=generation,
-            terms=terms,
-            reply_terms=reply_terms,
+            service=way.service,
+            generation=way.generation,
+            terms=way.terms,
+            reply_terms=way.reply_terms,
         )
-        exchange = Exchange(self.caller, protocol, peer)
+        exchange = Exchange(self.caller, way.protocol, peer)
         ended: list[object] = []
         posted = await exchange.post(
             Bind(), NEVER, lambda _, outcome: ended.append(outcome), move=link.slot

@@ -633,6 +633,7 @@ class Logger:
         """Take the answers that are there and let go of logd and the ring; lines from now on are
         lost. What is in the ring logd reads to its end, but nobody hears of it."""
         await self._release()
+        await self._peers.forget(LOGD_NAME)
         self._routed = False
         self._ended["lost_unknown"] += self._in_ring
         self._ended["lost_unreachable"] += len(self._lines)

@@ -30,13 +30,14 @@ from nexus.services.keystored.secret import Secret
 from nexus.services.keystored.vault import DEVICE_PATH
 from nexus.services.keystored.vault import ROOT as KEYSTORE
 from nexus.services.selftest.decision_rungs import (
+    BUSY_MAX,
     DENIED_KEY,
     KEYSTORE_AREA,
     NOBODY,
     TESTSVC,
     TESTSVC_AREA,
     TESTSVC_KEY,
-    UNASKED_AREA,
+    UNASKED_AREAS,
 )
 from nexus.services.selftest.key_rungs import (
     CANARY,
@@ -192,6 +193,8 @@ def deny_reasons(case: Case, trace: Trace, line: Line) -> None:
     demand(fields["action"] and fields["target"], "the record of identity says not what")
     _ = _audited(evidence["malformed"], POLICYD, "malformed", **by_us, reason="malformed")
     demand_equal(evidence["malformed"]["status"], int(ReplyStatus.MALFORMED), "status of that")
+    area = evidence["unavailable"]["fields"]["target"]
+    demand(area.encode() in UNASKED_AREAS, f"{area} may have been asked about before")
     _ = _audited(
         evidence["unavailable"],
         STATEFSD,
@@ -200,7 +203,7 @@ def deny_reasons(case: Case, trace: Trace, line: Line) -> None:
         reason="unavailable",
         subject=f"0x{_id(SELFTEST)}",
         action=READ_RIGHT,
-        target=UNASKED_AREA.decode(),
+        target=area,
     )
     _held(case, trace, line)
     before, after = evidence["audits"]
@@ -239,7 +242,7 @@ def _held(case: Case, trace: Trace, line: Line) -> None:
     ]
     demand_equal(ends, ["hang"], "why init ended policyd")
     took, late = told["took_ns"], told["late_ns"]
-    demand(took <= ASK_MAX + LATE_MARGIN, f"denied after {took} ns, declared are {ASK_MAX}")
+    demand(took <= ASK_MAX + BUSY_MAX, f"denied after {took} ns, declared are {ASK_MAX}")
     planned = case.plan.by_name[POLICYD]
     stale = planned.probe_every + planned.probe_answer * planned.probe_misses + NOTICE_MARGIN
     demand(late <= stale, f"a known allow was good for {late} ns, declared are {stale}")

@@ -7,13 +7,14 @@ one order on every kernel, and no second process has to be in step.
 
 import errno
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -26,6 +27,9 @@ from nexus.kernel.sim.disk import Disk
 STRANGER: Final = 54_321  # a user id that runs no system and is not root
 SIM_PEER_PID: Final = 4_711
 LOOPBACK: Final = "127.0.0.1"
+GIVEN_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+TCP_PORT_FIRST: Final = 20_000  # above what services usually listen at
+TCP_PORT_TRIES_MAX: Final = 100
 _RECEIVE_SIZE: Final = 2 * MESSAGE_SIZE_MAX
 
 
@@ -269,6 +273,21 @@ class SimOutside:
         self._kernel.secrets.failing.add(service)
 
 
+def free_tcp_port() -> int:
+    """A loopback port below those that Linux gives to whoever connects or asks for any.
+
+    One of these would be somebody else's a moment later, also of who dials it while nobody listens:
+    a connection to the port that it was given itself is one to itself.
+    """
+    first_given = int(GIVEN_PORTS.read_text().split()[0])
+    assert first_given > TCP_PORT_FIRST, "no port is left to choose from"
+    for _ in range(TCP_PORT_TRIES_MAX):
+        port = TCP_PORT_FIRST + secrets.randbelow(first_given - TCP_PORT_FIRST)
+        with suppress(OSError), socket.create_server((LOOPBACK, port)):
+            return port
+    raise AssertionError("every port that was tried is in use")
+
+
 class SocketPeer:
     """A connection to a port over a real socket."""
 
@@ -392,9 +411,8 @@ class LinuxOutside:
         return SocketListener(port)
 
     def free_tcp_port(self) -> int:
-        """One that Linux has just given, and was given back."""
-        with socket.create_server((LOOPBACK, 0)) as probe:
-            return int(probe.getsockname()[1])
+        """One that Linux gives to nobody who does not ask for it by its number."""
+        return free_tcp_port()
 
     def connect_as_stranger(self, port: str) -> SocketPeer | None:
         """Connect as a user to whom the way was opened on purpose: only root can do that."""

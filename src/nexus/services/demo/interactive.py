@@ -18,6 +18,7 @@ from nexus.ipc import (
     RetryBudget,
     Stale,
     Unknown,
+    Way,
     deadline_after,
 )
 from nexus.protocols.interactive import (
@@ -95,14 +96,16 @@ class Interactive:
         if slot is None:
             raise call.refuse(InteractiveStatus.NO_CAPABILITY)
         testsvc = await self._peers.bind(
-            slot,
-            TESTSVC,
-            name="demo.testsvc",
-            service=service_id("demo.testsvc"),
-            generation=GENERATION_ANY,
-            terms=LinkTerms(),
-            reply_terms=LinkTerms(),
-            deadline=call.deadline,
+            Way(
+                slot=slot,
+                protocol=TESTSVC,
+                name="demo.testsvc",
+                service=service_id("demo.testsvc"),
+                generation=GENERATION_ANY,
+                terms=LinkTerms(),
+                reply_terms=LinkTerms(),
+            ),
+            call.deadline,
         )
         if not isinstance(testsvc, Exchange):
             await CapClose(slot)

@@ -36,6 +36,7 @@ from nexus.ipc import (
     Peers,
     Refused,
     RetryBudget,
+    Way,
     call_until,
 )
 from nexus.log import LOGD_NAME, Logger
@@ -290,14 +291,16 @@ class Testsvc:
         if slot is None:
             raise call.refuse(TestsvcStatus.NO_CAPABILITY)
         bound = await self._peers.bind(
-            slot,
-            protocol,
-            name=name,
-            service=service_id(name),
-            generation=GENERATION_ANY,
-            terms=LinkTerms(),
-            reply_terms=LinkTerms(),
-            deadline=call.deadline,
+            Way(
+                slot=slot,
+                protocol=protocol,
+                name=name,
+                service=service_id(name),
+                generation=GENERATION_ANY,
+                terms=LinkTerms(),
+                reply_terms=LinkTerms(),
+            ),
+            call.deadline,
         )
         if not isinstance(bound, Exchange):
             await CapClose(slot)

@@ -55,7 +55,7 @@ class Readings:
         client = await self._metricsd(until)
         rows: list[Series] = []
         since = 0
-        while True:
+        while True:  # each round asks for later series, and for SERIES_MAX of them at most
             page = await _told(client, GetSeries(since, SERIES_ROWS_MAX, 0, ""), until)
             if not isinstance(page, SeriesPage):
                 raise await self._none(page)

@@ -50,7 +50,7 @@ SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times
 SCRAPE_WINDOW: Final = Nanos(1_000_000_000)  # ns
 ANSWERS_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes of answers that peers have not read, of all
 BODY_SIZE_MAX: Final = 64 * 1024  # bytes; a collector takes megabytes
-REMARKED_MAX: Final = 32  # metrics that are left out of the page and told to the log; then counted
+REMARKED_MAX: Final = 32  # metrics told to the log; exportd_series_left_out counts series of all
 DIALS: Final = "dial"
 
 assert SCRAPE_TIME_MAX + EXPORT_TIME_MAX < HEALTH_ANSWER, "a probe is answered in time"
@@ -226,12 +226,13 @@ class Exportd:
         visit.answer(200, page.text, now, kind=kind.value)
 
     def _remark(self, metrics: list[str]) -> None:
-        """Say once of each metric that its series cannot stand beside those of another one."""
+        """Say once of each metric that not all of its series can stand on the page: it is another's
+        name as scrapers take names, or two of its own are one by their labels."""
         for metric in metrics:
             if metric not in self._remarked and len(self._remarked) < REMARKED_MAX:
                 self._remarked.add(metric)
                 self._context.log.warning(
-                    "series left out of the page: another metric has a name of theirs",
+                    "series left out of the page: their name or labels, made valid, are taken",
                     metric=metric,
                 )
 

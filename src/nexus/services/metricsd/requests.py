@@ -34,13 +34,15 @@ class Requests:
     def __init__(self, table: Table) -> None:
         self._table = table
 
-    def on_ended(self, begun: Begun, status: SpanStatus, now: Nanos) -> None:
+    def on_ended(self, begun: Begun, status: SpanStatus, now: Nanos, page_began: Nanos) -> None:
         """A span of a page has ended. What logd and metricsd ask is left out: it comes of telling
-        what others did, and a device at rest would look busy."""
+        what others did, and a device at rest would look busy. A span may say that it began before
+        its page; the series does not."""
         if REQUEST.fullmatch(begun.name) is None or begun.parent[:MAKER_SIZE] in UNTOLD_MAKERS:
             return
-        self._count(REQUESTS_NAME, begun.instance, 1, now, begun.start)
-        self._count(ERRORS_NAME, begun.instance, int(status in FAILED), now, begun.start)
+        since = max(begun.start, page_began)
+        self._count(REQUESTS_NAME, begun.instance, 1, now, since)
+        self._count(ERRORS_NAME, begun.instance, int(status in FAILED), now, since)
 
     def on_unread(self, instance: Instance, count: int, now: Nanos) -> None:
         """So many spans more of a page were overwritten before they were read."""

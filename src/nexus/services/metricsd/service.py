@@ -277,10 +277,10 @@ class Metricsd:
         row = self._senders.row(page.instance.service)
         for begun, end, status in page.take_spans():
             row.spans += 1
-            self._keep_of_page(begun, end, status)
+            self._keep_of_page(page, begun, end, status)
         for begun in page.take_overdue(Nanos(self._now - self._settings.span_ns)):
             self._timed_out += 1
-            self._keep_of_page(begun, self._now, SpanStatus.TIMED_OUT)
+            self._keep_of_page(page, begun, self._now, SpanStatus.TIMED_OUT)
         lost = page.take_spans_lost()
         row.on_missing(lost, 0)
         self._requests.on_unread(page.instance, lost, self._now)
@@ -420,9 +420,9 @@ class Metricsd:
     ) -> None:
         _ = self._kept.add(begun, end, status, more, self._offset)
 
-    def _keep_of_page(self, begun: Begun, end: Nanos, status: SpanStatus) -> None:
+    def _keep_of_page(self, page: Page, begun: Begun, end: Nanos, status: SpanStatus) -> None:
         """A span that was read in a page, where the runtime records requests."""
-        self._requests.on_ended(begun, status, self._now)
+        self._requests.on_ended(begun, status, self._now, page.began)
         self._keep(begun, end, status)
 
     # ------------------------------------------------------------------ reading
@@ -610,8 +610,9 @@ class Metricsd:
             unfinished = page.open_spans()
         await self._close_page(instance)
         for begun in unfinished:
+            assert page is not None, "they are open in it"
             self._lost += 1
-            self._keep_of_page(begun, self._now, SpanStatus.LOST)
+            self._keep_of_page(page, begun, self._now, SpanStatus.LOST)
         for begun in self._open.of(instance):
             _ = self._open.take(instance, begun.span)
             self._lost += 1

@@ -298,7 +298,7 @@ async def crash_report(climb: Climb) -> Evidence:
 
 async def _crash_record(climb: Climb, ended: Ended) -> Record:
     """The one record of a crash, read by its id."""
-    found = await records_about(climb, "pid", str(ended.pid), ("event", CRASH_EVENT))
+    found = await records_about(climb, "pid", str(ended.pid), {"event": CRASH_EVENT})
     expect(len(found), 1, f"records of the crash of pid {ended.pid}")
     query = Query(climb.config.boot, found[0].record, 1, EVERY_RECORD)
     by_id = (await climb.call(climb.client("logd"), query)).records
@@ -320,7 +320,7 @@ async def exec_denied(climb: Climb) -> Evidence:
     outcome = await execd.call(_exec(EXIT0, SPOOFED), await climb.ahead(END_WAIT))
     after = await climb.tasks()
     record = await climb.record(EXIT0)
-    audits = await records_about(climb, "action", SPAWN_RIGHT, ("reason", "identity"))
+    audits = await records_about(climb, "action", SPAWN_RIGHT, {"reason": "identity"})
 
     expect(outcome, Refused(ReplyStatus.DENIED), "EXEC in another's name")
     expect(after.live, before.live, "live tasks")
@@ -393,7 +393,7 @@ async def _last_words(climb: Climb) -> Evidence:
     ended = await climb.finish(execd, waiting)
     await climb.peers.discard(copy.peer)
     report = await _report(climb, ended)
-    found = await records_about(climb, "token", token, ("token", token))
+    found = await records_about(climb, "token", token, {"token": token})
 
     require(isinstance(outcome, CallFailure), f"the call was answered: {outcome!r}")
     expect((ended.pid, ended.signal), (child.pid, 9), "who was killed, and how")

@@ -1,5 +1,6 @@
 """Rungs about decisions: allowed, denied, denied for the right reason, and each one audited."""
 
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -183,21 +184,24 @@ async def _audit_by_number(climb: Climb, decision: Decision) -> Record:
 
 async def audits_of(climb: Climb, key: str, value: str, *, subject: str) -> list[Record]:
     """The audit records with that field about `subject`, at least one."""
-    return await records_about(climb, key, value, ("subject", subject))
+    return await records_about(climb, key, value, {"subject": subject})
 
 
-async def records_about(climb: Climb, key: str, value: str, about: tuple[str, str]) -> list[Record]:
-    """The records with both fields, at least one; they may come after the answer."""
+async def records_about(
+    climb: Climb, key: str, value: str, about: Mapping[str, str]
+) -> list[Record]:
+    """The records with all of these fields, at least one; they may come after the answer."""
     budget = RetryBudget(
         attempts_max=AUDIT_POLLS_MAX, backoff=AUDIT_PAUSE, deadline=await climb.ahead(CALL_WAIT)
     )
 
     async def look() -> list[Record]:
         found = await find(climb, key, value)
-        return [record for record in found if about in fields_of(record).items()]
+        return [record for record in found if about.items() <= fields_of(record).items()]
 
     found = await retry_until(look, lambda seen: not seen, budget, RetryTokens())
-    require(bool(found), f"no record with {key}={value} about {about[1]}")
+    words = " ".join(f"{name}={text}" for name, text in about.items())
+    require(bool(found), f"no record with {key}={value} {words}")
     return found
 
 

@@ -20,6 +20,7 @@ from nexus.ipc import (
     Stale,
     TimedOut,
     Unknown,
+    Way,
     route_with_nonce_budgeted,
 )
 from nexus.protocols.init import PROTOCOL as INIT
@@ -64,16 +65,16 @@ async def use_once(climb: Climb, name: str, protocol: "Protocol", request: "Requ
     """Resolve `name`, bind the link, make one call, let go; the generation that answered."""
     routed = expect_type(await _route(climb, name), Routed, f"route to {name}")
     assert routed.slot is not None, "only @reply has none"
-    bound = await climb.peers.bind(
-        routed.slot,
-        protocol,
+    way = Way(
+        slot=routed.slot,
+        protocol=protocol,
         name=name,
         service=routed.service,
         generation=routed.generation,
         terms=routed.terms,
         reply_terms=routed.reply_terms,
-        deadline=await climb.ahead(CALL_WAIT),
     )
+    bound = await climb.peers.bind(way, await climb.ahead(CALL_WAIT))
     exchange = expect_type(bound, Exchange, f"bind to {name}")
     _ = await climb.call(exchange, request)
     await CapClose(routed.slot)

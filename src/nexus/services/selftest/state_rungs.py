@@ -140,7 +140,7 @@ async def unauthorized_access(climb: Climb) -> Evidence:
     denied = await statefsd.call(Get(FOREIGN_KEY), await climb.ahead(CALL_WAIT))
     audit = await audits_of(climb, "target", KEYSTORE_AREA, subject=climb.boot.name)
     client = f"0x{service_id(climb.boot.name):016x}"
-    denials = await records_about(climb, "path", FOREIGN_KEY.decode(), ("client", client))
+    denials = await records_about(climb, "path", FOREIGN_KEY.decode(), {"client": client})
     listed = await _all_keys(climb, statefsd)
     store = await climb.call(statefsd, GetStore())
 

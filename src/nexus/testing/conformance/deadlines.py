@@ -2,7 +2,8 @@
 
 How late: the median over WAITS waits on an idle CPU is at most the rig's `lateness_max`, a
 millisecond for a kernel in real time. The median, because one wait on a machine that does
-something else as well says nothing about the kernel.
+something else as well says nothing about the kernel; and the best median of several series, because
+neither does one series. A kernel that rounds or polls is late in all of them.
 """
 
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,8 @@ from nexus.abi import (
     ReplyRecv,
     Send,
     SleepUntil,
+    Slot,
+    Spawned,
     Status,
     TaskStats,
     Wait,
@@ -29,6 +32,7 @@ from nexus.abi import (
 from nexus.testing.conformance.steps import (
     MS,
     PAST,
+    PATIENCE,
     control,
     ended_well,
     gone,
@@ -41,6 +45,7 @@ from nexus.testing.conformance.steps import (
 from nexus.testing.rig import Rig
 
 WAITS: Final = 15
+SERIES_MAX: Final = 20  # of so many waits, one of which must end in time
 SPANS: Final = (300_000, 1_500_000, 4_000_000)  # ns; below, at and above common timer steps
 
 Waiting = Callable[[Nanos], Awaitable[object]]
@@ -53,21 +58,32 @@ def _ends_in_time(rig: Rig, make: MakeWaiting, status: Status | None, *, tasks: 
     async def measure(boot: BootImage) -> None:
         waiting = await make(boot)
         before = (await TaskStats()).timeouts
+        waits = 0
+        late: list[int] = []
         for span in SPANS:
-            late = []
-            for _ in range(WAITS):
-                deadline = Nanos(await Now() + span)
-                got = None
-                try:
-                    await waiting(deadline)
-                except AbiError as error:
-                    got = error.status
-                late.append(await Now() - deadline)
-                assert got is status, f"a wait ended with {got}"
-            assert min(late) >= 0, f"a wait of {span} ns ended {-min(late)} ns early"
-            assert median(late) <= rig.lateness_max, f"waits of {span} ns ended late by {late} ns"
+            for _ in range(SERIES_MAX):
+                late = await series(waiting, span)
+                waits += WAITS
+                if median(late) <= rig.lateness_max:
+                    break
+            else:
+                raise AssertionError(f"waits of {span} ns ended late by {late} ns")
         timeouts = (await TaskStats()).timeouts - before
-        assert timeouts == (WAITS * len(SPANS) if status is Status.TIMED_OUT else 0)
+        assert timeouts == (waits if status is Status.TIMED_OUT else 0)
+
+    async def series(waiting: Waiting, span: int) -> list[int]:
+        late: list[int] = []
+        for _ in range(WAITS):
+            deadline = Nanos(await Now() + span)
+            got = None
+            try:
+                await waiting(deadline)
+            except AbiError as error:
+                got = error.status
+            late.append(await Now() - deadline)
+            assert got is status, f"a wait ended with {got}"
+        assert min(late) >= 0, f"a wait of {span} ns ended {-min(late)} ns early"
+        return late
 
     async def child(boot: BootImage) -> None:
         await take(boot.endpoint)
@@ -132,11 +148,18 @@ def test_a_send_without_room_times_out_in_time(rig: Rig) -> None:
 def test_an_unanswered_call_times_out_in_time(rig: Rig) -> None:
     async def make(boot: BootImage) -> Waiting:
         target = await EndpointCreate()
-        way = await LinkCreate(target, LinkTerms(WAITS * len(SPANS), 1000, 0))
+        way = await LinkCreate(target, LinkTerms(1, 1000, 0))
         answers = await LinkCreate(boot.endpoint)
         link = answers.link
         assert link is not None
-        return lambda deadline: Call(way.slot, b"x", boot.endpoint, link, deadline)
+
+        await Send(way.slot, b"what each takes, so that it finds room")
+
+        async def waiting(deadline: Nanos) -> None:
+            _ = await take(target)
+            _ = await Call(way.slot, b"x", boot.endpoint, link, deadline)
+
+        return waiting
 
     _ends_in_time(rig, make, Status.TIMED_OUT, tasks=True)
 
@@ -165,7 +188,7 @@ def test_a_passed_deadline_ends_a_wait_at_once(rig: Rig) -> None:
         way = await LinkCreate(boot.endpoint, LinkTerms(1, 100, 0))
         await Send(way.slot, b"there is room", deadline=PAST)
         await refused(Send(way.slot, b"there is none", deadline=PAST), Status.TIMED_OUT)
-        assert await Now() - before < 100 * MS
+        assert await Now() - before < PATIENCE // 2, "nothing was waited for"
 
     rig.run(root)
 
@@ -178,16 +201,33 @@ def test_a_message_wakes_a_receiver_before_its_deadline(rig: Rig) -> None:
 
     async def root(boot: BootImage) -> None:
         spawned = await start(boot, "messenger")
-        await Send(spawned.slot, b"go")
         before = await Now()
+        await Send(spawned.slot, b"go")
 
         message = await take(boot.endpoint)
 
         assert message.data == b"late news"
-        assert 5 * MS <= await Now() - before < 500 * MS
+        assert 5 * MS <= await Now() - before < PATIENCE // 2
         await ended_well(spawned)
 
     rig.run(root, programs={"messenger": child})
+
+
+async def until_full(spawned: Spawned) -> None:
+    """Give a task a way aside, and wait until it says there that its link is full. Some time is
+    left to it for its next step, which is to wait for room; it may as well begin later."""
+    endpoint = await EndpointCreate()
+    link = await LinkCreate(endpoint)
+    await Send(spawned.slot, b"say when", move=link.slot)
+    assert (await take(endpoint)).data == b"full"
+    _ = await SleepUntil(Nanos(await Now() + 5 * MS))
+
+
+async def aside(boot: BootImage) -> Slot:
+    """The way that a task was given by `until_full`."""
+    given = (await take(boot.endpoint)).cap
+    assert given is not None
+    return given
 
 
 def test_room_wakes_a_sender_before_its_deadline(rig: Rig) -> None:
@@ -195,17 +235,18 @@ def test_room_wakes_a_sender_before_its_deadline(rig: Rig) -> None:
         for _ in range(8):
             await Send(control(boot), b"x")
         await refused(Send(control(boot), b"x"), Status.QUEUE_FULL)
+        await Send(await aside(boot), b"full")
         await Send(control(boot), b"waited", deadline=await soon())
 
     async def root(boot: BootImage) -> None:
         spawned = await start(boot, "sender")
-        await SleepUntil(Nanos(await Now() + 30 * MS))
+        await until_full(spawned)
         before = await Now()
 
         messages = [await take(boot.endpoint) for _ in range(9)]
 
         assert messages[-1].data == b"waited"
-        assert await Now() - before < 500 * MS
+        assert await Now() - before < PATIENCE // 2
         await ended_well(spawned)
 
     rig.run(root, programs={"sender": child})
@@ -216,11 +257,12 @@ def test_room_in_bytes_wakes_a_sender_before_its_deadline(rig: Rig) -> None:
         await Send(control(boot), bytes(2000))
         await Send(control(boot), bytes(2000))
         await refused(Send(control(boot), bytes(2000)), Status.NO_SPACE)
+        await Send(await aside(boot), b"full")
         await Send(control(boot), bytes(2001), deadline=await soon())
 
     async def root(boot: BootImage) -> None:
         spawned = await start(boot, "sender")
-        await SleepUntil(Nanos(await Now() + 30 * MS))
+        await until_full(spawned)
 
         sizes = [len((await take(boot.endpoint)).data) for _ in range(3)]
 

@@ -18,6 +18,7 @@ from nexus.abi import (
     CapQuery,
     DeviceGrant,
     EndpointClose,
+    EndpointCreate,
     EventKind,
     Grants,
     Isolation,
@@ -38,7 +39,6 @@ from nexus.abi import (
     Rights,
     Send,
     Sender,
-    SleepUntil,
     Slot,
     Spawn,
     SpawnLastError,
@@ -517,8 +517,9 @@ def test_endpoints_and_ports_are_received_from_together(rig: Rig) -> None:
 
         async def child(boot: BootImage) -> None:
             (port,) = boot.ports
-            await _turn(boot)
-            _ = await SleepUntil(Nanos(await Now() + 50 * MS))  # all six are queued then
+            aside = await EndpointCreate()
+            await tell(boot, b"say when", move=(await LinkCreate(aside)).slot)
+            assert (await take(aside)).data == b"all six are queued"
             sources = (boot.endpoint, port)
             trap = ReplyRecv(sources, await soon())
             came = [await trap for _ in range(2)]
@@ -536,13 +537,14 @@ def test_endpoints_and_ports_are_received_from_together(rig: Rig) -> None:
 
         async def root(boot: BootImage) -> None:
             spawned = await start(boot, "child", grants=WITH_DOOR)
-            assert (await take(boot.endpoint)).data == b"your turn"
+            aside = (await take(boot.endpoint)).cap
+            assert aside is not None
             peer = place.outside.connect(DOOR)
             for data in (b"a", b"b", b"c"):
                 assert peer.send(data)
-            await Send(spawned.slot, b"go on")
             for data in (b"1", b"2", b"3"):
                 await Send(spawned.slot, data)
+            await Send(aside, b"all six are queued")
             assert (await take(boot.endpoint)).data == b"done"
             assert peer.take() == [b"answer"]
             assert peer.send(b"after a wait")

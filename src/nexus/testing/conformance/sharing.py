@@ -39,6 +39,7 @@ from nexus.testing.conformance.steps import (
     ended_well,
     holdings,
     refused,
+    soon,
     start,
     take,
     tell,
@@ -393,7 +394,7 @@ def test_what_was_written_before_a_message_is_seen_after_a_fence(rig: Rig) -> No
         for count in range(1, 20):
             words[1] = count
             words[0] = count
-            await Send(spawned.slot, b"%d" % count, deadline=Nanos(await Now() + 1000 * MS))
+            await Send(spawned.slot, b"%d" % count, deadline=await soon())
         await ended_well(spawned)
         words.release()
         view.release()

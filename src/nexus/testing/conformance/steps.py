@@ -25,7 +25,7 @@ from nexus.abi import (
     Wait,
 )
 
-PATIENCE: Final = Nanos(3_000_000_000)  # a wait that a correct kernel ends long before
+PATIENCE: Final = Nanos(20_000_000_000)  # a wait that a correct kernel ends long before
 MS: Final = 1_000_000  # nanoseconds
 PAST: Final = Nanos(1)  # a deadline that has passed, and is not NO_WAIT
 
