@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ from nexus.loader.main import (
 )
 
 SHORT = 0.05  # seconds
+LAST_WORDS = b"boot\n"  # of each boot on standard error
+ERRORS = "init.err"
+SAID = len(LAST_WORDS)
+HUNG = {"code": 0, "signal": signal.SIGKILL, "is_hung": True, "errors": 0}
 
 
 class Life(NamedTuple):
@@ -55,9 +60,15 @@ class Script:
         """What was kept of an end that no boot follows."""
         return [json.loads(path.read_text()) for path in self._folder.glob("note")]
 
+    @property
+    def said(self) -> str:
+        """All that came to standard error."""
+        return (self._folder / ERRORS).read_text()
+
     def become(self, _job: Any, seen: dict[str, Any] | None, told: int) -> None:
         number = len(self.seen)
         _ = (self._folder / f"boot-{number}").write_text(json.dumps(seen))
+        _ = os.write(sys.stderr.fileno(), LAST_WORDS)
         if number == len(self._lives):
             raise NothingBootable("the script is over")
         life = self._lives[number]
@@ -79,7 +90,9 @@ class Script:
     def run(self, monkeypatch: pytest.MonkeyPatch) -> int:
         for name in ("become", "verdict", "note"):
             monkeypatch.setattr(boots, name, getattr(self, name))
-        return Loader({"watcher": -1}, SHORT).run()
+        with (self._folder / ERRORS).open("w") as errors:
+            monkeypatch.setattr(sys, "stderr", errors)
+            return Loader({"watcher": -1}, SHORT).run()
 
 
 @pytest.mark.parametrize(
@@ -120,9 +133,9 @@ def test_each_boot_is_told_how_the_one_before_it_ended(
     assert script.run(monkeypatch) == 0
     assert script.seen == [
         None,
-        {"code": EXIT_REBOOT, "signal": 0, "is_hung": False},
-        {"code": 9, "signal": 0, "is_hung": False},
-        {"code": 0, "signal": 9, "is_hung": False},
+        {"code": EXIT_REBOOT, "signal": 0, "is_hung": False, "errors": 0},
+        {"code": 9, "signal": 0, "is_hung": False, "errors": SAID},
+        {"code": 0, "signal": 9, "is_hung": False, "errors": 2 * SAID},
     ]
 
 
@@ -132,7 +145,7 @@ def test_a_trial_without_a_verdict_is_killed_after_its_deadline(
     script = Script(tmp_path, [Life(trial=True, hangs=True), Life()])
 
     assert script.run(monkeypatch) == 0
-    assert script.seen[1] == {"code": 0, "signal": signal.SIGKILL, "is_hung": True}
+    assert script.seen[1] == HUNG
 
 
 def test_a_trial_that_says_it_failed_has_time_to_end_and_not_for_ever(
@@ -142,7 +155,7 @@ def test_a_trial_that_says_it_failed_has_time_to_end_and_not_for_ever(
     script = Script(tmp_path, [Life(trial=True, verdict=FAILING, hangs=True), Life()])
 
     assert script.run(monkeypatch) == 0
-    assert script.seen[1] == {"code": 0, "signal": signal.SIGKILL, "is_hung": True}
+    assert script.seen[1] == HUNG
 
 
 @pytest.mark.parametrize("life", [Life(hangs=True), Life(trial=True, hangs=True, verdict=JUDGED)])
@@ -173,7 +186,7 @@ def test_an_end_of_a_trial_that_nobody_follows_is_kept(
     script = Script(tmp_path, [Life(trial=True)])
 
     assert script.run(monkeypatch) == 0
-    assert script.noted == [{"code": 0, "signal": 0, "is_hung": False}]
+    assert script.noted == [{"code": 0, "signal": 0, "is_hung": False, "errors": 0}]
 
 
 def test_an_end_of_a_proven_set_is_nothing_to_keep(
@@ -186,16 +199,16 @@ def test_an_end_of_a_proven_set_is_nothing_to_keep(
 
 
 def test_a_loader_with_nothing_to_boot_says_so_and_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = Script(tmp_path, [])
 
     assert script.run(monkeypatch) == EXIT_FAILED
-    assert capfd.readouterr().err == "nexus: nothing can be booted: the script is over\n"
+    assert script.said == "nexus: nothing can be booted: the script is over\n"
 
 
 def test_a_fault_of_the_loader_itself_ends_in_a_child(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = Script(tmp_path, [])
 
@@ -205,7 +218,7 @@ def test_a_fault_of_the_loader_itself_ends_in_a_child(
     monkeypatch.setattr(script, "become", broken)
 
     assert script.run(monkeypatch) == EXIT_FAILED
-    assert capfd.readouterr().err == "nexus: the loader failed: ZeroDivisionError: a bug\n"
+    assert script.said == "nexus: the loader failed: ZeroDivisionError: a bug\n"
 
 
 def test_two_loaders_never_boot_one_device(

@@ -10,7 +10,7 @@ import pytest
 import nexus
 from nexus.bootctl import TAIL_SIZE_MAX, BootRecord, SlotInfo, SlotName, provisioned
 from nexus.drivers import finished
-from nexus.loader.boots import tail_of
+from nexus.loader.boots import INTERPRETER, errors_of, tail_of
 from nexus.loader.tree import NoTree, is_whole, tree_of
 from nexus.runtime.stamp import MODULE, UNSTAMPED, Stamp, read_stamp
 from nexus.sets import About, Base, BytesSource, Content, Manifest, read_manifest, write
@@ -266,6 +266,24 @@ def test_the_last_words_of_the_service_at_fault_are_among_them(tmp_path: Path) -
 
     assert "2.2 app [exit] exit code 70" in tail.splitlines()
     assert tail.splitlines()[-1] == lines[-1]
+
+
+def test_how_inits_interpreter_ended_is_in_the_tail_whatever_came_before(tmp_path: Path) -> None:
+    console, errors = tmp_path / "console.log", tmp_path / "init.err"
+    lines = [f"2.{number} app [console] {'x' * 100} {number}" for number in range(100)]
+    _ = console.write_text(CONSOLE + "\n".join(lines))
+    _ = errors.write_text("of an earlier boot\nTraceback:\n  File x\nZeroDivisionError: no\n")
+    with errors.open("ab") as file:
+        said = errors_of(file.fileno(), len("of an earlier boot\n"))
+        assert errors_of(file.fileno(), -1) == []
+        assert errors_of(file.fileno(), errors.stat().st_size) == []
+
+    tail = tail_of(console, 7, INTERPRETER, said).splitlines()
+
+    assert tail[-3:] == said
+    assert said[-1] == "init [stderr] ZeroDivisionError: no"
+    assert "of an earlier boot" not in "".join(said)
+    assert lines[-1] in tail
 
 
 def test_without_a_console_there_is_no_tail(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -17,7 +18,15 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from nexus.abi import AbiError
-from nexus.bootctl import TRIES_MAX, NoBootRecord, SlotName, open_boot, read_failure
+from nexus.bootctl import (
+    TRIES_MAX,
+    BootRecord,
+    NoBootRecord,
+    SlotName,
+    TrialFailure,
+    open_boot,
+    read_failure,
+)
 from nexus.drivers.block import BlockDevice, DeviceFault
 from nexus.drivers.finished import finished
 from nexus.kernel.linux.bootmemory import BootMemory
@@ -29,7 +38,9 @@ from nexus.loader.tree import PYTHON, NoTree, tree_of
 
 CONSOLE: Final = "console.log"  # of the log directory; init writes it too
 TAIL_READ: Final = 64 * 1024  # bytes at the end of it that are looked through
+ERRORS_READ: Final = 16 * 1024  # bytes at the end of standard error that are looked through
 TELLER: Final = "loader"
+INTERPRETER: Final = "init"  # in front of what init's Python says; init's own lines are init-lite's
 INIT_MODULE: Final = "nexus.cli.boot"
 NOT_INHERITED: Final = ("PYTHONPYCACHEPREFIX", "PYTHONHOME", "PYTHONOPTIMIZE")
 
@@ -67,15 +78,7 @@ def verdict(job: Any) -> int:
         _, record = finished(open_boot(device))
     if record.trying is None:
         return JUDGED
-    info = record.slot(record.trying)
-    failure = read_failure(_memory(state))
-    if failure is not None and (failure.slot, failure.version, failure.attempt) == (
-        record.trying.value,
-        info.version,
-        info.attempts,
-    ):
-        return FAILING
-    return OPEN
+    return OPEN if _failure_of(state, record) is None else FAILING
 
 
 def note(job: Any, seen: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ def note(job: Any, seen: dict[str, Any]) -> None:
     state, console = Path(job["running"]["state"]), Path(job["running"]["log"]) / CONSOLE
     with opened(boot_path(state), writable=True) as device:
         control, record = finished(open_boot(device))
-        ended = _ended(state, record.boots, console, seen)
+        ended = _ended(state, record, console, seen)
         _ = finished(note_end(control, ended, wall=time.time_ns()))
 
 
@@ -92,7 +95,7 @@ def _prepared(
 ) -> tuple[Chosen, Path]:
     """The slot to boot, and its files. A set in trial that cannot be unpacked has had its try."""
     control, record = finished(open_boot(device))
-    ended = _ended(state, record.boots, console, seen or {})
+    ended = _ended(state, record, console, seen or {})
     for _ in range(TRIES_MAX + 2):
         with ExitStack() as stack:
             slots = {
@@ -110,11 +113,25 @@ def _prepared(
     raise NothingBootable("no try of the trial could be unpacked, and it does not end")
 
 
-def _ended(state: Path, boots: int, console: Path, seen: dict[str, Any]) -> Ended:
+def _ended(state: Path, record: BootRecord, console: Path, seen: dict[str, Any]) -> Ended:
     """What is known of the last boot: what the loader saw, init's last word, the console."""
+    failure = _failure_of(state, record)
+    told = dict(seen)
+    since = told.pop("errors", -1)
+    errors = errors_of(sys.stderr.fileno(), since) if failure is None else []
+    service = INTERPRETER if failure is None else failure.service
+    tail = tail_of(console, record.boots, service, errors)
+    return Ended(**told, failure=failure, tail=tail)
+
+
+def _failure_of(state: Path, record: BootRecord) -> TrialFailure | None:
+    """init's word about the trial that was booted last, unless it left none."""
     failure = read_failure(_memory(state))
-    service = "" if failure is None else failure.service
-    return Ended(**seen, failure=failure, tail=tail_of(console, boots, service))
+    if record.trying is None or failure is None:
+        return None
+    info = record.slot(record.trying)
+    about = failure.slot, failure.version, failure.attempt
+    return failure if about == (record.trying.value, info.version, info.attempts) else None
 
 
 def _memory(state: Path) -> bytes:
@@ -125,23 +142,44 @@ def _memory(state: Path) -> bytes:
         return b""
 
 
-def tail_of(console: Path, boots: int, service: str = "") -> str:
-    """The last words of that boot, and of a service in it, on the console; empty if it never came
-    to write a line."""
+def errors_of(descriptor: int, since: int) -> list[str]:
+    """What the interpreter of the last boot's init said on standard error, the loader's file here;
+    nothing with `since` of -1, where it is none. How init crashed is said nowhere else."""
+    if since < 0:
+        return []
+    try:
+        with Path(f"/proc/self/fd/{descriptor}").open("rb") as file:
+            _ = file.seek(max(since, file.seek(0, os.SEEK_END) - ERRORS_READ))
+            lines = file.read(ERRORS_READ).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return [f"{INTERPRETER} [stderr] {line}" for line in lines]
+
+
+def tail_of(console: Path, boots: int, service: str = "", errors: Sequence[str] = ()) -> str:
+    """The last words of that boot, and of a service in it, on the console, with those of its
+    interpreter; empty if it never came to say anything."""
+    own = [_console_line(line) for line in _console_of(console, boots)]
+    own += [ConsoleLine(INTERPRETER, line) for line in errors]
+    return last_words(own, service)
+
+
+def _console_of(console: Path, boots: int) -> list[str]:
+    """The lines of that boot, as far as they are among the last ones."""
     try:
         with console.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             _ = file.seek(max(0, size - TAIL_READ))
             lines = file.read(TAIL_READ).decode("utf-8", "replace").splitlines()
     except OSError:
-        return ""
+        return []
     head = f"{TELLER} [{BOOTING}] "
     heads = [at for at, line in enumerate(lines) if head in line]
     own: list[str] = [] if heads else lines[1:]  # a boot that wrote more than is looked through
     for at, end in zip(heads, [*heads[1:], len(lines)], strict=False):
         if f"{head}boot {boots}:" in lines[at]:
             own = lines[at + 1 : end]
-    return last_words((_console_line(line) for line in own), service)
+    return own
 
 
 def _console_line(line: str) -> ConsoleLine:

@@ -16,6 +16,7 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 from functools import partial
 from pathlib import Path
@@ -51,11 +52,12 @@ class End(NamedTuple):
     code: int
     signal: int
     is_hung: bool = False
+    errors: int = -1  # where its words on standard error begin; -1 where that is no file
 
     @property
     def seen(self) -> dict[str, Any]:
-        """For nexus.loader.choose.Ended."""
-        return {"code": self.code, "signal": self.signal, "is_hung": self.is_hung}
+        """For nexus.loader.boots."""
+        return self._asdict()
 
     @property
     def exit_code(self) -> int:
@@ -99,6 +101,8 @@ class Loader:
 
     def _boot(self, seen: dict[str, Any] | None) -> tuple[Start | None, End]:
         """One boot, from the fork to the end of its init; None for one that never began."""
+        errors = os.fstat(sys.stderr.fileno())
+        said = errors.st_size if stat.S_ISREG(errors.st_mode) else -1
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -116,7 +120,7 @@ class Loader:
         os.close(self._child)
         self._child = -1
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return start, End(max(code, 0), max(-code, 0), is_hung)
+        return start, End(max(code, 0), max(-code, 0), is_hung, said)
 
     def _become(self, seen: dict[str, Any] | None, writer: int) -> int:
         """The child's life; it ends here only if nothing could be booted."""
