@@ -68,10 +68,10 @@ class Script:
     def become(self, _job: Any, seen: dict[str, Any] | None, told: int) -> None:
         number = len(self.seen)
         _ = (self._folder / f"boot-{number}").write_text(json.dumps(seen))
-        _ = os.write(sys.stderr.fileno(), LAST_WORDS)
         if number == len(self._lives):
             raise NothingBootable("the script is over")
         life = self._lives[number]
+        _ = os.write(sys.stderr.fileno(), LAST_WORDS)
         start = {"trial": life.trial, "deadline": SHORT * 1e9, "slot": "b"}
         _ = os.write(told, json.dumps(start).encode())
         os.close(told)
@@ -90,7 +90,7 @@ class Script:
     def run(self, monkeypatch: pytest.MonkeyPatch) -> int:
         for name in ("become", "verdict", "note"):
             monkeypatch.setattr(boots, name, getattr(self, name))
-        with (self._folder / ERRORS).open("w") as errors:
+        with (self._folder / ERRORS).open("w", buffering=1) as errors:
             monkeypatch.setattr(sys, "stderr", errors)
             return Loader({"watcher": -1}, SHORT).run()
 
