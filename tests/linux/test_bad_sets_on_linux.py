@@ -286,9 +286,12 @@ def processes_of(device: Device) -> set[int]:
         pid = int(entry.name)
         try:
             stat = (entry / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
-            told = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has ended meanwhile
+        try:
+            told = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+        except OSError:
+            told = b""  # it shows nothing to us; its parent may
         if stat[0] == "Z":
             continue
         parents[pid] = int(stat[1])

@@ -80,7 +80,7 @@ class Cause(IntEnum):
     INIT_HUNG = 8  # init gave no verdict by the trial's deadline and was killed
     LOST = 9  # the boot ended and nobody saw how: the power went, or the machine was reset
     STOPPED = 10  # the system was shut down or restarted in order before the trial was judged
-    DAMAGED = 11  # the slot does not hold the bytes that were staged
+    DAMAGED = 11  # the slot does not hold the bytes that were staged, or cannot be read
     ROLLED_BACK = 12  # no tries were left
     GIVEN_UP = 13  # an operator's rollback
     COMMITTED = 14  # every service was healthy

@@ -145,7 +145,7 @@ CAUSES: Final[Mapping[int, str]] = {
     Cause.INIT_HUNG: "init itself gave no sign of life by the deadline, and was killed",
     Cause.LOST: "the power went, or the machine was reset, before it was proven",
     Cause.STOPPED: "the system was ended before it was proven",
-    Cause.DAMAGED: "the slot no longer held what was staged",
+    Cause.DAMAGED: "the slot no longer held what was staged, or could not be read",
     Cause.ROLLED_BACK: "no tries were left, and the set before was booted again",
     Cause.GIVEN_UP: "it was taken back by a command",
     Cause.COMMITTED: "every service was healthy",
