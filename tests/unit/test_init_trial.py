@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from nexus.abi import (
+    BOOT_MEMORY_SIZE_MAX,
     INIT_NAME,
     BootImage,
     BootMemoryReplace,
@@ -450,9 +451,21 @@ def test_a_memory_with_what_a_later_init_knows_is_understood() -> None:
     assert decode_memory(data).boots == 4
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b'{"trial":7}', b"\xff", b'{"trial":{"slot":"c"}}'])
+DEEP = b'{"later":' + b"[" * 2000 + b"]" * 2000 + b"}"
+"""A memory within its limit that is deeper than a decoder goes: any set's init may leave it."""
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"trial":7}', b"\xff", b'{"trial":{"slot":"c"}}', DEEP]
+)
 def test_what_is_no_memory_tells_of_no_failure(data: bytes) -> None:
     assert read_failure(data) is None
+
+
+def test_a_memory_too_deep_to_decode_counts_as_nothing() -> None:
+    assert len(DEEP) <= BOOT_MEMORY_SIZE_MAX
+    with pytest.raises(msgspec.DecodeError):
+        _ = decode_memory(DEEP)
 
 
 # ---------------------------------------------------------------- restore and reboot

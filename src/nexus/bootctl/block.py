@@ -71,7 +71,7 @@ def decode_record(copy: bytes) -> BootRecord | Other:
         return Other("it is larger than its copy")
     try:
         record = _DECODER.decode(copy[_HEAD.size : _HEAD.size + size])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Other(f"it is no record: {error}")
     problem = problem_of(record)
     if problem is not None:

@@ -95,5 +95,5 @@ def read_failure(memory: bytes) -> TrialFailure | None:
         return None
     try:
         return msgspec.json.decode(memory, type=_Memory).trial
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a page nests deeply enough
         return None

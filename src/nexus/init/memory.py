@@ -67,6 +67,8 @@ def decode_memory(data: bytes) -> Memory:
         return msgspec.json.decode(data, type=Memory)
     except UnicodeDecodeError as error:  # msgspec passes this one on as it is
         raise msgspec.DecodeError(f"text that is no UTF-8: {error}") from error
+    except RecursionError as error:  # in a field of another init's
+        raise msgspec.DecodeError(f"too deep: {error}") from error
 
 
 def encode_memory(memory: Memory) -> bytes:
