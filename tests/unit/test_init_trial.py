@@ -496,6 +496,31 @@ def test_statefsd_alone_is_told_what_to_do_with_the_snapshot(
     assert told == {"other": {}, "statefsd": settings}
 
 
+def test_a_statefsd_that_starts_after_the_commit_is_not_told_of_the_copy_that_is_gone(
+    boot: Boot,
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    async def ends_once(image: BootImage) -> int | None:
+        told.append(ServiceConfig.of(image).settings)
+        return await lives(2 * SECOND, first=1)(image)
+
+    async def wait(driver: Driver) -> SystemInfo:
+        info = await until_judged(driver)
+        await driver.pause(3 * SECOND)
+        return info
+
+    text = WHOLE + '\n[service.statefsd]\nprogram = "statefsd"\n'
+    slot_boot = msgspec.structs.replace(TRIAL, snapshot=3)
+
+    run = tried(
+        boot, Updater(), text=text, mains={"statefsd": ends_once}, slot_boot=slot_boot, driver=wait
+    )
+
+    assert run.result.trial is TrialState.COMMITTED
+    assert told == [{"refresh": 3}, {}]
+
+
 def test_a_reboot_ends_everything_in_order_and_asks_the_loader_for_another_boot(
     boot: Boot,
 ) -> None:

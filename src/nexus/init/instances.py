@@ -82,7 +82,7 @@ class Instances:
         memory = self._init.memory
         seed = await Entropy(TRACE_SEED_SIZE)
         config = config_of(
-            planned, seed, memory.boot, memory.boot_id, record.launch, self._init.slot_boot
+            planned, seed, memory.boot, memory.boot_id, record.launch, self._init.trial.slot_boot
         )
         record.argument = config.encoded()
         try:

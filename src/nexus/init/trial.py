@@ -13,6 +13,8 @@ A boot that is no trial is judged by nobody here.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from nexus.abi import Entropy, ExitInfo, Nanos
 from nexus.bootctl.handover import (
     FAILED_DETAIL_SIZE_MAX,
@@ -73,6 +75,14 @@ class Trial:
     def is_counted(self) -> bool:
         """Whether the slot's tries count this boot, and not init's memory of unstable ones."""
         return self._boot is not None and self._boot.trial
+
+    @property
+    def slot_boot(self) -> SlotBoot | None:
+        """What a service that starts now is told: with its commit a trial is over, and the copy of
+        the data given up."""
+        if self._boot is None or self.state is not TrialState.COMMITTED:
+            return self._boot
+        return msgspec.structs.replace(self._boot, trial=False, snapshot=0)
 
     # ------------------------------------------------------------------ times
 
