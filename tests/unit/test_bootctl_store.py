@@ -453,10 +453,19 @@ def test_an_environment_without_room_is_refused_and_stays() -> None:
     disk = with_environment(1, {"script": "x" * (DATA_SIZE - 100)})
     before = disk.image()
 
-    with pytest.raises(NoBootRecord, match="leave no room"):
+    with pytest.raises(DeviceFault, match="leave no room"):
         _ = finished(EnvironmentBoot(DiskDevice(disk)).create(new()))
 
     assert disk.image() == before
+
+
+def test_an_environment_that_cannot_be_read_again_is_a_fault_of_its_device() -> None:
+    disk, boot, record = fresh("environment")
+    for first in ENVIRONMENT_COPIES:
+        disk.write(first, bytes(ENVIRONMENT_SIZE), durable=True)
+
+    with pytest.raises(DeviceFault, match="its checksum is wrong"):
+        _ = finished(boot.store(next_of(record)))
 
 
 def test_a_copy_with_a_wrong_checksum_is_none() -> None:

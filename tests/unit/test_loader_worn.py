@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from nexus.bootctl import BlockBoot, Cause, SlotInfo, SlotName, SlotState
+from nexus.bootctl.environment import (
+    DATA_SIZE,
+    ENVIRONMENT_COPIES,
+    EnvironmentBoot,
+    encode_environment,
+    variables_of,
+)
 from nexus.drivers import DeviceFault, Fault, finished
 from nexus.kernel.sim.disk import Disk, DiskFaults
 from nexus.loader.choose import Chosen, Ended, NothingBootable, choose
 from nexus.loader.devices import Missing, opened, opened_slot
+from tests.fakes.bootrecords import BOOT_BLOCKS
 from tests.fakes.diskdevice import DiskDevice
 from tests.unit.test_loader_choose import Board
 
@@ -36,6 +44,22 @@ def test_a_worn_boot_device_boots_the_good_slot_uncounted(board: Board) -> None:
 
     assert (chosen.boot.slot, chosen.boot.trial) == ("a", False)
     assert chosen.record == board.record
+
+
+def test_an_environment_that_others_have_filled_boots_the_good_slot_and_tries_nothing(
+    board: Board,
+) -> None:
+    board.switch(tries=2)
+    full = Disk(BOOT_BLOCKS)
+    kept = variables_of(replace(board.record, reasons=(), sequence=9, boots=9))  # 10 is longer
+    size = sum(len(f"{name}={text}") + 1 for name, text in kept.items())
+    filled = {**kept, "script": "x" * (DATA_SIZE - size - len("script=") - 2)}
+    full.write(ENVIRONMENT_COPIES[0], encode_environment(1, filled), durable=True)
+    slots = {name: DiskDevice(disk, writable=False) for name, disk in board.disks.items()}
+
+    chosen = finished(choose(EnvironmentBoot(DiskDevice(full)), slots, None))
+
+    assert (chosen.boot.slot, chosen.boot.trial) == ("a", False)
 
 
 def test_on_a_worn_boot_device_nothing_is_tried(board: Board) -> None:

@@ -36,7 +36,7 @@ from nexus.bootctl.record import (
     SlotState,
     problem_of,
 )
-from nexus.drivers import BlockDevice, DeviceFault
+from nexus.drivers import BlockDevice, DeviceFault, Fault
 
 ENVIRONMENT_BLOCKS: Final = 32  # 16 KiB of each copy, a usual CONFIG_ENV_SIZE
 ENVIRONMENT_COPIES: Final = (0, 32)  # blocks where they begin
@@ -123,7 +123,10 @@ class EnvironmentBoot:
         assert self._loaded is not None, "a record is loaded before its successor is stored"
         assert record.sequence == self._loaded, "the successor of another record"
         self._loaded = None  # until it is known which one is in force
-        index, copy = await self._current()  # with what others have set since
+        try:
+            index, copy = await self._current()  # with what others have set since
+        except NoBootRecord as error:  # it was there a moment ago
+            raise DeviceFault(Fault.IO, str(error)) from error
         return await self._put(index, copy, replace(record, sequence=record.sequence + 1))
 
     async def create(self, record: BootRecord) -> BootRecord:
@@ -180,7 +183,7 @@ class EnvironmentBoot:
             await write_back(self._device, ENVIRONMENT_COPIES[1 - current], data)
             self._loaded = stored.sequence
             return stored
-        raise NoBootRecord("the environment's other variables leave no room for a record")
+        raise DeviceFault(Fault.NO_SPACE, "other variables leave no room for a record")
 
 
 def _is_newer(second: Copy, first: Copy) -> bool:
