@@ -148,6 +148,24 @@ def test_a_trial_without_a_verdict_is_killed_after_its_deadline(
     assert script.seen[1] == HUNG
 
 
+def test_a_trial_committed_while_it_was_killed_for_its_deadline_is_booted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Script):
+        """The commit becomes durable behind the loader's look at the boot device."""
+
+        def verdict(self, job: Any) -> int:
+            looked = tmp_path / "looked"
+            is_late = looked.exists()
+            looked.touch()
+            return JUDGED if is_late else super().verdict(job)
+
+    script = Late(tmp_path, [Life(trial=True, hangs=True), Life()])
+
+    assert script.run(monkeypatch) == 0
+    assert len(script.seen) == 2
+
+
 def test_a_trial_that_says_it_failed_has_time_to_end_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

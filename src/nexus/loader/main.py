@@ -4,7 +4,7 @@
 
     ends with EXIT_REBOOT, EXIT_SLOT_FAILED .......... again
     a trial that is not judged yet ends otherwise .... again; its try is counted already
-    a trial gives no verdict by its deadline ......... killed, and again
+    a trial gives no verdict by its deadline ......... killed, and again, judged or not
     anything else .................................... the end of the system
 
 It is small on purpose, in what it does and in memory: it stays beside init as long as a system
@@ -89,7 +89,8 @@ class Loader:
             start, end = self._boot(seen)
             if start is None:  # it has said why
                 return end.exit_code or EXIT_FAILED
-            again = end.code in (EXIT_REBOOT, EXIT_SLOT_FAILED) and not end.signal
+            # Who was killed may have been judged at that moment: what was committed is booted.
+            again = end.is_hung or (end.code in (EXIT_REBOOT, EXIT_SLOT_FAILED) and not end.signal)
             is_open = start.trial and self._verdict() != JUDGED
             if self._stopping or not (again or (is_open and end.exit_code not in ENDED)):
                 if is_open:
