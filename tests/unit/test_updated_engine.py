@@ -879,6 +879,23 @@ def test_a_boot_device_that_fails_costs_the_step_and_not_the_transfer(device: De
     assert stored(device).slot(B).state is SlotState.STAGED
 
 
+def test_a_set_that_a_store_in_doubt_has_staged_is_staged_when_it_is_asked_again(
+    device: Device,
+) -> None:
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(made.data)
+    reads = device.boot_disk.done[Operation.READ]
+    device.boot_disk.faults = DiskFaults(  # it is written, and cannot be read back
+        failures=(Failure(operation=Operation.READ, nth=reads + 1),)
+    )
+
+    assert declined(device.finish) is UpdatedStatus.IO_ERROR
+
+    assert device.finish().digest == made.digest
+    assert stored(device).slot(B).state is SlotState.STAGED
+
+
 def test_after_a_store_that_failed_the_record_on_the_device_counts(device: Device) -> None:
     made = device.maker.update(11)
     _ = device.stage(made)

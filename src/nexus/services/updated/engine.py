@@ -463,7 +463,8 @@ class Engine:
                 size=transfer.size,
                 floor=transfer.floor,
             )
-            await self._change(lambda record: staged(record, info))
+            if self.record.slot(NAMES[transfer.slot]) != info:  # a store in doubt had come through
+                await self._change(lambda record: staged(record, info))
         except Declined as declined:
             await self._refuse(declined, asker)
             raise
