@@ -75,6 +75,25 @@ def test_that_the_data_were_put_back_is_told() -> None:
     assert "with its data as they were before the switch" in told(story)
 
 
+def test_that_the_data_could_not_be_put_back_is_told_and_not_that_they_were() -> None:
+    gone = event(EventKind.RESTORED, status=int(UpdatedStatus.NO_SNAPSHOT), detail="copy 3 is gone")
+
+    text = told(UpdateStory("plant", LEFT, TOLD.reasons, (gone,)))
+
+    assert "as they were" not in text
+    assert "its data could not be put back: copy 3 is gone" in text
+
+
+def test_what_was_put_back_after_an_earlier_trial_is_not_told_of_this_one() -> None:
+    events = (
+        event(EventKind.ROLLED_BACK, 12),
+        event(EventKind.SWITCHED, 11),
+        event(EventKind.RESTORED, 9),
+    )
+
+    assert "as they were" not in told(UpdateStory("plant", LEFT, TOLD.reasons, events))
+
+
 def test_a_refused_update_is_told_as_long_as_nothing_came_after_it() -> None:
     refused = event(
         EventKind.REFUSED, status=int(UpdatedStatus.THRESHOLD), detail="1 of 2", version=0, name=""

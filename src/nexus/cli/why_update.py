@@ -56,6 +56,13 @@ class UpdateStory:
         first = next((each for each in self.events if each.kind in TELLING), None)
         return first if first is not None and first.kind is EventKind.REFUSED else None
 
+    @property
+    def restored(self) -> Event | None:
+        """What became of the data since a set was last to be tried, if they had to go back."""
+        kinds = (EventKind.RESTORED, EventKind.SWITCHED)
+        first = next((each for each in self.events if each.kind in kinds), None)
+        return first if first is not None and first.kind is EventKind.RESTORED else None
+
     def evidence(self, end: ReasonRow) -> tuple[ReasonRow, ...]:
         """How the boots of that trial ended, the last one first."""
         return tuple(each for each in self.reasons if each.cause in EVIDENCE and is_of(each, end))
@@ -232,7 +239,10 @@ def _then_lines(story: UpdateStory, end: ReasonRow) -> Iterator[str]:
         then = f"{titled(row.name, row.version)} in slot {letter(row.slot)} was booted again"
         if update.restoring:
             then += ", and its data are being put back"
-        elif any(each.kind is EventKind.RESTORED for each in story.events):
+        elif story.restored is not None and story.restored.status:
+            detail = shown(story.restored.detail)
+            then += f", and its data could not be put back: {detail}"
+        elif story.restored is not None:
             then += ", with its data as they were before the switch"
         yield labelled("then", then)
     elif end.cause == Cause.COMMITTED:
