@@ -1,3 +1,5 @@
+import json
+import os
 import sys
 from collections.abc import Callable
 from hashlib import sha256
@@ -133,6 +135,45 @@ def test_a_tree_that_is_not_as_it_was_made_is_made_anew(
     assert make(tmp_path, record, A, data) == tree
     assert is_whole(tree, manifest_of(data), record.slot(A).digest)
     assert {path: (tree / path).read_bytes() for path in FILES} == FILES
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("python/sitecustomize.py", b"print('mine')\n"),
+        ("python/nexus_set.py", b"VERSION = 9\n"),
+    ],
+)
+def test_no_sum_makes_a_file_that_the_loader_never_wrote_part_of_a_tree(
+    tmp_path: Path, name: str, text: bytes
+) -> None:
+    data = a_set(1)
+    tree = make(tmp_path, record_of(data), A, data)
+    _ = (tree / name).write_bytes(text)
+    sums = json.loads((tree / "tree.json").read_text())
+    sums["files"][name] = sha256(text).hexdigest()
+    _ = (tree / "tree.json").write_text(json.dumps(sums))
+
+    assert not is_whole(tree, manifest_of(data), sha256(data).digest())
+
+
+def test_a_pipe_in_a_tree_is_not_waited_for(tmp_path: Path) -> None:
+    data = a_set(1)
+    tree = make(tmp_path, record_of(data), A, data)
+    (tree / MAIN).unlink()
+    os.mkfifo(tree / MAIN)
+
+    again = make(tmp_path, record_of(data), A, data)
+
+    assert (again / MAIN).read_bytes() == FILES[MAIN]
+
+
+def test_sums_too_deep_to_decode_are_none(tmp_path: Path) -> None:
+    data = a_set(1)
+    tree = make(tmp_path, record_of(data), A, data)
+    _ = (tree / "tree.json").write_text("[" * 100_000)
+
+    assert not is_whole(tree, manifest_of(data), sha256(data).digest())
 
 
 def test_a_tree_of_another_set_is_never_taken_for_this_ones(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FOLDER: Final = "slots"
 PYTHON: Final = "python"  # of the tree what is importable
 SUMS: Final = "tree.json"
 STAMP: Final = "nexus_set.py"
+STAMPED: Final = f"{PYTHON}/{STAMP}"
 NEW: Final = ".new"
 DIGEST_SHOWN: Final = 12  # characters of the digest in a tree's name
 COMPILERS_MAX: Final = 4  # processes; more only fight for the disk
@@ -87,11 +88,20 @@ def is_whole(path: Path, manifest: Manifest, digest: bytes) -> bool:
             return False
         own = {file.path for file in manifest.files}
         names = [name for name in _names(path) if name != SUMS]
+        if not _possible(own).issuperset(names):  # whatever tree.json says of it
+            return False
         made = {name: _sum(path / name) for name in names if name not in own}
-        whole = own.issubset(names) and made == sums["files"]
+        stamp = sha256(_stamp(manifest, digest)).hexdigest()
+        whole = own.issubset(names) and made == sums["files"] and made[STAMPED] == stamp
         return whole and all(_is_as_set(path, file, manifest) for file in manifest.files)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _possible(own: set[str]) -> set[str]:
+    """Every name that a tree of these files may have: theirs, the stamp, and what is compiled."""
+    named = {*own, STAMPED}
+    return named | {_compiled(name) for name in named if name.endswith(".py")}
 
 
 def _is_as_set(path: Path, file: File, manifest: Manifest) -> bool:
@@ -117,7 +127,7 @@ def _make(path: Path, manifest: Manifest, digest: bytes, source: Source) -> None
     if verified.sha256 != digest:
         raise OSError("the slot changed while it was read")
     (new / PYTHON).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-    _write(new / PYTHON / STAMP, _stamp(manifest, digest))
+    _write(new / STAMPED, _stamp(manifest, digest))
     _take_over(new, path)
     _compile(new, path)
     names = sorted(_names(new))
@@ -181,7 +191,7 @@ def _take_over(new: Path, path: Path) -> None:
                 compiled = _compiled(name)
                 if name.endswith(".py") and compiled in made:
                     _copy(other, new, name, made[compiled])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # what is missing is compiled
 
 
@@ -272,7 +282,8 @@ def _read(path: Path, size_max: int) -> bytes:
 
 
 def _opened(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # A pipe that somebody put there would be waited for.
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _new(path: Path, mode: int) -> int:
