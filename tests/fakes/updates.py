@@ -145,6 +145,7 @@ class FakeMemory:
         self.copied: list[list[str]] = []
         self.restored: list[int] = []
         self.restore_fails: UpdatedStatus | None = None
+        self.drop_fails = False
         self._copies = 0
 
     async def get(self, key: bytes) -> bytes | None:
@@ -181,6 +182,8 @@ class FakeMemory:
             self.restored.append(snapshot)
 
     async def keep_only(self, snapshot: int) -> None:
+        if self.drop_fails:
+            raise Declined(UpdatedStatus.UNAVAILABLE, "statefsd: CORRUPTED")
         self.copies = {number: data for number, data in self.copies.items() if number == snapshot}
 
 

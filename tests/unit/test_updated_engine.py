@@ -703,6 +703,19 @@ def test_a_copy_that_a_cut_left_behind_is_put_away(device: Device) -> None:
     assert device.memory.copies == {}
 
 
+def test_a_copy_that_cannot_be_put_away_costs_neither_a_start_nor_an_update(
+    device: Device,
+) -> None:
+    device.memory.drop_fails = True  # its head is damaged, or the disk can only be read
+
+    _ = device.boot()
+
+    assert device.engine.opened
+    made = device.maker.update(11)
+    _ = device.stage(made)
+    assert device.switch(made).slot is Slot.B
+
+
 # ------------------------------------------------------------------ going back
 
 

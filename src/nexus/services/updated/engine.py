@@ -195,7 +195,7 @@ class Engine:
         _ = await self.history.take_reasons(record, OF_LOADER)
         with suppress(Declined):  # `unrestored` says so, and staging waits for it
             await self.put_back(asker)
-        await self._memory.keep_only(self.record.snapshot)
+        await self._drop_copies()
         await self._take_up(transfer)
         with suppress(Declined, Untrusted):  # who begins is told; all the rest goes without
             _ = await self._known_trust()
@@ -691,7 +691,7 @@ class Engine:
         self._in_doubt = False
 
     async def _drop_copies(self) -> None:
-        """The copy of before the trial is not needed; one that stays is put away by `open`."""
+        """Copies that no trial needs go; one that stays is put away by `open`, or before the next."""
         try:
             await self._memory.keep_only(self.record.snapshot)
         except Declined:
