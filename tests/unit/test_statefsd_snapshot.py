@@ -278,6 +278,18 @@ def test_half_of_the_areas_is_served_to_nobody() -> None:
         _ = fresh(half_restored(), writable=False)
 
 
+def test_a_copy_that_was_given_up_when_all_was_back_is_not_missed_by_the_next_instance() -> None:
+    system = fresh()
+    _ = system.ask(put(K, b"old"), TAKE)
+    back = fresh(system.stop().disk, restore=1)
+    _ = back.ask(Restore(1), DropSnapshot(1), put(K, b"since"))
+
+    again = fresh(back.stop().disk, restore=1)
+
+    assert values(again, K) == [b"since"]
+    assert again.log.lines == []
+
+
 def test_a_setting_that_names_no_snapshot_is_said_and_what_is_there_is_served() -> None:
     system = fresh()
     _ = system.ask(put(K, b"v"))

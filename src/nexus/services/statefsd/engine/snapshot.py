@@ -352,8 +352,8 @@ async def go_back(store: Store, number: int) -> Head:
     it, so the areas are what they were, with all that was written between the switch and the boot.
     """
     head = await resume(store)
-    if not number:
-        return head
+    if not number or (head.number == number and head.state is State.NONE):
+        return head  # it was given up when all was back, in an earlier instance of this boot
     if head.number == number and head.state is State.KEPT and not head.fresh:
         return await _forget(store, head)
     return await restore(store, number)
