@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -237,6 +238,33 @@ def test_a_fault_of_the_loader_itself_ends_in_a_child(
 
     assert script.run(monkeypatch) == EXIT_FAILED
     assert script.said == "nexus: the loader failed: ZeroDivisionError: a bug\n"
+
+
+def test_a_child_that_still_chooses_ends_with_a_loader_that_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+
+    def become(_job: Any, _seen: Any, _told: int) -> None:
+        _ = signal.alarm(30)  # it is left behind by nobody, whatever the loader does
+        _ = os.write(writer, b"begun")
+        signal.pause()
+
+    monkeypatch.setattr(boots, "become", become)
+    loader = os.fork()
+    if loader == 0:
+        os._exit(Loader({"watcher": -1}, SHORT).run())
+    os.close(writer)
+    begun = os.read(reader, 5)
+    os.kill(loader, signal.SIGKILL)
+    _ = os.waitpid(loader, 0)
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+
+    assert begun == b"begun"
+    assert poll.poll(5_000), "the last holder of the other end is gone"
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_two_loaders_never_boot_one_device(

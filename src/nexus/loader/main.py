@@ -105,9 +105,10 @@ class Loader:
         errors = os.fstat(sys.stderr.fileno())
         said = errors.st_size if stat.S_ISREG(errors.st_mode) else -1
         reader, writer = os.pipe()
+        loader = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _live(lambda: self._become(seen, writer))
+            _live(loader, lambda: self._become(seen, writer))
         os.close(writer)
         self._child = os.pidfd_open(pid)
         if self._stopping:  # asked between the last boot and this one
@@ -184,9 +185,10 @@ class Loader:
 
     def _asked(self, work: Any) -> int:
         """The exit code of a child that does this and nothing else."""
+        loader = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _live(work)
+            _live(loader, work)
         child = os.pidfd_open(pid)
         poll = select.poll()
         poll.register(child, select.POLLIN)
@@ -215,10 +217,12 @@ class Loader:
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def _live(work: Any) -> None:
-    """A forked child's life. It has the signals' old meaning, and dies with the loader."""
+def _live(loader: int, work: Any) -> None:
+    """A forked child's life. It has the signals' old meaning, and dies with the loader: who starts
+    another one finds neither its lock held nor a try of the trial taken for nothing."""
     code = EXIT_FAILED
     try:
+        _leash(loader, signal.SIGKILL)
         for number in SIGNALS:
             _ = signal.signal(number, signal.SIG_DFL)
         code = work()
@@ -239,13 +243,13 @@ def _refuse(job: Any, why: str) -> int:
     return EXIT_FAILED
 
 
-def _leash(parent: int) -> None:
-    """Have the kernel ask this process to end when the command ends."""
+def _leash(parent: int, number: int) -> None:
+    """Have the kernel send this signal to this process when its parent ends."""
     import ctypes
 
-    _ = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _ = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the line above
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def _held(lock: int) -> bool:
@@ -281,7 +285,7 @@ def main(argv: list[str]) -> int:
     for number in SIGNALS:
         _ = signal.signal(number, loader.on_signal)
     if job["leashed"]:
-        _leash(job["parent"])
+        _leash(job["parent"], signal.SIGTERM)  # the command
     return loader.run()
 
 
