@@ -1,7 +1,7 @@
 """A system with updated and all it stands on under the real init, on either kernel.
 
 A machine is what lasts between boots: its disks, and init's memory. Before each boot the loader's
-own `choose` decides over the very disks which slot it is. The driver runs a script, as in policyrig.
+own `choose` decides over the very disks which slot it is. The driver runs a script, as policyrig's.
 """
 
 import signal

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from nexus.bootctl import EXIT_ENDED, EXIT_REBOOT, EXIT_SLOT_FAILED, Cause, SlotName, SlotState
+from nexus.bootctl import (
+    EXIT_ENDED,
+    EXIT_REBOOT,
+    EXIT_SLOT_FAILED,
+    EXIT_STOPPED,
+    Cause,
+    SlotName,
+    SlotState,
+)
 from nexus.loader import main as loader
 from tests.fakes.machine import NOBODY, Machine, machine, python_of
 from tests.linux.slotted import (
@@ -278,3 +286,4 @@ def test_a_device_whose_record_is_gone_boots_nothing_and_says_so(device: Device)
 def test_the_loader_and_init_mean_the_same_by_an_exit_code() -> None:
     assert (loader.EXIT_REBOOT, loader.EXIT_SLOT_FAILED) == (EXIT_REBOOT, EXIT_SLOT_FAILED)
     assert loader.EXIT_ENDED == EXIT_ENDED
+    assert loader.EXIT_STOPPED == EXIT_STOPPED

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus.bootctl import EXIT_ENDED
+from nexus.bootctl import EXIT_ENDED, EXIT_STOPPED
 from nexus.cli import main, unit
 from nexus.cli.unit import slots_unit_text, unit_text
 from nexus.kernel.linux import native
@@ -205,7 +205,9 @@ def test_a_system_out_of_its_slots_is_started_again_by_its_manager(user: bool) -
         f"{sys.executable} -P -m nexus.cli up --exec --slots pump --instance b"
     ]
     assert service["Restart"] == ["on-failure"], "a reboot and a failed trial are exit codes"
-    assert service["RestartPreventExitStatus"] == [str(EXIT_ENDED)]
+    assert service["Restart"] == ["always"], "an init that ends with 0 has no verdict"
+    assert service["RestartPreventExitStatus"] == [f"{EXIT_ENDED} {EXIT_STOPPED}"]
+    assert service["SuccessExitStatus"] == [str(EXIT_STOPPED)]
     assert made["Unit"]["StartLimitBurst"] == ["20"]
     changed = {"TimeoutStartSec": ["180"], "TimeoutStopSec": ["30"]}
     assert {key: service[key] for key in SHARED} == {**SHARED, **changed}

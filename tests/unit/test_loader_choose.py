@@ -19,7 +19,7 @@ from nexus.bootctl import (
     staging,
     switch,
 )
-from nexus.bootctl.handover import TrialReason
+from nexus.bootctl.handover import EXIT_STOPPED, TrialReason
 from nexus.drivers import finished
 from nexus.kernel.sim.disk import Disk
 from nexus.loader.choose import Chosen, Ended, NothingBootable, SlotSource, choose, note_end
@@ -152,7 +152,8 @@ def test_a_committed_slot_is_no_trial_any_more(board: Board) -> None:
         (Ended(code=9), Cause.INIT_ENDED, "exit code 9"),
         (Ended(code=0, signal=11), Cause.INIT_ENDED, "signal 11"),
         (Ended(code=0, signal=9, is_hung=True), Cause.INIT_HUNG, "deadline"),
-        (Ended(code=0), Cause.STOPPED, "in order"),
+        (Ended(code=0), Cause.INIT_ENDED, "exit code 0"),
+        (Ended(code=EXIT_STOPPED), Cause.STOPPED, "in order"),
         (Ended(problem="no room"), Cause.INIT_ENDED, "no room"),
         (Ended(), Cause.LOST, "nobody saw how"),
         (Ended(tail="init: start"), Cause.LOST, "nobody saw how"),

@@ -15,6 +15,7 @@ from nexus.abi import BOOT_MEMORY_SIZE_MAX, SERVICE_NAME_SIZE_MAX
 EXIT_REBOOT: Final = 3  # somebody asked for a reboot: the loader chooses again
 EXIT_SLOT_FAILED: Final = 4  # the trial of the slot failed; the cause is in the boot memory
 EXIT_ENDED: Final = 5  # somebody wished its end, and not every service ended cleanly: stay down
+EXIT_STOPPED: Final = 6  # the same, and every one did; 0 is what an init says that has no verdict
 
 SET_NAME_SIZE_MAX: Final = 48  # characters of a set's name
 SET_DIGEST_SIZE: Final = 64  # characters of a SHA-256 in hexadecimal

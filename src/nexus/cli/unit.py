@@ -14,7 +14,7 @@ from nexus.cli.places import Places, base_dirs, places_of, title_of
 from nexus.cli.trial import tried_plan
 from nexus.init.plan import Plan
 from nexus.loader.devices import boot_path
-from nexus.loader.main import END_MAX, EXIT_ENDED
+from nexus.loader.main import END_MAX, EXIT_ENDED, EXIT_STOPPED
 
 WATCHDOG: Final = 10  # seconds; init pings twice as often, and stalls for none of its services
 NANOS: Final = 1_000_000_000
@@ -89,7 +89,11 @@ def slots_unit_text(name: str, instance: str | None, *, user: bool) -> str:
         intensity=SLOTS_INTENSITY,
         start=SLOTS_START_MAX,
         stop=SLOTS_STOP,
-        endings=[f"RestartPreventExitStatus={EXIT_ENDED}"],
+        endings=[
+            "Restart=always",  # also after 0: a set that ends by itself is on trial, or broken
+            f"RestartPreventExitStatus={EXIT_ENDED} {EXIT_STOPPED}",
+            f"SuccessExitStatus={EXIT_STOPPED}",
+        ],
         directories=_directories(nowhere, []),
         is_private=True,
     )
@@ -122,7 +126,7 @@ def _text(plan: Plan, file: Path, instance: str | None, *, user: bool) -> str:
         intensity=INTENSITY,
         start=START_MAX,
         stop=-(-sum(service.stop_max for service in plan.services) // NANOS) + STOP_SPARE,
-        endings=[],
+        endings=["Restart=on-failure"],
         directories=_directories(declared, own),
         is_private=not _is_shared([file.absolute(), *own]),
     )
@@ -147,7 +151,6 @@ def _unit(subject: _Subject, *, user: bool) -> str:
         f"TimeoutStartSec={subject.start}",
         f"TimeoutStopSec={subject.stop}",
         f"WatchdogSec={WATCHDOG}",
-        "Restart=on-failure",
         *subject.endings,
         "RestartSec=1",
         *([] if user else subject.directories),

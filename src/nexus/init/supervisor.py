@@ -43,7 +43,7 @@ from nexus.abi import (
     TaskStats,
     TaskTable,
 )
-from nexus.bootctl.handover import EXIT_ENDED, EXIT_REBOOT, EXIT_SLOT_FAILED, SlotBoot
+from nexus.bootctl.handover import EXIT_ENDED, EXIT_REBOOT, EXIT_SLOT_FAILED, EXIT_STOPPED, SlotBoot
 from nexus.init.asking import Asking, Done
 from nexus.init.authority import Authority, PolicySource
 from nexus.init.baseline import Baseline
@@ -141,7 +141,8 @@ class Supervisor:
 
     async def run(self) -> int:
         """From `init: start` to `init: stopped`; the exit code: 0 if every service ended cleanly,
-        1 if not. Out of a slot the loader reads it: EXIT_SLOT_FAILED, EXIT_REBOOT, EXIT_ENDED."""
+        1 if not. Out of a slot it is one of bootctl's, for the loader; an end that nobody wished
+        is 0 or 1 there too."""
         self.inbox = await EndpointCreate()
         await self.say(
             "init: start", digest=self.checked_digest(), services=len(self.plan.services)
@@ -399,8 +400,8 @@ class Supervisor:
             return EXIT_SLOT_FAILED
         if self.is_rebooting:
             return EXIT_REBOOT
-        if self.dirty and self._is_orderly and self.slot_boot is not None:
-            return EXIT_ENDED
+        if self._is_orderly and self.slot_boot is not None:
+            return EXIT_ENDED if self.dirty else EXIT_STOPPED
         return EXIT_DIRTY if self.dirty else EXIT_CLEAN
 
     async def _drain(self) -> None:

@@ -35,14 +35,14 @@ from nexus.bootctl import (
     slot_boot,
 )
 from nexus.bootctl.contract import BootControl
-from nexus.bootctl.handover import EXIT_ENDED, SlotBoot, TrialFailure, TrialReason
+from nexus.bootctl.handover import EXIT_ENDED, EXIT_STOPPED, SlotBoot, TrialFailure, TrialReason
 from nexus.drivers import BlockDevice, DeviceFault
 from nexus.sets import Manifest, SetRefused, read_manifest
 
 READ_BLOCKS: Final = 2048  # blocks of one read: 1 MiB, of which one at a time is in memory
 LOOKS_MAX: Final = 4  # slots looked at for one boot: each may be found damaged, in trial and after
 
-ORDERLY: Final = (0, EXIT_ENDED)  # exit codes of an init that was told to end
+ORDERLY: Final = (EXIT_STOPPED, EXIT_ENDED)  # exit codes of an init that was told to end
 
 
 class NothingBootable(Exception):

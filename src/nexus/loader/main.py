@@ -27,9 +27,11 @@ from typing import Any, Final, NamedTuple
 EXIT_REBOOT: Final = 3
 EXIT_SLOT_FAILED: Final = 4
 EXIT_ENDED: Final = 5
+EXIT_STOPPED: Final = 6
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
-ENDED: Final = (EXIT_OK, EXIT_ENDED)  # exit codes of a system that somebody told to end
+ENDED: Final = {EXIT_STOPPED: EXIT_OK, EXIT_ENDED: EXIT_FAILED}
+"""Exit codes of an init that somebody told to end, and what the loader makes of them."""
 JUDGED, OPEN, FAILING = 0, 1, 2  # of a trial: committed or given up, not yet, init says it failed
 SIGNAL_BASE: Final = 128  # exit code of a system whose init was killed, as a shell counts
 LOCK_NAME: Final = "loader.lock"  # in the instance's directory
@@ -95,7 +97,7 @@ class Loader:
             if self._stopping or not (again or (is_open and end.exit_code not in ENDED)):
                 if is_open:
                     _ = self._asked(partial(self._note, end))
-                return EXIT_FAILED if end.exit_code == EXIT_ENDED else end.exit_code
+                return ENDED.get(end.exit_code, end.exit_code)
             seen = end.seen
 
     # ------------------------------------------------------------------ a boot

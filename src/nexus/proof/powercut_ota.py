@@ -571,8 +571,8 @@ class OtaReport:
             yield f"Of {self.every} cases one is booted: this is a sample."
         yield ""
         yield (
-            "One case alone: `nexus sim powercut ota --scene SCENE --backend BACKEND --cut N --split "
-            "DISK=PENDING:FROM-TO,.../...`; a problem prints it as it is."
+            "One case alone: `nexus sim powercut ota --scene SCENE --backend BACKEND --cut N "
+            "--split DISK=PENDING:FROM-TO,.../...`; a problem prints it as it is."
         )
         yield ""
         yield (

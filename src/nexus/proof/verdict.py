@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import INIT_NAME, EventKind, Nanos
-from nexus.bootctl.handover import EXIT_SLOT_FAILED
+from nexus.bootctl.handover import EXIT_SLOT_FAILED, EXIT_STOPPED
 from nexus.init.plan import Plan
 from nexus.proof.expected import PHASES, Scope, boots_of, is_bad, is_cut, not_run
 from nexus.proof.trace import CRASH_PATTERNS, FAIL_WORD, Line, Trace
@@ -33,6 +33,7 @@ from nexus.protocols.ladder import (
 END_RUNG: Final = 144
 RESOURCE_RUNG: Final = 143
 CPU_RUNG: Final = 39
+CLEAN: Final = (0, EXIT_STOPPED)  # exit codes of an init that ended in order: bare, out of a slot
 KILLED: Final = 9  # the signal of init's Kill, the only one a task may end by
 CRASHES: Final = ("demo.exit42", 42, 0)  # the one program that is there to crash, and how: #91
 FINDINGS_MAX: Final = 64  # kept; a run that is this red needs no more
@@ -255,7 +256,7 @@ class _Judge:
                     f"init was to give the bad set up with code {EXIT_SLOT_FAILED}, and ended "
                     f"with code {ending.code}, signal {ending.signal}"
                 )
-        elif not ending.stopped and (ending.code or ending.signal):
+        elif not ending.stopped and (ending.code not in CLEAN or ending.signal):
             found(f"dirty exit: code {ending.code}, signal {ending.signal}")
         if is_cut(self._case.scope, trace.number) and not (ending.cut or ending.stopped):
             found("the power was to be cut, and the boot did not get there")

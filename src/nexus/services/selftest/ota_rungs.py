@@ -305,7 +305,7 @@ async def ota_health(climb: Climb) -> Evidence:
         RetryTokens(),
     )
     system = await climb.call(climb.control, GetSystem())
-    audits = await records_about(climb, "op", "ReportHealth", ("status", "ok"))
+    audits = await records_about(climb, "op", "ReportHealth", {"status": "ok"})
     fields = fields_of(audits[0])
 
     expect((update.trying, update.active), (SlotNumber.NONE, SlotNumber.B), "what is tried, active")

@@ -691,7 +691,7 @@ class Engine:
         self._in_doubt = False
 
     async def _drop_copies(self) -> None:
-        """Copies that no trial needs go; one that stays is put away by `open`, or before the next."""
+        """Copies that no trial needs go; one that stays, `open` puts away, or the next copy."""
         try:
             await self._memory.keep_only(self.record.snapshot)
         except Declined:
