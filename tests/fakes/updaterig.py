@@ -50,7 +50,15 @@ from tests.fakes import initrig
 from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.initrig import MS, SECOND, Main
 from tests.fakes.keyrig import idle
-from tests.fakes.policyrig import Hands, Outcome, Script, driver_of, order_in, plan_of
+from tests.fakes.policyrig import (
+    OBEYED,
+    Hands,
+    Outcome,
+    Script,
+    driver_of,
+    order_in,
+    plan_of,
+)
 from tests.fakes.updates import BOOT_BLOCKS, SLOT_BLOCKS, Device, Made, Maker
 
 SYSTEM: Final = """
@@ -211,6 +219,7 @@ class UpdateMachine:
             order = order_in(event)
             if order is not None:
                 kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
+                OBEYED[0] += 1
             on_event(kernel, event)
 
         def obey(what: str, name: str) -> None:
@@ -377,6 +386,7 @@ class LinuxUpdateMachine:
             order = order_in(event)
             if order is not None:
                 obey(*order)
+                OBEYED[0] += 1
 
         kernel = LinuxKernel(
             programs_of(script, {}, executes=True),

@@ -8,7 +8,7 @@ import pytest
 
 from nexus.abi import INIT_NAME, BootImage, EndpointCreate, Status
 from nexus.bootctl import Cause, SlotName, SlotState
-from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED, TrialReason
+from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED, EXIT_STOPPED, TrialReason
 from nexus.ipc import Refused
 from nexus.kernel.core.ending import EXIT_CRASH
 from nexus.kernel.sim.faults import Faults, NthFailure, Plan
@@ -143,7 +143,7 @@ def test_a_good_set_is_staged_tried_committed_and_stays(device: Slots, tmp_path:
     third = device.boot(after)
 
     assert (first.slot.slot, first.exit_code) == ("a", EXIT_REBOOT)
-    assert (trial.slot.slot, trial.slot.trial, trial.exit_code) == ("b", True, 0)
+    assert (trial.slot.slot, trial.slot.trial, trial.exit_code) == ("b", True, EXIT_STOPPED)
     assert (third.slot.slot, third.slot.trial) == ("b", False)
     assert "init: health ok (slot b)" in trial.console
     assert running == [UpdatedSlot.B, UpdatedSlot.B, UpdatedSlot.NONE] * 2
@@ -179,7 +179,7 @@ def test_a_bad_set_fails_its_trial_and_the_device_goes_back_by_itself(
     assert not trial.finished
     assert trial.failure is not None
     assert (trial.failure.service, trial.failure.reason) == ("app", reason)
-    assert (back.slot.slot, back.exit_code) == ("a", 0)
+    assert (back.slot.slot, back.exit_code) == ("a", EXIT_STOPPED)
     assert stamps(back) == {device.first.digest.hex()}
     record = device.record
     assert (record.active, record.trying) == (A, None)
@@ -200,7 +200,7 @@ def test_a_set_whose_init_crashes_is_left_too(device: Slots, tmp_path: Path) -> 
     back = device.boot(judging)
 
     assert (trial.exit_code, trial.failure) == (EXIT_CRASH, None)
-    assert (back.slot.slot, back.exit_code) == ("a", 0)
+    assert (back.slot.slot, back.exit_code) == ("a", EXIT_STOPPED)
     why = next(each for each in device.record.reasons if each.cause is Cause.INIT_ENDED)
     assert why.detail == f"init ended with exit code {EXIT_CRASH}"
 
@@ -217,7 +217,7 @@ def test_a_second_try_may_go_well(device: Slots, tmp_path: Path) -> None:
     first, second = device.boot(judging), device.boot(judging)
 
     assert first.exit_code == EXIT_SLOT_FAILED
-    assert (second.slot.slot, second.slot.attempt, second.exit_code) == ("b", 2, 0)
+    assert (second.slot.slot, second.slot.attempt, second.exit_code) == ("b", 2, EXIT_STOPPED)
     assert device.record.active is B
 
 
@@ -238,7 +238,7 @@ def test_nothing_is_staged_while_the_running_set_is_on_trial(device: Slots, tmp_
     trial = device.boot(early)
 
     assert refused == [Refused(UpdatedStatus.UNPROVEN)]
-    assert trial.exit_code == 0
+    assert trial.exit_code == EXIT_STOPPED
     assert device.record.slot(A).state is SlotState.STAGED
 
 
@@ -351,7 +351,7 @@ def test_ten_updates_in_a_row_leave_nothing_behind(device: Slots, tmp_path: Path
     for version in range(2, 12):
         update = made(device, tmp_path, version, schema=version)
         assert device.boot(updating(update)).exit_code == EXIT_REBOOT
-        assert device.boot(look, rights=STATE_RIGHTS).exit_code == 0
+        assert device.boot(look, rights=STATE_RIGHTS).exit_code == EXIT_STOPPED
 
     assert device.record.slot(device.record.active).version == 11
     assert len(list((tmp_path / "trees" / "slots").iterdir())) == 2
@@ -382,7 +382,7 @@ def test_a_power_cut_in_a_trial_costs_a_try_unless_the_commit_was_durable(
     assert dark.run.cut
     assert (dark.slot.slot, then.slot.slot) == ("b", "b")
     assert then.slot.trial is not is_committed
-    assert then.exit_code == 0
+    assert then.exit_code == EXIT_STOPPED
     assert device.record.active is B
     lost = [each for each in device.record.reasons if each.cause is Cause.LOST]
     assert len(lost) == (not is_committed)

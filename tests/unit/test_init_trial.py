@@ -21,6 +21,7 @@ from nexus.bootctl.handover import (
     EXIT_ENDED,
     EXIT_REBOOT,
     EXIT_SLOT_FAILED,
+    EXIT_STOPPED,
     SlotBoot,
     TrialFailure,
     TrialReason,
@@ -201,7 +202,7 @@ def test_a_system_that_stays_healthy_is_reported_once_and_committed(boot: Boot) 
     assert at >= well + SETTLE * MS
     assert run.result.trial is TrialState.COMMITTED
     assert read_failure(run.memory) is None
-    assert run.ended.code == 0
+    assert run.ended.code == EXIT_STOPPED
 
 
 def test_nothing_is_reported_before_the_last_service_has_answered(boot: Boot) -> None:
