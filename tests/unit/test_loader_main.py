@@ -205,10 +205,10 @@ def test_what_is_proven_may_run_as_long_as_it_likes(
 def test_an_end_of_a_trial_that_nobody_follows_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Script(tmp_path, [Life(trial=True)])
+    script = Script(tmp_path, [Life(code=EXIT_STOPPED, trial=True)])
 
     assert script.run(monkeypatch) == 0
-    assert script.noted == [{"code": 0, "signal": 0, "is_hung": False, "errors": 0}]
+    assert script.noted == [{"code": EXIT_STOPPED, "signal": 0, "is_hung": False, "errors": 0}]
 
 
 def test_an_end_of_a_proven_set_is_nothing_to_keep(
