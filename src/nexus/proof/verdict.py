@@ -284,6 +284,8 @@ class _Judge:
                 continue  # how the boot of a bad set ends is looked at above
             if (event.fields.get("name"), code, signal) == CRASHES:
                 continue
+            if event.fields.get("name") == INIT_NAME and code in CLEAN:
+                continue
             if signal != KILLED and (code or signal):
                 crash = str(event.fields.get("crash", "")).strip().rpartition("\n")[2]
                 how = f"code {code}, signal {signal}" + (f", {crash}" if crash else "")
