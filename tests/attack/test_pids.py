@@ -21,9 +21,9 @@ pytestmark = [
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PID_MAX_MINIMUM: Final = 301  # Linux refuses less: RESERVED_PIDS + 1
-SPAWNS: Final = 5 * PID_MAX_MINIMUM
+SPAWNS: Final = 10 * PID_MAX_MINIMUM
 DEAF_TURNS: Final = 150  # spawns after which root does not listen: the next meets a burned number
-TIME_MAX: Final = 280  # seconds, of 20 on a free machine
+TIME_MAX: Final = 280  # seconds, of 40 on a free machine
 
 
 def _walk(pid_max: int, spawns: int, deaf_turns: int, *options: str) -> Mapping[str, Any]:
