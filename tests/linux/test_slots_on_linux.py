@@ -236,7 +236,7 @@ def test_under_a_service_manager_the_loader_becomes_init(device: Device) -> None
     _ = device.says("init: health ok (slot b)", before)
     assert device.stamps().all == {stamp_of(first_set().as_version(2))}
     device.down()
-    assert second.wait(WAIT) == 0
+    assert second.wait(WAIT) == EXIT_STOPPED, "and it leaves it at that"
     _ = second.communicate()
 
 

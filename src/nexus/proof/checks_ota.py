@@ -10,7 +10,7 @@ from nexus.abi import INIT_NAME, EventKind, service_id
 from nexus.bootctl import EVIDENCE, BootRecord, Cause, Reason, SlotName, SlotState
 from nexus.proof.boot_remains import BootRemains
 from nexus.proof.checks import healthy, measured
-from nexus.proof.checks_state import STATEFSD, kept_of, left_of
+from nexus.proof.checks_state import STATEFSD, kept_of, left_of, opened_what_was_left
 from nexus.proof.slots import FIRST, FLOOR, ISSUED, STUCK, STUCK_SAYS
 from nexus.proof.trace import FAIL_WORD, Line, Trace
 from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
@@ -129,7 +129,7 @@ def _history_read(boot: Trace) -> None:
     """What updated says of its history when it comes up again is what was on the disk."""
     kept = left_of(boot.earlier[-1]).records.get(HISTORY)
     ready = [each for each in boot.lines if (each.printer, each.text) == (UPDATED, rung(36).marker)]
-    if kept is None or not ready:  # what is not there is another rung's
+    if kept is None or not ready or not opened_what_was_left(boot):  # that is another rung's
         return
     try:
         last = read_history(kept.value).last

@@ -82,14 +82,24 @@ def statefsd_ready(case: Case, trace: Trace, line: Line) -> None:
     demand(left.sequence >= line.evidence["sequence"], "the disk is behind what was there")
 
 
-def _goes_on(boot: Trace) -> None:
-    """statefsd has opened what the boot before left."""
+def _first_opening(boot: Trace) -> Mapping[str, Any]:
+    """What statefsd said when it first opened its store in a boot."""
     text = rung(34).marker
     lines = [each for each in boot.lines if (each.printer, each.text) == (STATEFSD, text)]
     demand(lines, f"no {text!r} in boot {boot.number}")
-    left = left_of(boot.earlier[-1])
-    demand_equal(lines[0].evidence["epoch"], left.epoch + 1, f"epoch, boot {boot.number}")
-    demand_equal(lines[0].evidence["sequence"], left.sequence, f"sequence, boot {boot.number}")
+    return lines[0].evidence
+
+
+def opened_what_was_left(boot: Trace) -> bool:
+    """Whether statefsd has opened what the boot before left: #104 demands it."""
+    return bool(_first_opening(boot)["sequence"] == left_of(boot.earlier[-1]).sequence)
+
+
+def _goes_on(boot: Trace) -> None:
+    """statefsd has opened what the boot before left."""
+    opening, left = _first_opening(boot), left_of(boot.earlier[-1])
+    demand_equal(opening["epoch"], left.epoch + 1, f"epoch, boot {boot.number}")
+    demand_equal(opening["sequence"], left.sequence, f"sequence, boot {boot.number}")
 
 
 def statefs_put(_case: Case, trace: Trace, line: Line) -> None:
