@@ -167,6 +167,21 @@ def test_an_init_that_crashes_costs_its_tries_and_no_more(device: Device) -> Non
     device.down()
 
 
+def test_an_init_that_ends_at_once_and_calls_it_a_success_is_not_kept(device: Device) -> None:
+    device.up()
+    broken = changed(first_set().as_version(2), {INIT: b"raise SystemExit(0)\n"})
+
+    before = update_to(device, broken, "--tries", "1")
+    back = device.says("slot a, version 1 (1.0.0)", before)
+    _ = device.says("updated: ready (statefs)", back)
+
+    record = device.record()
+    assert record.slot(SlotName.B).state is SlotState.BAD
+    assert record.reasons[-1].cause is Cause.ROLLED_BACK
+    assert record.reasons[-1].detail == "init_ended: init ended with exit code 0"
+    device.down()
+
+
 def test_a_tree_that_was_changed_is_not_what_boots(device: Device) -> None:
     device.up()
     device.down()
