@@ -1,11 +1,13 @@
-"""Tests that ask nothing of the machine run beside those that do: `pytest --beside`.
+"""Tests that measure no time run beside those that do: `pytest --beside`.
 
-Tests of real processes wait more than they compute, and some measure time. They stay in this
-process, which has one thread, as our Linux kernel demands of who forks. A second pytest runs all
-others meanwhile, and only when no process wants to that is not one of them; what it reports is
-reported here when it is their turn, as if they had run here.
+Tests of real processes wait more than they compute. Those that measure time stay in this process,
+which has one thread, as our Linux kernel demands of who forks. Two more pytests run meanwhile: one
+has the patient tests, which start whole systems and only ask how they end, and gives way when a
+process wakes up that is measured; the other has all tests that ask nothing of the machine, and
+runs when no process wants to that is not one of them. What they report is reported here when it
+is their turn, as if they had run here.
 
-It stays in this session: Linux weighs sessions against each other first (autogroups), and what is
+They stay in this session: Linux weighs sessions against each other first (autogroups), and what is
 idle in one would hold up what wakes in another until the next tick.
 """
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -24,35 +27,66 @@ import pytest
 
 from nexus.proof.runner import die_with_parent
 
+
+class Part(Enum):
+    """Which pytest runs a test, by how Linux schedules it; they are reported in this order."""
+
+    MEASURED = os.SCHED_OTHER  # this one
+    PATIENT = os.SCHED_BATCH  # whoever wakes up goes before
+    PURE = os.SCHED_IDLE
+
+
 ON_THE_MACHINE: Final = frozenset(
     f"tests/{name}" for name in ("attack", "conformance", "examples", "guide", "linux", "stateful")
 )
+PATIENT: Final = frozenset(
+    (
+        "tests/examples",
+        "tests/guide",
+        "tests/linux/test_bad_sets_on_linux.py",
+        "tests/linux/test_cli_system.py",
+        "tests/linux/test_export_on_linux.py",
+        "tests/linux/test_slot_kills.py",
+        "tests/linux/test_slots_on_linux.py",
+        "tests/linux/test_updated_on_linux.py",
+        "tests/linux/test_why.py",
+    )
+)
+"""Whole systems from the outside: each wait of these has a limit that is no claim."""
+
 OPTION: Final = "--beside"
-REPORTS: Final = "NEXUS_TESTS_REPORTS"  # in the environment of the second pytest: where it reports
+REPORTS: Final = "NEXUS_TESTS_REPORTS"  # in the environment of another pytest: where it reports
+PART: Final = "NEXUS_TESTS_PART"  # and which tests are its own
 LOOK_PAUSE: Final = 0.02  # seconds between two looks for a report; each test has a limit of its own
 END_WAIT: Final = 120.0  # seconds from its last report to its end; the sweep of saboteurs is closed
 TERM_WAIT: Final = 10.0  # seconds to end when it is told to; then it is killed
-OUTPUT_SHOWN: Final = 4_000  # characters of what a second pytest said that ended too early
+KILL_WAIT: Final = 60.0  # seconds; only what the kernel itself holds up takes longer
+OUTPUT_SHOWN: Final = 4_000  # characters of what a pytest said that ended too early
 SIZE: Final = struct.Struct("<I")  # bytes of a report
 
 
-def is_of_the_machine(item: pytest.Item) -> bool:
-    """Whether it runs where real processes and real time are."""
-    return str(PurePosixPath(item.nodeid.partition("::")[0]).parent) in ON_THE_MACHINE
+def part_of(item: pytest.Item) -> Part:
+    """Which pytest runs it, if there are three."""
+    file = PurePosixPath(item.nodeid.partition("::")[0])
+    if str(file.parent) not in ON_THE_MACHINE:
+        return Part.PURE
+    return Part.MEASURED if PATIENT.isdisjoint((str(file), str(file.parent))) else Part.PATIENT
 
 
 def runs_here(item: pytest.Item) -> bool:
-    """Whether this process runs it, if there are two."""
-    config = item.config
-    second = config.pluginmanager.has_plugin("reporter")
-    return second or is_of_the_machine(item) or not config.getoption(OPTION)
+    """Whether this process runs it."""
+    reporter = item.config.pluginmanager.get_plugin("reporter")
+    if isinstance(reporter, Reporter):
+        return part_of(item) is reporter.part
+    return part_of(item) is Part.MEASURED or not item.config.getoption(OPTION)
 
 
 class Reporter:
-    """In the second pytest: writes every report to a file, which is open only then: some tests
-    write to whatever descriptor they find."""
+    """In another pytest: writes every report to a file, which is open only then: some tests write
+    to whatever descriptor they find."""
 
-    def __init__(self, config: pytest.Config, path: Path) -> None:
+    def __init__(self, config: pytest.Config, path: Path, part: Part) -> None:
+        self.part = part
         self._config = config
         self._path = path
 
@@ -71,98 +105,66 @@ class Reporter:
             _ = file.write(SIZE.pack(len(data)) + data)
 
 
-class Beside:
-    """In the first pytest: has the second one run, and reports what that reports."""
+class Other:
+    """Another pytest, as the first one sees it."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, config: pytest.Config, part: Part) -> None:
+        self._part = part
         self._reports = tempfile.NamedTemporaryFile(prefix="reports")  # noqa: SIM115
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._read = bytearray()
-        self._pidfd = -1
-        self._failed = 0  # whether a test did
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Begin, and see that it ends as it should; the loop itself is pytest's."""
-        self._begin(session)
-        result = yield
-        self._see_its_end()
-        return result
-
-    def _begin(self, session: pytest.Session) -> None:
-        if all(runs_here(item) for item in session.items) or self._config.option.collectonly:
-            return
-        arguments = [each for each in self._config.invocation_params.args if each != OPTION]
+        arguments = [each for each in config.invocation_params.args if each != OPTION]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *map(str, arguments)],
-            cwd=self._config.invocation_params.dir,
-            env={**os.environ, REPORTS: self._reports.name},
+            cwd=config.invocation_params.dir,
+            env={**os.environ, REPORTS: self._reports.name, PART: part.name},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
         )
         self._pidfd = os.pidfd_open(self._process.pid)
+        self.failed = 0  # whether a test did
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """The reports of a test that runs elsewhere."""
-        if runs_here(item):
-            return None
-        hook = item.ihook
-        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        while (found := self._next()) != item.nodeid:
-            assert isinstance(found, dict), f"{found} out of turn, before {item.nodeid}"
-            from_plain = self._config.hook.pytest_report_from_serializable
-            report = from_plain(config=self._config, data=found)
-            assert report.nodeid == item.nodeid, f"{report.nodeid} out of turn"
-            self._failed |= report.failed
-            hook.pytest_runtest_logreport(report=report)
-        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        return True
+    def next(self) -> Any:
+        """Its next report, or the name of the test that has no more of them."""
+        data = self._taken(SIZE.unpack(self._taken(SIZE.size))[0])
+        return pickle.loads(data)
 
-    def pytest_sessionfinish(self) -> None:
-        """Leave nothing running when the first one has enough."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                _ = self._process.wait(TERM_WAIT)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                _ = self._process.wait()
-            os.close(self._pidfd)
-        self._reports.close()
-        self._output.close()
-
-    def _see_its_end(self) -> None:
+    def see_its_end(self) -> None:
         """Its last test is reported: what goes wrong from here on would be seen by nobody else."""
-        if self._process is None:
-            return
         try:
             code = self._process.wait(END_WAIT)
         except subprocess.TimeoutExpired:
-            pytest.exit(f"the second pytest does not end: {self._said()}", returncode=1)
-        if code != self._failed:  # 1 if a test failed, as was reported; or by an exception of any
-            pytest.exit(f"the second pytest ended with {code}: {self._said()}", returncode=1)
+            pytest.exit(f"{self} does not end: {self._said()}", returncode=1)
+        if code != self.failed:  # 1 if a test failed, as was reported; or by an exception of any
+            pytest.exit(f"{self} ended with {code}: {self._said()}", returncode=1)
+
+    def close(self) -> None:
+        """Leave nothing running when the first one has enough."""
+        self._process.terminate()
+        try:
+            _ = self._process.wait(TERM_WAIT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            _ = self._process.wait(KILL_WAIT)
+        os.close(self._pidfd)
+        self._reports.close()
+        self._output.close()
+
+    def __str__(self) -> str:
+        return f"the pytest of {self._part.name.lower()} tests"
 
     def _said(self) -> str:
         _ = self._output.seek(0)
         return self._output.read().decode(errors="replace")[-OUTPUT_SHOWN:]
 
-    def _next(self) -> Any:
-        """The next report, or the name of the test that has no more of them."""
-        data = self._taken(SIZE.unpack(self._taken(SIZE.size))[0])
-        return pickle.loads(data)
-
     def _taken(self, size: int) -> bytes:
-        assert self._process is not None
         while len(self._read) < size:
             ended = self._process.poll() is not None
             more = os.read(self._reports.fileno(), 1 << 20)
             self._read += more
             if not more and ended:
-                pytest.exit(f"the second pytest has ended too early: {self._said()}", returncode=1)
+                pytest.exit(f"{self} has ended too early: {self._said()}", returncode=1)
             if not more:
                 _ = select.select((self._pidfd,), (), (), LOOK_PAUSE)
         data = bytes(self._read[:size])
@@ -170,19 +172,65 @@ class Beside:
         return data
 
 
+class Beside:
+    """In the first pytest: has the others run, and reports what they report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._others: dict[Part, Other] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Begin, and see that they end as they should; the loop itself is pytest's."""
+        if not self._config.option.collectonly:
+            for part in {part_of(item): None for item in session.items if not runs_here(item)}:
+                self._others[part] = Other(self._config, part)
+        result = yield
+        for other in self._others.values():
+            other.see_its_end()
+        return result
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """The reports of a test that runs elsewhere."""
+        if runs_here(item):
+            return None
+        other, hook = self._others[part_of(item)], item.ihook
+        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        while (found := other.next()) != item.nodeid:
+            assert isinstance(found, dict), f"{found} out of turn, before {item.nodeid}"
+            from_plain = self._config.hook.pytest_report_from_serializable
+            report = from_plain(config=self._config, data=found)
+            assert report.nodeid == item.nodeid, f"{report.nodeid} out of turn"
+            other.failed |= report.failed
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        """Nothing goes on."""
+        for other in self._others.values():
+            other.close()
+
+
 def configure(config: pytest.Config) -> None:
-    """Take part in a session of two processes, as whichever this is."""
-    path = os.environ.pop(REPORTS, None)
+    """Take part in a session of three processes, as whichever this is."""
+    path, name = os.environ.pop(REPORTS, None), os.environ.pop(PART, "")
     if path is not None:
         die_with_parent(os.getppid())
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        _ = config.pluginmanager.register(Reporter(config, Path(path)), "reporter")
+        part = Part[name]
+        os.sched_setscheduler(0, part.value, os.sched_param(0))
+        _ = config.pluginmanager.register(Reporter(config, Path(path), part), "reporter")
     elif config.getoption(OPTION):
         _ = config.pluginmanager.register(Beside(config), "beside")
 
 
 def sort(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The machine's tests first: they run while the others do. The second pytest has no others."""
+    """Those first that are measured: they run while the others do. Another pytest has only its
+    own."""
     if config.pluginmanager.has_plugin("reporter"):
-        items[:] = [item for item in items if not is_of_the_machine(item)]
-    items.sort(key=is_of_the_machine, reverse=True)
+        items[:] = [item for item in items if runs_here(item)]
+    items.sort(key=lambda item: ORDER.index(part_of(item)))
+
+
+ORDER: Final = tuple(Part)

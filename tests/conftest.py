@@ -38,7 +38,7 @@ SABOTEURS = "test_prove_saboteurs.py"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Our own."""
     parser.addoption(
-        beside.OPTION, action="store_true", help="run what needs no machine beside what does"
+        beside.OPTION, action="store_true", help="run what measures no time beside what does"
     )
 
 

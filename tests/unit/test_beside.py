@@ -1,4 +1,4 @@
-"""`pytest --beside`: what becomes of the second pytest is told by the first."""
+"""`pytest --beside`: what becomes of the other pytests is told by the first."""
 
 import os
 import subprocess
@@ -8,8 +8,10 @@ from typing import Final
 
 import pytest
 
+from tests.beside import Part
+
 ROOT: Final = Path(__file__).parents[2]
-TIME_MAX: Final = 120  # seconds of two pytests with a test each
+TIME_MAX: Final = 120  # seconds of three pytests with a test each
 CONFTEST: Final = """
 import os
 import signal
@@ -34,22 +36,30 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    if session.config.pluginmanager.has_plugin("reporter"):
+    reporter = session.config.pluginmanager.get_plugin("reporter")
+    if reporter is not None and reporter.part is beside.Part.WHOSE:
         LAST
 """
-PASSES: Final = "def test_it():\n    pass\n"
+PASSES: Final = "import os\n\n\ndef test_it():\n    assert os.sched_getscheduler(0) == {}\n"
 FAILS: Final = "def test_it():\n    raise LookupError('no such pump')\n"
 
 
+FOLDERS: Final = {Part.MEASURED: "linux", Part.PATIENT: "guide", Part.PURE: "unit"}
+
+
 def beside(
-    place: Path, last: str, *, elsewhere: str = PASSES, end_wait: float = TIME_MAX
+    place: Path, last: str, whose: Part, *, there: str = "", end_wait: float = TIME_MAX
 ) -> tuple[int, str]:
-    """The exit code and the words of a session whose second pytest does this at its end."""
+    """The exit code and the words of a session in which that pytest does this at its end, and has
+    this test; the others have one that passes if it is scheduled as it should be."""
     (place / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     (place / "conftest.py").write_text(
-        CONFTEST.replace("LAST", last).replace("= END_WAIT", f"= {end_wait}")
+        CONFTEST.replace("LAST", last)
+        .replace("= END_WAIT", f"= {end_wait}")
+        .replace("WHOSE", whose.name)
     )
-    for folder, text in (("linux", PASSES), ("unit", elsewhere)):
+    for part, folder in FOLDERS.items():
+        text = there if part is whose and there else PASSES.format(part.value)
         (place / "tests" / folder).mkdir(parents=True)
         (place / "tests" / folder / f"test_{folder}.py").write_text(text)
     ended = subprocess.run(
@@ -64,39 +74,41 @@ def beside(
     return ended.returncode, ended.stdout
 
 
-def test_two_pytests_that_end_well_are_one_that_does(tmp_path: Path) -> None:
-    code, said = beside(tmp_path, "pass")
+def test_three_pytests_that_end_well_are_one_each_scheduled_in_its_way(tmp_path: Path) -> None:
+    code, said = beside(tmp_path, "pass", Part.PURE)
 
-    assert (code, "2 passed" in said) == (0, True), said
+    assert (code, "3 passed" in said) == (0, True), said
 
 
-def test_a_test_that_fails_in_the_second_fails_the_session_as_a_test(tmp_path: Path) -> None:
-    code, said = beside(tmp_path, "pass", elsewhere=FAILS)
+@pytest.mark.parametrize("whose", [Part.PATIENT, Part.PURE])
+def test_a_test_that_fails_in_another_fails_the_session_as_a_test(
+    whose: Part, tmp_path: Path
+) -> None:
+    code, said = beside(tmp_path, "pass", whose, there=FAILS)
 
-    assert (code, "1 failed, 1 passed" in said) == (1, True), said
+    assert (code, "1 failed, 2 passed" in said) == (1, True), said
     assert "no such pump" in said
 
 
 @pytest.mark.parametrize(
     ("last", "told"),
     [
-        ("os._exit(3)", "the second pytest ended with 3"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the second pytest ended with -9"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "the pytest of pure tests ended with -9"),
         ("raise ValueError('after its last test')", "after its last test"),
     ],
-    ids=["code", "signal", "internal error"],
+    ids=["signal", "internal error"],
 )
-def test_a_second_pytest_that_ends_badly_fails_the_session(
+def test_another_pytest_that_ends_badly_fails_the_session(
     last: str, told: str, tmp_path: Path
 ) -> None:
-    code, said = beside(tmp_path, last)
+    code, said = beside(tmp_path, last, Part.PURE)
 
-    assert (code, "2 passed" in said, told in said) == (1, True, True), said
+    assert (code, "3 passed" in said, told in said) == (1, True, True), said
 
 
-def test_a_second_pytest_that_does_not_end_is_killed_and_fails_the_session(tmp_path: Path) -> None:
+def test_another_pytest_that_does_not_end_is_killed_and_fails_the_session(tmp_path: Path) -> None:
     stays = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
 
-    code, said = beside(tmp_path, stays, end_wait=2.0)
+    code, said = beside(tmp_path, stays, Part.PATIENT, end_wait=2.0)
 
-    assert (code, "the second pytest does not end" in said) == (1, True), said
+    assert (code, "the pytest of patient tests does not end" in said) == (1, True), said
