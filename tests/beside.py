@@ -50,6 +50,7 @@ PATIENT: Final = frozenset(
         "tests/linux/test_slots_on_linux.py",
         "tests/linux/test_updated_on_linux.py",
         "tests/linux/test_why.py",
+        "tests/stateful",
     )
 )
 """Whole systems from the outside: each wait of these has a limit that is no claim."""

@@ -166,6 +166,29 @@ def test_init_is_not_ready_before_every_planned_link_exists(boot: Boot) -> None:
     assert run.time("init: ready") - run.time("init: start") >= 300 * MS
 
 
+def test_a_link_that_was_lost_with_its_server_does_not_hold_up_the_rest(boot: Boot) -> None:
+    """driver has its link to timed, needs nothing more of it, and timed is started anew before
+    the third service has taken its own."""
+
+    async def driver(driver: Driver) -> int:
+        _ = await driver.reply(Restart("timed"), Restarting)
+        await driver.pause(500 * MS)
+        return (await driver.record("timed")).generation
+
+    async def other(boot: BootImage) -> int:
+        await SleepUntil(Nanos(await Now() + 300 * MS))
+        driver = Driver(boot)
+        await driver.begin(ready=False)
+        return await driver.server.run()
+
+    text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
+    run = boot(driver, text=text, other=other, ready=False)
+
+    assert run.result == 2
+    assert run.time("init: ready") - run.time("init: start") >= 300 * MS
+    assert [row[:2] for row in run.evidence("init: ready")["links"]] == [["other", "timed"]]
+
+
 def test_two_boots_of_one_seed_are_equal(boot: Boot) -> None:
     assert boot(nothing).events == boot(nothing).events
 

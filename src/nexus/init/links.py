@@ -10,7 +10,8 @@ from nexus.init.plan import Plan, PlannedLink
 class LinkState:
     """A planned link and how often the present instances took it; 0 is that it is not there.
 
-    `terms` are those of the link that was made, None as long as none was.
+    `terms` are those of the link that was made, None as long as none was. `is_lost` says that the
+    client had it until the server ended: it takes it again when it next wants something of it.
     """
 
     planned: PlannedLink
@@ -18,6 +19,7 @@ class LinkState:
     client_generation: int = 0
     server_generation: int = 0
     taken: int = 0
+    is_lost: bool = False
 
 
 class LinkTable:
@@ -49,8 +51,8 @@ class LinkTable:
         return self._rows.get((client, server))
 
     def missing(self) -> list[LinkState]:
-        """The planned links that do not exist now."""
-        return [row for row in self._rows.values() if not row.taken]
+        """The planned links that the present instances of their clients never had."""
+        return [row for row in self._rows.values() if not row.taken and not row.is_lost]
 
     def has_room(self, row: LinkState) -> bool:
         """Whether one more link may be made for this row."""
@@ -70,11 +72,13 @@ class LinkTable:
         row.client_generation = client_generation
         row.server_generation = server_generation
         row.taken += 1
+        row.is_lost = False
 
     def on_ended(self, name: str) -> None:
         """The present instance of `name` is gone, and with it its links and those into it."""
         for row in self._rows.values():
             if name in {row.planned.client, row.planned.server}:
+                row.is_lost = name == row.planned.server and (row.is_lost or row.taken > 0)
                 row.taken = 0
                 row.terms = None
 
