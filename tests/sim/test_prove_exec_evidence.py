@@ -4,34 +4,24 @@ evidence passes, and each way to lie in one place is found."""
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from nexus.abi import Event, EventKind
 from nexus.proof.checks_exec import values_of
 from nexus.proof.checks_export import page_of, samples_of
-from nexus.proof.prove import Outcome, prove
-from nexus.proof.request import Request
+from nexus.proof.prove import Outcome
 from nexus.proof.verdict import Mismatch
-from nexus.protocols.ladder import SELFTEST, Ground
+from nexus.protocols.ladder import SELFTEST
 from nexus.protocols.testsvc import LAST_LINE
 from nexus.services.selftest.exec_rungs import COPY, EXIT0, EXIT42, HELLO
 from tests.fakes.told import Change, Told
 
-SYSTEM = Path(__file__).parents[2] / "systems" / "selftest.toml"
 NUMBERS = (23, 24, 25, 26, 37, 38, 55, *range(84, 95), 129, 130)
 MEASURED = f"{SELFTEST}: measured #"
 EXITED = f"execd: child exited pid={{pid}} code=0 name={EXIT0} generation=1"
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One run of the selftest system on the simulated kernel."""
-    folder = tmp_path_factory.mktemp("run")
-    return prove(Request(ground=Ground.SIM, system=SYSTEM, smp=2, seed=8), folder)
 
 
 @pytest.mark.parametrize("number", NUMBERS)

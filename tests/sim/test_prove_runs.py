@@ -30,7 +30,7 @@ def _prove(directory: Path, *arguments: str, **environ: str) -> "subprocess.Comp
         env=own | source | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
