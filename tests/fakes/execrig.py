@@ -47,7 +47,7 @@ from nexus.runtime.program import Context, program_of
 from nexus.testing.rig import program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND
-from tests.fakes.policyrig import OBEYED, order_in
+from tests.fakes.policyrig import carry_out
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
 LOOK: Final = 20 * MS
@@ -345,10 +345,7 @@ def boot_sim(
 
     def record(event: Event) -> None:
         events.append(event)
-        order = order_in(event)
-        if order is not None:
-            kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-            OBEYED[0] += 1
+        carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
 
     def obey(what: str, name: str) -> None:
         assert what == "kill", what
@@ -393,12 +390,11 @@ def boot_linux(
         events.append(event)
         if event.kind is EventKind.SPAWN:
             pids[str(event.fields["name"])] = event.pid
-        order = order_in(event)
-        if order is not None:
-            what, name = order
-            assert what == "kill", what
-            os.kill(pids[name], signal.SIGKILL)
-            OBEYED[0] += 1
+        carry_out(event, obey)
+
+    def obey(what: str, name: str) -> None:
+        assert what == "kill", what
+        os.kill(pids[name], signal.SIGKILL)
 
     kernel = LinuxKernel(
         programs_of(mains),

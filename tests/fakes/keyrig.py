@@ -32,12 +32,11 @@ from nexus.wire import ReplyStatus
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
 from tests.fakes.policyrig import (
-    OBEYED,
     Hands,
     Outcome,
     Script,
+    carry_out,
     driver_of,
-    order_in,
     plan_of,
 )
 
@@ -188,10 +187,7 @@ class SimMachine:
 
         def record(event: Event) -> None:
             events.append(event)
-            order = order_in(event)
-            if order is not None:
-                kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-                OBEYED[0] += 1
+            carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
             on_event(kernel, event)
 
         def obey(what: str, name: str) -> None:
@@ -267,16 +263,14 @@ class LinuxMachine:
             events.append(event)
             if event.kind is EventKind.SPAWN:
                 pids[str(event.fields["name"])] = event.pid
-            order = order_in(event)
-            if order is None:
-                return
-            what, name = order
+            carry_out(event, act)
+
+        def act(what: str, name: str) -> None:
             if what in signals:
                 os.kill(pids[name], signals[what])
             elif what != "mark":
                 assert obey is not None, what
                 obey(what, pids[name])
-            OBEYED[0] += 1
 
         programs = dict(programs_of(script, mains or {}, executes=True))
         if self.entry:

@@ -44,7 +44,7 @@ from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.testing.rig import program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import MS, SECOND, Main
-from tests.fakes.policyrig import OBEYED, PAGE, order_in
+from tests.fakes.policyrig import PAGE, carry_out
 from tests.fakes.staterig import RESULT, Outcome, StateHands
 
 REAL: Final = ("policyd", "logd", "statefsd", "metricsd")
@@ -260,10 +260,7 @@ class SimMachine:
 
         def record(event: Event) -> None:
             events.append(event)
-            order = order_in(event)
-            if order is not None:
-                kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-            OBEYED[0] += 1
+            carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
 
         def obey(what: str, name: str) -> None:
             assert what == "kill", what

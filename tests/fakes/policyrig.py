@@ -255,10 +255,7 @@ def boot_sim(
 
     def record(event: Event) -> None:
         events.append(event)
-        order = order_in(event)
-        if order is not None:
-            kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-            OBEYED[0] += 1
+        carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
 
     def obey(what: str, name: str) -> None:
         task = kernel.living(name)
@@ -296,11 +293,10 @@ def boot_linux(
         events.append(event)
         if event.kind is EventKind.SPAWN:
             pids[str(event.fields["name"])] = event.pid
-        order = order_in(event)
-        if order is not None:
-            what, name = order
-            os.kill(pids[name], {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}[what])
-            OBEYED[0] += 1
+        carry_out(event, obey)
+
+    def obey(what: str, name: str) -> None:
+        os.kill(pids[name], {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}[what])
 
     recorder: Recorder = record
     kernel = LinuxKernel(
@@ -314,15 +310,15 @@ def boot_linux(
     return Outcome(plan, ended, events)
 
 
-def order_in(event: Event) -> tuple[str, str] | None:
-    """What the driver wants of the outside, and with whom."""
+def carry_out(event: Event, do: Callable[[str, str], None]) -> None:
+    """What the driver wants of the outside with this event, and with whom, if it does; it goes on
+    when that is done."""
     if event.kind is not EventKind.CONSOLE:
-        return None
+        return
     line = str(event.fields["line"])
-    if not line.startswith(OUTSIDE):
-        return None
-    what, name = line.removeprefix(OUTSIDE).split()
-    return what, name
+    if line.startswith(OUTSIDE):
+        do(*line.removeprefix(OUTSIDE).split())
+        OBEYED[0] += 1
 
 
 def told(used: Used) -> tuple[bool, str]:

@@ -30,7 +30,7 @@ from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.testing.rig import REPORT_LINE, program, reporting
 from tests.fakes import initrig
 from tests.fakes.initrig import SECOND, Main
-from tests.fakes.policyrig import OBEYED, PAGE, Hands, order_in
+from tests.fakes.policyrig import PAGE, Hands, carry_out
 
 RESULT: Final = "result of "
 DISK_SIZE: Final = 4 << 20  # bytes
@@ -213,10 +213,7 @@ def boot_sim(
 
     def record(event: Event) -> None:
         events.append(event)
-        order = order_in(event)
-        if order is not None:
-            kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-            OBEYED[0] += 1
+        carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
 
     def obey(what: str, name: str) -> None:
         assert what == "kill", what

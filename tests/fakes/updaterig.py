@@ -51,12 +51,11 @@ from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.initrig import MS, SECOND, Main
 from tests.fakes.keyrig import idle
 from tests.fakes.policyrig import (
-    OBEYED,
     Hands,
     Outcome,
     Script,
+    carry_out,
     driver_of,
-    order_in,
     plan_of,
 )
 from tests.fakes.updates import BOOT_BLOCKS, SLOT_BLOCKS, Device, Made, Maker
@@ -216,10 +215,7 @@ class UpdateMachine:
 
         def record(event: Event) -> None:
             events.append(event)
-            order = order_in(event)
-            if order is not None:
-                kernel.at(Nanos(kernel.now + 1), partial(obey, *order))
-                OBEYED[0] += 1
+            carry_out(event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(obey, *order)))
             on_event(kernel, event)
 
         def obey(what: str, name: str) -> None:
@@ -383,10 +379,7 @@ class LinuxUpdateMachine:
             events.append(event)
             if event.kind is EventKind.SPAWN:
                 self.pids[str(event.fields["name"])] = event.pid
-            order = order_in(event)
-            if order is not None:
-                obey(*order)
-                OBEYED[0] += 1
+            carry_out(event, obey)
 
         kernel = LinuxKernel(
             programs_of(script, {}, executes=True),

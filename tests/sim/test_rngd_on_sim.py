@@ -21,12 +21,11 @@ from nexus.services.rngd.source import LATE_MAX, START_MAX, START_PAUSE
 from nexus.testing.rig import program, reporting
 from tests.fakes.initrig import MS, SECOND, Main
 from tests.fakes.policyrig import (
-    OBEYED,
     Hands,
     Outcome,
     Script,
+    carry_out,
     driver_of,
-    order_in,
     plan_of,
 )
 from tests.fakes.rngdrig import SYSTEM, draw, source
@@ -64,13 +63,11 @@ def boot(monkeypatch: pytest.MonkeyPatch) -> Boot:
 
         def record(event: Event) -> None:
             events.append(event)
-            order = order_in(event)
-            if order is not None:
-                OBEYED[0] += 1
-                _, name = order
-                kernel.at(Nanos(kernel.now + 1), partial(freeze, name))
+            carry_out(
+                event, lambda *order: kernel.at(Nanos(kernel.now + 1), partial(freeze, *order))
+            )
 
-        def freeze(name: str) -> None:
+        def freeze(_what: str, name: str) -> None:
             _ = kernel.freeze(name, Nanos(kernel.now + 5 * SECOND))
 
         kernel = SimKernel(
