@@ -624,8 +624,9 @@ def lying_frame(size: int) -> bytes:
     return header + repeated * (size // block - 1) + last
 
 
-def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Path) -> None:
-    """Two chunks, each of as many repeating blocks as fit: 8.5 GB behind 256 KiB that it says."""
+def bomb() -> bytes:
+    """A set of two chunks, each of as many repeating blocks as fit: 8.5 GB behind the 256 KiB that
+    it says."""
     frame = lying_frame((CHUNK_SIZE // 4 - 10) * 128 * 1024)
     assert CHUNK_SIZE - 100 < len(frame) < CHUNK_SIZE
 
@@ -637,8 +638,12 @@ def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Pat
             if file[3] in ([0], [1]):
                 file[2] = CHUNK_SIZE
 
+    return crafted(change)
+
+
+def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.nxs"
-    path.write_bytes(crafted(change))
+    path.write_bytes(bomb())
 
     told = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True

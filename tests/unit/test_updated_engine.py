@@ -28,6 +28,7 @@ from nexus.services.updated.kept import (
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
 from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.updates import AREA, ASKER, Device, Made, Maker, set_file
+from tests.unit.test_sets_reader import bomb
 
 A, B = SlotName.A, SlotName.B
 
@@ -120,6 +121,19 @@ def test_asking_again_stages_nothing_anew(device: Device) -> None:
     assert device.finish() == first
     assert device.start().record.sequence == first.sequence
     assert device.finish() == first
+
+
+def test_the_same_set_under_another_floor_is_staged_with_that_floor(device: Device) -> None:
+    made = device.maker.update(11)
+    _ = device.stage(made)
+    raised = device.maker.made(made.data, 11, floor=5)
+
+    begun = device.begin(raised)
+
+    assert (begun.staged, begun.offset) == (False, 0)
+    device.send(raised.data)
+    assert device.finish().digest == made.digest
+    assert stored(device).slot(B).floor == 5
 
 
 def test_a_transfer_goes_on_where_it_was_kept_after_an_orderly_end(device: Device) -> None:
@@ -321,6 +335,11 @@ def test_what_was_signed_and_is_no_set_is_refused(device: Device) -> None:
     noise = bytes(range(256)) * 8
 
     assert refused(device, device.maker.made(noise, 11)) is UpdatedStatus.BAD_SET
+
+
+def test_a_signed_set_that_would_unpack_to_gigabytes_is_refused(device: Device) -> None:
+    assert refused(device, device.maker.made(bomb(), 11)) is UpdatedStatus.BAD_SET
+    assert device.engine.transfer().detail.startswith("compression: ")
 
 
 def test_a_signed_set_that_is_cut_short_is_refused(device: Device) -> None:
