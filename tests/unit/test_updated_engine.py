@@ -1,6 +1,7 @@
 """updated's engine over simulated disks: what is staged, tried, kept and left, and what is not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -307,6 +308,21 @@ def test_a_flipped_bit_anywhere_is_another_file_than_the_signed_one(device: Devi
         assert refused(device, made, bytes(data)) is UpdatedStatus.WRONG_DIGEST
 
     assert device.stage(made).version == 11, "and the whole one is still taken"
+
+
+def test_nothing_of_a_file_is_parsed_before_its_digest_is_the_signed_one(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(b"X" + made.data[1:])
+
+    def parsed(*_words: object, **_options: object) -> None:
+        raise AssertionError("it is parsed")
+
+    monkeypatch.setattr("nexus.services.updated.engine.Verification", parsed)
+
+    assert declined(device.finish) is UpdatedStatus.WRONG_DIGEST
 
 
 def test_a_flipped_bit_is_found_also_in_what_came_before_a_restart(device: Device) -> None:
@@ -636,6 +652,23 @@ def test_without_room_for_a_copy_a_set_that_migrates_is_not_tried(device: Device
     assert device.switch(made).snapshot == 1
 
 
+def test_a_copy_of_a_switch_that_was_not_stored_is_not_taken_for_the_next_ones(
+    device: Device,
+) -> None:
+    made = device.maker.update(11, schemas={AREA: 2})
+    _ = device.stage(made)
+    writes = device.boot_disk.done[Operation.WRITE]
+    device.boot_disk.faults = DiskFaults(
+        failures=(Failure(operation=Operation.WRITE, nth=writes + 1),)
+    )
+    assert declined(lambda: device.switch(made)) is UpdatedStatus.IO_ERROR
+    device.memory.data = b"newer"
+
+    switched = device.switch(made)
+
+    assert device.memory.copies == {switched.snapshot: b"newer"}
+
+
 def test_a_set_that_knows_an_older_schema_than_the_data_have_is_refused(device: Device) -> None:
     device.update(device.maker.update(11, schemas={AREA: 2}))
 
@@ -791,6 +824,12 @@ def test_there_is_no_way_back_below_the_floor(device: Device) -> None:
 
     assert stored(device).floor == 11
     assert declined(lambda: finished(device.engine.rollback(A, ASKER))) is UpdatedStatus.NO_TARGET
+
+
+def test_the_floor_of_a_commit_holds_for_the_very_next_update(device: Device) -> None:
+    device.update(device.maker.update(11, schemas={AREA: 1}, floor=11))
+
+    assert declined(lambda: device.begin(device.maker.update(10))) is UpdatedStatus.BELOW_FLOOR
 
 
 def test_there_is_no_way_back_to_what_was_never_good(device: Device) -> None:
@@ -955,6 +994,19 @@ def test_without_statefs_nothing_is_opened_and_later_it_is(device: Device) -> No
     device.memory.reads_fail = False
     finished(device.engine.open(ASKER))
     assert device.engine.opened
+
+
+def test_a_set_that_cannot_stand_in_its_slot_is_refused_and_not_read(device: Device) -> None:
+    control = BlockBoot(DiskDevice(device.boot_disk))
+    record = finished(control.load())
+    info = replace(record.slot(A), size=device.engine.capacity(A) + 1)
+    _ = finished(control.store(record.with_slot(A, info)))
+    _ = device.start()
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(made.data)
+
+    assert declined(device.finish) is UpdatedStatus.BAD_SET
 
 
 def test_without_a_record_nothing_is_opened() -> None:
