@@ -145,6 +145,13 @@ def test_a_transfer_that_was_cut_off_goes_on_where_it_was(file: Path) -> None:
     assert pieces[0].data == SET[14_336:]
 
 
+def test_who_takes_a_piece_and_is_no_further_is_not_sent_it_for_ever(file: Path) -> None:
+    system = staging(ChunkInline=[Taken(0, 0)])
+
+    with pytest.raises(CommandFailed, match="took a piece and is at 0"):
+        ota.stage(system, file, as_json=False)
+
+
 def test_what_is_staged_already_is_not_sent_again(file: Path) -> None:
     system = staging(BeginInline=msgspec.structs.replace(BEGUN, offset=len(SET), staged=True))
 

@@ -226,6 +226,18 @@ def test_who_asks_the_loader_to_end_gets_no_other_boot(
     assert len(script.noted) == life.trial, "how a trial ended is kept"
 
 
+def test_who_asks_between_two_boots_ends_the_one_that_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path, [Life(trial=True, hangs=True)])
+    for name in ("become", "verdict", "note"):
+        monkeypatch.setattr(boots, name, getattr(script, name))
+    loader = Loader({"watcher": -1}, SHORT)
+    loader.on_signal(signal.SIGTERM, None)
+
+    assert loader.run() == 128 + signal.SIGTERM, "and not killed for a deadline"
+
+
 def test_who_asks_for_the_policy_to_be_read_again_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -559,6 +559,14 @@ def test_a_chunk_used_until_it_is_10_gb_is_refused() -> None:
     assert refused(parts.joined()) is SetStatus.OVERSIZED
 
 
+def unsized(content: bytes) -> bytes:
+    """A frame without its content size."""
+    packer = zstd.ZstdCompressor()
+    frame = packer.compress(content) + packer.flush()
+    assert zstd.get_frame_info(frame).decompressed_size is None
+    return frame
+
+
 @pytest.mark.parametrize(
     ("stored", "content", "size"),
     [
@@ -568,8 +576,9 @@ def test_a_chunk_used_until_it_is_10_gb_is_refused() -> None:
         (zstd.compress(b"x" * 100), b"x" * 101, None),  # of another size
         (b"\x50\x2a\x4d\x18\0\0\0\0", b"x" * 100, None),  # a frame to be skipped
         (b"no frame", b"x" * 100, None),
+        (unsized(b"x" * 100), b"x" * 100, None),  # of the right size, and does not say so
     ],
-    ids=["bomb", "two", "half", "another size", "skipped", "none"],
+    ids=["bomb", "two", "half", "another size", "skipped", "none", "unsized"],
 )
 def test_a_chunk_that_is_not_its_frame_is_refused(
     stored: bytes, content: bytes, size: int | None
