@@ -670,6 +670,18 @@ def test_a_chain_of_as_many_roots_as_may_be_is_followed() -> None:
     assert moved(state, files).root == files[root_name(ROOTS_MAX + 1)]
 
 
+def test_an_update_carries_the_last_roots_as_many_as_a_device_takes() -> None:
+    publisher = Publisher()
+    for _ in range(ROOTS_MAX + 1):
+        _ = publisher.rotate("timestamp")
+
+    files = publisher.release(1)
+
+    last = ROOTS_MAX + 2
+    roots = {root_name(version) for version in range(last - ROOTS_MAX + 1, last + 1)}
+    assert files.keys() == {*roots, *ROLE_FILES}
+
+
 @pytest.mark.parametrize("filler", ['"x":[1', '"x":[{}', '"x":[[]', '"x":["y"'])
 def test_the_largest_metadata_take_little_memory(filler: str) -> None:
     publisher = Publisher()
