@@ -862,7 +862,16 @@ def test_a_root_with_one_key_under_two_names_is_refused() -> None:
         signed["keys"]["0" * 64] = signed["keys"][keyid]
         signed["roles"]["targets"] = {"keyids": [keyid, "0" * 64], "threshold": 2}
 
+    def in_capitals(signed: Any) -> None:
+        alias(signed)
+        (keyid, _) = signed["roles"]["targets"]["keyids"]
+        public = signed["keys"][keyid]["keyval"]["public"]
+        assert public != public.upper()
+        again = {**signed["keys"][keyid], "keyval": {"public": public.upper()}}
+        signed["keys"]["0" * 64] = again
+
     assert refused(state, publisher.changed(files, name, alias)) is TrustStatus.DUPLICATE
+    assert refused(state, publisher.changed(files, name, in_capitals)) is TrustStatus.MALFORMED
 
 
 # ---------------------------------------------------------------- what the device keeps
