@@ -1,6 +1,8 @@
 """`nexus ota`: what is asked of updated, what is printed, and what a refusal tells people."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Self
@@ -133,6 +135,23 @@ def test_an_update_goes_piece_by_piece_and_is_verified(
     assert system.asked[-1] == Finish()
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1.1.0 (version 11) is staged in slot b: 20000 bytes, verified there"
+
+
+def test_how_far_it_is_is_shown(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def counting(text: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: shown.append((text, done, total))
+
+    monkeypatch.setattr(ota, "counting", counting)
+
+    ota.stage(staging(Finish=[ReplyStatus.EXPIRED, DONE]), file, as_json=False)
+
+    places = [done for text, done, _ in shown if text == "staging 1.1.0 (version 11)"]
+    assert (places[0], places[-1]) == (0, len(SET))
+    assert places == sorted(set(places))
+    assert shown[-1] == ("verifying 1.1.0 (version 11)", 0, len(SET))
 
 
 def test_a_transfer_that_was_cut_off_goes_on_where_it_was(file: Path) -> None:
