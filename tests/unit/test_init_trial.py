@@ -574,5 +574,24 @@ def test_the_loader_can_tell_an_end_that_was_wished_from_a_crash(
     assert run.ended.code == code
 
 
+def test_a_trial_that_is_told_to_end_is_not_judged_on_its_way_down(boot: Boot) -> None:
+    """`other` is not well, and takes longer to end than it had to become ready."""
+
+    async def unready_and_stubborn(image: BootImage) -> int:
+        def script(request: Request[Any], _count: int) -> bytes | int | None:
+            return None if isinstance(request, Probe) else status(image)
+
+        while True:
+            _ = await play(image, script)
+
+    run = tried(boot, Updater(), unready_and_stubborn, driver=shut_down)
+
+    ended = run.time("init: stopped") - run.spawns("other")[0].time
+    assert ended > 400 * MS, "its deadline has passed"
+    assert not run.lines(SLOT_FAILED)
+    assert not run.lines(HEALTH_OK)
+    assert run.ended.code == EXIT_ENDED
+
+
 async def shut_down(driver: Driver) -> ShuttingDown:
     return await driver.reply(Shutdown(), ShuttingDown)
