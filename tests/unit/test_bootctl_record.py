@@ -394,6 +394,16 @@ def test_a_commit_lets_the_snapshot_go() -> None:
     assert committed(in_trial(snapshot=4)).snapshot == 0
 
 
+def test_with_a_commit_there_is_nothing_to_restore_any_more() -> None:
+    """Somebody has set it by hand in a U-Boot environment, or a device was patched together."""
+    record = replace(in_trial(snapshot=4), restore=True)
+    assert problem_of(record) is None
+
+    record = committed(record)
+
+    assert (record.snapshot, record.restore, problem_of(record)) == (0, False, None)
+
+
 # ---------------------------------------------------------------- the operator goes back
 
 
