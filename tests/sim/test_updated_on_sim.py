@@ -18,6 +18,8 @@ from nexus.kernel.sim.kernel import SimKernel
 from nexus.kernel.sim.power import Cut, Moment
 from nexus.protocols.statefsd import Durability, Get, Put, StatefsdStatus, Value
 from nexus.protocols.updated import (
+    INLINE_PIECE_MAX,
+    METADATA_SIZE_MAX,
     Begin,
     BeginInline,
     Begun,
@@ -218,6 +220,41 @@ def test_a_switch_with_a_reboot_ends_the_run_for_the_loader(machine: UpdateMachi
     assert outcome.ended is not None
     assert outcome.ended.code == EXIT_REBOOT
     assert machine.boot(judged).result == [Slot.B, Slot.NONE, Slot.B]
+
+
+def test_without_being_asked_to_it_reboots_nobody(machine: UpdateMachine) -> None:
+    made = machine.maker.update(11)
+
+    async def script(hands: Hands) -> Any:
+        _ = await stage_and_switch(hands, made)
+        await hands.pause(5 * SECOND)
+        back = await ask(hands, Rollback(Slot.A, True))  # which runs already
+        await hands.pause(5 * SECOND)
+        return [int(back.slot), await told(hands)]
+
+    outcome = machine.boot(script)
+
+    assert outcome.result == [Slot.A, [Slot.A, Slot.NONE, Slot.A]]
+
+
+def test_the_slot_that_runs_is_the_one_that_was_booted_whatever_the_record_says(
+    machine: UpdateMachine,
+) -> None:
+    made, other = machine.maker.update(11), machine.maker.update(12)
+    _ = machine.boot(partial(stage_and_switch, made=made))
+    _ = machine.boot(judged)
+    running = machine.slot_bytes(B)
+
+    async def script(hands: Hands) -> Any:
+        _ = await ask(hands, Rollback(Slot.A, False))
+        await hands.kill("updated")
+        await hands.pause(300 * MS)
+        return [await begin(hands, other), await told(hands)]
+
+    outcome = machine.boot(script)
+
+    assert outcome.result == ["PENDING", [Slot.A, Slot.NONE, Slot.B]]
+    assert machine.slot_bytes(B) == running
 
 
 def test_the_history_lasts_and_says_who_and_when(machine: UpdateMachine) -> None:
@@ -589,6 +626,45 @@ def test_metadata_in_pieces_are_put_together_for_one_caller_and_in_order(
     found = machine.boot(script).result
 
     assert found == ["OUT_OF_ORDER", 64, 64, "OUT_OF_ORDER", "INCOMPLETE", "Begun"]
+
+
+def test_metadata_beyond_their_limit_are_refused_before_they_are_looked_at(
+    machine: UpdateMachine,
+) -> None:
+    piece = bytes(INLINE_PIECE_MAX)
+
+    async def script(hands: Hands) -> Any:
+        moved = await ask_with(hands, Begin(0, METADATA_SIZE_MAX + 1), bytes(METADATA_SIZE_MAX + 1))
+        at = 0
+        while not isinstance(taken := await ask(hands, PutMetadata(at, piece)), str):
+            at = taken.size
+        return [moved, taken, at <= METADATA_SIZE_MAX < at + len(piece)]
+
+    assert machine.boot(script).result == ["TOO_LARGE", "TOO_LARGE", True]
+
+
+def test_metadata_of_one_caller_are_not_those_of_another(machine: UpdateMachine) -> None:
+    made = machine.maker.update(11)
+    rights = 'capabilities = ["log.read"]'
+    assert rights in SYSTEM
+    machine.text = SYSTEM.replace(rights, 'capabilities = ["log.read", "update.stage"]')
+
+    async def other(boot: BootImage) -> int:
+        """It is ready, and the driver begins, when it has sent them."""
+        hands = Hands(boot)
+        await hands.begin(ready=False)
+        taken = await ask(hands, PutMetadata(0, made.metadata[:64]))
+        await hands.outside(f"mark {taken.size}")
+        return await hands.server.run()
+
+    async def script(hands: Hands) -> Any:
+        more = await ask(hands, PutMetadata(64, made.metadata[64:128]))
+        return [more, await ask(hands, BeginInline(64))]
+
+    outcome = machine.boot(script, mains={"guard": other})
+
+    assert "driver: outside mark 64" in outcome.lines()
+    assert outcome.result == ["OUT_OF_ORDER", "INCOMPLETE"]
 
 
 def test_a_full_disk_under_the_standby_slot_leaves_the_device_as_it_is(

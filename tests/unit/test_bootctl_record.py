@@ -268,6 +268,23 @@ def test_no_way_back_leads_under_the_floor() -> None:
     assert refusal(lambda: rollback(record, reason)) is BootStatus.NO_SLOT
 
 
+def test_a_commit_never_lowers_the_floor() -> None:
+    record = replace(new(5), floor=5)
+
+    record = committed(attempt(switched(with_staged(record, 6, floor=0)))[0])
+
+    assert record.floor == 5
+
+
+def test_a_floor_that_was_raised_meanwhile_holds_for_what_is_staged_and_for_the_way_back() -> None:
+    waiting = replace(with_staged(new(), 2), floor=3)
+    left = replace(committed(in_trial()), floor=3)
+    reason = a_reason(Cause.GIVEN_UP, B, left)
+
+    assert refusal(lambda: switched(waiting)) is BootStatus.BELOW_FLOOR
+    assert refusal(lambda: rollback(left, reason)) is BootStatus.BELOW_FLOOR
+
+
 def test_a_failed_trial_does_not_raise_the_floor() -> None:
     record, _ = attempt(switched(with_staged(new(), 5, floor=4), 1))
 
@@ -365,8 +382,26 @@ def test_a_rollback_without_a_snapshot_restores_nothing() -> None:
     assert not record.restore
 
 
+def test_nobody_goes_back_before_the_data_are_restored() -> None:
+    record, _ = attempt(in_trial(1, snapshot=4))
+    record = record.with_slot(B, replace(record.slot(B), state=SlotState.GOOD))
+    reason = a_reason(Cause.GIVEN_UP, A, record)
+
+    assert refusal(lambda: rollback(record, reason)) is BootStatus.RESTORING
+
+
 def test_a_commit_lets_the_snapshot_go() -> None:
     assert committed(in_trial(snapshot=4)).snapshot == 0
+
+
+def test_with_a_commit_there_is_nothing_to_restore_any_more() -> None:
+    """Somebody has set it by hand in a U-Boot environment, or a device was patched together."""
+    record = replace(in_trial(snapshot=4), restore=True)
+    assert problem_of(record) is None
+
+    record = committed(record)
+
+    assert (record.snapshot, record.restore, problem_of(record)) == (0, False, None)
 
 
 # ---------------------------------------------------------------- the operator goes back
@@ -389,6 +424,14 @@ def test_a_trial_that_was_booted_is_given_up_for_good() -> None:
 
     assert (record.trying, record.slot(B).state, record.restore) == (None, SlotState.BAD, True)
     assert attempt(record)[1] is A
+
+
+def test_a_trial_is_not_given_up_for_a_slot_that_does_not_boot() -> None:
+    record = in_trial()
+    record = damaged(record, A, a_reason(Cause.DAMAGED, A, record))
+    reason = a_reason(Cause.GIVEN_UP, B, record)
+
+    assert refusal(lambda: rollback(record, reason)) is BootStatus.NO_SLOT
 
 
 def test_a_committed_set_is_left_for_the_good_one_before_it() -> None:

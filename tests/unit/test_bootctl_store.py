@@ -246,6 +246,33 @@ def test_a_rotten_copy_is_mended_by_the_next_record() -> None:
     assert finished(boot.copies()) == (stored, stored)
 
 
+@pytest.mark.parametrize("rotten", [0, 1])
+def test_the_only_whole_copy_is_written_last(rotten: int) -> None:
+    disk, _, record = fresh("block")
+    disk.rot(COPIES[rotten] * BLOCK_SIZE + 30)
+    boot = BlockBoot(DiskDevice(disk))
+    assert finished(boot.load()) == record
+    nth = disk.done[Operation.WRITE] + 1
+    disk.faults = DiskFaults(failures=(Failure(operation=Operation.WRITE, nth=nth, done=64),))
+
+    with pytest.raises(DeviceFault):
+        _ = finished(boot.store(next_of(record)))
+
+    assert again("block", disk) == record
+
+
+@pytest.mark.parametrize("newer", [0, 1])
+def test_of_two_whole_copies_the_one_with_the_higher_sequence_is_in_force(newer: int) -> None:
+    before = replace(new(), sequence=4)
+    after = replace(next_of(before), sequence=5)
+    disk = Disk(BOOT_BLOCKS)
+
+    disk.write(COPIES[newer], encode_record(after), durable=True)
+    disk.write(COPIES[1 - newer], encode_record(before), durable=True)
+
+    assert again("block", disk) == after
+
+
 def test_two_damaged_copies_are_refused_with_the_reason_of_each() -> None:
     disk, _, _ = fresh("block")
     disk.rot(COPIES[0] * BLOCK_SIZE + 30)
@@ -373,6 +400,28 @@ def test_the_flags_of_the_newer_copy_are_one_higher_and_start_again_at_0(flags: 
     for _ in range(3):
         record = finished(boot.store(next_of(record)))
         assert again("environment", disk) == record
+
+
+@pytest.mark.parametrize(
+    ("flags", "newer"), [((7, 8), 1), ((8, 7), 0), ((255, 0), 1), ((0, 255), 0)]
+)
+def test_of_two_copies_of_one_record_the_flags_say_which_is_newer(
+    flags: tuple[int, int], newer: int
+) -> None:
+    """Somebody has set another variable, and left ours as they are."""
+    record = variables_of(replace(new(), sequence=5))
+    disk = Disk(BOOT_BLOCKS)
+    for copy, at in enumerate(ENVIRONMENT_COPIES):
+        data = encode_environment(flags[copy], {**record, "bootdelay": str(copy)})
+        disk.write(at, data, durable=True)
+    boot = EnvironmentBoot(DiskDevice(disk))
+
+    _ = finished(boot.store(next_of(finished(boot.load()))))
+
+    written = disk.read(ENVIRONMENT_COPIES[1 - newer], ENVIRONMENT_SIZE // BLOCK_SIZE)
+    found = decode_environment(written)
+    assert isinstance(found, Copy)
+    assert (found.variables["nexus_boots"], found.variables["bootdelay"]) == ("1", str(newer))
 
 
 def test_a_lone_flags_byte_does_not_bring_an_older_record_back() -> None:

@@ -13,7 +13,7 @@ from fuzz.trust import BytesSource
 from nexus.cli.command import main
 from nexus.drivers import finished
 from nexus.sets import write
-from nexus.trust import Anchor, Target, TrustState, read_update
+from nexus.trust import Anchor, Target, TrustState, TrustStatus, Untrusted, read_update
 from nexus.trust.update import SNAPSHOT, TARGETS, TIMESTAMP, root_name
 from nexus.trust.verify import resume, verify_metadata
 
@@ -162,6 +162,36 @@ def test_keys_for_release_are_encrypted(
     assert signed(ring, update, "--passphrase-file", str(words)) == 0
     _, target = taken(state_of(ring), update, release=True)
     assert target.version == 7
+
+
+def test_new_keys_for_release_are_encrypted_too(
+    ring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tmp_path / "words"
+    _ = words.write_bytes(WORDS)
+    assert main(["bundle", "keys", "new", str(ring), "--passphrase-file", str(words)]) == 0
+    (ring / "keys" / "root-1.pem").unlink()  # it is somewhere else, as it should be
+    before = sorted((ring / "keys").iterdir())
+
+    assert main(["bundle", "keys", "rotate", str(ring), "timestamp"]) == 2
+
+    assert "kept encrypted" in capsys.readouterr().err
+    assert sorted((ring / "keys").iterdir()) == before
+
+
+def test_a_root_that_follows_on_one_for_development_is_one_too(ring: Path, tmp_path: Path) -> None:
+    assert made(ring) == 0
+    assert main(["bundle", "keys", "rotate", str(ring), "timestamp"]) == 0
+    update = tmp_path / "x.nxu"
+    assert signed(ring, update) == 0
+    second = Anchor((ring / "metadata" / root_name(2)).read_bytes())
+
+    state = resume(second, None, version_floor=0)
+
+    assert taken(state, update)[1].version == 7
+    with pytest.raises(Untrusted) as refused:
+        _ = taken(state, update, release=True)
+    assert refused.value.status is TrustStatus.DEVELOPMENT_KEY
 
 
 def test_a_folder_of_keys_is_made_once(ring: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """`nexus ota`: what is asked of updated, what is printed, and what a refusal tells people."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Self
@@ -135,6 +137,23 @@ def test_an_update_goes_piece_by_piece_and_is_verified(
     assert said[0] == "1.1.0 (version 11) is staged in slot b: 20000 bytes, verified there"
 
 
+def test_how_far_it_is_is_shown(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def counting(text: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: shown.append((text, done, total))
+
+    monkeypatch.setattr(ota, "counting", counting)
+
+    ota.stage(staging(Finish=[ReplyStatus.EXPIRED, DONE]), file, as_json=False)
+
+    places = [done for text, done, _ in shown if text == "staging 1.1.0 (version 11)"]
+    assert (places[0], places[-1]) == (0, len(SET))
+    assert places == sorted(set(places))
+    assert shown[-1] == ("verifying 1.1.0 (version 11)", 0, len(SET))
+
+
 def test_a_transfer_that_was_cut_off_goes_on_where_it_was(file: Path) -> None:
     system = staging(BeginInline=msgspec.structs.replace(BEGUN, offset=14_336))
 
@@ -143,6 +162,13 @@ def test_a_transfer_that_was_cut_off_goes_on_where_it_was(file: Path) -> None:
     pieces = [each for each in system.asked if isinstance(each, ChunkInline)]
     assert [each.offset for each in pieces] == [14_336]
     assert pieces[0].data == SET[14_336:]
+
+
+def test_who_takes_a_piece_and_is_no_further_is_not_sent_it_for_ever(file: Path) -> None:
+    system = staging(ChunkInline=[Taken(0, 0)])
+
+    with pytest.raises(CommandFailed, match="took a piece and is at 0"):
+        ota.stage(system, file, as_json=False)
 
 
 def test_what_is_staged_already_is_not_sent_again(file: Path) -> None:

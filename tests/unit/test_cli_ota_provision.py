@@ -11,8 +11,9 @@ import pytest
 
 from fuzz.sets import about, small
 from fuzz.trust import Publisher
-from nexus.bootctl import BootRecord, Cause, SlotName, SlotState
+from nexus.bootctl import BootRecord, Cause, EnvironmentBoot, SlotName, SlotState, open_boot
 from nexus.bootctl.block import BlockBoot
+from nexus.bootctl.environment import ENVIRONMENT_SIZE, Copy, decode_environment, encode_environment
 from nexus.cli.command import main
 from nexus.cli.ota_provision import DEVELOPMENT_SETTING
 from nexus.drivers import finished
@@ -165,6 +166,32 @@ def test_a_device_is_provisioned_once_unless_it_is_asked_for(
     assert after.slot(SlotName.A).version == 8
     assert after.sequence > before.sequence
     assert place.slot(SlotName.A)[: len(other)] == other
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_a_u_boot_environment_keeps_its_variables_and_gets_the_record(
+    copy: int, place: Place
+) -> None:
+    place.state.mkdir()
+    image = bytearray(64 * 1024)
+    own = encode_environment(7, {"bootcmd": "run boot_a", "bootdelay": "2"})
+    image[copy * ENVIRONMENT_SIZE : (copy + 1) * ENVIRONMENT_SIZE] = own
+    _ = (place.state / "boot.img").write_bytes(image)
+
+    assert place.provision(an_update(place.publisher, a_set(), floor=3)) == 0
+
+    with opened(place.state / "boot.img") as device:
+        control, record = finished(open_boot(device))
+    assert isinstance(control, EnvironmentBoot)
+    assert (record.active, record.floor, record.slot(SlotName.A).version) == (SlotName.A, 3, 7)
+    assert place.anchor() == place.publisher.anchor.root
+    at = (1 - copy) * ENVIRONMENT_SIZE
+    written = (place.state / "boot.img").read_bytes()[at : at + ENVIRONMENT_SIZE]
+    found = decode_environment(written)
+    assert isinstance(found, Copy)
+    assert (found.variables["bootcmd"], found.variables["bootdelay"]) == ("run boot_a", "2")
+
+    assert place.provision(an_update(place.publisher, a_set(8), version=8)) == 1, "once"
 
 
 def untouched(place: Place) -> bool:

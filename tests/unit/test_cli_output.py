@@ -12,7 +12,7 @@ from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid
 from nexus.cli import main
 from nexus.cli.errors import EXIT_USAGE
 from nexus.cli.new import new_system
-from nexus.cli.output import is_lively, say_table, table_lines
+from nexus.cli.output import counting, is_lively, say_table, table_lines
 from nexus.cli.readiness import Readiness
 from nexus.cli.sink import FILE_SIZE_MAX, WHY_SIZE_MAX, Sink, Told, told_of
 from nexus.cli.status import span
@@ -23,6 +23,8 @@ MINIMAL = ROOT / "systems" / "minimal.toml"
 COMMANDS = (
     *("check", "up", "down", "status", "call", "logs", "explain", "doctor", "restart"),
     *("bugreport", "unit", "new system", "new service", "policy reload", "safe leave"),
+    *("why", "ota stage", "ota switch", "ota status", "ota commit", "ota rollback"),
+    *("ota provision", "bundle build", "bundle inspect", "bundle verify", "bundle sign"),
 )
 
 
@@ -47,6 +49,22 @@ def test_colour_is_for_terminals_and_no_color_ends_it(monkeypatch: pytest.Monkey
     assert not is_lively(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not is_lively(Terminal())
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_is_for_terminals(
+    stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    errors = stream()
+    monkeypatch.setattr(sys, "stderr", errors)
+
+    with counting("staging 1.1.0", 2000) as count:
+        count(1000)
+
+    shown = errors.getvalue()
+    assert ("staging 1.1.0" in shown) == (stream is Terminal)
+    assert ("1.0/2.0 kB" in shown) == (stream is Terminal)
 
 
 def test_a_piped_table_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

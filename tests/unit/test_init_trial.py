@@ -93,17 +93,26 @@ SLOT_FAILED: Final = "init: slot failed (slot b)"
 class Updater:
     """updated, as far as init asks it: commits what it is told, after these refusals."""
 
-    def __init__(self, *refusals: UpdatedStatus, nonce_off: int = 0) -> None:
+    def __init__(
+        self,
+        *refusals: UpdatedStatus,
+        nonce_off: int = 0,
+        slot: UpdatedSlot | None = None,
+        version: int = TRIAL.version,
+    ) -> None:
         self.heard: list[tuple[int, ReportHealth]] = []
         self._refusals = list(refusals)
         self._nonce_off = nonce_off
+        self._slot = slot
+        self._version = version
 
     def handle(self, call: Call, request: Any) -> Committed:
         assert isinstance(request, ReportHealth)
         self.heard.append((call.now, request))
         if self._refusals:
             raise call.refuse(self._refusals.pop(0))
-        return Committed(request.nonce ^ self._nonce_off, request.slot, 7, 12, False)
+        slot = request.slot if self._slot is None else self._slot
+        return Committed(request.nonce ^ self._nonce_off, slot, self._version, 12, False)
 
 
 async def until_judged(driver: Driver) -> SystemInfo:
@@ -367,8 +376,9 @@ def test_a_set_without_updated_is_never_committed(boot: Boot) -> None:
     assert 0 <= run.time(SLOT_FAILED) - run.time("init: start") - TRIAL.deadline < 20 * MS
 
 
-def test_an_answer_about_another_report_commits_nothing(boot: Boot) -> None:
-    updater = Updater(nonce_off=1)
+@pytest.mark.parametrize("other", [{"nonce_off": 1}, {"slot": UpdatedSlot.A}, {"version": 6}])
+def test_an_answer_about_another_report_commits_nothing(boot: Boot, other: dict[str, Any]) -> None:
+    updater = Updater(**other)
 
     run = tried(boot, updater)
 
@@ -562,6 +572,25 @@ def test_the_loader_can_tell_an_end_that_was_wished_from_a_crash(
 
     assert run.evidence("init: stopped")["dirty"] == ["other"]
     assert run.ended.code == code
+
+
+def test_a_trial_that_is_told_to_end_is_not_judged_on_its_way_down(boot: Boot) -> None:
+    """`other` is not well, and takes longer to end than it had to become ready."""
+
+    async def unready_and_stubborn(image: BootImage) -> int:
+        def script(request: Request[Any], _count: int) -> bytes | int | None:
+            return None if isinstance(request, Probe) else status(image)
+
+        while True:
+            _ = await play(image, script)
+
+    run = tried(boot, Updater(), unready_and_stubborn, driver=shut_down)
+
+    ended = run.time("init: stopped") - run.spawns("other")[0].time
+    assert ended > 400 * MS, "its deadline has passed"
+    assert not run.lines(SLOT_FAILED)
+    assert not run.lines(HEALTH_OK)
+    assert run.ended.code == EXIT_ENDED
 
 
 async def shut_down(driver: Driver) -> ShuttingDown:

@@ -187,10 +187,12 @@ def test_inits_own_word_counts_more_than_how_it_ended(board: Board, reason: Tria
     assert (last.trace.hex(), last.detail, last.tail) == ("ab" * 16, "app was not", "app: no")
 
 
-def a_failure(*, attempt: int, reason: str = TrialReason.CRASHED, trace: str = "") -> TrialFailure:
+def a_failure(
+    *, attempt: int, reason: str = TrialReason.CRASHED, trace: str = "", version: int = 2
+) -> TrialFailure:
     return TrialFailure(
         slot="b",
-        version=2,
+        version=version,
         attempt=attempt,
         boot=1,
         at=1,
@@ -211,6 +213,17 @@ def test_inits_word_about_an_earlier_boot_is_not_taken_for_this_ones(board: Boar
     assert board.record.reasons[-2].cause is Cause.INIT_ENDED
     assert "signal 9" in board.record.reasons[-2].detail
     assert board.record.reasons[-1].cause is Cause.ROLLED_BACK
+
+
+def test_inits_word_about_an_earlier_set_is_not_taken_for_this_ones(board: Board) -> None:
+    board.switch()
+    _ = board.choose()
+    of_the_set_before = a_failure(attempt=1, version=1)
+
+    _ = board.choose(Ended(code=0, signal=9, failure=of_the_set_before))
+
+    last = board.record.reasons[-1]
+    assert (last.cause, last.service) == (Cause.INIT_ENDED, "")
 
 
 def test_a_later_inits_words_and_a_trace_that_is_none_are_kept_as_far_as_they_go(
@@ -279,6 +292,20 @@ def test_in_place_of_a_damaged_good_slot_the_staged_one_is_tried(board: Board) -
     assert (boot.slot, boot.trial) == ("b", True)
     assert board.record.slot(A).state is SlotState.BAD
     assert board.choose(Ended(code=1)).boot.slot == "b", "it is the last one there is"
+
+
+def test_in_place_of_a_damaged_good_slot_a_set_that_used_up_its_tries_is_tried_on(
+    board: Board,
+) -> None:
+    board.switch(tries=1, snapshot=7)
+    _ = board.choose()
+    board.rot(A)
+
+    boot = board.choose(Ended(code=1)).boot
+
+    assert (boot.slot, boot.trial, boot.restore) == ("b", True, False), "better than none"
+    assert board.record.slot(A).state is SlotState.BAD
+    assert board.choose(Ended(code=1)).boot.slot == "b"
 
 
 def test_a_device_with_two_damaged_slots_boots_neither(board: Board) -> None:

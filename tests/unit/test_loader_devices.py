@@ -51,6 +51,21 @@ def test_what_was_written_is_read(image: Path) -> None:
         assert finished(device.read(1, 1)) == bytes(range(256)) * 2
 
 
+def test_a_durable_write_is_with_the_disk_when_it_is_answered(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    monkeypatch.setattr(
+        "nexus.loader.devices.os.fdatasync", lambda _: seen.append(image.read_bytes()[:1])
+    )
+
+    with opened(image, writable=True) as device:
+        finished(device.write(0, b"\1" * BLOCK_SIZE))
+        assert seen == []
+        finished(device.write(0, b"\2" * BLOCK_SIZE, durable=True))
+        assert seen == [b"\2"], "it was written, and then flushed"
+
+
 def test_nothing_is_read_or_written_beyond_the_end(image: Path) -> None:
     with opened(image, writable=True) as device:
         with faults(Fault.OUT_OF_RANGE):

@@ -43,6 +43,7 @@ class Life(NamedTuple):
     trial: bool = False
     verdict: int = OPEN
     hangs: bool = False
+    asks: int = 0  # signal that comes to the loader while it lives
 
 
 class Script:
@@ -77,6 +78,9 @@ class Script:
         start = {"trial": life.trial, "deadline": SHORT * 1e9, "slot": "b"}
         _ = os.write(told, json.dumps(start).encode())
         os.close(told)
+        if life.asks:
+            _ = signal.signal(life.asks, signal.SIG_IGN)  # as an init that is told once and goes on
+            os.kill(os.getppid(), life.asks)
         if life.hangs:
             signal.pause()
         if life.signal:
@@ -180,26 +184,67 @@ def test_a_trial_that_says_it_failed_has_time_to_end_and_not_for_ever(
     assert script.seen[1] == HUNG
 
 
+class Signalled(Script):
+    """A script whose loader has the signals, as `main` gives them to it."""
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> int:
+        loader = Loader({"watcher": -1}, SHORT)
+        for name in ("become", "verdict", "note"):
+            monkeypatch.setattr(boots, name, getattr(self, name))
+        before = [signal.signal(number, loader.on_signal) for number in SIGNALS]
+        try:
+            return loader.run()
+        finally:
+            for number, handler in zip(SIGNALS, before, strict=True):
+                _ = signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("life", [Life(hangs=True), Life(trial=True, hangs=True, verdict=JUDGED)])
 def test_what_is_proven_may_run_as_long_as_it_likes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, life: Life
 ) -> None:
-    script = Script(tmp_path, [life])
-    loader = Loader({"watcher": -1}, SHORT)
-    for name in ("become", "verdict", "note"):
-        monkeypatch.setattr(boots, name, getattr(script, name))
-    before = [signal.signal(number, loader.on_signal) for number in SIGNALS]
+    script = Signalled(tmp_path, [life])
     later = threading.Timer(8 * SHORT, os.kill, (os.getpid(), signal.SIGTERM))
     later.start()
     try:
-        code = loader.run()
+        code = script.run(monkeypatch)
     finally:
         later.join()
-        for number, handler in zip(SIGNALS, before, strict=True):
-            _ = signal.signal(number, handler)
 
     assert code == 128 + signal.SIGTERM
     assert len(script.seen) == 1, "who asks it to end ends the loader"
+
+
+@pytest.mark.parametrize("life", [Life(code=EXIT_REBOOT), Life(code=9, trial=True)])
+def test_who_asks_the_loader_to_end_gets_no_other_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, life: Life
+) -> None:
+    script = Signalled(tmp_path, [life._replace(asks=signal.SIGTERM)])
+
+    assert script.run(monkeypatch) == life.code
+    assert len(script.seen) == 1
+    assert len(script.noted) == life.trial, "how a trial ended is kept"
+
+
+def test_who_asks_between_two_boots_ends_the_one_that_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path, [Life(trial=True, hangs=True)])
+    for name in ("become", "verdict", "note"):
+        monkeypatch.setattr(boots, name, getattr(script, name))
+    loader = Loader({"watcher": -1}, SHORT)
+    loader.on_signal(signal.SIGTERM, None)
+
+    assert loader.run() == 128 + signal.SIGTERM, "and not killed for a deadline"
+
+
+def test_who_asks_for_the_policy_to_be_read_again_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Signalled(tmp_path, [Life(code=EXIT_REBOOT, asks=signal.SIGHUP), Life()])
+
+    assert script.run(monkeypatch) == 0
+    assert len(script.seen) == 2
 
 
 def test_an_end_of_a_trial_that_nobody_follows_is_kept(

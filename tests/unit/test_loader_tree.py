@@ -105,6 +105,9 @@ def test_a_tree_that_is_whole_is_left_alone(tmp_path: Path) -> None:
 SPOILERS: dict[str, Callable[[Path], object]] = {
     "a file of the set changed": lambda tree: (tree / MAIN).write_bytes(b"ANSWER = 43\n"),
     "a file of the set is longer": lambda tree: (tree / MAIN).write_bytes(FILES[MAIN] + b"\n"),
+    "a file of the set is not empty": lambda tree: (tree / "python/app/__init__.py").write_bytes(
+        b"import os\n"
+    ),
     "a file of the set is empty": lambda tree: (tree / MAIN).write_bytes(b""),
     "a file of the set is gone": lambda tree: (tree / "system" / "s.toml").unlink(),
     "a compiled file changed": lambda tree: compiled_of(tree).write_bytes(b"x"),
@@ -234,6 +237,15 @@ def test_a_set_that_cannot_be_unpacked_leaves_no_tree(tmp_path: Path) -> None:
 
     assert not [path for path in (tmp_path / "slots").iterdir() if path.suffix != ".new"]
     assert make(tmp_path, record_of(data), A, data).exists(), "what is left of it is in no way"
+
+
+def test_a_slot_that_changes_while_it_is_unpacked_leaves_no_tree(tmp_path: Path) -> None:
+    data, other = a_set(1), a_set(2)
+
+    with pytest.raises(NoTree, match="the slot changed while it was read"):
+        _ = tree_of(tmp_path, record_of(data), A, manifest_of(data), BytesSource(other))
+
+    assert not [path for path in (tmp_path / "slots").iterdir() if path.suffix != ".new"]
 
 
 def test_a_state_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:

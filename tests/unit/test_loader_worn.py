@@ -257,10 +257,16 @@ def test_a_write_protected_device_is_read_and_refuses_the_write(
 def test_a_device_that_may_not_be_written_is_still_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    image = tmp_path / "boot.img"
+    image.write_bytes(bytes(512 * 128))
+    genuine = os.open
+
     def denied(path: Path, flags: int) -> int:
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if flags & os.O_RDWR:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return genuine(path, flags)
 
     monkeypatch.setattr("nexus.loader.devices.os.open", denied)
 
-    with pytest.raises(DeviceFault, match="Permission denied"), opened(tmp_path, writable=True):
+    with pytest.raises(DeviceFault, match="Permission denied"), opened(image, writable=True):
         pass

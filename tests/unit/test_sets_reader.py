@@ -559,6 +559,14 @@ def test_a_chunk_used_until_it_is_10_gb_is_refused() -> None:
     assert refused(parts.joined()) is SetStatus.OVERSIZED
 
 
+def unsized(content: bytes) -> bytes:
+    """A frame without its content size."""
+    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 17})
+    frame = packer.compress(content) + packer.flush()
+    assert zstd.get_frame_info(frame).decompressed_size is None
+    return frame
+
+
 @pytest.mark.parametrize(
     ("stored", "content", "size"),
     [
@@ -568,8 +576,9 @@ def test_a_chunk_used_until_it_is_10_gb_is_refused() -> None:
         (zstd.compress(b"x" * 100), b"x" * 101, None),  # of another size
         (b"\x50\x2a\x4d\x18\0\0\0\0", b"x" * 100, None),  # a frame to be skipped
         (b"no frame", b"x" * 100, None),
+        (unsized(b"x" * 100), b"x" * 100, None),  # of the right size, and does not say so
     ],
-    ids=["bomb", "two", "half", "another size", "skipped", "none"],
+    ids=["bomb", "two", "half", "another size", "skipped", "none", "unsized"],
 )
 def test_a_chunk_that_is_not_its_frame_is_refused(
     stored: bytes, content: bytes, size: int | None
@@ -624,8 +633,9 @@ def lying_frame(size: int) -> bytes:
     return header + repeated * (size // block - 1) + last
 
 
-def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Path) -> None:
-    """Two chunks, each of as many repeating blocks as fit: 8.5 GB behind 256 KiB that it says."""
+def bomb() -> bytes:
+    """A set of two chunks, each of as many repeating blocks as fit: 8.5 GB behind the 256 KiB that
+    it says."""
     frame = lying_frame((CHUNK_SIZE // 4 - 10) * 128 * 1024)
     assert CHUNK_SIZE - 100 < len(frame) < CHUNK_SIZE
 
@@ -637,8 +647,12 @@ def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Pat
             if file[3] in ([0], [1]):
                 file[2] = CHUNK_SIZE
 
+    return crafted(change)
+
+
+def test_frames_that_lie_about_17_gb_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.nxs"
-    path.write_bytes(crafted(change))
+    path.write_bytes(bomb())
 
     told = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True

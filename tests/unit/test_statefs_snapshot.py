@@ -256,6 +256,40 @@ def test_the_way_back_has_room_however_full_the_store_is_made() -> None:
     assert {key: value for key, value in data_of(store).items() if area_of(key) == APP} == before
 
 
+def test_a_copy_that_is_taken_again_keeps_the_room_of_what_is_in_it_now() -> None:
+    disk = Disk(BLOCKS)
+    store = opened(disk)
+    keys = [b"/state/app/%02d" % n for n in range(10)]
+    put(store, dict.fromkeys(keys, b"small"))
+    head = finished(take(store, [APP]))
+    before: Content = dict.fromkeys(keys, bytes(6000))
+    put(store, before)
+    finished(store.close())
+    store = opened(disk)
+    _ = finished(resume(store))
+    _ = finished(take_again(store, head.number))
+    put(store, dict.fromkeys(keys))
+    fill(store)
+
+    _ = finished(restore(store, head.number))
+
+    assert {key: value for key, value in data_of(store).items() if area_of(key) == APP} == before
+
+
+def test_what_has_to_shrink_gives_its_room_to_what_has_to_grow() -> None:
+    store = fresh()
+    large, small = bytes(6000), bytes(10)
+    before = {b"/state/app/%02d" % n: small if n < 10 else large for n in range(20)}
+    put(store, before)
+    head = finished(take(store, [APP]))
+    put(store, {key: small if value == large else large for key, value in before.items()})
+    fill(store)
+
+    _ = finished(restore(store, head.number))
+
+    assert {key: value for key, value in data_of(store).items() if area_of(key) == APP} == before
+
+
 def fill(store: Store) -> None:
     """Write until nothing fits, in an area of its own, with smaller and smaller values."""
     number = 0

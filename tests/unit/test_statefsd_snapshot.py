@@ -126,6 +126,18 @@ def test_without_the_right_nothing_is_done_with_snapshots(request_: Any) -> None
     assert system.one(request_) == Refused(ReplyStatus.DENIED)
 
 
+def test_who_brings_areas_back_needs_the_right_for_each_of_them() -> None:
+    pages_alone = [READ_RIGHT, WRITE_RIGHT, f"{SNAPSHOT_RIGHT}:{SNAPSHOT_AREA}"]
+    system = System(rights={ME: pages_alone, "taker": [SNAPSHOT_RIGHT]})
+    _ = system.ask(put(K, b"old"))
+    _ = system.one(TAKE, name="taker")
+    _ = system.ask(put(K, b"new"))
+
+    assert system.one(Restore(1)) == Refused(ReplyStatus.DENIED)
+
+    assert values(system, K) == [b"new"]
+
+
 @pytest.mark.parametrize(
     "change", [put(PAGES + b"head"), batch((PAGES + b"page-00000000", None))], ids=["put", "batch"]
 )

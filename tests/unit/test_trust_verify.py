@@ -6,6 +6,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any, Final
@@ -413,6 +414,17 @@ def test_files_of_two_releases_are_refused(name: str) -> None:
     assert refused(state, {**old, name: new[name]}) is TrustStatus.MIXED
 
 
+@pytest.mark.parametrize("name", [SNAPSHOT, TARGETS])
+def test_another_file_of_the_same_version_and_size_is_refused(name: str) -> None:
+    named, other = (
+        Publisher().release(1, content=b"a set"),
+        Publisher().release(1, content=b"b set"),
+    )
+    assert len(named[name]) == len(other[name])
+
+    assert refused(Publisher().new_state(), {**named, name: other[name]}) is TrustStatus.MIXED
+
+
 def test_an_old_timestamp_with_a_new_release_is_refused() -> None:
     publisher = Publisher()
     old = publisher.release(1)
@@ -501,6 +513,21 @@ def test_what_ended_before_the_release_itself_was_signed_is_refused() -> None:
     files = publisher.release(10)
 
     assert refused(publisher.new_state(), files) is TrustStatus.EXPIRED, "of the root"
+
+
+def test_what_ends_at_the_time_floor_has_ended() -> None:
+    publisher = Publisher()
+    seen = moved(publisher.new_state(), publisher.release(10))
+    files = publisher.release(11, issued=T0 + 10 * DAY)
+
+    def ending(second: int) -> dict[str, bytes]:
+        moment = datetime.fromtimestamp(T0 + 10 * DAY + second, UTC)
+        fields = {ISSUED: T0 + 9 * DAY, "expires": f"{moment:%Y-%m-%dT%H:%M:%SZ}"}
+        return publisher.changed(files, TIMESTAMP, _with(fields))
+
+    assert seen.time_floor == T0 + 10 * DAY
+    assert refused(seen, ending(0)) is TrustStatus.EXPIRED
+    assert moved(seen, ending(1)).timestamp == 2
 
 
 def test_without_a_later_signature_nothing_has_ended() -> None:
@@ -641,6 +668,18 @@ def test_a_chain_of_as_many_roots_as_may_be_is_followed() -> None:
 
     assert root_name(1) not in files, "an update carries the last ones"
     assert moved(state, files).root == files[root_name(ROOTS_MAX + 1)]
+
+
+def test_an_update_carries_the_last_roots_as_many_as_a_device_takes() -> None:
+    publisher = Publisher()
+    for _ in range(ROOTS_MAX + 1):
+        _ = publisher.rotate("timestamp")
+
+    files = publisher.release(1)
+
+    last = ROOTS_MAX + 2
+    roots = {root_name(version) for version in range(last - ROOTS_MAX + 1, last + 1)}
+    assert files.keys() == {*roots, *ROLE_FILES}
 
 
 @pytest.mark.parametrize("filler", ['"x":[1', '"x":[{}', '"x":[[]', '"x":["y"'])
@@ -823,7 +862,16 @@ def test_a_root_with_one_key_under_two_names_is_refused() -> None:
         signed["keys"]["0" * 64] = signed["keys"][keyid]
         signed["roles"]["targets"] = {"keyids": [keyid, "0" * 64], "threshold": 2}
 
+    def in_capitals(signed: Any) -> None:
+        alias(signed)
+        (keyid, _) = signed["roles"]["targets"]["keyids"]
+        public = signed["keys"][keyid]["keyval"]["public"]
+        assert public != public.upper()
+        again = {**signed["keys"][keyid], "keyval": {"public": public.upper()}}
+        signed["keys"]["0" * 64] = again
+
     assert refused(state, publisher.changed(files, name, alias)) is TrustStatus.DUPLICATE
+    assert refused(state, publisher.changed(files, name, in_capitals)) is TrustStatus.MALFORMED
 
 
 # ---------------------------------------------------------------- what the device keeps

@@ -1,6 +1,7 @@
 """updated's engine over simulated disks: what is staged, tried, kept and left, and what is not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from nexus.services.updated.kept import (
 from nexus.services.updated.source import WINDOW_SIZE, SlotSource
 from tests.fakes.diskdevice import DiskDevice
 from tests.fakes.updates import AREA, ASKER, Device, Made, Maker, set_file
+from tests.unit.test_sets_reader import bomb
 
 A, B = SlotName.A, SlotName.B
 
@@ -120,6 +122,19 @@ def test_asking_again_stages_nothing_anew(device: Device) -> None:
     assert device.finish() == first
     assert device.start().record.sequence == first.sequence
     assert device.finish() == first
+
+
+def test_the_same_set_under_another_floor_is_staged_with_that_floor(device: Device) -> None:
+    made = device.maker.update(11)
+    _ = device.stage(made)
+    raised = device.maker.made(made.data, 11, floor=5)
+
+    begun = device.begin(raised)
+
+    assert (begun.staged, begun.offset) == (False, 0)
+    device.send(raised.data)
+    assert device.finish().digest == made.digest
+    assert stored(device).slot(B).floor == 5
 
 
 def test_a_transfer_goes_on_where_it_was_kept_after_an_orderly_end(device: Device) -> None:
@@ -295,6 +310,21 @@ def test_a_flipped_bit_anywhere_is_another_file_than_the_signed_one(device: Devi
     assert device.stage(made).version == 11, "and the whole one is still taken"
 
 
+def test_nothing_of_a_file_is_parsed_before_its_digest_is_the_signed_one(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(b"X" + made.data[1:])
+
+    def parsed(*_words: object, **_options: object) -> None:
+        raise AssertionError("it is parsed")
+
+    monkeypatch.setattr("nexus.services.updated.engine.Verification", parsed)
+
+    assert declined(device.finish) is UpdatedStatus.WRONG_DIGEST
+
+
 def test_a_flipped_bit_is_found_also_in_what_came_before_a_restart(device: Device) -> None:
     made = device.maker.update(11)
     _ = device.begin(made)
@@ -321,6 +351,11 @@ def test_what_was_signed_and_is_no_set_is_refused(device: Device) -> None:
     noise = bytes(range(256)) * 8
 
     assert refused(device, device.maker.made(noise, 11)) is UpdatedStatus.BAD_SET
+
+
+def test_a_signed_set_that_would_unpack_to_gigabytes_is_refused(device: Device) -> None:
+    assert refused(device, device.maker.made(bomb(), 11)) is UpdatedStatus.BAD_SET
+    assert device.engine.transfer().detail.startswith("compression: ")
 
 
 def test_a_signed_set_that_is_cut_short_is_refused(device: Device) -> None:
@@ -617,6 +652,23 @@ def test_without_room_for_a_copy_a_set_that_migrates_is_not_tried(device: Device
     assert device.switch(made).snapshot == 1
 
 
+def test_a_copy_of_a_switch_that_was_not_stored_is_not_taken_for_the_next_ones(
+    device: Device,
+) -> None:
+    made = device.maker.update(11, schemas={AREA: 2})
+    _ = device.stage(made)
+    writes = device.boot_disk.done[Operation.WRITE]
+    device.boot_disk.faults = DiskFaults(
+        failures=(Failure(operation=Operation.WRITE, nth=writes + 1),)
+    )
+    assert declined(lambda: device.switch(made)) is UpdatedStatus.IO_ERROR
+    device.memory.data = b"newer"
+
+    switched = device.switch(made)
+
+    assert device.memory.copies == {switched.snapshot: b"newer"}
+
+
 def test_a_set_that_knows_an_older_schema_than_the_data_have_is_refused(device: Device) -> None:
     device.update(device.maker.update(11, schemas={AREA: 2}))
 
@@ -772,6 +824,12 @@ def test_there_is_no_way_back_below_the_floor(device: Device) -> None:
 
     assert stored(device).floor == 11
     assert declined(lambda: finished(device.engine.rollback(A, ASKER))) is UpdatedStatus.NO_TARGET
+
+
+def test_the_floor_of_a_commit_holds_for_the_very_next_update(device: Device) -> None:
+    device.update(device.maker.update(11, schemas={AREA: 1}, floor=11))
+
+    assert declined(lambda: device.begin(device.maker.update(10))) is UpdatedStatus.BELOW_FLOOR
 
 
 def test_there_is_no_way_back_to_what_was_never_good(device: Device) -> None:
@@ -936,6 +994,19 @@ def test_without_statefs_nothing_is_opened_and_later_it_is(device: Device) -> No
     device.memory.reads_fail = False
     finished(device.engine.open(ASKER))
     assert device.engine.opened
+
+
+def test_a_set_that_cannot_stand_in_its_slot_is_refused_and_not_read(device: Device) -> None:
+    control = BlockBoot(DiskDevice(device.boot_disk))
+    record = finished(control.load())
+    info = replace(record.slot(A), size=device.engine.capacity(A) + 1)
+    _ = finished(control.store(record.with_slot(A, info)))
+    _ = device.start()
+    made = device.maker.update(11)
+    _ = device.begin(made)
+    device.send(made.data)
+
+    assert declined(device.finish) is UpdatedStatus.BAD_SET
 
 
 def test_without_a_record_nothing_is_opened() -> None:

@@ -5,7 +5,7 @@ The only code that knows the stored record. Pure, over a drivers.BlockDevice.
 
 from nexus.bootctl.anchor import ANCHOR_SIZE_MAX, NoAnchor
 from nexus.bootctl.block import FORMAT_VERSION, BlockBoot
-from nexus.bootctl.choose import open_boot
+from nexus.bootctl.choose import new_boot, open_boot
 from nexus.bootctl.contract import BOOT_BLOCKS_MIN, BootControl, NoBootRecord
 from nexus.bootctl.environment import EnvironmentBoot
 from nexus.bootctl.handover import (
@@ -101,6 +101,7 @@ __all__ = [
     "damaged",
     "failed",
     "finished",
+    "new_boot",
     "open_boot",
     "problem_of",
     "provisioned",

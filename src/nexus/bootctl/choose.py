@@ -22,3 +22,15 @@ async def open_boot(device: BlockDevice) -> tuple[BootControl, BootRecord]:
         return environment, await environment.load()
     except NoBootRecord as error:
         raise NoBootRecord(f"{problem}; no U-Boot environment with one: {error}") from error
+
+
+async def new_boot(device: BlockDevice) -> BootControl:
+    """The boot control that a device is provisioned with: the one whose record it has, else a
+    U-Boot environment that stands there, so that its variables stay, else the block.
+    """
+    try:
+        control, _ = await open_boot(device)
+    except NoBootRecord:
+        environment = EnvironmentBoot(device)
+        return environment if await environment.is_there() else BlockBoot(device)
+    return control

@@ -129,6 +129,14 @@ class EnvironmentBoot:
             raise DeviceFault(Fault.IO, str(error)) from error
         return await self._put(index, copy, replace(record, sequence=record.sequence + 1))
 
+    async def is_there(self) -> bool:
+        """Whether an environment stands on the device, with a record in it or without."""
+        try:
+            _ = await self._current()
+        except NoBootRecord:
+            return False
+        return True
+
     async def create(self, record: BootRecord) -> BootRecord:
         """Put the record into the environment that is there, or into a new one."""
         try:

@@ -310,7 +310,7 @@ def commit(record: BootRecord, running: SlotName, reason: Reason) -> BootRecord:
     record = record.with_slot(running, info)
     if record.slot(running.other).version < floor:
         record = record.with_slot(running.other, SlotInfo())
-    record = replace(record, active=running, trying=None, floor=floor, snapshot=0)
+    record = replace(record, active=running, trying=None, floor=floor, snapshot=0, restore=False)
     return record.with_reason(reason)
 
 

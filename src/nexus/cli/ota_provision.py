@@ -13,9 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from nexus.abi import BLOCK_SIZE, HardwareKind
-from nexus.bootctl import BootRecord, SlotInfo
-from nexus.bootctl.block import BlockBoot
-from nexus.bootctl.contract import NoBootRecord
+from nexus.bootctl import BootControl, BootRecord, NoBootRecord, SlotInfo, new_boot
 from nexus.bootctl.provision import provision as make_record
 from nexus.cli.errors import CommandFailed, UsageError
 from nexus.cli.files import open_input, read_input
@@ -112,7 +110,7 @@ def write_device(folder: Path, first: First, *, again: bool) -> BootRecord:
                 for name, each in hardware.items()
             }
             _check_sizes(devices, hardware)
-            control = BlockBoot(devices[BOOT])
+            control = finished(new_boot(devices[BOOT]))
             if not again:
                 _check_new(control)
             return finished(
@@ -124,7 +122,7 @@ def write_device(folder: Path, first: First, *, again: bool) -> BootRecord:
         raise CommandFailed(f"the device was not provisioned: {fault}") from fault
 
 
-def _check_new(control: BlockBoot) -> None:
+def _check_new(control: BootControl) -> None:
     try:
         record = finished(control.load())
     except NoBootRecord:

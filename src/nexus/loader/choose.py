@@ -165,10 +165,9 @@ async def _choose(
         if isinstance(found, Unread):
             unread[name] = _flaw(record, name, found, wall)
             continue
-        # The boot that did not happen is not counted; that a trial was over is.
-        is_over = tried.trying is not record.trying and not unread
-        base = tried if is_over else record
-        record = await control.store(damaged(base, name, _flaw(base, name, found, wall)))
+        # The boot that did not happen is not counted, nor that a trial was over: with its way back
+        # it has lost its end.
+        record = await control.store(damaged(record, name, _flaw(record, name, found, wall)))
     raise NothingBootable("every slot that was looked at is damaged")
 
 

@@ -269,7 +269,7 @@ class Engine:
                 )
             raise
         info = self.record.slot(self.record.standby)
-        if info.state is SlotState.STAGED and info.digest == wanted.digest:
+        if info == _info_of(wanted):  # and not the same set under another floor
             return _begun(wanted, wanted.size, staged=True)
         self._admitted = True
         if self._goes_on(wanted) and info.state is SlotState.EMPTY:
@@ -455,14 +455,7 @@ class Engine:
             self._check_manifest(manifest, transfer)
             _ = await self._migrated(manifest)
             await self.sure()
-            info = SlotInfo(
-                state=SlotState.STAGED,
-                version=transfer.version,
-                name=transfer.name,
-                digest=transfer.digest,
-                size=transfer.size,
-                floor=transfer.floor,
-            )
+            info = _info_of(transfer)
             if self.record.slot(NAMES[transfer.slot]) != info:  # a store in doubt had come through
                 await self._change(lambda record: staged(record, info))
         except Declined as declined:
@@ -754,6 +747,18 @@ async def _write(device: BlockDevice, block: int, data: bytes | memoryview) -> N
     if rest:
         tail = bytes(memoryview(data)[whole:]).ljust(BLOCK_SIZE, b"\0")
         await device.write(block + whole // BLOCK_SIZE, tail)
+
+
+def _info_of(transfer: KeptTransfer) -> SlotInfo:
+    """What the record says of the slot once this set is staged there."""
+    return SlotInfo(
+        state=SlotState.STAGED,
+        version=transfer.version,
+        name=transfer.name,
+        digest=transfer.digest,
+        size=transfer.size,
+        floor=transfer.floor,
+    )
 
 
 def _raised(now: Manifest, new: Manifest) -> list[str]:
