@@ -51,6 +51,7 @@ PATIENT: Final = frozenset(
         "tests/linux/test_updated_on_linux.py",
         "tests/linux/test_why.py",
         "tests/stateful",
+        "tests/unit/test_beside.py",  # who is idle may not be anything else again, unless it is root
     )
 )
 """Whole systems from the outside: each wait of these has a limit that is no claim."""
@@ -69,9 +70,9 @@ SIZE: Final = struct.Struct("<I")  # bytes of a report
 def part_of(item: pytest.Item) -> Part:
     """Which pytest runs it, if there are three."""
     file = PurePosixPath(item.nodeid.partition("::")[0])
-    if str(file.parent) not in ON_THE_MACHINE:
-        return Part.PURE
-    return Part.MEASURED if PATIENT.isdisjoint((str(file), str(file.parent))) else Part.PATIENT
+    if not PATIENT.isdisjoint((str(file), str(file.parent))):
+        return Part.PATIENT
+    return Part.MEASURED if str(file.parent) in ON_THE_MACHINE else Part.PURE
 
 
 def runs_here(item: pytest.Item) -> bool:

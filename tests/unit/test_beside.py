@@ -41,6 +41,7 @@ def pytest_sessionfinish(session):
         LAST
 """
 PASSES: Final = "import os\n\n\ndef test_it():\n    assert os.sched_getscheduler(0) == {}\n"
+HERE: Final = os.sched_getscheduler(0)  # where this test may be run beside others itself
 FAILS: Final = "def test_it():\n    raise LookupError('no such pump')\n"
 
 
@@ -59,9 +60,11 @@ def beside(
         .replace("WHOSE", whose.name)
     )
     for part, folder in FOLDERS.items():
-        text = there if part is whose and there else PASSES.format(part.value)
+        passes = PASSES.format(HERE if part is Part.MEASURED else part.value)
         (place / "tests" / folder).mkdir(parents=True)
-        (place / "tests" / folder / f"test_{folder}.py").write_text(text)
+        (place / "tests" / folder / f"test_{folder}.py").write_text(
+            there if part is whose and there else passes
+        )
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--beside"],
         cwd=place,
