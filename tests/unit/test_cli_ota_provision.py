@@ -278,6 +278,20 @@ def test_a_system_without_two_fitting_slots_is_not_provisioned(
     assert not (place.state / "boot.img").exists()
 
 
+def test_a_device_that_is_smaller_than_the_system_file_says_is_left_as_it_is(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update = an_update(place.publisher, a_set())
+    assert place.provision(update) == 0
+    before = place.record()
+    os.truncate(place.state / "slot-b.img", SLOT_SIZE // 2)
+
+    assert place.provision(update, "--again") == 1
+
+    assert "the device slot-b is smaller than the system file says" in capsys.readouterr().err
+    assert place.record() == before
+
+
 def test_a_device_that_somebody_else_holds_is_left_alone(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
