@@ -51,7 +51,7 @@ PATIENT: Final = frozenset(
         "tests/linux/test_updated_on_linux.py",
         "tests/linux/test_why.py",
         "tests/stateful",
-        "tests/unit/test_beside.py",  # who is idle may not be anything else again, unless it is root
+        "tests/unit/test_beside.py",  # only root is not idle for ever
     )
 )
 """Whole systems from the outside: each wait of these has a limit that is no claim."""
