@@ -12,7 +12,18 @@ from random import Random  # noqa: TID251 (seeded)
 
 import pytest
 
-from nexus.bootctl import BootRecord, SlotInfo, SlotName, attempt, block, environment, staged
+from nexus.bootctl import (
+    BootRecord,
+    Reason,
+    SlotInfo,
+    SlotName,
+    SlotState,
+    attempt,
+    block,
+    damaged,
+    environment,
+    staged,
+)
 from nexus.cli.command import main as nexus
 from nexus.drivers import BlockDevice
 from nexus.kernel.sim.disk import Disk, Piece
@@ -247,6 +258,19 @@ def not_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loader, "_digest", believed)
 
 
+def given_up_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A trial is over although what it would go back to is damaged."""
+
+    def and_the_trial(record: BootRecord, name: SlotName, reason: Reason) -> BootRecord:
+        record = damaged(record, name, reason)
+        if record.trying is None:
+            return record
+        bad = replace(record.slot(record.trying), state=SlotState.BAD)
+        return replace(record.with_slot(record.trying, bad), trying=None)
+
+    patch.setattr(loader, "damaged", and_the_trial)
+
+
 MUTATIONS: dict[Patch, tuple[str, str]] = {
     not_durable: ("commit", "wrong"),
     one_copy: ("switch", "brick"),
@@ -261,6 +285,7 @@ MUTATIONS: dict[Patch, tuple[str, str]] = {
     commit_forgotten: ("commit", "wrong"),
     switched_before_the_copy: ("switch", "brick"),
     not_looked_at: ("rotten", "wrong"),
+    given_up_for_nothing: ("rotten-way-back", "brick"),
 }
 
 

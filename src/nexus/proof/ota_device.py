@@ -392,16 +392,17 @@ class Paper(NamedTuple):
     tries: int = 0
     data: int = 1
     copy: int = 0  # the data that were copied for the way back; 0 for no copy
+    has_way_back: bool = True  # from a trial: what was good is whole
     trusted: int = 0  # releases that were believed, counted
 
     def boots(self) -> "Paper":
         """After a boot. Which set runs then, `runs` says."""
         if self.trying is None:
             return self
-        if self.tries:
+        if self.tries or not self.has_way_back:
             is_first = self.staged is not None
             copy = self.data if self.copy and is_first else self.copy
-            return self._replace(tries=self.tries - 1, staged=None, copy=copy)
+            return self._replace(tries=max(0, self.tries - 1), staged=None, copy=copy)
         return self._replace(trying=None, staged=None, data=self.copy or self.data, copy=0)
 
     @property
@@ -517,11 +518,15 @@ EDITED: Final = Step(
     lambda session: session.system.edit(),
     lambda paper: paper._replace(data=paper.data + EDITION),
 )
-COMMITTED: Final = Step(
-    "commit",
-    lambda session: session.system.commit(),
-    lambda paper: paper._replace(good=paper.runs, before=paper.good, trying=None, tries=0, copy=0),
-)
+
+
+def _notes_commit(paper: Paper) -> Paper:
+    before = paper.good if paper.has_way_back else None
+    done = paper._replace(good=paper.runs, before=before, trying=None, tries=0, copy=0)
+    return done._replace(has_way_back=True)  # the next trial's is what is good now
+
+
+COMMITTED: Final = Step("commit", lambda session: session.system.commit(), _notes_commit)
 
 
 def _migrated(data: int, schema: int) -> int:
@@ -542,7 +547,14 @@ BACK: Final = Step("go back", lambda session: session.system.go_back(), _notes_b
 
 def _rot(session: Session) -> None:
     record = session.system.engine.record
-    name = record.trying or record.active
+    _rot_slot(session, record.trying or record.active)
+
+
+def _rot_way_back(session: Session) -> None:
+    _rot_slot(session, session.system.engine.record.active)
+
+
+def _rot_slot(session: Session, name: SlotName) -> None:
     device = session.devices[SLOTS[name]]
     assert isinstance(device, DiskDevice)
     device.disk.rot(ROTTEN_AT)
@@ -558,6 +570,11 @@ def _notes_rot(paper: Paper) -> Paper:
 
 ROTTEN: Final = Step("rot", _rot, _notes_rot)
 """A bit of the set that would be booted next flips; on paper it is as if it were not there."""
+
+ROTTEN_BACK: Final = Step(
+    "rot the way back", _rot_way_back, lambda paper: paper._replace(has_way_back=False)
+)
+"""A bit of the good set flips while another is on trial: that one is tried without an end."""
 
 
 class Scene(NamedTuple):
@@ -602,6 +619,7 @@ SCENES: Final[Mapping[str, Scene]] = {
         (BOOTED, *whole(MIGRATING), switch(MIGRATING), ROTTEN), (BOOTED, BOOTED)
     ),
     "rotten-in-its-trial": Scene((*_TRIAL, ROTTEN), (FAILED, MIGRATED, BOOTED)),
+    "rotten-way-back": Scene((*_LAST_TRY, ROTTEN_BACK), (FAILED, MIGRATED, FAILED, COMMITTED)),
     "after-a-rollback": Scene(
         (*_LAST_TRY, FAILED), (*whole(LATER), switch(LATER), BOOTED, MIGRATED, COMMITTED)
     ),

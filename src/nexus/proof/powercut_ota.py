@@ -405,8 +405,11 @@ class Life:
             self._papers = tuple(step.notes(paper) for paper in self._papers)
 
     def _fail(self) -> None:
-        """The trial fails as often as it may, and is over then."""
+        """The trial fails as often as it may, and is over then; the last set there is goes on."""
         for _ in range(BOOTS_MAX):
+            if not any(paper.has_way_back for paper in self._papers):
+                self._do(MIGRATED, FAILED, MIGRATED, COMMITTED)
+                return
             self._do(MIGRATED, FAILED)
             self._compare()
             if not self._session.system.chosen.boot.trial:
