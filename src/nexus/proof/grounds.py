@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
-from nexus.abi import BLOCK_SIZE, Event, EventKind, ExitInfo, Nanos, SecretBackend
+from nexus.abi import BLOCK_SIZE, Event, ExitInfo, Nanos, SecretBackend
 from nexus.init.ground import Places, boot
 from nexus.init.plan import Plan, load_plan
 from nexus.kernel.core import Hang, Hardware, PowerCut, RunOver
@@ -62,17 +63,20 @@ def boot_system(job: Job, sink: EventSink) -> BootEnd:
         if port is not None:
             keep = kept_at(kept.state, job.boot).write_bytes
             scrapers.append(SimScraper(kernel, port, keep))
-        _ = signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
+        _ = signal.signal(signal.SIGTERM, stop)
         if job.cut_at:
             kernel.power.plan(cut_of(job))
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        """A system that has nothing more to say would otherwise run to its limit."""
+        stops.append(number)
+        (machine,) = machines
+        machine.at(Nanos(machine.now + 1), lambda: machine.power.cut("the runner stopped the boot"))
 
     def record(event: Event) -> None:
         sink.record(event)
         for scraper in scrapers:
             scraper.on_event(event)
-        if stops and event.kind is EventKind.CONSOLE and not machines[0].power.off:
-            machines[0].power.off = True
-            machines[0].power.cut("the runner stopped the boot")
 
     try:
         booted = boot(
