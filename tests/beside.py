@@ -1,11 +1,11 @@
 """Tests that measure no time run beside those that do: `pytest --beside`.
 
 Tests of real processes wait more than they compute. Those that measure time stay in this process,
-which has one thread, as our Linux kernel demands of who forks. Two more pytests run meanwhile: one
+which has one thread, as our Linux kernel demands of who forks. More pytests run meanwhile: one
 has the patient tests, which start whole systems and only ask how they end, and gives way when a
-process wakes up that is measured; the other has all tests that ask nothing of the machine, and
-runs when no process wants to that is not one of them. What they report is reported here when it
-is their turn, as if they had run here.
+process wakes up that is measured; two have all tests that ask nothing of the machine, and run when
+no process wants to that is not one of them. What they report is reported here when it is their
+turn, as if they had run here.
 
 They stay in this session: Linux weighs sessions against each other first (autogroups), and what is
 idle in one would hold up what wakes in another until the next tick.
@@ -29,11 +29,16 @@ from nexus.proof.runner import die_with_parent
 
 
 class Part(Enum):
-    """Which pytest runs a test, by how Linux schedules it; they are reported in this order."""
+    """Which pytest runs a test, and how Linux schedules it; they are reported in this order."""
 
-    MEASURED = os.SCHED_OTHER  # this one
-    PATIENT = os.SCHED_BATCH  # whoever wakes up goes before
-    PURE = os.SCHED_IDLE
+    MEASURED = ("measured", os.SCHED_OTHER)  # this one
+    PATIENT = ("patient", os.SCHED_BATCH)  # whoever wakes up goes before
+    SIMULATED = ("simulated", os.SCHED_IDLE)
+    PURE = ("pure", os.SCHED_IDLE)
+
+    def __init__(self, label: str, policy: int) -> None:
+        self.label = label
+        self.policy = policy
 
 
 ON_THE_MACHINE: Final = frozenset(
@@ -68,11 +73,13 @@ SIZE: Final = struct.Struct("<I")  # bytes of a report
 
 
 def part_of(item: pytest.Item) -> Part:
-    """Which pytest runs it, if there are three."""
+    """Which pytest runs it, if there are several."""
     file = PurePosixPath(item.nodeid.partition("::")[0])
     if not PATIENT.isdisjoint((str(file), str(file.parent))):
         return Part.PATIENT
-    return Part.MEASURED if str(file.parent) in ON_THE_MACHINE else Part.PURE
+    if str(file.parent) in ON_THE_MACHINE:
+        return Part.MEASURED
+    return Part.SIMULATED if file.parent.name == "sim" else Part.PURE
 
 
 def runs_here(item: pytest.Item) -> bool:
@@ -154,7 +161,7 @@ class Other:
         self._output.close()
 
     def __str__(self) -> str:
-        return f"the pytest of {self._part.name.lower()} tests"
+        return f"the pytest of {self._part.label} tests"
 
     def _said(self) -> str:
         _ = self._output.seek(0)
@@ -216,12 +223,12 @@ class Beside:
 
 
 def configure(config: pytest.Config) -> None:
-    """Take part in a session of three processes, as whichever this is."""
+    """Take part in a session of several processes, as whichever this is."""
     path, name = os.environ.pop(REPORTS, None), os.environ.pop(PART, "")
     if path is not None:
         die_with_parent(os.getppid())
         part = Part[name]
-        os.sched_setscheduler(0, part.value, os.sched_param(0))
+        os.sched_setscheduler(0, part.policy, os.sched_param(0))
         _ = config.pluginmanager.register(Reporter(config, Path(path), part), "reporter")
     elif config.getoption(OPTION):
         _ = config.pluginmanager.register(Beside(config), "beside")

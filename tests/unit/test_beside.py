@@ -11,7 +11,7 @@ import pytest
 from tests.beside import Part
 
 ROOT: Final = Path(__file__).parents[2]
-TIME_MAX: Final = 120  # seconds of three pytests with a test each
+TIME_MAX: Final = 120  # seconds of four pytests with a test each
 CONFTEST: Final = """
 import os
 import signal
@@ -45,7 +45,12 @@ HERE: Final = os.sched_getscheduler(0)  # where this test may be run beside othe
 FAILS: Final = "def test_it():\n    raise LookupError('no such pump')\n"
 
 
-FOLDERS: Final = {Part.MEASURED: "linux", Part.PATIENT: "guide", Part.PURE: "unit"}
+FOLDERS: Final = {
+    Part.MEASURED: "linux",
+    Part.PATIENT: "guide",
+    Part.SIMULATED: "sim",
+    Part.PURE: "unit",
+}
 
 
 def beside(
@@ -60,7 +65,7 @@ def beside(
         .replace("WHOSE", whose.name)
     )
     for part, folder in FOLDERS.items():
-        passes = PASSES.format(HERE if part is Part.MEASURED else part.value)
+        passes = PASSES.format(HERE if part is Part.MEASURED else part.policy)
         (place / "tests" / folder).mkdir(parents=True)
         (place / "tests" / folder / f"test_{folder}.py").write_text(
             there if part is whose and there else passes
@@ -77,10 +82,10 @@ def beside(
     return ended.returncode, ended.stdout
 
 
-def test_three_pytests_that_end_well_are_one_each_scheduled_in_its_way(tmp_path: Path) -> None:
+def test_four_pytests_that_end_well_are_one_each_scheduled_in_its_way(tmp_path: Path) -> None:
     code, said = beside(tmp_path, "pass", Part.PURE)
 
-    assert (code, "3 passed" in said) == (0, True), said
+    assert (code, "4 passed" in said) == (0, True), said
 
 
 @pytest.mark.parametrize("whose", [Part.PATIENT, Part.PURE])
@@ -89,7 +94,7 @@ def test_a_test_that_fails_in_another_fails_the_session_as_a_test(
 ) -> None:
     code, said = beside(tmp_path, "pass", whose, there=FAILS)
 
-    assert (code, "1 failed, 2 passed" in said) == (1, True), said
+    assert (code, "1 failed, 3 passed" in said) == (1, True), said
     assert "no such pump" in said
 
 
@@ -106,7 +111,7 @@ def test_another_pytest_that_ends_badly_fails_the_session(
 ) -> None:
     code, said = beside(tmp_path, last, Part.PURE)
 
-    assert (code, "3 passed" in said, told in said) == (1, True, True), said
+    assert (code, "4 passed" in said, told in said) == (1, True, True), said
 
 
 def test_another_pytest_that_does_not_end_is_killed_and_fails_the_session(tmp_path: Path) -> None:
