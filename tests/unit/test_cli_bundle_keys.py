@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,15 @@ from fuzz.trust import BytesSource
 from nexus.cli.command import main
 from nexus.drivers import finished
 from nexus.sets import write
-from nexus.trust import Anchor, Target, TrustState, TrustStatus, Untrusted, read_update
+from nexus.trust import (
+    Anchor,
+    Target,
+    TrustState,
+    TrustStatus,
+    Untrusted,
+    encode_update,
+    read_update,
+)
 from nexus.trust.update import SNAPSHOT, TARGETS, TIMESTAMP, root_name
 from nexus.trust.verify import resume, verify_metadata
 
@@ -305,6 +314,26 @@ def test_a_set_that_no_device_would_take_is_not_signed(
 
     assert not update.exists()
     assert sorted(path.name for path in (ring / "metadata").iterdir()) == before
+
+
+def test_a_set_that_changes_while_it_is_signed_makes_no_update(
+    ring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made(ring) == 0
+    update = tmp_path / "x.nxu"
+    changed = bytearray(SET)
+    changed[-1] ^= 1
+
+    def later(files: Mapping[str, bytes]) -> bytes:
+        _ = update.with_suffix(".nxs").write_bytes(changed)
+        return encode_update(files)
+
+    monkeypatch.setattr("nexus.cli.bundle_sign.encode_update", later)
+
+    assert signed(ring, update) == 1
+
+    assert "the set changed while it was signed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path != ring] == ["x.nxs"]
 
 
 def test_a_role_without_its_key_signs_nothing(

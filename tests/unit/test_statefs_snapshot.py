@@ -419,6 +419,22 @@ def test_a_snapshot_that_is_not_what_was_written_changes_nothing(what: str) -> N
     assert finished(head_of(store)).state is State.KEPT
 
 
+def test_a_snapshot_that_holds_a_key_of_another_area_changes_nothing() -> None:
+    """Its pages are what was written; it is the head that names another area."""
+    store = fresh()
+    put(store, {b"/state/app/k": b"v", b"/state/other/k": b"w"})
+    head = finished(take(store, [b"/state/other/"]))
+    areas = [(APP, size) for _, size in head.areas]
+    put(store, {HEAD: msgspec.msgpack.encode(msgspec.structs.replace(head, areas=areas))})
+    put(store, {b"/state/app/k": b"new"})
+    before = data_of(store)
+
+    with pytest.raises(SnapshotDamaged, match="a key of another area"):
+        _ = finished(restore(store, head.number))
+
+    assert data_of(store) == before
+
+
 @given(value=st.binary(max_size=80))
 def test_any_head_is_one_or_is_damaged(value: bytes) -> None:
     store = fresh(128)
