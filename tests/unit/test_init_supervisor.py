@@ -98,6 +98,7 @@ from tests.fakes.initrig import (
     SYSTEM,
     Boot,
     Driver,
+    Main,
     Nothing,
     boot,
     healthy,
@@ -108,6 +109,18 @@ from tests.fakes.initrig import (
 )
 
 __all__ = ["boot"]  # the fixture
+
+
+def late(span: int) -> Main:
+    """A service that takes its planned links only after this time, and is an ordinary one then."""
+
+    async def main(boot: BootImage) -> int:
+        await SleepUntil(Nanos(await Now() + span))
+        driver = Driver(boot)
+        await driver.begin(ready=False)
+        return await driver.server.run()
+
+    return main
 
 
 # ---------------------------------------------------------------- the boot
@@ -154,14 +167,8 @@ def test_init_is_not_ready_before_every_planned_link_exists(boot: Boot) -> None:
         await driver.pause(500 * MS)
         return "done"
 
-    async def other(boot: BootImage) -> int:
-        await SleepUntil(Nanos(await Now() + 300 * MS))
-        driver = Driver(boot)
-        await driver.begin(ready=False)
-        return await driver.server.run()
-
     text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
-    run = boot(lazy, text=text, other=other)
+    run = boot(lazy, text=text, other=late(300 * MS))
 
     assert run.time("init: ready") - run.time("init: start") >= 300 * MS
 
@@ -175,14 +182,8 @@ def test_a_link_that_was_lost_with_its_server_does_not_hold_up_the_rest(boot: Bo
         await driver.pause(500 * MS)
         return (await driver.record("timed")).generation
 
-    async def other(boot: BootImage) -> int:
-        await SleepUntil(Nanos(await Now() + 300 * MS))
-        driver = Driver(boot)
-        await driver.begin(ready=False)
-        return await driver.server.run()
-
     text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
-    run = boot(driver, text=text, other=other, ready=False)
+    run = boot(driver, text=text, other=late(300 * MS), ready=False)
 
     assert run.result == 2
     assert run.time("init: ready") - run.time("init: start") >= 300 * MS
@@ -286,14 +287,8 @@ def test_a_client_that_takes_links_without_end_meets_busy_and_not_the_others_sha
             outcomes.append(answer)
         return outcomes
 
-    async def modest(boot: BootImage) -> int:
-        await SleepUntil(Nanos(await Now() + 500 * MS))
-        driver = Driver(boot)
-        await driver.begin(ready=False)
-        return await driver.server.run()
-
     text = SYSTEM + DRIVER + OTHER.replace("100ms", "2s") + 'uses = [{ name = "timed" }]\n'
-    run = boot(greedy, text=text, other=modest, ready=False)
+    run = boot(greedy, text=text, other=late(500 * MS), ready=False)
 
     refused = [each for each in run.result if isinstance(each, Refused)]
     assert refused

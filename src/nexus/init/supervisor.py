@@ -187,8 +187,10 @@ class Supervisor:
         return planned.cpu
 
     def is_ready(self) -> bool:
-        """Whether every service is up and every planned link exists: of those that start with the
-        system, and in safe mode of those that run then."""
+        """Whether every service is up and has had every planned link: of those that start with the
+        system, and in safe mode of those that run then. A link that was lost with its server does
+        not hold this up; the evidence of `init: ready` has those that exist, and #29 demands all.
+        """
         out = {
             name
             for name, each in self.records.items()

@@ -35,9 +35,7 @@ from nexus.services.selftest.state_rungs import CUT_LINE, VICTIM_KEY
 CUT_AT: Final = f"{SELFTEST}: {CUT_LINE}"
 CUT_WRITE: Final = 1  # of a disk after that line: inside the batch that is written then
 HEALTH: Final = "init: health "  # what init's line about a health probe begins with
-SIM_LIMIT: Final = (
-    120 * 10**9
-)  # ns of virtual time; a boot of the selftest takes some seconds of it
+SIM_LIMIT: Final = 120 * 10**9  # ns of virtual time; a boot takes some seconds of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

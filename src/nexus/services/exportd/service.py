@@ -187,7 +187,7 @@ class Exportd:
 
         Each round answers one request that the peer has sent, and one answer at a time waits.
         """
-        while True:
+        while True:  # each round answers one request that has come; it ends when none is left
             if asked is not None:
                 await self._answer(visit, asked, now)
             self._scrapes_refused += visit.refused
