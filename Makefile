@@ -78,7 +78,13 @@ prove: .venv/.dev ## both grounds, and the comparison of their event logs
 	@echo '== proof: Linux kernel'
 	@$(BIN)/nexus prove --ground linux
 	@echo '== proof: the two compared'
-	@$(BIN)/nexus prove --compare sim,linux
+	@$(BIN)/nexus prove --compare sim,linux --scenario conformance
+
+.PHONY: vm
+vm: .venv/.run ## the same in a virtual machine of its own (aarch64); installs QEMU if it is missing
+	@sh tools/prerequisites.sh vm
+	@$(BIN)/nexus vm build
+	@SMP=$${SMP:-1} $(BIN)/nexus prove --ground vm
 
 .PHONY: bench
 bench: .venv/.bench ## ours and its peers, side by side (needs a C compiler)
@@ -101,6 +107,11 @@ campaign: .venv/.dev ## the long run: seeds with faults, Nth failures, mutated f
 	@$(BIN)/python -m nexus.proof.powercut_ota --report docs/reference/powercut-ota.md
 	@$(BIN)/python -m nexus.proof.longrun > docs/reference/longrun.txt
 	@$(BIN)/python -m tests.linux.slot_kills --kills 100 --report docs/reference/ota-kills.txt
+	@$(BIN)/python -m tests.vm.powercut --report docs/reference/powercut-vm.md
+	@$(BIN)/python -m tests.vm.powercut_update --report docs/reference/powercut-update-vm.md
+	@$(BIN)/pytest tests/vm/boot_loader_long.py
+	@$(BIN)/nexus prove --saboteurs sample --ground vm --smp 2 > docs/reference/saboteurs-vm.txt
+	@$(BIN)/nexus prove --compare sim,linux,vm > docs/reference/worlds-ladder.txt
 	@$(BIN)/python -m tools.aarch64 > .venv/aarch64.txt && \
 	    mv .venv/aarch64.txt docs/reference/aarch64.txt
 
@@ -118,6 +129,7 @@ lint: .venv/.dev ## format, lint, words, the rules of the tree, who may import w
 	@$(BIN)/codespell
 	@$(BIN)/python -m tools.tidy
 	@$(BIN)/lint-imports --no-cache > .venv/imports.log || { cat .venv/imports.log; exit 1; }
+	@$(BIN)/python -m tools.dep_gate > .venv/graph.log || { cat .venv/graph.log; exit 1; }
 
 .PHONY: types
 types: mypy pyright ## mypy strict, and basedpyright for results that nobody looks at

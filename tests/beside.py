@@ -56,6 +56,7 @@ PATIENT: Final = frozenset(
         "tests/linux/test_updated_on_linux.py",
         "tests/linux/test_why.py",
         "tests/stateful",
+        "tests/vm",
         "tests/unit/test_beside.py",  # only root is not idle for ever
     )
 )

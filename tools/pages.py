@@ -1,4 +1,5 @@
-"""Write the pages that come from the code: docs/reference/*.md whole, and parts of docs/contracts.
+"""Write the pages that come from the code: docs/reference/*.md whole, and parts of docs/contracts
+and docs/claims.md.
 
 `python -m tools.pages` writes them; with `--check` it writes nothing and exits 1 if one differs.
 """
@@ -17,8 +18,11 @@ import msgspec
 
 from nexus.init.policy import policy_schema_text
 from nexus.init.system import schema_text
+from nexus.proof import compare, worlds
+from nexus.proof.report import spans
 from nexus.testing.golden import protocols
 from nexus.wire import HEADER_SIZE, Protocol, ReplyStatus, RequestInfo
+from tests.sim.planted_bugs import BUGS
 from tools.statuses import Evidence, Refusal, declared, evidence
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -293,6 +297,57 @@ def contract(path: Path, refusals: Sequence[Refusal], found: Evidence) -> str:
     )
 
 
+# ---------------------------------------------------------------- proof
+
+
+def three_worlds() -> str:
+    """What `nexus prove --compare` compares, what it leaves out, and what may differ."""
+    return "\n".join(
+        [
+            "# Three worlds compared\n",
+            WRITTEN.format(source="src/nexus/proof/worlds.py and compare.py") + "\n",
+            (
+                "`nexus prove --compare sim,linux,vm` runs one scenario on each ground, and"
+                " compares each with the first.\n"
+                "A difference is red, unless it stands in a table here; the tables are the code's,"
+                " and each report counts how often a row was needed.\n"
+            ),
+            "## `--scenario ladder`, the default: whole systems\n",
+            (
+                "The whole ladder is climbed on each ground, boot by boot.\n"
+                "Compared is every line that a service or init prints, in each one's own order"
+                " (init's, who hears of others as they come, without one), with process ids left"
+                " out, and how each instance ends.\n"
+            ),
+            table(
+                ("part", "rungs", "boots"),
+                ((each.what, spans(each.rungs), spans(each.boots)) for each in worlds.PARTS),
+            ),
+            "What may differ:\n",
+            table(("difference", "why"), ((each.id, each.why) for each in worlds.ALLOWED)),
+            "## `--scenario conformance`: what the kernels promise\n",
+            (
+                "Four small programs and a root task of their own on the bare kernel.\n"
+                "Compared is every trap with its answer, line, link, start, refused start and end,"
+                " in the order of the task that it is about. It has calls, refusals, moves, shared"
+                " memory, the end of a peer and a kill; it has no init, so no denial by policy, no"
+                " state and no update: those are the ladder's.\n"
+            ),
+            f"Differences that are allowed: {len(compare.ALLOWED) or 'none'}.",
+            "Not compared at all:\n",
+            table(
+                ("left out", "what", "why"),
+                ((each.id, each.what, each.why) for each in compare.LEFT_OUT),
+            ),
+        ]
+    )
+
+
+def planted() -> str:
+    """The planted bugs, by what found them."""
+    return table(("area", "bug", "found by", "needed", "held to"), (bug.told for bug in BUGS))
+
+
 def pages() -> dict[Path, str]:
     """Every page that comes from the code, as it should be."""
     found = [(protocol, _module_of(protocol)) for protocol in protocols()]
@@ -303,6 +358,9 @@ def pages() -> dict[Path, str]:
     wanted[folder / "index.md"] = index(found)
     wanted[folder / "system-file.schema.json"] = schema_text()
     wanted[folder / "policy-file.schema.json"] = policy_schema_text()
+    wanted[folder / "worlds.md"] = three_worlds()
+    page = ROOT / "docs" / "claims.md"
+    wanted[page] = fill(page.read_text("utf-8"), {"planted bugs": planted()})
     refusals = declared()
     seen = evidence(ROOT, refusals)
     for name in CONTRACTS:

@@ -3,6 +3,7 @@
 #
 #   prerequisites.sh python     print the Python to make .venv with, or say what to install
 #   prerequisites.sh compiler   succeed if a C compiler is there, or say what to install
+#   prerequisites.sh vm         install QEMU and its like if they are missing, or say how
 #
 # Uses nothing but the shell, because what it looks for may be everything else.
 set -u
@@ -50,8 +51,33 @@ compiler() {
         missing "make bench needs a C compiler: install the Debian packages gcc and libc6-dev."
 }
 
+vm() {
+    packages=
+    needed() { # $1: a command, or the path of a file; $2: the Debian package that brings it
+        [ -f "$1" ] || PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null 2>&1 ||
+            packages="$packages $2"
+    }
+    needed qemu-system-aarch64 qemu-system-arm
+    needed mkfs.ext4 e2fsprogs
+    needed dpkg-deb dpkg
+    # A board with a boot loader (tests/vm/uboot.py), and an independent reader of its environment.
+    needed /usr/lib/u-boot/qemu_arm64/u-boot.bin u-boot-qemu
+    needed mkfs.vfat dosfstools
+    needed mcopy mtools
+    needed fw_printenv libubootenv-tool
+    [ -n "$packages" ] || return 0
+    install="apt-get update && apt-get install --no-install-recommends$packages"
+    command -v apt-get >/dev/null 2>&1 || missing "make vm needs the Debian packages$packages."
+    [ "$(id -u)" = 0 ] || missing "make vm needs more programs: run \`$install\` as root."
+    # shellcheck disable=SC2086 # a list of packages
+    apt-get -qq update >&2 && DEBIAN_FRONTEND=noninteractive apt-get -qq \
+        -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends $packages >&2 ||
+        missing "not run: $packages could not be installed: try \`$install\`."
+}
+
 case "${1:-}" in
     python) python ;;
     compiler) compiler ;;
-    *) missing "usage: prerequisites.sh python|compiler" ;;
+    vm) vm ;;
+    *) missing "usage: prerequisites.sh python|compiler|vm" ;;
 esac

@@ -30,6 +30,7 @@ BROAD_EXCEPTS: Final = {
     "src/nexus/kernel/sim/kernel.py": "drives the tasks: what a program raises is its task's exit",
     "src/nexus/kernel/linux/child.py": "the same, in the process of the task",
     "src/nexus/kernel/linux/stage2.py": "the same, in an interpreter of its own",
+    "src/nexus/vm/guest.py": "the outermost frame of process 1: tells it, and the power goes off",
     "src/nexus/init/programs.py": "imports a system's own module: what it raises is a sentence",
     "src/nexus/testing": "the outermost frame of a test program: its failure is the test's",
 }

@@ -203,7 +203,10 @@ def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
         "network": kept(reports["network"], TCP_connection="EACCES", reconnect_a_pair="ENOENT"),
         "qos": event["classes"],
         "descriptors": "descriptors" not in event["degraded"],
-        "cgroup": False,
+        "cgroup_memory": False,
+        "cgroup_tasks": False,
+        "cgroup_cpu": False,
+        "pidfd": True,
         "secret_directory": as_root(linux),
         "keyring": as_root(linux) and has_keyrings(),
         "entropy": as_root(linux) and delivers(),
@@ -220,6 +223,24 @@ def test_the_doctor_agrees_with_what_happened(linux: Rig) -> None:
     assert shown == held
     assert (event["outside"]["seccomp"] == 2) is held["seccomp"]
     assert all(bool(row.why) is (row.state is not State.HELD) for row in rows.values())
+
+
+def test_a_share_of_the_processor_that_nobody_holds_is_in_the_record_of_the_start(
+    linux: Rig,
+) -> None:
+    async def root(boot: BootImage) -> None:
+        for name, share in (("bounded", 20), ("unbounded", None)):
+            spawned = await start(boot, name, program="hostile", grants=FORK, cpu_share=share)
+            await Send(spawned.slot, b"end")
+            await ended_well(spawned)
+
+    run = with_programs(linux, HOSTILE).observe(root)
+
+    starts = run.fields(EventKind.SPAWN)
+    lacks = {str(fields["name"]): str(fields.get("degraded")) for fields in starts}
+    assert rows_of(linux, hardening_report)["cgroup_cpu"].state is State.ABSENT
+    assert "cpu_share" in lacks["bounded"]
+    assert "cpu_share" not in lacks["unbounded"]
 
 
 # ---- a step that is not taken

@@ -18,6 +18,7 @@ from nexus.bootctl import (
     BootControl,
     BootRecord,
     Cause,
+    Counted,
     EnvironmentBoot,
     Reason,
     SlotInfo,
@@ -73,10 +74,13 @@ reasons = st.builds(
     tail=texts(TAIL_SIZE_MAX),
 )
 
+by_loader = st.builds(Counted, boots=st.integers(0, TRIES_MAX), slot=st.sampled_from(SlotName))
+
 
 @st.composite
-def records(draw: st.DrawFn) -> BootRecord:
-    """Any record that problem_of has nothing against."""
+def records(draw: st.DrawFn, *, counted: bool) -> BootRecord:
+    """Any record that problem_of has nothing against; with `counted`, also of a board whose boot
+    loader counts, which no block keeps."""
     active = draw(st.sampled_from(SlotName))
     trying = draw(st.sampled_from([None, active.other]))
     settled = st.sampled_from([SlotState.EMPTY, SlotState.STAGED, SlotState.GOOD, SlotState.BAD])
@@ -94,6 +98,7 @@ def records(draw: st.DrawFn) -> BootRecord:
         snapshot=snapshot,
         restore=snapshot > 0 and draw(st.booleans()),
         reasons=tuple(draw(st.lists(reasons, max_size=REASONS_MAX))),
+        counted=draw(st.none() | by_loader) if counted else None,
     )
 
 

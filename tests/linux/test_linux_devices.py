@@ -31,6 +31,7 @@ from nexus.abi import (
     BootImage,
     BusScan,
     DeviceQuery,
+    DmaArea,
     EntropyDraw,
     EventKind,
     Exit,
@@ -46,7 +47,6 @@ from nexus.kernel.core import Hardware, SpawnRefused
 from nexus.kernel.linux import hardware
 from nexus.kernel.linux.devices import (
     Block,
-    DmaPages,
     Granted,
     Registers,
     Source,
@@ -55,6 +55,7 @@ from nexus.kernel.linux.devices import (
 )
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.hardware import Bus
+from nexus.kernel.linux.native import map_shared
 from nexus.kernel.linux.sight import bounds
 from nexus.testing.conformance.steps import ended, ended_well, refused, soon, start, take
 from tests.linux.ground import Ground, ground, mine
@@ -768,9 +769,14 @@ def memory() -> Iterator[int]:
     os.close(descriptor)
 
 
+def area_over(memory: int) -> DmaArea:
+    view = memoryview(map_shared(memory, 2 * PAGE_SIZE, 0)).cast("B")
+    return DmaArea(view, (0x9000, 0x4000))
+
+
 def test_registers_are_little_endian_words_of_the_mapping(memory: int) -> None:
     os.pwrite(memory, b"\x76\x69\x72\x74", PAGE_SIZE)
-    registers = Registers(memory, 2 * PAGE_SIZE, PAGE_SIZE)
+    registers = Registers(map_shared(memory, 3 * PAGE_SIZE, 0), PAGE_SIZE)
 
     assert registers.length == 2 * PAGE_SIZE
     assert registers.read(0) == 0x7472_6976
@@ -779,7 +785,7 @@ def test_registers_are_little_endian_words_of_the_mapping(memory: int) -> None:
 
 
 def test_an_access_outside_a_window_or_after_its_end_is_a_value_error(memory: int) -> None:
-    registers = Registers(memory, PAGE_SIZE)
+    registers = Registers(map_shared(memory, PAGE_SIZE, 0))
 
     for offset in (-4, 1, 2, 3, PAGE_SIZE, PAGE_SIZE - 2, 1 << 40):
         with pytest.raises(ValueError, match="no register at"):
@@ -797,7 +803,7 @@ def test_an_access_outside_a_window_or_after_its_end_is_a_value_error(memory: in
 
 def test_a_window_maps_whole_pages_and_never_executable(memory: int) -> None:
     granted = Granted("net", HardwareKind.EMPTY, "virtio-mmio", 0, writable=True)
-    window = Window(granted, memory, 2 * PAGE_SIZE, DmaPages(memory, (0x9000, 0x4000)))
+    window = Window(granted, map_shared(memory, 2 * PAGE_SIZE, 0), area_over(memory))
 
     assert window.map(PAGE_SIZE, execute=False).length == PAGE_SIZE
     assert status_of(lambda: window.map(0, execute=True)) is Status.PERMISSION_DENIED
@@ -808,7 +814,7 @@ def test_a_window_maps_whole_pages_and_never_executable(memory: int) -> None:
 
 def test_dma_memory_is_the_same_each_time_and_shared_with_the_device(memory: int) -> None:
     granted = Granted("net", HardwareKind.EMPTY, "virtio-mmio", 0, writable=True)
-    window = Window(granted, memory, PAGE_SIZE, DmaPages(memory, (0x9000, 0x4000)))
+    window = Window(granted, map_shared(memory, PAGE_SIZE, 0), area_over(memory))
 
     area = window.dma()
     area.view[PAGE_SIZE : PAGE_SIZE + 3] = b"abc"

@@ -5,7 +5,7 @@ import pytest
 from nexus.abi import Event, Nanos
 from nexus.kernel.sim import SimKernel
 from nexus.proof import scenario
-from nexus.proof.compare import Log, as_text, compare, normalise
+from nexus.proof.compare import Log, as_text, compare, exit_code, normalise
 from nexus.proof.request import Comparison
 from nexus.proof.trace import Trace
 from nexus.protocols.ladder import Ground
@@ -43,6 +43,7 @@ def test_both_grounds_show_every_task_the_same() -> None:
         json=False,
     )
 
-    result = compare(comparison)
+    results = compare(comparison)
 
-    assert result.exit_code == 0, as_text(result)
+    assert [result.grounds for result in results] == [(Ground.SIM, Ground.LINUX)]
+    assert exit_code(results) == 0, as_text(results)

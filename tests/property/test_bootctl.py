@@ -40,14 +40,15 @@ from tests.fakes.bootrecords import BACKENDS, BOOT_BLOCKS, infos, reasons, recor
 Step = Callable[[BootRecord], BootRecord]
 
 
-@given(records())
+@given(records(counted=False))
 def test_any_record_comes_back_from_a_copy(record: BootRecord) -> None:
     assert decode_record(encode_record(record)) == record
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(record=records())
-def test_any_record_comes_back_from_a_device(backend: str, record: BootRecord) -> None:
+@given(data=st.data())
+def test_any_record_comes_back_from_a_device(backend: str, data: st.DataObject) -> None:
+    record = data.draw(records(counted=backend == "environment"))
     disk = Disk(BOOT_BLOCKS)
 
     stored = finished(BACKENDS[backend](DiskDevice(disk)).create(record))
@@ -61,7 +62,7 @@ def test_any_record_comes_back_from_a_device(backend: str, record: BootRecord) -
         assert stored.reasons == record.reasons
 
 
-@given(records(), st.integers(0, COPY_SIZE - 1), st.integers(0, 7))
+@given(records(counted=False), st.integers(0, COPY_SIZE - 1), st.integers(0, 7))
 def test_a_flipped_bit_anywhere_in_a_copy_is_seen(record: BootRecord, at: int, bit: int) -> None:
     copy = bytearray(encode_record(record))
     copy[at] ^= 1 << bit
@@ -69,7 +70,7 @@ def test_a_flipped_bit_anywhere_in_a_copy_is_seen(record: BootRecord, at: int, b
     assert isinstance(decode_record(bytes(copy)), Other)
 
 
-@given(records(), records(), st.integers(0, COPY_SIZE))
+@given(records(counted=False), records(counted=False), st.integers(0, COPY_SIZE))
 def test_half_of_one_record_and_half_of_another_is_none(
     old: BootRecord, new: BootRecord, stop: int
 ) -> None:
@@ -121,7 +122,7 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
 )
 
 
-@given(records(), st.lists(STEPS, min_size=1, max_size=6))
+@given(records(counted=True), st.lists(STEPS, min_size=1, max_size=6))
 def test_from_any_record_only_possible_ones_are_reached(
     record: BootRecord, steps: list[Step]
 ) -> None:

@@ -23,7 +23,6 @@ from nexus.bundle import (
     build,
     package_folder,
 )
-from nexus.bundle.needs import DEVICE_DISTRIBUTIONS, normalised
 from nexus.drivers import finished
 from nexus.init.plan import load_plan
 from nexus.sets import BytesSource, Content, Manifest, SetRefused, SetStatus, unpack
@@ -289,42 +288,6 @@ def test_two_builds_in_other_folders_under_other_hash_seeds_are_equal(tmp_path: 
 
 
 # ---------------------------------------------------------------- what it needs
-
-
-def test_the_distributions_a_device_needs_are_those_its_modules_load() -> None:
-    """Every module of the layers that a device imports, in an interpreter of its own; what has then
-    been loaded from a distribution, the standard library and Nexus aside."""
-    program = """
-import importlib, importlib.metadata, json, pathlib, sys
-import nexus
-HOST = {"cli", "proof", "testing", "bundle", "trust"}  # what a device needs of trust, it imports
-folder = pathlib.Path(nexus.__file__).parent
-for file in sorted(folder.rglob("*.py")):
-    parts = file.relative_to(folder).with_suffix("").parts
-    if parts[0] not in HOST:
-        importlib.import_module(".".join(("nexus", *parts)).removesuffix(".__init__"))
-importlib.import_module("nexus.cli.boot")
-loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-found = {
-    dist.name
-    for dist in importlib.metadata.distributions()
-    if any(str(dist.locate_file(file)) in loaded for file in dist.files or ())
-}
-print(json.dumps(sorted(found)))
-"""
-    told = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT / "src"), "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = {normalised(name) for name in json.loads(told.stdout)}
-
-    # msgspec takes typing_extensions where it is, the interpreter's start the other; none needs it
-    loaded -= {"typing-extensions", "setuptools"}
-    assert loaded == {normalised(name) for name in DEVICE_DISTRIBUTIONS}
 
 
 def test_a_set_names_this_interpreter_and_what_is_installed() -> None:

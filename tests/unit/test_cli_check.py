@@ -151,7 +151,7 @@ def test_devices_are_listed_with_place_and_holder(
     assert "disk block 16MiB disk.img in the state directory -" in lines
     assert "raw block 1GiB /dev/sdb timed" in lines
     (timed,) = (line for line in lines if line.startswith("timed rest timed "))
-    assert timed.endswith(" 3136MiB"), "64 MiB and three times its disk"
+    assert timed.endswith(" 3136MiB any"), "64 MiB and three times its disk"
     assert "old empty - old registers, refused -" in lines
     assert "timed exec 0 block device raw; secret in a keyring" in lines
     assert "timed a.b:/x/ system.toml:18" in lines

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from nexus.abi import SpawnReason
-from nexus.cli.why import Story, cause, document, lines, signal_name
+from nexus.cli.why import REASONS, Story, cause, document, lines, signal_name
+from nexus.init.reasons import Reason
 from nexus.protocols.execd import Crash, LastRecord, LastSpan, Report
 from nexus.protocols.init import (
     Health,
@@ -118,11 +119,19 @@ def test_nothing_is_said_to_be_well_that_could_not_be_asked() -> None:
             crash_of(reason="hang"),
             "it hung: it no longer answered its health probe, and was killed",
         ),
+        (
+            crash_of(reason="memory limit"),
+            "it took more memory than it may, and was killed for it, alone",
+        ),
         (crash_of(signal=0, code=3), "it ended by itself with code 3"),
     ],
 )
 def test_the_cause_of_a_crash(crash: Crash, found: str) -> None:
     assert cause(report_of(crash)) == found
+
+
+def test_each_of_init_s_words_for_an_end_means_something_to_a_person() -> None:
+    assert {*REASONS, Reason.EXIT} == {*Reason}
 
 
 def test_an_error_with_its_traceback_is_the_cause() -> None:

@@ -55,6 +55,7 @@ MODULES: Final = (
     "trust/metadata",
     "trust/sign",
     "trust/verify",
+    "vm",
     "wire",
 )
 IGNORED: Final = {

@@ -321,6 +321,20 @@ def test_what_a_module_does_wrong_is_one_sentence(
     assert str(error).isprintable()
 
 
+def test_a_message_without_a_bound_is_refused_before_anything_is_booted(tmp_path: Path) -> None:
+    file = plant(tmp_path)
+    endless = PROTOCOL.replace('    """Do."""', '    """Do."""\n    data: bytes')
+    (tmp_path / "code" / "probe_plant" / "protocol.py").write_text(endless)
+
+    with pytest.raises(SystemFileError) as caught:
+        load_plan(file)
+
+    assert (caught.value.path, caught.value.line) == (file, 7)
+    assert "messages with a bound" in caught.value.expected
+    assert "BytesType" in caught.value.found
+    assert str(caught.value).isprintable()
+
+
 def test_programs_of_nexus_say_where_an_interpreter_of_its_own_finds_them() -> None:
     program = load_program(PROGRAMS["timed"])
 

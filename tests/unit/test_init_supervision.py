@@ -15,8 +15,10 @@ from nexus.abi import (
     BootImage,
     BootMemoryReplace,
     EventKind,
+    ExitInfo,
     Nanos,
     Now,
+    Pid,
     PolicyRead,
     PolicyWord,
     Signal,
@@ -33,6 +35,7 @@ from nexus.init.stops import SHUTDOWN_MAX
 from nexus.init.system import Exceeded, Strategy
 from nexus.ipc import Answer, Refused
 from nexus.ipc.bulk import Bulk, accept_bulk, offer_bulk
+from nexus.kernel.sim import kernel as sim_kernel
 from nexus.kernel.sim.faults import Faults, NthFailure
 from nexus.kernel.sim.faults import Plan as FaultPlan
 from nexus.protocols.init import (
@@ -209,6 +212,23 @@ def test_a_stage_does_not_wait_for_ever_for_one_that_crashes_at_its_start(boot: 
 
 
 # ---------------------------------------------------------------- the watchdog
+
+
+def test_a_service_that_dies_of_its_memory_is_said_to_also_where_init_killed_it_meanwhile(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes long to go: its links may be closed long before it is gone."""
+
+    def over_memory(pid: Pid, code: int, signal: int) -> ExitInfo:
+        return ExitInfo(pid, code, signal, over_memory=True)
+
+    monkeypatch.setattr(sim_kernel, "ExitInfo", over_memory)
+    text = SYSTEM + QUIET + service("a", WATCHED)
+
+    run = boot(pause(600 * MS), text=text, mains={"a": hanging(200 * MS)})
+
+    (end,) = ends(run, "a")
+    assert (end["reason"], end["signal"]) == ("memory limit", 9)
 
 
 def test_a_service_that_hangs_is_killed_and_restarted(boot: Boot) -> None:

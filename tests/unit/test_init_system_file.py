@@ -99,6 +99,7 @@ def test_everything_declared_reaches_the_plan() -> None:
         + """
 qos = "perf-burst"
 cpu = 3
+cpu_share = 150
 budget = "1MiB"
 owner_size = "300KiB"
 endpoints = 12
@@ -113,6 +114,7 @@ uses.timed = { delegations = 2 }
     client = plan.by_name["client"]
     assert (client.qos, client.cpu, client.budget) == (QosClass.PERF_BURST, 3, 1024**2)
     assert (client.owner_size, client.endpoints) == (300 * 1024, 12)
+    assert (client.cpu_share, plan.by_name["timed"].cpu_share) == (150, None)
     assert client.capabilities == ("proof.control",)
     assert (client.backoff, client.health_deadline) == (20_000_000, 1_000_000_000)
     assert client.settings == (("limit", 3), ("name", "x"), ("on", True))
@@ -168,6 +170,9 @@ WRONG = [
     ('[service.init-lite]\nprogram = "timed"', 3, "a name that is not reserved", '"init-lite"'),
     (TIMED_ENTRY + 'qos = "high"', 6, 'one of "idle", "normal"', '"high"'),
     (TIMED_ENTRY + "cpu = -1", 6, "service.timed.cpu to be a whole number from 0 to 3", "-1"),
+    (TIMED_ENTRY + "cpu_share = 0", 6, "cpu_share to be a whole number from 1 to 400", "0"),
+    (TIMED_ENTRY + "cpu_share = 401", 6, "cpu_share to be a whole number from 1 to 400", "401"),
+    (TIMED_ENTRY + 'cpu_share = "20%"', 6, "a whole number from 1 to 400", '"20%"'),
     (TIMED_ENTRY + 'budget = "1GiB"', 6, "service.timed.budget to be", '"1GiB"'),
     (TIMED_ENTRY + "endpoints = 97", 6, "from 2 to 96", "97"),
     (TIMED_ENTRY + "endpoints = 1", 6, "from 2 to 96", "1"),

@@ -47,6 +47,15 @@ def test_no_python_names_the_packages(tmp_path: Path) -> None:
     )
 
 
+def test_a_machine_without_the_programs_of_a_board_names_their_packages(tmp_path: Path) -> None:
+    done = check("vm", tmp_path)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("nexus: make vm needs the Debian packages qemu-system-arm ")
+    for package in ("mtools", "libubootenv-tool"):  # the others may be in folders of root's path
+        assert f" {package}" in done.stderr
+
+
 def test_a_python_that_is_too_old_counts_as_none(tmp_path: Path) -> None:
     program(tmp_path, "python3", "exit 1")
 

@@ -59,7 +59,8 @@ def test_any_other_marker_is_a_whole_line_to_stop_at() -> None:
         ((), {"SMP": "5"}),
         ((), {"SMP": "two"}),
         ((), {"REQUIRE_SMP": "yes", "SMP": "2"}),
-        (("--ground", "vm"), {}),
+        (("--ground", "vm", "--log", "x"), {}),
+        (("--compare", "sim,sim"), {}),
         (("--ground", "moon"), {}),
         (("--ground", "linux", "--log", "x"), {}),
         ((), {"RUN_TIMEOUT": "soon"}),
@@ -79,13 +80,16 @@ def test_what_is_not_understood_is_a_usage_error(
         parse(argv, environ)
 
 
-def test_require_smp_is_content_with_two_simulated_cpus_only() -> None:
+def test_require_smp_is_content_with_two_cpus_of_a_simulated_or_virtual_machine_only() -> None:
     check_smp(_request(REQUIRE_SMP="1"), 2)
 
     with pytest.raises(UsageError, match="SMP=2 or more"):
         check_smp(_request(REQUIRE_SMP="1"), 1)
     with pytest.raises(UsageError, match="ground linux has none"):
         check_smp(_request("--ground", "linux", REQUIRE_SMP="1"), 2)
+    check_smp(_request("--ground", "vm", REQUIRE_SMP="1"), 2)
+    with pytest.raises(UsageError, match="SMP=2 or more"):
+        check_smp(_request("--ground", "vm", REQUIRE_SMP="1"), 1)
 
 
 def test_a_sweep_and_a_comparison_are_requests_of_their_own() -> None:
@@ -93,9 +97,18 @@ def test_a_sweep_and_a_comparison_are_requests_of_their_own() -> None:
     comparison = parse(("--compare", "sim,linux"), {})
 
     assert isinstance(sweep, Sweep)
-    assert sweep.base.ground is Ground.LINUX
+    assert (sweep.base.ground, sweep.sample) == (Ground.LINUX, False)
+    assert parse(("--saboteurs", "sample"), {}) == Sweep(base=_request(), sample=True)
+    with pytest.raises(UsageError, match="invalid choice"):
+        _ = parse(("--saboteurs", "some"), {})
     assert isinstance(comparison, Comparison)
     assert comparison.grounds == (Ground.SIM, Ground.LINUX)
+    three = parse(("--compare", "sim,linux,vm"), {})
+    assert isinstance(three, Comparison)
+    assert (three.grounds, three.scenario) == (tuple(Ground), "ladder")
+    bare = parse(("--compare", "sim,linux", "--scenario", "conformance"), {})
+    assert isinstance(bare, Comparison)
+    assert bare.scenario == "conformance"
 
 
 def test_durations_have_units() -> None:

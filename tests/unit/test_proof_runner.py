@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import nexus
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.proof import runner
 from nexus.proof.record import MalformedEvent, encode_event
-from nexus.proof.runner import Job, run_boot
+from nexus.proof.runner import Boot, Job, run_boot
 from nexus.proof.trace import Trace
 
 JOB = Job(ground="sim", system="", smp=1, seed=1, limit=1)
@@ -122,6 +123,34 @@ def test_a_run_ends_at_the_watched_line() -> None:
     assert [line.text for line in trace.lines] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("ground", "is_waited_for"), [("sim", True), ("vm", True), ("linux", False)]
+)
+def test_a_machine_that_is_stopped_leaves_what_is_on_its_disks(
+    tmp_path: Path, ground: str, *, is_waited_for: bool
+) -> None:
+    file = tmp_path / "disk"
+    script = f"""
+def leave(*_):
+    time.sleep(0.2)
+    open({str(file)!r}, "w").close()
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+event("seen")
+time.sleep(60)
+"""
+
+    trace = run_boot(
+        replace(JOB, ground=ground),
+        timeout=20 * 10**9,
+        watch=lambda _event: True,
+        command=(sys.executable, "-S", "-c", PRELUDE + script),
+    )
+
+    assert trace.ending.stopped
+    assert file.exists() is is_waited_for
+
+
 def test_output_without_end_is_cut_and_does_not_block_the_boot() -> None:
     trace = _run("sys.stdout.write('x' * (3 << 20)); event('after'); end()")
 
@@ -174,3 +203,52 @@ def test_every_event_kind_passes_the_pipe() -> None:
     lines = b"".join(encode_event(event) + b"\n" for event in events)
 
     assert list(_run(f"os.write(events, {lines!r}); end()").events) == events
+
+
+AHEAD = replace(JOB, ahead=True)
+WAITING = """
+time.sleep(1)
+with open({file!r}, "w") as told:
+    told.write(str(os.getpid()))
+event("up")
+print(sys.stdin.readline().strip())
+event("went on")
+end()
+"""
+
+
+def _ahead(tmp_path: Path) -> tuple[Boot, int]:
+    """A boot that was started ahead a second ago and waits, and the process of it."""
+    fifo = tmp_path / "pid"
+    os.mkfifo(fifo)
+    script = PRELUDE + WAITING.format(file=str(fifo))
+    boot = Boot(AHEAD, (sys.executable, "-S", "-c", script))
+    return boot, int(fifo.read_text())
+
+
+def test_a_boot_that_is_started_ahead_waits_until_it_is_run(tmp_path: Path) -> None:
+    boot, pid = _ahead(tmp_path)
+    assert not _gone(pid)
+
+    trace = boot.run(timeout=20 * 10**9, watch=lambda _event: False)
+
+    assert [line.text for line in trace.lines] == ["up", "went on"]
+    assert trace.output == "go\n"
+    assert trace.ending.code == 0
+
+
+def test_the_time_it_waited_is_none_of_its_own(tmp_path: Path) -> None:
+    boot, _pid = _ahead(tmp_path)
+
+    trace = boot.run(timeout=20 * 10**9, watch=lambda event: event.fields.get("line") == "up")
+
+    assert trace.ending.stopped
+    assert trace.ending.wall < 10**9
+
+
+def test_a_boot_that_was_started_ahead_and_is_not_run_leaves_no_process(tmp_path: Path) -> None:
+    boot, pid = _ahead(tmp_path)
+
+    boot.drop()
+
+    assert _gone(pid)

@@ -3,22 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.init.plan import Plan, load_plan
-from nexus.proof import compare, sabotage, saboteurs
+from nexus.proof import compare, sabotage, saboteurs, sweep
 from nexus.proof.compare import Allowed, Seen, compare_logs, normalise
 from nexus.proof.expected import Scope, not_run, scope_of
 from nexus.proof.prove import Watcher
 from nexus.proof.report import spans
+from nexus.proof.request import Request
 from nexus.proof.sabotage import NoSuchSaboteur, Saboteur
-from nexus.proof.saboteurs import SABOTEURS, find
+from nexus.proof.saboteurs import SABOTEURS, SAMPLE, find, sample
 from nexus.proof.sweep import problem_of
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, RungResult, State, Verdict
-from nexus.protocols.ladder import KERNEL, RUNGS, Ground, Phase
+from nexus.protocols.ladder import KERNEL, RUNGS, Ground, Phase, rung
 
 PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with="timed", services=())
 SIM_LINUX = (Ground.SIM, Ground.LINUX)
@@ -77,6 +80,49 @@ def test_every_rung_that_a_run_of_the_selftest_system_climbs_has_a_saboteur(grou
 
     assert len(climbed) > len(RUNGS) // 3, "the selftest system climbs what is built"
     assert sabotaged == climbed
+
+
+def test_the_sample_for_a_slow_ground_has_every_phase_of_it() -> None:
+    in_the_vm = {each.rung for each in SABOTEURS if Ground.VM in each.grounds}
+
+    assert set(SAMPLE) <= in_the_vm
+    assert sample(Ground.VM) == SAMPLE
+    assert 39 not in sample(Ground.LINUX)
+    assert {rung(number).phase for number in SAMPLE} == set(Phase)
+
+
+def _swept(monkeypatch: pytest.MonkeyPatch, passed: int, **options: Any) -> tuple[Any, list[Any]]:
+    """A sweep in which every saboteur turns its rung red, and the runs that it made."""
+    runs: list[Any] = []
+
+    def run(request: Request, _directory: Path) -> Any:
+        runs.append((request.saboteur, request.phase, request.until))
+        red = [] if request.saboteur is None else [request.saboteur]
+        results = _verdict(red).results[:passed]
+        verdict = Verdict(results=results, findings=(), last_phase=Phase.END)
+        return SimpleNamespace(verdict=verdict, wall=0)
+
+    monkeypatch.setattr(sweep, "prove", run)
+    base = Request(ground=Ground.SIM, system=SELFTEST_SYSTEM, smp=2, seed=1)
+    return sweep.sweep(base, Path(), tell=lambda _line: None, **options), runs
+
+
+def test_a_sweep_of_all_makes_whole_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept, runs = _swept(monkeypatch, 2)
+
+    assert swept.exit_code == 0
+    assert runs == [(number, Phase.END, None) for number in (None, 1, 2)]
+
+
+def test_a_sample_is_run_as_far_as_each_phase_and_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swept, runs = _swept(monkeypatch, 59, numbers=(39, 59, 60))
+
+    assert runs == [(None, Phase.END, None), (39, Phase.SMP, ""), (59, Phase.IPC, "")]
+    assert [bool(finding.problem) for finding in swept.findings] == [False, False, True]
+    assert "not climbed" in swept.findings[2].problem
+    assert swept.exit_code == 1
 
 
 def _line(text: str) -> Event:
@@ -175,7 +221,7 @@ def test_a_different_status_size_or_trap_fails_the_comparison(other: tuple[str, 
     result = compare_logs(_log(("Send", "OK", 3)), _log(other), SIM_LINUX)
 
     assert result.exit_code == 1
-    assert "server generation 1" in compare.as_text(result)
+    assert "server generation 1" in compare.as_text([result])
 
 
 def test_a_different_end_fails_the_comparison() -> None:
@@ -246,7 +292,7 @@ def test_the_pids_of_an_audit_line_are_names() -> None:
 
 
 def test_what_is_left_out_is_printed_and_nothing_else_is() -> None:
-    report = compare.as_text(compare_logs(_log(), _log(), SIM_LINUX))
+    report = compare.as_text([compare_logs(_log(), _log(), SIM_LINUX)])
 
     assert all(f"left out {entry.id}: " in report for entry in compare.LEFT_OUT)
     unheard = [

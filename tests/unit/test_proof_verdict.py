@@ -452,6 +452,32 @@ def test_a_marker_to_stop_at_that_never_came_is_red() -> None:
     assert _judge(_green(), _case(until="SELFTEST: never ok")).exit_code == 1
 
 
+OOPS = "[    7.3] Internal error: Oops: 0000000096000005 [#1] SMP"
+
+
+def test_a_console_that_tells_of_an_oops_is_red_also_where_the_run_was_stopped() -> None:
+    scope = dataclasses.replace(SCOPE, ground=Ground.VM)
+    later = tuple(number for number in _run(scope) if number > 56)
+    stream = _green(scope, without=later)
+
+    assert _judge(stream, _case(scope), stopped=True).exit_code == 0
+    verdict = _judge(stream, _case(scope), f"hello\n{OOPS}\nbye\n", stopped=True)
+
+    assert verdict.findings == (f"the console tells of {OOPS!r}",)
+    assert verdict.exit_code == 1
+
+
+def test_a_service_killed_over_its_own_limit_is_no_alarm() -> None:
+    scope = dataclasses.replace(SCOPE, ground=Ground.VM)
+    killed = "[    7.3] Memory cgroup out of memory: Killed process 70 (python3)"
+
+    assert _judge(_green(scope), _case(scope), killed).findings == ()
+
+
+def test_only_a_machine_has_a_console_that_its_kernel_writes_to() -> None:
+    assert _judge(_green(), output="BUG: said by a service\n").exit_code == 0
+
+
 def test_a_prefix_marker_may_come_once_per_rest_of_its_line() -> None:
     assert rung_of("execd: crash report pid=7 code=42 name=demo.exit42") == rung(91)
     assert rung_of("execd: crash report pid=") is None
@@ -605,3 +631,16 @@ def test_a_power_cut_that_did_not_come_is_red() -> None:
     traces[1] = dataclasses.replace(traces[1], ending=Ending(cut=True))
     verdict = _states(traces, _case(scope))
     assert verdict.exit_code == 0, [*verdict.of(State.RED), *verdict.findings]
+
+
+def test_a_console_that_tells_of_an_oops_is_red_also_where_the_power_was_cut() -> None:
+    scope = dataclasses.replace(STATE, ground=Ground.VM)
+    traces = _boots(scope)
+    traces[1] = dataclasses.replace(traces[1], ending=Ending(cut=True))
+    assert _states(traces, _case(scope)).exit_code == 0
+
+    traces[1] = dataclasses.replace(traces[1], output=f"{OOPS}\n")
+    verdict = _states(traces, _case(scope))
+
+    assert verdict.findings == (f"boot 1: the console tells of {OOPS!r}",)
+    assert verdict.exit_code == 1

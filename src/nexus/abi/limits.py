@@ -20,6 +20,7 @@ HEAP_SIZE: Final = 1792 * 1024  # bytes; budget of the simulated kernel's object
 # Python asks Linux for 1 MiB at a time, and a traceback needs room too.
 MEMORY_SIZE_DEFAULT: Final = 64 * 1024 * 1024
 MEMORY_SIZE_MAX: Final = 4 * 1024 * 1024 * 1024
+CPU_SHARE_MAX: Final = 400  # percent of one CPU; the four that a system may have
 BUDGET_SIZE_DEFAULT: Final = 1792 * 1024  # bytes of objects (VMOs, endpoints, links) per task
 VMO_SIZE_MAX: Final = 1024 * 1024  # bytes; a bulk transfer, not a data set
 ENTROPY_SIZE_MAX: Final = 256  # bytes; getrandom(2) never short-reads at or below 256

@@ -268,6 +268,8 @@ class SpawnSpec(NamedTuple):
     grants: Grants = Grants()
     # bytes of private memory beside its program and its objects, where a kernel bounds it
     memory: int = MEMORY_SIZE_DEFAULT
+    # percent of one CPU in each tenth of a second, where a kernel bounds it; None for its choice
+    cpu_share: int | None = None
 
 
 class Spawned(NamedTuple):
@@ -282,11 +284,13 @@ class Spawned(NamedTuple):
 
 
 class ExitInfo(NamedTuple):
-    """How a task ended: exit code, or the signal that killed it (0 if none)."""
+    """How a task ended: exit code, or the signal that killed it (0 if none). `over_memory` is that
+    the kernel killed it for taking more memory than it may; whose signal that was, none tells."""
 
     pid: Pid
     code: int
     signal: int
+    over_memory: bool = False
 
 
 class TaskInfo(NamedTuple):

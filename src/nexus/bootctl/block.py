@@ -7,7 +7,7 @@ one too. So a write that is torn costs the record that was being written, of whi
 yet, never the one before; and a copy that rots later costs nothing.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -34,13 +34,16 @@ assert COPIES[1] + COPY_BLOCKS <= ANCHOR_COPIES[0]
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(BootRecord)
+_KEYS: Final = tuple(each.name for each in fields(BootRecord) if each.name != "counted")
+"""A boot loader that counts by itself does so in its environment, never here."""
 
 
 def encode_record(record: BootRecord) -> bytes:
     """A copy of this record."""
     problem = problem_of(record)
     assert problem is None, problem
-    body = _ENCODER.encode(record)
+    assert record.counted is None, "a boot loader counts in its own environment"
+    body = _ENCODER.encode({name: getattr(record, name) for name in _KEYS})
     assert len(body) <= BODY_SIZE_MAX, f"a record of {len(body)} bytes"
     head = _HEAD.pack(MAGIC, 0, FORMAT_VERSION, len(body), record.sequence)
     copy = (head + body).ljust(COPY_SIZE, b"\0")
@@ -76,6 +79,8 @@ def decode_record(copy: bytes) -> BootRecord | Other:
     problem = problem_of(record)
     if problem is not None:
         return Other(problem)
+    if record.counted is not None:
+        return Other("it is counted by a boot loader, which counts elsewhere")
     if encode_record(record) != copy:
         return Other("it is none that is ever written")
     return record

@@ -30,6 +30,7 @@ from nexus.bootctl.record import (
     TRACE_SIZE,
     BootRecord,
     Cause,
+    Counted,
     Reason,
     SlotInfo,
     SlotName,
@@ -236,6 +237,8 @@ def _pairs(record: BootRecord) -> Iterator[tuple[str, str]]:
     yield "floor", str(record.floor)
     yield "snapshot", str(record.snapshot)
     yield "restore", str(int(record.restore))
+    yield "counted", "" if record.counted is None else str(record.counted.boots)
+    yield "booting", "" if record.counted is None else record.counted.slot.value
     for name in SlotName:
         info = record.slot(name)
         yield f"{name}_state", info.state.name.lower()
@@ -326,7 +329,16 @@ def _decode(read: _Read) -> BootRecord:
         snapshot=read.number("snapshot"),
         restore=read.one_of("restore", {"0": None, "1": None}) == "1",
         reasons=tuple(_reason(read, f"reason_{number}_") for number in numbers),
+        counted=_counted(read),
     )
+
+
+def _counted(read: _Read) -> Counted | None:
+    """What the boot loader's script has set; a count alone says nothing of this boot."""
+    if not read.has("booting"):
+        return None
+    boots = read.number("counted") if read.has("counted") else 0
+    return Counted(boots=boots, slot=_SLOTS[read.one_of("booting", _SLOTS)])
 
 
 def _slot(read: _Read, prefix: str) -> SlotInfo:

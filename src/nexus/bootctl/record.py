@@ -7,6 +7,7 @@
     record  `active` is the slot that was proven good; it is booted when nothing is tried
             switch: `trying` is the standby slot, so many times
             attempt: a try less, BEFORE the boot; none left: BAD, and `active` is booted
+             (a boot loader that counts by itself has taken that try; `attempt` takes the count up)
             commit: the slot in trial is `active` from now on
 
 The standby slot is always the other one than `active`, so nothing is ever staged over the last
@@ -172,6 +173,18 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """What the board's boot loader has done since the last `attempt`, which takes it up.
+
+    Each of these boots of the trial has taken its try already; all but the last ended before our
+    loader ran, and the last too if the boot loader starts the other slot now.
+    """
+
+    boots: _Count  # of the trial; at most TRIES_MAX
+    slot: SlotName  # whose kernel it started last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BootRecord:
     """Everything boot control knows."""
 
@@ -184,6 +197,7 @@ class BootRecord:
     snapshot: _Count = 0  # of the data before the trial; 0 for none
     restore: bool = False  # the snapshot has to be restored before anything reads the data
     reasons: tuple[Reason, ...] = ()  # the latest last
+    counted: Counted | None = None  # None where no boot loader counts; docs/adr/0029
 
     @property
     def standby(self) -> SlotName:
@@ -272,11 +286,12 @@ def attempt(record: BootRecord, *, wall: int = 0) -> tuple[BootRecord, SlotName]
     go back to the snapshot if there is one, and the active slot is booted. If the active slot is
     not bootable any more, a slot in trial is tried without an end: it is the last one.
 
-    A boot of a trial whose end nobody reported (`failed`) is remembered as LOST.
+    A boot of a trial whose end nobody reported (`failed`) is remembered as LOST. A boot that the
+    board's boot loader has counted is not counted again.
 
     Raises BootRefused(NO_SLOT) if there is no slot to boot.
     """
-    record = _unseen_end(record, wall)
+    record = _unseen_end(_taken_up(record, wall), wall)
     record = replace(record, boots=record.boots + 1)
     name = record.trying
     if name is None:
@@ -379,7 +394,8 @@ def _check_trial(record: BootRecord, name: SlotName) -> None:
 def _without_trial(record: BootRecord, *, was_booted: bool) -> BootRecord:
     """The trial is over, without success. Only one that was booted can have changed data."""
     restore = record.restore or (was_booted and record.snapshot != 0)
-    return replace(record, trying=None, restore=restore, snapshot=record.snapshot if restore else 0)
+    snapshot = record.snapshot if restore else 0
+    return replace(record, trying=None, restore=restore, snapshot=snapshot, counted=None)
 
 
 def _rolled_back(record: BootRecord, name: SlotName, wall: int) -> BootRecord:
@@ -402,6 +418,23 @@ def _rolled_back(record: BootRecord, name: SlotName, wall: int) -> BootRecord:
 
 def _tells_end(reason: Reason, name: SlotName) -> bool:
     return reason.slot is name and reason.cause in EVIDENCE
+
+
+def _taken_up(record: BootRecord, wall: int) -> BootRecord:
+    """The record without a boot loader's count: boots that never came to our loader are LOST, and
+    the try of the boot that goes on is given back, for `attempt` takes it."""
+    name, counted = record.trying, record.counted
+    record = replace(record, counted=None)
+    if counted is None or name is None:
+        return record
+    goes_on = counted.slot is name and counted.boots > 0
+    for _ in range(counted.boots - goes_on):
+        record = _unseen_end(record, wall)
+        info = record.slot(name)
+        lost = replace(info, state=SlotState.TRYING, attempts=info.attempts + 1)
+        record = replace(record, boots=record.boots + 1).with_slot(name, lost)
+    info = record.slot(name)
+    return record.with_slot(name, replace(info, tries_left=info.tries_left + goes_on))
 
 
 def _unseen_end(record: BootRecord, wall: int) -> BootRecord:
@@ -447,6 +480,8 @@ def problem_of(record: BootRecord) -> str | None:
         return "the active slot is in trial"
     if record.restore and not record.snapshot:
         return "there is nothing to restore from"
+    if record.counted is not None and record.counted.boots > TRIES_MAX:
+        return f"{record.counted.boots} boots are counted, more than a trial has"
     if len(record.reasons) > REASONS_MAX:
         return "there are too many reasons"
     for name in SlotName:

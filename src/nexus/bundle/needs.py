@@ -22,7 +22,7 @@ DEVICE_DISTRIBUTIONS: Final = (
     "securesystemslib",
     "tuf",
 )
-"""What the modules that a device imports import in turn; a test looks at what they have loaded.
+"""What the modules that a device imports import in turn: `just dep-gate` compares it with them.
 Nexus's other dependencies belong to commands of a development machine."""
 
 

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from nexus import __version__
-from nexus.cli.defaults import RELEASE_DAYS, ROOT_DAYS, TRIES_DEFAULT, TRIES_MAX, WAIT_DEFAULT
+from nexus.cli.defaults import (
+    RELEASE_DAYS,
+    ROOT_DAYS,
+    TRIES_DEFAULT,
+    TRIES_MAX,
+    VM_MEMORY,
+    WAIT_DEFAULT,
+)
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -32,6 +39,7 @@ keys_app = typer.Typer(help="The device key of a running system.", rich_markup_m
 ota_app = typer.Typer(help="Updates of a running system.", rich_markup_mode=None)
 bundle_app = typer.Typer(help="System sets: what a device runs.", rich_markup_mode=None)
 bundle_keys_app = typer.Typer(help="Who may sign updates.", rich_markup_mode=None)
+vm_app = typer.Typer(help="A machine of our own, in QEMU.", rich_markup_mode=None)
 app.add_typer(bundle_app, name="bundle")
 bundle_app.add_typer(bundle_keys_app, name="keys")
 app.add_typer(keys_app, name="keys")
@@ -41,6 +49,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(safe_app, name="safe")
 app.add_typer(sim_app, name="sim")
 app.add_typer(state_app, name="state")
+app.add_typer(vm_app, name="vm")
 
 File = Annotated[Path, typer.Argument(help="The system file (TOML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -1170,3 +1179,67 @@ def _file(file: Path | None, name: str | None) -> Path:
     from nexus.cli.ask import asked
 
     return Path(asked(name).running.file)
+
+
+_MACHINES = "Which machine, as in aarch64; NEXUS_VM_MACHINE, or the default one."
+MachineName = Annotated[
+    str | None, typer.Option("--machine", "-m", help=_MACHINES, show_default=False)
+]
+Memory = Annotated[int, typer.Option("--memory", min=128, max=65_536, help="MiB it has.")]
+Cpus = Annotated[int, typer.Option("--smp", min=1, max=8, help="CPUs it has.")]
+
+
+@vm_app.command(
+    "build",
+    epilog=_examples("nexus vm build", "nexus vm build --contents", "nexus vm build --refresh"),
+)
+def vm_build(
+    machine: MachineName = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Ask for newer packages first.")
+    ] = False,
+    contents: Annotated[bool, typer.Option("--contents", help="List what is in it.")] = False,
+    json: Json = False,
+) -> None:
+    """Build the image of a guest. Exit code 3: it cannot be built here."""
+    from nexus.cli.vm import build
+
+    raise typer.Exit(build(machine, refresh=refresh, contents=contents, as_json=json))
+
+
+@vm_app.command(
+    "run", epilog=_examples("nexus vm run system.toml", "nexus vm run system.toml -s disks")
+)
+def vm_run(
+    file: File,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", "-s", help="Where its disks are kept.", show_default=False),
+    ] = None,
+    machine: MachineName = None,
+    memory: Memory = VM_MEMORY,
+    smp: Cpus = 1,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, max=86_400, help="Seconds it may run; 0: no end.")
+    ] = 0,
+) -> None:
+    """Boot a system in a guest; Ctrl-C ends it in order. Exit code 3: nothing was run."""
+    from nexus.cli.vm import run
+
+    raise typer.Exit(run(file, state, machine, memory=memory, cpus=smp, timeout=timeout))
+
+
+@vm_app.command("doctor", epilog=_examples("nexus vm doctor", "nexus vm doctor --json"))
+def vm_doctor(machine: MachineName = None, json: Json = False) -> None:
+    """Say which guarantees hold in a guest, where init is process 1. Exit code 3: nothing ran."""
+    from nexus.cli.vm import doctor
+
+    raise typer.Exit(doctor(machine, as_json=json))
+
+
+@vm_app.command("shell", epilog=_examples("nexus vm shell"))
+def vm_shell(machine: MachineName = None, memory: Memory = VM_MEMORY, smp: Cpus = 1) -> None:
+    """Python's prompt as process 1 of a guest, to look around."""
+    from nexus.cli.vm import shell
+
+    raise typer.Exit(shell(machine, memory=memory, cpus=smp))

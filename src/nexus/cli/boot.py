@@ -24,6 +24,7 @@ from nexus.init.errors import SystemFileError
 from nexus.init.ground import Places, boot
 from nexus.init.plan import Plan, load_plan, load_policy
 from nexus.kernel.core import CannotRun
+from nexus.kernel.linux.groups import delegated
 from nexus.kernel.linux.harden import UID_FIRST
 from nexus.kernel.linux.identity import ROWS
 from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
@@ -154,6 +155,7 @@ def _boot(job: Job, sink: Sink) -> int:
                 runtime=Path(running.runtime),
                 notify=os.environ.get("NOTIFY_SOCKET") if job.streams else None,
                 uid_first=uid_first,
+                groups=delegated(os.environ),
             ),
             policy_source=lambda: load_policy(Path(running.file)),
             plan_source=lambda: load_plan(Path(running.file)),

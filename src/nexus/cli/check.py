@@ -60,6 +60,7 @@ def _services(plan: Plan) -> list[str]:
         "SLOTS",
         "ENDPOINTS",
         "MEMORY",
+        "SHARE",
     )
     rows = [
         (
@@ -73,6 +74,7 @@ def _services(plan: Plan) -> list[str]:
             str(service.slots),
             str(service.endpoints),
             _size(service.memory),
+            "any" if service.cpu_share is None else f"{service.cpu_share}%",
         )
         for service in plan.services
     ]

@@ -1,5 +1,6 @@
 """`nexus doctor`: which guarantee holds on this machine for this user, and how it degrades."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from nexus.cli.output import say, say_json, say_table
@@ -8,7 +9,11 @@ from nexus.kernel.linux.report import State, hardening_report, kernel_facts
 
 def doctor(*, as_json: bool) -> None:
     """Try every guarantee and print how far it holds."""
-    found = document()
+    show(document(), as_json=as_json)
+
+
+def show(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a machine says of itself."""
     if as_json:
         say_json(found)
         return

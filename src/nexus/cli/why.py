@@ -55,6 +55,7 @@ REASONS: Final = {
     "answers link closed": "it closed its link to init, and was killed",
     "stop deadline": "it did not stop in time, and was killed",
     "second signal": "the system was told to end at once, and it was killed",
+    "memory limit": "it took more memory than it may, and was killed for it, alone",
     "asked": "somebody asked for its restart",
     "ended": "who had it started ended it",
     "group": "another service of its group ended",

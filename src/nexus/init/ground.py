@@ -1,7 +1,7 @@
 """Where a plan runs: the only place that chooses a kernel."""
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,13 +21,15 @@ from nexus.abi import (
 from nexus.bootctl.handover import SlotBoot
 from nexus.init.authority import PolicySource
 from nexus.init.plan import ROOT_ENDPOINTS, Plan, sources_of
-from nexus.init.programs import load_program, program_digest
+from nexus.init.programs import load_program, program_digest, protocols_of
 from nexus.init.reload import PlanSource
 from nexus.init.supervisor import Supervisor
 from nexus.kernel.core.limits import SystemLimits
 from nexus.protocols.ladder import Ground
+from nexus.protocols.meta import PROTOCOL as META
 
 if TYPE_CHECKING:
+    from nexus.kernel.linux.mmio import MmioPage
     from nexus.kernel.sim.disk import Disk
     from nexus.kernel.sim.kernel import SimKernel
 
@@ -47,8 +49,10 @@ class Places:
     """Where a system keeps what outlives a boot, and its sockets, and whom it tells.
 
     `notify` is the address of a service manager's socket, as NOTIFY_SOCKET gives it; services get
-    user ids from `uid_first` on, when started by root. The simulated kernel has no file system:
-    it begins with `boot_memory`, None for a system that keeps nothing, with what is on its
+    user ids from `uid_first` on, when started by root; `pages` are registers that the machine has
+    to give to services, `watchdog` is a descriptor of its watchdog, -1 for none, and `groups` the
+    part of the tree of control groups that is the system's own. The simulated kernel has no file
+    system: it begins with `boot_memory`, None for a system that keeps nothing, with what is on its
     `disks` and in its `secrets`, and with its machine's clock at `wall` (nanoseconds since 1970,
     None for a first boot).
     """
@@ -57,6 +61,9 @@ class Places:
     runtime: Path | None = None
     notify: str | None = None
     uid_first: int | None = None
+    pages: "Sequence[MmioPage]" = ()
+    watchdog: int = -1
+    groups: Path | None = None
     boot_memory: bytes | None = None
     disks: "Mapping[str, Disk]" = field(default_factory=dict)
     secrets: Mapping[tuple[str, SecretBackend], bytes] = field(default_factory=dict)
@@ -231,6 +238,9 @@ def _boot_linux(
     from nexus.kernel.linux import LinuxKernel
     from nexus.kernel.linux.harden import UID_FIRST
 
+    for source in sources_of(plan).values():  # once here, and not in each who is forked
+        for protocol in (META, *protocols_of(source)):
+            protocol.derive()
     kernel = LinuxKernel(
         programs,
         recorder=recorder,
@@ -243,6 +253,9 @@ def _boot_linux(
         notify_socket=places.notify,
         uid_first=UID_FIRST if places.uid_first is None else places.uid_first,
         hardware=plan.hardware,
+        pages=places.pages,
+        watchdog=places.watchdog,
+        groups=places.groups,
     )
     ended = kernel.run(root, plan.digest.encode(), until=_until(kernel.now, limit))
     return Booted(exit=ended)

@@ -100,6 +100,7 @@ class Instances:
                     delegations=planned.delegations,
                     grants=found.grants,
                     memory=planned.memory,
+                    cpu_share=planned.cpu_share,
                 )
             )
         except AbiError as error:
@@ -200,6 +201,8 @@ class Instances:
         """The instance is gone: forget it, and see what follows."""
         wanted = self._init.stops.of(record)
         record.reason = record.kill_reason or (wanted.reason if wanted is not None else Reason.EXIT)
+        if info.over_memory:  # a large one takes long to go, and may be killed again meanwhile
+            record.reason = Reason.MEMORY
         record.last_exit = Exit(info, record.died)
         for slot in (record.slot, record.replies):
             if slot is not None:

@@ -165,6 +165,7 @@ class PlannedService:
     double: str = ""
     ordinary: bool = False
     memory: int = MEMORY_SIZE_DEFAULT
+    cpu_share: int | None = None
     by: str = ""
     starts: tuple[tuple[str, str], ...] = ()
     names: tuple[str, ...] = ()
@@ -539,6 +540,7 @@ def _service(
         double=service.double,
         ordinary=service.ordinary,
         memory=service.memory,
+        cpu_share=service.cpu_share,
         by=service.by,
         starts=tuple(
             (other.name, _digest(sources[other.name]))

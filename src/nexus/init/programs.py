@@ -320,6 +320,12 @@ def _own_protocol(source: ProgramSource, name: str) -> Protocol:
             f"a PROTOCOL with a number from {OWN_PROTOCOL_MIN} on",
             f'{protocol.number} in "{name}"',
         )
+    try:
+        protocol.derive()
+    except AssertionError as endless:
+        raise WrongProgram(
+            "protocol", "a PROTOCOL of messages with a bound", f'in "{name}" {cut(str(endless))}'
+        ) from endless
     return protocol
 
 

@@ -29,6 +29,7 @@ class Reason(StrEnum):
     DEVICE = "device"  # one of its devices is not there, or not what the bus map says
     SPAWN = "spawn refused"
     ENDED = "ended"  # EndTask
+    MEMORY = "memory limit"  # the kernel killed it for taking more than it may
 
 
 UNCOUNTED: Final = frozenset({Reason.ASKED, Reason.POLICY, Reason.REVOKED})

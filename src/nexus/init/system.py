@@ -18,6 +18,7 @@ from typing import Any, Final
 from nexus.abi import (
     BLOCK_SIZE,
     BUDGET_SIZE_DEFAULT,
+    CPU_SHARE_MAX,
     ENDPOINTS_PER_OWNER_MAX,
     HARDWARE_MAX,
     LINK_DEPTH_DEFAULT,
@@ -227,7 +228,9 @@ GRANT_KEYS: Final = {
     ),
     "threads": Key(
         kind=Integer(minimum=0, maximum=THREADS_MAX),
-        doc="how many further threads it may start; default 0",
+        doc="how many further threads it may start; with its own that is also how many processes"
+        " and threads its control group may have at a time (`nexus doctor`: cgroup_tasks);"
+        " default 0",
     ),
     "ports": Key(
         kind=ListOf(item=_GRANT, count_max=PORTS_MAX, unique="port"),
@@ -339,6 +342,12 @@ SERVICE: Final = Table(
             kind=size(MEMORY_SIZE_DEFAULT, MEMORY_SIZE_MAX, "96MiB"),
             doc="bytes of private memory it may take on linux beside its program and its kernel"
             f" objects; default 64MiB and {DISK_MEMORY} times its disks",
+        ),
+        "cpu_share": Key(
+            kind=Integer(minimum=1, maximum=CPU_SHARE_MAX),
+            doc="percent of one CPU that it may take in each tenth of a second, where control"
+            " groups hold it (`nexus doctor`: cgroup_cpu); default there 90 for it and for each of"
+            " its threads",
         ),
         "owner_size": Key(
             kind=size(4096, OWNER_SIZE_MAX, "256KiB"),
@@ -625,6 +634,7 @@ class Service:
     cpu: int | None
     budget: int
     memory: int
+    cpu_share: int | None
     owner_size: int
     endpoints: int
     capabilities: tuple[str, ...]
@@ -845,6 +855,7 @@ def _service(
         cpu=entry.get("cpu"),
         budget=entry.get("budget", BUDGET_SIZE_DEFAULT),
         memory=entry.get("memory", memory_of(grants, hardware)),
+        cpu_share=entry.get("cpu_share"),
         owner_size=entry.get("owner_size", owner_size),
         endpoints=entry.get("endpoints", ENDPOINTS_DEFAULT),
         capabilities=tuple(entry.get("capabilities", ())),

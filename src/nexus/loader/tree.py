@@ -18,11 +18,12 @@ import shutil
 import sys
 from contextlib import suppress
 from hashlib import sha256
-from importlib.util import cache_from_source
+from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 from io import FileIO
 from pathlib import Path
 from typing import Final
 
+import nexus
 from nexus.bootctl import BootRecord, SlotName
 from nexus.drivers.finished import finished
 from nexus.kernel.linux.durable import make_directory
@@ -42,6 +43,8 @@ PROGRAM_MODE: Final = 0o755
 SUMS_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes; 8192 files with the longest paths are less
 MODULE_SIZE_MAX: Final = 16 * 1024 * 1024  # bytes of one compiled module
 READ_SIZE: Final = 256 * 1024
+UNCHECKED: Final = MAGIC_NUMBER + (1).to_bytes(4, "little")  # PEP 552: by hash, never compared
+HASH: Final = slice(8, 16)  # where such a file says which source it is of
 
 
 class NoTree(Exception):
@@ -90,7 +93,7 @@ def is_whole(path: Path, manifest: Manifest, digest: bytes) -> bool:
         names = [name for name in _names(path) if name != SUMS]
         if not _possible(own).issuperset(names):  # whatever tree.json says of it
             return False
-        made = {name: _sum(path / name) for name in names if name not in own}
+        made = {name: _sum(f"{path}/{name}") for name in names if name not in own}
         stamp = sha256(_stamp(manifest, digest)).hexdigest()
         whole = own.issubset(names) and made == sums["files"] and made[STAMPED] == stamp
         return whole and all(_is_as_set(path, file, manifest) for file in manifest.files)
@@ -106,7 +109,7 @@ def _possible(own: set[str]) -> set[str]:
 
 def _is_as_set(path: Path, file: File, manifest: Manifest) -> bool:
     """Whether a file has the chunks that the manifest names, and ends there."""
-    with FileIO(_opened(path / file.path)) as opened:
+    with FileIO(_opened(f"{path}/{file.path}")) as opened:
         for index in file.chunks:
             piece = opened.read(CHUNK_SIZE)  # of a regular file, short only at its end
             if sha256(piece).digest() != manifest.chunks[index].sha256:
@@ -129,10 +132,11 @@ def _make(path: Path, manifest: Manifest, digest: bytes, source: Source) -> None
     (new / PYTHON).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     _write(new / STAMPED, _stamp(manifest, digest))
     _take_over(new, path)
+    _take_from_base(new)
     _compile(new, path)
     names = sorted(_names(new))
     own = {file.path for file in manifest.files}
-    sums = {name: _sum(new / name) for name in names if name not in own}
+    sums = {name: _sum(f"{new}/{name}") for name in names if name not in own}
     text = json.dumps({"set": digest.hex(), "python": sys.version, "files": sums})
     _write(new / SUMS, text.encode())
     _ = new.rename(path)
@@ -143,14 +147,14 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._folders: set[str] = set()  # that are there
         self._open: FileIO | None = None
 
     async def begin(self, file: File) -> None:
         """The next file, which is not there."""
-        path = self._path / file.path
-        path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        self._make_folder(file.path.rpartition("/")[0])
         mode = PROGRAM_MODE if file.executable else PLAIN_MODE
-        self._open = FileIO(_new(path, mode), "wb")
+        self._open = FileIO(_new(f"{self._path}/{file.path}", mode), "wb")
 
     async def write(self, data: bytes) -> None:
         """The next bytes of it."""
@@ -162,6 +166,11 @@ class _Folder:
         del file
         assert self._open is not None, "a file begins first"
         self.close()
+
+    def _make_folder(self, name: str) -> None:
+        if name not in self._folders:
+            (self._path / name).mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            self._folders.add(name)
 
     def close(self) -> None:
         """The file that was being written, if there is one, is given up."""
@@ -202,6 +211,35 @@ def _copy(other: Path, new: Path, name: str, digest: str) -> None:
     if sha256(data).hexdigest() == digest and _sum(other / name) == _sum(new / name):
         target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
         _write(target, data)
+
+
+def _take_from_base(new: Path) -> None:
+    """Copy what the base system has compiled of the same source, where it came compiled and never
+    compares the two: on an emulated machine a second set of its modules takes minutes.
+
+    A compiled file says which source it is of (PEP 552); whose word is taken for it is the base's.
+    """
+    base, top = str(Path(nexus.__file__).parent), str(new)
+    inside = f"{PYTHON}/{Path(base).name}/"
+    there = set(_names(new))
+    made: set[str] = set()  # folders
+    for name in sorted(there):  # by strings: paths took three times as long
+        if not name.startswith(inside) or not name.endswith(".py"):
+            continue
+        compiled = _compiled(name)
+        if compiled in there:
+            continue
+        try:
+            data = _read(_compiled(f"{base}/{name.removeprefix(inside)}"), MODULE_SIZE_MAX)
+        except OSError:
+            continue
+        source = _read(f"{top}/{name}", MODULE_SIZE_MAX)
+        if data.startswith(UNCHECKED) and data[HASH] == source_hash(source):
+            folder = compiled.rpartition("/")[0]
+            if folder not in made:
+                Path(top, folder).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+                made.add(folder)
+            _write(f"{top}/{compiled}", data)
 
 
 def _compiled(name: str) -> str:
@@ -254,13 +292,13 @@ def _compile_and_end(new: Path, path: Path, modules: list[str]) -> None:
 
 def _names(path: Path) -> list[str]:
     """Every file below a folder, by its path in it. Raises OSError for what is no file."""
-    names = []
-    for folder, folders, files in os.walk(path, onerror=_refuse):
-        below = Path(folder).relative_to(path)
+    names, top = [], str(path)
+    for folder, folders, files in os.walk(top, onerror=_refuse):
         for name in (*folders, *files):
-            if Path(folder, name).is_symlink():
+            if os.path.islink(f"{folder}/{name}"):  # noqa: PTH114 (a fifth of pathlib's time)
                 raise OSError(f"{name} is a link")
-        names += [(below / file).as_posix() for file in files]
+        below = f"{folder[len(top) + 1 :]}/" if folder != top else ""
+        names += [f"{below}{file}" for file in files]
     return names
 
 
@@ -268,7 +306,7 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _sum(path: Path) -> str:
+def _sum(path: Path | str) -> str:
     digest = sha256()
     with FileIO(_opened(path)) as file:
         while part := file.read(READ_SIZE):
@@ -276,24 +314,24 @@ def _sum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, size_max: int) -> bytes:
+def _read(path: Path | str, size_max: int) -> bytes:
     with FileIO(_opened(path)) as file:
         return file.read(size_max)
 
 
-def _opened(path: Path) -> int:
+def _opened(path: Path | str) -> int:
     # A pipe that somebody put there would be waited for.
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _new(path: Path, mode: int) -> int:
+def _new(path: Path | str, mode: int) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     os.fchmod(descriptor, mode)  # whatever the umask is
     return descriptor
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path | str, data: bytes) -> None:
     with FileIO(_new(path, PLAIN_MODE), "wb") as file:
         _write_all(file.fileno(), data)
 

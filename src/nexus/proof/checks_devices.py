@@ -15,12 +15,14 @@ from nexus.kernel.sim.chance import Chance
 from nexus.kernel.sim.virtio import FEATURE_VERSION_1
 from nexus.proof.checks import healthy, hex_of, measured, of_init
 from nexus.proof.leaks import Leaks
+from nexus.proof.notes import NOTE, NOTE_PAGES, NOTE_WINDOWS
 from nexus.proof.trace import Line, Trace
-from nexus.proof.verdict import Case, Check, demand, demand_equal
+from nexus.proof.verdict import Case, Check, Mismatch, demand, demand_equal
 from nexus.protocols.ladder import SELFTEST, Ground
 from nexus.protocols.rngd import DRAW_RIGHT, DRAW_SIZE_MAX
 
 BACKING: Final = "virtio-mmio"
+HWRNG: Final = "hwrng"  # where Linux's driver has the entropy device
 HEX_RUN: Final = re.compile(r"[0-9a-f]{64,}")
 DRAW_SIZE: Final = 32  # bytes; ladder #98
 
@@ -72,20 +74,72 @@ def _live(trace: Trace, line: Line, device: Hardware) -> Mapping[str, Any]:
     return fields
 
 
+def _seen_in_machine(case: Case, trace: Trace, line: Line, device: Hardware) -> None:
+    """What process 1 saw in the memory maps when the line came, the holder alone has the registers;
+    and what QEMU said of its device: who drives it has agreed to VERSION_1."""
+    wanted = (NOTE_WINDOWS, line.text, line.pid)
+    notes = list(trace.notes)
+    at = [n for n, each in enumerate(notes) if _claim(each) == wanted]
+    demand_equal(len(at), 1, f"looks of process 1 at {line.text!r}")
+    page = _page_of(trace, device)
+    holders = sorted({pid for pid, address, _ in notes[at[0]]["holders"] if address == page})
+    demand_equal(holders, [line.pid], f"processes that have the registers of {device.name} mapped")
+    told = next((each for each in notes[at[0] :] if each.get("host") == "devices"), {})
+    demand("answer" in told, f"QEMU did not say what its devices are: {told.get('failed')}")
+    same = [each for each in told["answer"] if _is_of(each, device)]
+    demand_equal(len(same), 1, f"devices of QEMU's that are {device.name}")
+    demand("VIRTIO_F_VERSION_1" in same[0]["features"], "VERSION_1 negotiated, by QEMU")
+    demand("VIRTIO_CONFIG_S_DRIVER_OK" in same[0]["status"], "a driver drives it, by QEMU")
+    demand(same[0].get("used"), "it has answered no request, by QEMU")
+    granted(trace, device.name, MMIO_RIGHTS[device.kind], [_holder_of(case, device)])
+
+
+def _claim(note: Mapping[str, Any]) -> tuple[object, object, object]:
+    return note.get(NOTE), note.get("line"), note.get("pid")
+
+
+def _page_of(trace: Trace, device: Hardware) -> int | None:
+    """The address of the page of registers that the machine has for a device; None without."""
+    for note in trace.notes:
+        if note.get(NOTE) == NOTE_PAGES:
+            for kind, address, name in note["pages"]:
+                if kind == int(device.kind) and name in {"", device.name}:
+                    return int(address)
+    return None
+
+
+def _is_of(told: Mapping[str, Any], device: Hardware) -> bool:
+    """Whether QEMU speaks of this device: a disk has its name in its path."""
+    is_kind = told["device_id"] == int(device.kind)
+    is_disk = device.kind is HardwareKind.BLOCK
+    return is_kind and (not is_disk or told["path"].endswith(f"/disk-{device.name}"))
+
+
+def _holder_of(case: Case, device: Hardware) -> str:
+    """The service that the plan gives a device to."""
+    return next(
+        service.name
+        for service in case.plan.services
+        if device.name in {grant.name for grant in service.grants.hardware}
+    )
+
+
 def rngd_ready(case: Case, trace: Trace, line: Line) -> None:
     """#33: the source it names is the one behind its device, and has passed its test."""
     facts = healthy(case, trace, line)
     demand_equal(facts["fit"], 1, "fit")
     demand(facts["start_tests_passed_total"] >= 1, "no start-up test has passed")
     device = _device_of(case, "rngd", HardwareKind.ENTROPY)
-    demand_equal(line.evidence["source"], _backing(case, device), "source")
+    demand_equal(line.evidence["source"], _backing(case, trace, device), "source")
     granted(trace, device.name, MMIO_RIGHTS[device.kind], ["rngd"])
 
 
-def _backing(case: Case, device: Hardware) -> str:
+def _backing(case: Case, trace: Trace, device: Hardware) -> str:
     """What is behind a device, as the runner finds it out itself."""
     if case.scope.ground is Ground.SIM:
         return BACKING
+    if case.scope.ground is Ground.VM:
+        return BACKING if _page_of(trace, device) is not None else HWRNG
     from nexus.kernel.linux.hardware import Bus
 
     (entry,) = Bus([device], None).scan()
@@ -107,16 +161,21 @@ def legacy_refused(case: Case, trace: Trace, line: Line) -> None:
 def block_up(case: Case, trace: Trace, line: Line) -> None:
     """#50: set up as a modern device, as large as the image, and the first sector is its own."""
     device = _device_of(case, "statefsd", HardwareKind.BLOCK)
-    fields = _live(trace, line, device)
     evidence = line.evidence
     demand_equal(evidence["version"], VIRTIO_VERSION, "register version, by statefsd")
     demand_equal(evidence["device_id"], int(HardwareKind.BLOCK), "device id, by statefsd")
-    demand_equal(evidence["features"], fields["features"], "features, on both sides")
-    count = int.from_bytes(bytes.fromhex(fields["config"])[:8], "little")
-    demand_equal(count * BLOCK_SIZE, device.size, "capacity on the device's side")
+    count = device.size // BLOCK_SIZE
+    if case.scope.ground is Ground.SIM:
+        fields = _live(trace, line, device)
+        demand_equal(evidence["features"], fields["features"], "features, on both sides")
+        count = int.from_bytes(bytes.fromhex(fields["config"])[:8], "little")
+        demand_equal(count * BLOCK_SIZE, device.size, "capacity on the device's side")
+        _touched_by_its_holder_alone(trace, device, "statefsd")
+    else:
+        demand(evidence["features"] & FEATURE_VERSION_1, "VERSION_1 negotiated, by statefsd")
+        _seen_in_machine(case, trace, line, device)
     demand_equal(evidence["block_count"], count, "capacity, by statefsd")
     demand_equal(trace.left.size, device.size, "bytes of the image")
-    _touched_by_its_holder_alone(trace, device, "statefsd")
     for boot in case.boots:
         _first_sector(boot, line.text)
 
@@ -133,17 +192,21 @@ def _first_sector(boot: Trace, text: str) -> None:
 def window_mapped(case: Case, trace: Trace, line: Line) -> None:
     """#51: a modern entropy device, driven by rngd alone, has delivered a full draw."""
     device = _device_of(case, "rngd", HardwareKind.ENTROPY)
-    _ = _live(trace, line, device)
     evidence = line.evidence
     identity = [evidence[name] for name in ("magic", "version", "device_id")]
     demand_equal(identity, [VIRTIO_MAGIC, VIRTIO_VERSION, int(device.kind)], "identity")
+    demand_equal(evidence["asked"], DRAW_SIZE_MAX, "bytes of a full draw")
+    if case.scope.ground is not Ground.SIM:
+        demand(evidence["full_draws"] >= 1, "full draws, by rngd")
+        _seen_in_machine(case, trace, line, device)
+        return
+    _ = _live(trace, line, device)
     sizes = [
         event.fields["size"]
         for at, event in _told_by(trace, device.name, "draw")
         if at < line.place
     ]
     demand(DRAW_SIZE_MAX in sizes, f"the device delivered {sizes}, and no full draw")
-    demand_equal(evidence["asked"], DRAW_SIZE_MAX, "bytes of a full draw")
     demand(1 <= evidence["full_draws"] <= sizes.count(DRAW_SIZE_MAX), "full draws, by rngd")
     _touched_by_its_holder_alone(trace, device, "rngd")
 
@@ -266,6 +329,11 @@ def mmio_map(case: Case, trace: Trace, line: Line) -> None:
     demand_equal(evidence["device"], device.name, "device")
     demand_equal(evidence["registers"], [VIRTIO_MAGIC, VIRTIO_VERSION, 0], "registers")
     demand_equal(evidence["length"], PAGE_SIZE, "bytes of the window")
+    if case.scope.ground is not Ground.SIM:
+        seen = [each for each in trace.notes if _claim(each)[:2] == (NOTE_WINDOWS, line.text)]
+        demand_equal(len(seen), 1, f"looks of process 1 at {line.text!r}")
+        mapped = {address for pid, address, _ in seen[0]["holders"] if pid == line.pid}
+        demand_equal(mapped, {_page_of(trace, device)}, f"pages that {SELFTEST} has mapped")
     granted(trace, device.name, MMIO_RIGHTS[device.kind], [SELFTEST])
     used = {
         event.fields.get("name")
@@ -276,10 +344,14 @@ def mmio_map(case: Case, trace: Trace, line: Line) -> None:
     demand(used <= planned, f"devices that {SELFTEST} has used: {sorted(map(str, used))}")
 
 
-def cap_query_mmio(case: Case, _trace: Trace, line: Line) -> None:
+def cap_query_mmio(case: Case, trace: Trace, line: Line) -> None:
     """#141: nothing in the answers is where the window is on the bus."""
     device = _device_of(case, SELFTEST, HardwareKind.EMPTY)
-    base = BUS_BASE + case.plan.hardware.index(device) * WINDOW_SIZE
+    base: int | None = BUS_BASE + case.plan.hardware.index(device) * WINDOW_SIZE
+    if case.scope.ground is not Ground.SIM:
+        base = _page_of(trace, device)
+    if base is None:
+        raise Mismatch(f"the machine has no page of registers for {device.name}")
     evidence = line.evidence
     demand_equal((evidence["answer"][0], evidence["answer"][2]), (2, PAGE_SIZE), "kind and length")
     answers = (*evidence["answer"], *evidence["device"])

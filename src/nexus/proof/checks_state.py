@@ -164,8 +164,7 @@ def persist_reboot(case: Case, trace: Trace, line: Line) -> None:
 
 def _all_new(case: Case, trace: Trace, pids: Mapping[str, int]) -> None:
     """Every task of this boot was started in it; what starts on demand may have ended since. A
-    simulated machine counts pids anew in each boot, as any machine does that was off; the host of a
-    linux run goes on counting."""
+    machine that was off counts pids anew; the host of a linux run goes on counting."""
     started = {
         str(event.fields["name"]): event.pid
         for service in case.plan.services
@@ -173,7 +172,7 @@ def _all_new(case: Case, trace: Trace, pids: Mapping[str, int]) -> None:
         for _, event in trace.spawns(service.name)
     }
     demand_equal({name: pids[name] for name in started}, started, "pids, by the kernel's starts")
-    if case.scope.ground is not Ground.SIM:
+    if case.scope.ground is Ground.LINUX:
         old = {
             event.pid
             for service in case.plan.services

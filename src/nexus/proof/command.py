@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from nexus.proof import compare, report, sweep
+from nexus.proof import compare, report, sweep, worlds
 from nexus.proof.lock import LockRefused, run_lock, runtime_dir
-from nexus.proof.prove import prove
-from nexus.proof.record import RecordLost
+from nexus.proof.page import as_page
+from nexus.proof.prove import Outcome, prove
+from nexus.proof.record import MalformedEvent, RecordLost
 from nexus.proof.request import Comparison, Request, Sweep, UsageError, parse
+from nexus.proof.runner import NotRun
+from nexus.proof.saboteurs import sample
 
 GREEN, RED, USAGE = 0, 1, 2
 COMPLAINT_MAX: Final = 1_000  # characters; what a person typed is quoted, however long it was
@@ -33,6 +36,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     except RecordLost as error:
         complain(f"nexus prove: {error}; a run without its record is no evidence")
         return RED
+    except NotRun as error:
+        complain(f"nexus prove: not run: {error}")
+        return USAGE
+    except MalformedEvent as error:
+        complain(f"nexus prove: what was booted says what is no evidence: {error}")
+        return RED
     except KeyboardInterrupt:
         complain("nexus prove: interrupted; the boot was ended, nothing was decided")
         return RED
@@ -45,16 +54,31 @@ def _run(asked: Request | Sweep | Comparison, directory: Path) -> tuple[str, int
     match asked:
         case Request():
             outcome = prove(asked, directory)
+            if asked.report is not None:
+                _write_page(asked.report, outcome)
             text = report.as_json(outcome) if asked.json else report.as_text(outcome)
             return text, outcome.verdict.exit_code
         case Sweep():
-            swept = sweep.sweep(asked.base, directory, tell=complain)
+            numbers = sample(asked.base.ground) if asked.sample else None
+            swept = sweep.sweep(asked.base, directory, tell=complain, numbers=numbers)
             text = sweep.as_json(swept) if asked.base.json else sweep.as_text(swept)
             return text, swept.exit_code
+        case Comparison(scenario=worlds.SCENARIO):
+            pairs = worlds.compare(asked, directory)
+            text = worlds.as_json(pairs) if asked.json else worlds.as_text(pairs)
+            return text, worlds.exit_code(pairs)
         case Comparison():
             found = compare.compare(asked)
             text = compare.as_json(found) if asked.json else compare.as_text(found)
-            return text, found.exit_code
+            return text, compare.exit_code(found)
+
+
+def _write_page(file: Path, outcome: Outcome) -> None:
+    """Raises RecordLost: who asked for a page has no evidence without it."""
+    try:
+        _ = file.write_text(as_page(outcome), "utf-8")
+    except OSError as error:
+        raise RecordLost(f"the page {file} cannot be written: {error.strerror}") from error
 
 
 def say(text: str) -> None:

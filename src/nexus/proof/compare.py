@@ -1,4 +1,5 @@
-"""Two grounds, one scenario, and every difference between what each task saw.
+"""Several grounds, one scenario, and every difference between what each task saw: each ground is
+compared with the first.
 
 Every kind of event is put in the order of the task it is about, with all its fields: traps, lines,
 QoS audit lines, refused messages, links by their holder, starts, refused starts, ends. What is not
@@ -13,13 +14,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 from nexus.abi import INIT_NAME, EventKind, Pid
 from nexus.kernel.sim.log import CRASH_KEY
 from nexus.proof.prove import SIM_LIMIT
 from nexus.proof.request import Comparison, UsageError
-from nexus.proof.runner import Job, run_boot
+from nexus.proof.runner import Job, make_ready, run_boot
 from nexus.proof.trace import Trace
 from nexus.protocols.ladder import Ground
 
@@ -63,7 +65,8 @@ class Allowed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a comparison found. `used` counts how often each allowed difference was needed."""
+    """What a comparison of two found. `used` counts how often each allowed difference was
+    needed."""
 
     grounds: tuple[Ground, Ground]
     entries: int
@@ -185,21 +188,36 @@ LEFT_OUT: Final = (
 KINDS_LEFT_OUT: Final = frozenset().union(*(entry.kinds for entry in LEFT_OUT))
 FIELDS_LEFT_OUT: Final = frozenset().union(*(entry.fields for entry in LEFT_OUT))
 
+ORDINARY: Final = re.compile(r"\s*|\[ *[0-9.]+\] reboot: Power down")
+"""A line of a machine's console at its end."""
+
 _AUDIT_PID: Final = re.compile(r"\b(caller_pid|target_pid)=(\d+)")
 
 
-def compare(comparison: Comparison) -> Result:
-    """Run the scenario on both grounds and compare. Raises UsageError."""
+def compare(comparison: Comparison) -> tuple[Result, ...]:
+    """Run the scenario on each ground, and compare with the first. Raises UsageError and NotRun."""
     if comparison.scenario != "conformance":
-        raise UsageError(f"There is no scenario {comparison.scenario!r}: choose conformance.")
-    first, second = comparison.grounds
-    traces = [_run(ground, comparison) for ground in (first, second)]
-    endings = tuple(
-        f"{ground.value}: {problem}"
-        for ground, trace in zip((first, second), traces, strict=True)
-        for problem in _problems(trace)
+        raise UsageError(
+            f"There is no scenario {comparison.scenario!r}: choose ladder or conformance."
+        )
+    for ground in comparison.grounds:
+        make_ready(ground)
+    traces = {ground: _run(ground, comparison) for ground in comparison.grounds}
+    first, *others = comparison.grounds
+    logs = {ground: normalise(trace) for ground, trace in traces.items()}
+    return tuple(
+        compare_logs(
+            logs[first],
+            logs[other],
+            (first, other),
+            tuple(
+                f"{ground.value}: {problem}"
+                for ground in (first, other)
+                for problem in _problems(traces[ground])
+            ),
+        )
+        for other in others
     )
-    return compare_logs(normalise(traces[0]), normalise(traces[1]), (first, second), endings)
 
 
 def compare_logs(
@@ -294,8 +312,21 @@ def _entries(seen: Seen) -> list[str]:
     ]
 
 
-def as_text(result: Result) -> str:
-    """The report: differences first, then what is allowed, how often, and what is not compared."""
+def exit_code(results: Sequence[Result]) -> int:
+    """0 if all are the same."""
+    return max(result.exit_code for result in results)
+
+
+def as_text(results: Sequence[Result]) -> str:
+    """The report: of each pair differences first, then what is allowed and how often; and what is
+    not compared."""
+    lines = [line for result in results for line in _told(result)]
+    lines += [f"left out {entry.id}: {entry.what}; {entry.why}" for entry in LEFT_OUT]
+    lines.append("the same" if exit_code(results) == 0 else "NOT the same")
+    return "\n".join(lines) + "\n"
+
+
+def _told(result: Result) -> list[str]:
     first, second = (ground.value for ground in result.grounds)
     lines = [f"{first} and {second}: {result.entries} entries compared"]
     lines += [f"ending   {ending}" for ending in result.endings]
@@ -306,14 +337,21 @@ def as_text(result: Result) -> str:
         f"allowed  {allowed.what} ({result.used.get(allowed.what, 0)} times): {allowed.why}"
         for allowed in ALLOWED
     ]
-    lines += [f"left out {entry.id}: {entry.what}; {entry.why}" for entry in LEFT_OUT]
-    lines.append("the same" if result.exit_code == 0 else "NOT the same")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def as_json(result: Result) -> str:
+def as_json(results: Sequence[Result]) -> str:
     """The same as one JSON object on one line."""
     report = {
+        "exit_code": exit_code(results),
+        "pairs": [_pair(result) for result in results],
+        "left_out": {entry.id: f"{entry.what}; {entry.why}" for entry in LEFT_OUT},
+    }
+    return _json(report) + "\n"
+
+
+def _pair(result: Result) -> Mapping[str, object]:
+    return {
         "exit_code": result.exit_code,
         "grounds": [ground.value for ground in result.grounds],
         "entries": result.entries,
@@ -323,22 +361,22 @@ def as_json(result: Result) -> str:
         "endings": list(result.endings),
         "allowed": {allowed.what: result.used.get(allowed.what, 0) for allowed in ALLOWED},
         "unused": list(result.unused),
-        "left_out": {entry.id: f"{entry.what}; {entry.why}" for entry in LEFT_OUT},
     }
-    return _json(report) + "\n"
 
 
 def _run(ground: Ground, comparison: Comparison) -> Trace:
-    job = Job(
-        ground=ground.value,
-        system="",
-        smp=1,
-        seed=comparison.seed,
-        limit=SIM_LIMIT if ground is Ground.SIM else comparison.timeout,
-        scenario=comparison.scenario,
-        trace=True,
-    )
-    return run_boot(job, timeout=comparison.timeout, watch=lambda _event: False)
+    with TemporaryDirectory(prefix="compared-") as state:
+        job = Job(
+            ground=ground.value,
+            system="",
+            smp=1,
+            seed=comparison.seed,
+            limit=SIM_LIMIT if ground is Ground.SIM else comparison.timeout,
+            state=state,
+            scenario=comparison.scenario,
+            trace=True,
+        )
+        return run_boot(job, timeout=comparison.timeout, watch=lambda _event: False)
 
 
 def _problems(trace: Trace) -> Iterator[str]:
@@ -349,8 +387,9 @@ def _problems(trace: Trace) -> Iterator[str]:
         yield f"{ending.left_behind} processes left behind"
     if ending.dropped or not ending.told_end:
         yield "events were lost"
-    if trace.output:
-        yield f"output: {trace.output[-2000:]}"
+    said = [line for line in trace.output.splitlines() if not ORDINARY.fullmatch(line)]
+    if said:
+        yield f"output: {said[-20:]}"
 
 
 def _json(value: object) -> str:

@@ -109,7 +109,8 @@ def boots_of(scope: Scope) -> Mapping[int, int]:
 def is_cut(scope: Scope, boot: int) -> bool:
     """Whether a power cut ends this boot, as far as it is up to the runner."""
     cut = boot == BOOT_CUT and boot < last_boot_of(scope)
-    return cut and Ground.SIM is scope.ground and Mechanism.POWER_CUT in scope.built
+    has_power = scope.ground in {Ground.SIM, Ground.VM}  # a disk of its own that can lose it
+    return cut and has_power and Mechanism.POWER_CUT in scope.built
 
 
 def is_bad(scope: Scope, boot: int) -> bool:

@@ -3,6 +3,7 @@
 Proof picks a ground here; nothing below knows which one it is on.
 """
 
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from nexus.init.ground import Places, boot
 from nexus.init.plan import Plan, load_plan
 from nexus.kernel.core import Hang, Hardware, PowerCut, RunOver
 from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.linux.groups import delegated
 from nexus.kernel.sim import SimKernel
 from nexus.kernel.sim.disk import NOTHING, Choice, Disk, Piece
 from nexus.kernel.sim.power import Cut, Moment
@@ -30,7 +32,8 @@ from nexus.proof.remains import (
     kept_secret,
 )
 from nexus.proof.runner import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
-from nexus.proof.scrape import SimScraper, kept_at, port_of
+from nexus.proof.scrape import SimScraper, port_of
+from nexus.proof.scraper import kept_at
 from nexus.proof.sink import EventSink
 from nexus.protocols.ladder import Ground
 
@@ -125,7 +128,7 @@ class Kept:
         """The directory itself, and a place for sockets in it."""
         runtime = self.state / RUNTIME
         runtime.mkdir(mode=0o700, exist_ok=True)
-        return Places(state=self.state, runtime=runtime)
+        return Places(state=self.state, runtime=runtime, groups=delegated(os.environ))
 
     def places(self, plan: Plan) -> Places:
         """What earlier boots left, in the simulator."""

@@ -12,11 +12,11 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
-from nexus.bootctl import BlockBoot, SlotName, read_failure
+from nexus.bootctl import SlotName, open_boot, read_failure
 from nexus.bootctl.handover import SlotBoot
 from nexus.drivers import finished
 from nexus.kernel.linux.bootmemory import FILE_NAME
@@ -24,18 +24,20 @@ from nexus.loader.choose import Chosen, Ended, SlotSource, choose
 from nexus.loader.devices import boot_path, opened, slot_path
 from nexus.loader.tail import ConsoleLine, last_words
 from nexus.loader.tree import PYTHON, tree_of
-from nexus.proof.runner import Job
-from nexus.proof.trace import Trace
-from nexus.protocols.ladder import Ground
+from nexus.proof.job import Job
+
+if TYPE_CHECKING:
+    from nexus.proof.trace import Trace
 
 ENDED: Final = "ended.json"  # in the state directory: what the runner saw of the boot before
 BOOT_MEMORY_NAME: Final = FILE_NAME  # on both grounds
 WALL: Final = "wall"  # in the state directory: what a simulated machine's clock says next
 LINES_MAX: Final = 4096  # of the console of a boot, the last
+SIM: Final = "sim"  # protocols.ladder.Ground; a guest has not read the ladder yet
 CHILD_MODULE: Final = "nexus.proof.child"
 
 
-def keep_end(state: Path, trace: Trace) -> None:
+def keep_end(state: Path, trace: "Trace") -> None:
     """Leave to the next boot's loader what it would have seen of this one."""
     ending = trace.ending
     lines = [[line.printer, f"{line.printer}: {line.text}"] for line in trace.lines]
@@ -55,7 +57,8 @@ def loaded(job: Job) -> Job:
     with ExitStack() as stack:
         boot = stack.enter_context(opened(boot_path(state), writable=True))
         slots = {name: stack.enter_context(opened(slot_path(state, name))) for name in SlotName}
-        chosen = finished(choose(BlockBoot(boot), slots, _ended(state), wall=_wall(job, state)))
+        control, _ = finished(open_boot(boot))
+        chosen = finished(choose(control, slots, end_before(state), wall=_wall(job, state)))
         tree = _tree(state, chosen, slots)
     slot = msgspec.json.encode(chosen.boot).decode()
     return replace(job, slot=slot, system=str(tree / chosen.manifest.system))
@@ -67,14 +70,14 @@ def _tree(state: Path, chosen: Chosen, slots: Any) -> Path:
     return tree_of(state, chosen.record, name, chosen.manifest, source)
 
 
-def _ended(state: Path) -> Ended | None:
-    """What is known of the boot before; None before the first one."""
+def end_before(state: Path) -> Ended | None:
+    """What is known of the boot before; without a runner that saw it, it is what init left."""
+    memory = state / BOOT_MEMORY_NAME
+    failure = read_failure(memory.read_bytes()) if memory.exists() else None
     try:
         seen = json.loads((state / ENDED).read_text("utf-8"))
     except FileNotFoundError:
-        return None
-    memory = state / BOOT_MEMORY_NAME
-    failure = read_failure(memory.read_bytes()) if memory.exists() else None
+        return None if failure is None else Ended(failure=failure)
     lines = [ConsoleLine(*line) for line in seen.pop("lines")]
     tail = last_words(lines, "" if failure is None else failure.service)
     return Ended(**seen, failure=failure, tail=tail)
@@ -82,7 +85,7 @@ def _ended(state: Path) -> Ended | None:
 
 def _wall(job: Job, state: Path) -> int:
     """ns since 1970, by the clock of the machine that boots; 0 where it never ran."""
-    if Ground(job.ground) is not Ground.SIM:
+    if job.ground != SIM:
         return time.time_ns()
     wall = state / WALL
     return int(wall.read_text()) if wall.exists() else 0

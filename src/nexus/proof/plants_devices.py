@@ -1,6 +1,7 @@
 """Saboteurs of the rungs about devices and entropy: 15, 16, 33, 49, 51, 97-99, 140 and 141."""
 
 import hashlib
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
@@ -8,7 +9,10 @@ from nexus.abi import DeviceInfo, HardwareKind, Nanos
 from nexus.drivers import DRAW_SIZE_MAX, VirtioEntropy
 from nexus.drivers.virtio import Identity
 from nexus.init import bus as init_bus
-from nexus.kernel.core import VIRTIO_MAGIC, VIRTIO_VERSION
+from nexus.kernel.core import VIRTIO_MAGIC, VIRTIO_VERSION, Hardware
+from nexus.kernel.linux import hardware
+from nexus.kernel.linux.hardware import Bus as LinuxBus
+from nexus.kernel.linux.mmio import Mmio
 from nexus.kernel.sim.bus import Bus
 from nexus.kernel.sim.virtio import Register, Window
 from nexus.proof.plants_init import missing, withheld
@@ -20,8 +24,9 @@ from nexus.services.rngd import service as rngd
 from nexus.services.rngd.service import Rngd
 from nexus.services.rngd.source import Source
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 SIM: Final = frozenset({Ground.SIM})
+VM: Final = frozenset({Ground.VM})
 GETRANDOM: Final = "getrandom"
 HWRNG: Final = "hwrng"
 
@@ -137,6 +142,32 @@ def _another_window() -> None:
     original = replace(Bus, "map_window", map_window)
 
 
+def _another_window_vm() -> None:
+    """#140: the same, by init's hand."""
+
+    def opened(bus: LinuxBus, device: Hardware, undo: ExitStack) -> Any:
+        if device.kind is not HardwareKind.EMPTY:
+            return original(bus, device, undo)
+        disks = (each for each in bus.present if each.kind is HardwareKind.BLOCK)
+        disk = next(each for each in disks if each.name in bus.windows)
+        granted, descriptor = original(bus, disk, undo)
+        return granted._replace(name=device.name, kind=device.kind), descriptor
+
+    original = replace(LinuxBus, "open", opened)
+
+
+def _base_in_the_answer_vm() -> None:
+    """#141."""
+
+    def opened(device: Hardware, window: Mmio, undo: ExitStack) -> Any:
+        granted, descriptor = original(device, window, undo)
+        if device.kind is HardwareKind.EMPTY:
+            granted = granted._replace(block_count=window.page.address)
+        return granted, descriptor
+
+    original = replace(hardware, "_open_window", opened)
+
+
 def _base_in_the_answer() -> None:
     """#141."""
 
@@ -152,10 +183,12 @@ SABOTEURS: Final = (
     Saboteur(rung=16, grounds=BOTH, plant=partial(withheld, "rngd")),
     Saboteur(rung=33, grounds=BOTH, plant=_source_misnamed),
     Saboteur(rung=49, grounds=SIM, plant=_old_registers_accepted),
-    Saboteur(rung=51, grounds=SIM, plant=_window_never_touched),
+    Saboteur(rung=51, grounds=SIM | VM, plant=_window_never_touched),
     Saboteur(rung=97, grounds=BOTH, plant=_never_asked),
     Saboteur(rung=98, grounds=BOTH, plant=_cleared_buffer),
     Saboteur(rung=99, grounds=BOTH, plant=_one_byte_more),
     Saboteur(rung=140, grounds=SIM, plant=_another_window),
+    Saboteur(rung=140, grounds=VM, plant=_another_window_vm),
     Saboteur(rung=141, grounds=SIM, plant=_base_in_the_answer),
+    Saboteur(rung=141, grounds=VM, plant=_base_in_the_answer_vm),
 )

@@ -35,7 +35,7 @@ from nexus.services.selftest.export_rungs import EXPORTD_NAME
 from nexus.wire import nonce_of
 
 SIM: Final = frozenset({Ground.SIM})
-LINUX: Final = frozenset({Ground.LINUX})
+LINUX: Final = frozenset({Ground.LINUX, Ground.VM})
 BOTH: Final = SIM | LINUX
 ENTRY: Final = "nexus.proof.planted_exportd:sabotaged"
 LATE: Final = 38

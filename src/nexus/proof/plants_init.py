@@ -20,7 +20,7 @@ from nexus.protocols.ladder import SELFTEST, Ground
 from nexus.runtime import Server
 from nexus.services.timed import Timed
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 PROBES_UNREADY: Final = 150  # of 20 ms each: past the readiness deadline of 2 s
 START_MAX: Final = Nanos(4_000_000_000)  # ns; the longest readiness deadline of the system
 PATIENCE: Final = Nanos(8_000_000_000)  # ns that init waits longer than the system file says

@@ -1,11 +1,14 @@
 """Saboteurs of the kernels' own rungs: 1-4, and with several CPUs 39-47."""
 
+import os
 from collections import deque
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Final
 
 from nexus.abi import SpawnReason
 from nexus.kernel.core import SLOT_SIZE, Account, SpawnRefused
-from nexus.kernel.linux import LinuxKernel
+from nexus.kernel.linux import LinuxKernel, selftest_cpus
 from nexus.kernel.sim import SimKernel, sched
 from nexus.kernel.sim.objects import Task
 from nexus.kernel.sim.sched import CPUS_MAX, IDLE, Cpu, Scheduler
@@ -13,8 +16,10 @@ from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.ladder import Ground
 
 SIM: Final = frozenset({Ground.SIM})
-LINUX: Final = frozenset({Ground.LINUX})
+LINUX: Final = frozenset({Ground.LINUX, Ground.VM})
+VM: Final = frozenset({Ground.VM})
 BOTH: Final = SIM | LINUX
+SECOND_CPU: Final = Path("/sys/devices/system/cpu/cpu1/online")
 SENTINEL_CHILD: Final = "kselftest.cycle"  # the task that #2 starts and ends 64 times
 
 
@@ -71,6 +76,32 @@ def _cpu_online() -> None:
             cpu.at = IDLE
 
     original = replace(Scheduler, "start", faulty)
+
+
+def _cpu_online_vm() -> None:
+    """A machine of one CPU, before init looks at it."""
+    _ = SECOND_CPU.write_text("0", "ascii")
+
+
+def _smp_online_vm() -> None:
+    """Whoever is to be placed on one CPU is placed on CPU 0."""
+
+    def faulty(pid: int, cpus: Collection[int]) -> None:
+        original(pid, {0} if len(cpus) == 1 else cpus)
+
+    original = replace(os, "sched_setaffinity", faulty)
+
+
+def _resched_vm() -> None:
+    """The counters are read once."""
+    read: list[list[int]] = []
+
+    def faulty() -> list[int]:
+        if not read:
+            read.append(original())
+        return read[0]
+
+    original = replace(selftest_cpus, "rescheduled", faulty)
 
 
 def _smp_online() -> None:
@@ -141,9 +172,12 @@ SABOTEURS: Final = (
     Saboteur(rung=3, grounds=BOTH, plant=_heap_report),
     Saboteur(rung=4, grounds=SIM, plant=_qos_rollback),
     Saboteur(rung=39, grounds=SIM, plant=_cpu_online),
+    Saboteur(rung=39, grounds=VM, plant=_cpu_online_vm),
     Saboteur(rung=40, grounds=SIM, plant=_smp_online),
+    Saboteur(rung=40, grounds=VM, plant=_smp_online_vm),
     Saboteur(rung=41, grounds=SIM, plant=_counterfactual),
     Saboteur(rung=42, grounds=SIM, plant=_resched),
+    Saboteur(rung=42, grounds=VM, plant=_resched_vm),
     Saboteur(rung=43, grounds=SIM, plant=_reject_target),
     Saboteur(rung=44, grounds=SIM, plant=_reject_offline),
     Saboteur(rung=45, grounds=SIM, plant=_work_stealing),

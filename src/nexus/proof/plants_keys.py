@@ -16,9 +16,9 @@ from nexus.protocols.ladder import Ground
 from nexus.runtime.authority import Authority
 from nexus.services.policyd.judge import Judge, Ruling
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 SIM: Final = frozenset({Ground.SIM})
-LINUX: Final = frozenset({Ground.LINUX})
+LINUX: Final = frozenset({Ground.LINUX, Ground.VM})
 KEYSTORED: Final = "keystored"
 INSIDE: Final = (35, 74, 107, 108, 109, 110)  # broken in keystored itself: planted_keystored
 ENTRY: Final = "nexus.proof.planted_keystored:sabotaged"

@@ -31,7 +31,7 @@ from nexus.services.selftest.log_rungs import append
 from nexus.services.selftest.metric_rungs import SPAN
 from nexus.telemetry import WORD_MAX, PageReader
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 METRICSD: Final = "metricsd"
 CLIENT: Final = service_id(SELFTEST)
 TIMED: Final = "timed"

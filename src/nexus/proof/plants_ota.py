@@ -24,9 +24,9 @@ from nexus.proof.plants_policy import route_to_logd
 from nexus.proof.sabotage import Saboteur, replace
 from nexus.protocols.ladder import SELFTEST, Ground
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 SIM: Final = frozenset({Ground.SIM})
-LINUX: Final = frozenset({Ground.LINUX})
+LINUX: Final = frozenset({Ground.LINUX, Ground.VM})
 UPDATED: Final = "updated"
 ENTRY: Final = "nexus.proof.planted_updated:sabotaged"
 INSIDE: Final = (36, 131, 132, 133, 137)  # broken in updated itself: planted_updated

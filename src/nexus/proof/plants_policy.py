@@ -34,7 +34,7 @@ from nexus.services.selftest.policy_rungs import (
 )
 from nexus.wire import ReplyStatus, answer, encode, nonce_of
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 POLICYD: Final = "policyd"
 NOBODY: Final = 1  # a service id, pid and generation that nobody has
 SECOND_TIME: Final = 2  # after the planned link; the rung's own
@@ -188,7 +188,7 @@ SABOTEURS: Final = (
     ),
     Saboteur(rung=79, grounds=BOTH, plant=_requester_believed),
     Saboteur(rung=80, grounds=BOTH, plant=_malformed_is_deny),
-    Saboteur(rung=95, grounds=frozenset({Ground.LINUX}), plant=_stays_dumpable),
+    Saboteur(rung=95, grounds=frozenset({Ground.LINUX, Ground.VM}), plant=_stays_dumpable),
     Saboteur(rung=96, grounds=BOTH, plant=_only_exits_watched),
     Saboteur(rung=111, grounds=BOTH, plant=_claim_stored),
     Saboteur(rung=112, grounds=BOTH, plant=_one_byte_more),

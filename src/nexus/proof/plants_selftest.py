@@ -51,9 +51,9 @@ from nexus.services.timed import service as timed_service
 from nexus.services.timed.service import Timed
 from nexus.wire import NONCE_OFFSET, Codec, RemoteProtocolError, encode
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 SIM: Final = frozenset({Ground.SIM})
-LINUX: Final = frozenset({Ground.LINUX})
+LINUX: Final = frozenset({Ground.LINUX, Ground.VM})
 LATE: Final = Nanos(20_000_000)  # ns; twenty times what a rung accepts
 LONG_PAST: Final = 500_000_000  # ns; half of what rung 59 uses
 QUIET: Final = 60_000_000  # ns; longer than a call of rung 72 may take

@@ -6,7 +6,9 @@ from typing import Any, Final
 
 from nexus.abi import BLOCK_SIZE, DMA_PAGES, HardwareKind
 from nexus.drivers import BlockDevice, VirtioBlock
+from nexus.drivers.virtio import DEVICE_ID, DRIVER_FEATURES, DRIVER_FEATURES_SELECT
 from nexus.ipc import bulk
+from nexus.kernel.linux.devices import Registers
 from nexus.kernel.sim.virtio import Transport
 from nexus.proof.plants_init import missing, withheld
 from nexus.proof.sabotage import Saboteur, replace
@@ -24,8 +26,9 @@ from nexus.services.statefsd.engine import (
 )
 from nexus.services.statefsd.service import Statefsd
 
-BOTH: Final = frozenset({Ground.SIM, Ground.LINUX})
+BOTH: Final = frozenset(Ground)
 SIM: Final = frozenset({Ground.SIM})
+VM: Final = frozenset({Ground.VM})
 STATEFSD: Final = "statefsd"
 WIPE_BLOCKS: Final = DMA_PAGES  # of one write
 
@@ -87,6 +90,21 @@ def _modern_not_negotiated() -> None:
 
     original = replace(Transport, "_accept", accept)
     original_agrees = replace(Transport, "_agrees", agrees)
+
+
+def _modern_not_negotiated_vm() -> None:
+    """#50: the same where the disk is QEMU's, which hears of the lower half alone."""
+    upper: set[int] = set()  # windows of which that half is selected
+
+    def write(registers: Registers, offset: int, value: int) -> None:
+        is_disk = registers.read(DEVICE_ID) == HardwareKind.BLOCK
+        if offset == DRIVER_FEATURES_SELECT:
+            upper.add(id(registers)) if value else upper.discard(id(registers))
+        elif offset == DRIVER_FEATURES and is_disk and id(registers) in upper:
+            value = 0
+        original(registers, offset, value)
+
+    original = replace(Registers, "write", write)
 
 
 def _newest_not_listed() -> None:
@@ -193,11 +211,12 @@ SABOTEURS: Final = (
     Saboteur(rung=20, grounds=BOTH, plant=partial(withheld, STATEFSD)),
     Saboteur(rung=34, grounds=BOTH, plant=_store_on_ram),
     Saboteur(rung=50, grounds=SIM, plant=_modern_not_negotiated),
+    Saboteur(rung=50, grounds=VM, plant=_modern_not_negotiated_vm),
     Saboteur(rung=100, grounds=BOTH, plant=_newest_not_listed),
     Saboteur(rung=101, grounds=BOTH, plant=_everything_listed),
     Saboteur(rung=102, grounds=BOTH, plant=_offset_ignored),
     Saboteur(rung=103, grounds=BOTH, plant=_only_in_memory),
     Saboteur(rung=104, grounds=BOTH, plant=_made_anew),
-    Saboteur(rung=105, grounds=SIM, plant=_never_flushed),
+    Saboteur(rung=105, grounds=SIM | VM, plant=_never_flushed),
     Saboteur(rung=106, grounds=BOTH, plant=_checksum_not_compared),
 )

@@ -4,7 +4,8 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,13 @@ from nexus.proof.loading import keep_end
 from nexus.proof.record import RecordWriter, default_path
 from nexus.proof.remains import RUNTIME, Remains, damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
-from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Job, Watch, run_boot
+from nexus.proof.runner import EXIT_HANG, EXIT_RUN_OVER, Boot, Job, Watch, make_ready
 from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
-from nexus.proof.scrape import is_asked, kept_at, port_of, scrape, scraped_of
+from nexus.proof.scrape import is_asked, port_of, scraped_of
+from nexus.proof.scraper import kept_at, scrape
 from nexus.proof.slots import prepare
+from nexus.proof.timeline import marks_of, notes_of
 from nexus.proof.trace import Trace
 from nexus.proof.verdict import Case, Verdict, failed_rung_of, judge, rung_of
 from nexus.protocols.ladder import SELFTEST, Ground, Phase, Rung, rung
@@ -119,7 +122,7 @@ def plan_of(request: Request) -> Plan:
 
 
 def prove(request: Request, directory: Path) -> Outcome:
-    """Run and judge. Raises UsageError when nothing was run."""
+    """Run and judge. Raises UsageError and NotRun when nothing was run."""
     plan = plan_of(request)
     smp = request.smp or plan.smp
     check_smp(request, smp)
@@ -128,6 +131,7 @@ def prove(request: Request, directory: Path) -> Outcome:
             _ = find(request.saboteur, request.ground)
         except NoSuchSaboteur as error:
             raise UsageError(str(error)) from error
+    make_ready(request.ground)
     scope = scope_of(plan, request.ground, smp, request.phase)
     path = request.record or default_path(directory, request.ground.value)
     written = (path,) if request.log is None else (path, request.log)
@@ -146,15 +150,15 @@ def _boots(
     """Every boot of the run, oldest first, and between two of them what the runner does there."""
     traces: list[Trace] = []
     last = last_boot_of(case.scope)
-    with TemporaryDirectory(prefix="state-", dir=directory) as name:
-        state = Path(name)
+    with ExitStack() as stack:
+        state = Path(stack.enter_context(TemporaryDirectory(prefix="state-", dir=directory)))
         made = _provisioned(request, case.plan, state)
         if made:
             sets = {each: [one.version, one.name, one.digest] for each, one in made.items()}
             record.entry("sets", sets)
-        for number in range(last + 1):
-            trace = run_boot(
-                _job(request, case, number, state),
+        boots = stack.enter_context(closing(_started(request, case, state)))
+        for number, boot in boots:
+            trace = boot.run(
                 timeout=request.timeout,
                 watch=_watch(request, case, number, state),
                 keep=partial(record.event, number),
@@ -172,6 +176,7 @@ def _boots(
             traces.append(
                 replace(
                     trace,
+                    notes=notes_of(state, number),
                     left=left,
                     earlier=earlier,
                     seed=seed,
@@ -180,11 +185,32 @@ def _boots(
                     made=made,
                 )
             )
+            record.entry("timeline", {"boot": number, "marks": marks_of(traces[-1])})
+            for note in traces[-1].notes:
+                record.entry("note", {"boot": number, "note": note})
             if scraped:
                 record.entry("scraped", {"boot": number, "text": scraped.decode(errors="replace")})
             if not goes_on:
                 break
     return tuple(traces)
+
+
+def _started(request: Request, case: Case, state: Path) -> Generator[tuple[int, Boot], None, None]:
+    """Every boot, started. What a machine does before it looks at its disks takes some seconds of
+    one CPU, which a boot has to itself: the next one does that meanwhile, and waits."""
+    last = last_boot_of(case.scope)
+    boot: Boot | None = None
+    following: Boot | None = None
+    try:
+        for number in range(last + 1):
+            boot, following = following or Boot(_job(request, case, number, state)), None
+            if request.ground is Ground.VM and number < last:
+                following = Boot(replace(_job(request, case, number + 1, state), ahead=True))
+            yield number, boot
+    finally:
+        for each in (boot, following):
+            if each is not None:
+                each.drop()
 
 
 def _provisioned(request: Request, plan: Plan, state: Path) -> Mapping[str, Made]:

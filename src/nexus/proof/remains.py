@@ -70,7 +70,7 @@ def image_of(state: Path, device: Hardware) -> Path:
 
 def remains_of(plan: Plan, state: Path) -> Remains:
     """What lies on the disk of statefsd, and of secrets, in the state directory of a run."""
-    device = _disk_of(plan)
+    device = disk_of(plan)
     if device is None:
         return NOTHING_LEFT
     try:
@@ -135,7 +135,7 @@ def read_image(data: bytes) -> Remains:
 
 def damage(plan: Plan, state: Path, left: Remains, key: bytes) -> Remains:
     """Flip a bit of one byte in the record of `key`, in the image in the state directory."""
-    device, kept = _disk_of(plan), left.records.get(key)
+    device, kept = disk_of(plan), left.records.get(key)
     if device is None or kept is None:
         return left
     image = image_of(state, device)
@@ -161,7 +161,8 @@ def _not_zero(data: bytes) -> bytes:
     return b"".join(piece for piece in pieces if piece != zero)
 
 
-def _disk_of(plan: Plan) -> Hardware | None:
+def disk_of(plan: Plan) -> Hardware | None:
+    """The disk of statefsd."""
     service = plan.by_name.get("statefsd")
     if service is None:
         return None

@@ -19,6 +19,9 @@ SEED_MAX: Final = (1 << 64) - 1
 TIMEOUT_DEFAULT: Final = "190s"  # the mission's RUN_TIMEOUT
 TIMEOUT_MAX: Final = 3600 * 10**9  # ns; a boot that takes an hour is not going to end
 SYSTEM_DEFAULT: Final = Path("systems/selftest.toml")
+SCENARIO_DEFAULT: Final = "ladder"  # boot, calls, denials, a crash, state, update, rollback
+
+SWEEP_ALL, SWEEP_SAMPLE = "all", "sample"
 
 PHASE_ALIASES: Final = {"routing": Phase.IPC, "logd": Phase.OBSERVE}
 _UNITS: Final = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9}
@@ -48,21 +51,24 @@ class Request:
     json: bool = False
     record: Path | None = None
     log: Path | None = None
+    report: Path | None = None
     saboteur: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """`nexus prove --saboteurs`: every saboteur of a ground in turn, each in a run of its own."""
+    """`nexus prove --saboteurs`: every saboteur of a ground in turn, or a sample of them, each in
+    a run of its own."""
 
     base: Request
+    sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """`nexus prove --compare A,B`: one scenario on two grounds."""
+    """`nexus prove --compare A,B`: one scenario on two grounds or more."""
 
-    grounds: tuple[Ground, Ground]
+    grounds: tuple[Ground, ...]
     scenario: str
     seed: int
     timeout: int
@@ -76,7 +82,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> "Request | Sweep |
     seed = _integer("--seed", options.seed, 0, SEED_MAX)
     if options.compare is not None:
         return Comparison(
-            grounds=_two_grounds(options.compare),
+            grounds=_grounds(options.compare),
             scenario=options.scenario,
             seed=seed,
             timeout=timeout,
@@ -98,9 +104,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> "Request | Sweep |
         json=options.json,
         record=options.record,
         log=options.log,
+        report=options.report,
         saboteur=options.saboteur,
     )
-    return Sweep(base=request) if options.saboteurs else request
+    if options.saboteurs is None:
+        return request
+    return Sweep(base=request, sample=options.saboteurs == SWEEP_SAMPLE)
 
 
 def phase_named(text: str) -> Phase:
@@ -119,13 +128,11 @@ def phase_named(text: str) -> Phase:
 
 
 def ground_named(text: str) -> Ground:
-    """The ground that can be run here. Raises UsageError."""
-    if text == Ground.VM.value:
-        raise UsageError("Ground vm is not built yet: choose sim or linux.")
+    """The ground of this name. Raises UsageError."""
     try:
         return Ground(text)
     except ValueError:
-        raise UsageError(f"There is no ground {text!r}: choose sim or linux.") from None
+        raise UsageError(f"There is no ground {text!r}: choose sim, linux or vm.") from None
 
 
 def duration(text: str) -> int:
@@ -152,7 +159,9 @@ def _until(text: str) -> str | None:
 def check_smp(request: "Request", smp: int) -> None:
     """Refuse a run that was to have the smp rungs and cannot. Raises UsageError."""
     if request.require_smp and request.ground is Ground.LINUX:
-        raise UsageError("REQUIRE_SMP=1 needs the smp rungs, and ground linux has none: use sim.")
+        raise UsageError(
+            "REQUIRE_SMP=1 needs the smp rungs, and ground linux has none: use sim or vm."
+        )
     if request.require_smp and smp < 2:
         raise UsageError("REQUIRE_SMP=1 needs SMP=2 or more.")
 
@@ -164,12 +173,11 @@ def _flag(name: str, environ: Mapping[str, str]) -> bool:
     return text == "1"
 
 
-def _two_grounds(text: str) -> tuple[Ground, Ground]:
+def _grounds(text: str) -> tuple[Ground, ...]:
     names = text.split(",")
-    if len(names) != 2:
-        raise UsageError(f"--compare {text}: name two grounds, as in --compare sim,linux.")
-    first, second = (ground_named(name) for name in names)
-    return first, second
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise UsageError(f"--compare {text}: name two grounds or more, as in --compare sim,linux.")
+    return tuple(ground_named(name) for name in names)
 
 
 def _integer(name: str, text: str, minimum: int, maximum: int) -> int:
@@ -186,9 +194,10 @@ EPILOG: Final = """\
 Examples:
   nexus prove                           # in the simulator, the selftest system
   nexus prove --ground linux --smp 2    # as real processes, on two CPUs
+  nexus prove --ground vm --report run.html
   nexus prove --seed 7 --json
   nexus prove --saboteurs               # every planted fault must be found
-  nexus prove --compare sim,linux
+  nexus prove --compare sim,linux,vm
 
 Environment: RUN_PHASE, RUN_UNTIL_MARKER, RUN_TIMEOUT, SMP, REQUIRE_SMP."""
 
@@ -209,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    _ = add("--ground", default="sim", help="sim or linux (default sim)")
+    _ = add("--ground", default="sim", help="sim, linux or vm (default sim)")
     _ = add("--system", type=Path, default=SYSTEM_DEFAULT, help="the system file")
     _ = add("--smp", default=None, help="CPUs, 1 to 4 (on linux: size of the CPU set)")
     _ = add("--seed", default=str(SEED_DEFAULT), help="what all choices of sim come from")
@@ -217,9 +226,21 @@ def _parser() -> argparse.ArgumentParser:
     _ = add("--json", action="store_true", help="print the verdict as one JSON object")
     _ = add("--record", type=Path, default=None, help="where to write the run record")
     _ = add("--log", type=Path, default=None, help="where to write sim's whole event log")
-    _ = add("--scenario", default="conformance", help="what --compare runs")
+    _ = add("--report", type=Path, default=None, help="where to write the run as an HTML page")
+    _ = add(
+        "--scenario",
+        default=SCENARIO_DEFAULT,
+        help="what --compare runs: ladder, of whole systems, or conformance, of kernels",
+    )
     what = parser.add_mutually_exclusive_group()
     _ = what.add_argument("--saboteur", type=int, default=None, help="plant the fault of a rung")
-    _ = what.add_argument("--saboteurs", action="store_true", help="run every saboteur in turn")
-    _ = what.add_argument("--compare", default=None, help="compare two grounds, as in sim,linux")
+    _ = what.add_argument(
+        "--saboteurs",
+        nargs="?",
+        choices=(SWEEP_ALL, SWEEP_SAMPLE),
+        const=SWEEP_ALL,
+        default=None,
+        help="run every saboteur in turn, or a sample",
+    )
+    _ = what.add_argument("--compare", default=None, help="compare grounds, as in sim,linux")
     return parser

@@ -12,15 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event as Pause
 from typing import Final
 
 import nexus
 from nexus.abi import Event
-from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED
 from nexus.kernel.linux.native import PR_SET_PDEATHSIG, prctl
+from nexus.proof.job import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
 from nexus.proof.record import EVENT_SIZE_MAX, MalformedEvent, decode_event
 from nexus.proof.trace import Ending, Trace
 from nexus.protocols.ladder import Ground
@@ -34,47 +35,51 @@ EXIT_GRACE: Final = 60.0  # seconds a boot has to exit after its last event; one
 REAP_GRACE: Final = 2 * 10**9  # ns for killed processes to be gone
 REAP_POLL: Final = 0.01  # seconds
 PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
-EXIT_RUN_OVER: Final = 103  # the root task had not exited at the bound of the kernel's clock
-EXIT_HANG: Final = 104
-EXIT_POWER_CUT: Final = 105  # where the job said
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What the child process has to boot. `limit` bounds its kernel clock, in nanoseconds.
-
-    `state` is the directory of what lasts from one boot of the run to the next. With `cut_at` the
-    power is cut (sim) inside the `cut_write`th write of a disk after selftest-client printed that
-    line. A device with slots (`slots`) is booted by the loader, which says in `slot` what it chose.
-    """
-
-    ground: str
-    system: str
-    smp: int
-    seed: int
-    limit: int
-    boot: int = 0
-    state: str | None = None
-    slots: bool = False
-    slot: str = ""
-    cut_at: str = ""
-    cut_write: int = 0
-    runner: int = 0  # process that started it, filled in by run_boot
-    saboteur: int | None = None
-    scenario: str | None = None
-    trace: bool = False
-    log: str | None = None
-
-
-assert {EXIT_RUN_OVER, EXIT_HANG, EXIT_POWER_CUT}.isdisjoint({EXIT_REBOOT, EXIT_SLOT_FAILED})
+__all__ = ["EXIT_HANG", "EXIT_POWER_CUT", "EXIT_RUN_OVER", "Job"]  # beside what stands here
 
 CHILD: Final = (sys.executable, "-m", "nexus.proof.child")
+READY_MAX: Final = 1800.0  # seconds to bring and build an image on a slow line
+EXIT_NOT_RUN: Final = 3  # of HOST without a job: something is missing, which its last line says
+HOST: Final = (sys.executable, "-m", "nexus.vm.host")
+"""What boots a job: the process of the system, or that of the machine which it has to itself."""
+GO: Final = b"go\n"  # to a boot that was started ahead: the one before is over
 
 Watch = Callable[[Event], bool]
 """Sees each event as it comes; True ends the boot there."""
 
 Keep = Callable[[bytes], None]
 """Is given each encoded event, for the run record."""
+
+
+class NotRun(Exception):
+    """There is nothing here to boot with; the text is one sentence with the command that helps."""
+
+
+def make_ready(ground: Ground) -> None:
+    """Have everything there that a boot needs, before its clock starts. Raises NotRun, and
+    RuntimeError where it is not the machine that is wanting: that would be red, and no skip."""
+    if ground is not Ground.VM:
+        return
+    try:
+        done = subprocess.run(  # noqa: S603 (our own module)
+            HOST,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+            timeout=READY_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        text = f"there was no image in {READY_MAX:.0f} s; try `nexus vm build`"
+        raise NotRun(text) from None
+    said = done.stderr.strip()
+    if done.returncode == EXIT_NOT_RUN:
+        raise NotRun(said.rpartition("\n")[2] or f"exit code {done.returncode}")
+    if done.returncode:
+        raise RuntimeError(f"nexus.vm.host ended with {done.returncode}: {said}")
 
 
 def _ignore(_line: bytes) -> None:
@@ -87,43 +92,77 @@ def run_boot(
     timeout: int,
     watch: Watch,
     keep: Keep = _ignore,
-    command: Sequence[str] = CHILD,
+    command: Sequence[str] = (),
 ) -> Trace:
     """Boot, read until the end, `watch` or the deadline, and leave no process behind.
 
-    `command` is given the descriptor of the event pipe and the job as JSON.
+    `command` is given the descriptor of the event pipe and the job as JSON; without one it is that
+    of the job's ground.
     """
-    start = time.monotonic_ns()
-    started = replace(job, runner=os.getpid())
-    become_subreaper()
-    reader, writer = os.pipe()
-    try:
-        arguments = [*command, str(writer), json.dumps(asdict(started))]
-        child = subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writer,),
-            env=_environment(),
-            start_new_session=True,
-        )
-    except BaseException:  # whatever it was goes on; only the descriptor is given back
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    with child:
-        reading = _Reading(child, reader, watch, keep, cuttable=bool(job.cut_at))
+    return Boot(job, command).run(timeout=timeout, watch=watch, keep=keep)
+
+
+class Boot:
+    """A started boot. That of a job `ahead` waits in its machine, before it looks at a disk, until
+    it is `run`."""
+
+    def __init__(self, job: Job, command: Sequence[str] = ()) -> None:
+        self._job = job
+        self._start = time.monotonic_ns()
+        become_subreaper()
+        self._reader, writer = os.pipe()
+        command = command or (HOST if job.ground == Ground.VM else CHILD)
+        started = replace(job, runner=os.getpid())
         try:
-            reading.until(start + timeout)
-            reading.close()
-            if reading.stopped and job.ground == Ground.SIM:
-                _stop(child)
+            self._child = subprocess.Popen(  # noqa: S603 (our own module, arguments made here)
+                [*command, str(writer), json.dumps(asdict(started))],
+                stdin=subprocess.PIPE if job.ahead else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writer,),
+                env=_environment(),
+                start_new_session=True,
+            )
+        except BaseException:  # whatever it was goes on; only the descriptor is given back
+            os.close(self._reader)
+            raise
         finally:
-            reading.close()
-            left_behind = _end_group(child)
-    return reading.trace(job.boot, left_behind, time.monotonic_ns() - start)
+            os.close(writer)
+
+    def run(self, *, timeout: int, watch: Watch, keep: Keep = _ignore) -> Trace:
+        """Read until its end, `watch` or the deadline; `timeout` counts from here if it was
+        `ahead`. No process is left behind."""
+        job, child = self._job, self._child
+        reader, self._reader = self._reader, -1
+        with child:
+            reading = _Reading(child, reader, watch, keep, cuttable=bool(job.cut_at))
+            try:
+                if job.ahead:
+                    self._start = time.monotonic_ns()
+                    self._go()
+                reading.until(self._start + timeout)
+                reading.close()
+                if reading.stopped and job.ground != Ground.LINUX:
+                    _stop(child)
+            finally:
+                reading.close()
+                left_behind = _end_group(child)
+        return reading.trace(job.boot, left_behind, time.monotonic_ns() - self._start)
+
+    def drop(self) -> None:
+        """No process of it stays, if it was not run."""
+        if self._reader < 0:
+            return
+        os.close(self._reader)
+        self._reader = -1
+        with self._child as child:
+            _ = _end_group(child)
+
+    def _go(self) -> None:
+        assert self._child.stdin is not None, "it was started with a pipe"
+        with suppress(BrokenPipeError):  # it is gone, and says why on its output
+            _ = self._child.stdin.write(GO)
+            self._child.stdin.close()
 
 
 def _environment() -> dict[str, str]:
@@ -253,7 +292,7 @@ class _Reading:
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
-    """Have a simulated machine leave what is on its disks: it is in no file before."""
+    """Have a machine leave what is on its disks; a simulated one has it in no file before."""
     child.terminate()
     try:
         _ = child.wait(STOP_GRACE)

@@ -15,7 +15,7 @@ from nexus.proof.plants_state import SABOTEURS as STATE
 from nexus.proof.sabotage import NoSuchSaboteur, Saboteur, replace
 from nexus.protocols.ladder import RUNGS, Ground
 
-__all__ = ["SABOTEURS", "NoSuchSaboteur", "Saboteur", "find", "replace"]
+__all__ = ["SABOTEURS", "SAMPLE", "NoSuchSaboteur", "Saboteur", "find", "replace", "sample"]
 
 SABOTEURS: Final[tuple[Saboteur, ...]] = (
     *KERNEL,
@@ -29,6 +29,16 @@ SABOTEURS: Final[tuple[Saboteur, ...]] = (
     *EXEC,
     *OTA,
 )
+
+
+SAMPLE: Final = (2, 39, 40, 42, 50, 51, 59, 81, 95, 105, 127, 136, 140, 143)
+"""Rungs of every phase, for a ground where a sweep of all takes hours."""
+
+
+def sample(ground: Ground) -> tuple[int, ...]:
+    """The rungs of SAMPLE for which there is a saboteur on a ground."""
+    planted = {saboteur.rung for saboteur in SABOTEURS if ground in saboteur.grounds}
+    return tuple(number for number in SAMPLE if number in planted)
 
 
 def find(number: int, ground: Ground) -> Saboteur:

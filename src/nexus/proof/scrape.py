@@ -1,18 +1,19 @@
 """What the runner itself reads from outside while a system runs: one page of exportd's, over the
 socket that the plan declares.
 
-On linux the runner connects as any scraper does. In the simulator there is nothing to connect to:
+On linux the runner connects as any scraper does, in a machine a process of the guest's own that has
+no part in the system. In the simulator there is nothing to connect to:
 the process that simulates plays the scraper, at the outer end of the simulated port. Either way
 the bytes that came are left in the state directory, and nobody has looked into them.
 """
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nexus.abi import Event, EventKind, StreamRole
 from nexus.init.plan import Plan
+from nexus.proof.scraper import REQUEST, kept_at
 from nexus.protocols.ladder import SELFTEST
 from nexus.services.selftest.export_rungs import EXPORTD_NAME, SCRAPE_LINE
 
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
     from nexus.kernel.sim.kernel import SimKernel
     from nexus.kernel.sim.ports import SimPeer
 
-REQUEST: Final = (
-    b"GET /metrics HTTP/1.1\r\n"
-    b"Host: localhost\r\n"
-    b"Accept: application/openmetrics-text; version=1.0.0\r\n"
-    b"Connection: close\r\n"
-    b"\r\n"
-)
-SCRAPE_WAIT: Final = 5.0  # seconds for each step; a page comes in milliseconds
-SCRAPE_SIZE_MAX: Final = 4 * 1024 * 1024  # bytes; a page of the selftest system has some ten KiB
-READ_SIZE: Final = 64 * 1024
 SCRAPER_PID: Final = 1  # of a process outside of the simulated system
 
 
@@ -38,11 +29,6 @@ def port_of(plan: Plan) -> str | None:
     exportd = plan.by_name.get(EXPORTD_NAME)
     ports = exportd.grants.stream_ports if exportd is not None else ()
     return next((port.name for port in ports if port.role is StreamRole.UNIX), None)
-
-
-def kept_at(state: Path, boot: int) -> Path:
-    """Where the bytes of a boot's scrape are."""
-    return state / f"scraped-{boot}"
 
 
 def scraped_of(state: Path, boot: int) -> bytes:
@@ -59,24 +45,6 @@ def is_asked(event: Event) -> bool:
         and fields.get("line") == SCRAPE_LINE
         and fields.get("name") == SELFTEST
     )
-
-
-def scrape(path: Path) -> bytes:
-    """Everything that comes over the socket after one request; what came until it failed."""
-    data = b""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(SCRAPE_WAIT)
-        try:
-            connection.connect(str(path))
-            connection.sendall(REQUEST)
-            while len(data) < SCRAPE_SIZE_MAX:
-                part = connection.recv(READ_SIZE)
-                if not part:
-                    break
-                data += part
-        except OSError:
-            return data  # the check says what is missing
-    return data
 
 
 class SimScraper:

@@ -6,6 +6,7 @@ and what does not fit there is lost and counted. A lost event turns the run red.
 
 import fcntl
 import os
+import stat
 from collections import deque
 from threading import Event as Pause
 from typing import Final
@@ -30,6 +31,8 @@ class EventSink:
         self.latest = Nanos(0)
         os.set_blocking(descriptor, False)
         os.set_inheritable(descriptor, False)
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            return  # a port of a virtual machine, which has no size to set
         try:
             _ = fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         except PermissionError:  # over the user's pipe budget: the buffer below does the rest
@@ -38,7 +41,10 @@ class EventSink:
     def record(self, event: Event) -> None:
         """Take one event."""
         self.latest = event.time
-        line = encode_event(event) + b"\n"
+        self.send(encode_event(event) + b"\n")
+
+    def send(self, line: bytes) -> None:
+        """Take one line as it is."""
         if self._waiting_size + len(line) > WAITING_SIZE_MAX:
             self.dropped += 1
             return
@@ -48,6 +54,11 @@ class EventSink:
 
     def close(self) -> None:
         """Hand over what still waits, say how much was lost, and close the pipe."""
+        self.end()
+        os.close(self._descriptor)
+
+    def end(self) -> None:
+        """Hand over what still waits, and say how much was lost."""
         pause = Pause()
         for _ in range(DRAIN_TRIES):
             if self._flush():
@@ -55,7 +66,6 @@ class EventSink:
             _ = pause.wait(DRAIN_POLL)
         self._waiting.append(b'{"dropped":%d}\n' % self.dropped)
         _ = self._flush()
-        os.close(self._descriptor)
 
     def _flush(self) -> bool:
         """Write until the pipe is full. Whether nothing waits any more."""

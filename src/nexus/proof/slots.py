@@ -68,7 +68,7 @@ def prepare(plan: Plan, system: Path, ground: Ground, seed: int, state: Path) ->
     """Provision the device in `state` with its first set, and write the stick; the sets by name."""
     devices = slot_devices(plan)
     assert devices is not None, "the plan has slots"
-    package = package_folder() if ground is Ground.LINUX else None
+    package = None if ground is Ground.SIM else package_folder()
     bad_file = _bad_system(system, state / SETS)
     contents = {
         FIRST: build(system, _release(0), package=package),

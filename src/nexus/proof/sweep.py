@@ -3,6 +3,8 @@
 First the ground is run as it is; only from green does a red rung mean anything. Then every rung
 that is run there is sabotaged in a run of its own. What comes behind the red rung may be
 blocked; any other red rung, and a rung without a saboteur, is a failure of the sweep.
+
+A sweep of some rungs alone makes its runs as far as the phase of each, for time's sake.
 """
 
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus.proof.prove import Outcome, prove
+from nexus.proof.report import spans
 from nexus.proof.request import Request
 from nexus.proof.sabotage import NoSuchSaboteur
 from nexus.proof.saboteurs import find
@@ -54,8 +57,15 @@ def problem_of(number: int, verdict: Verdict) -> str:
     return f"red: {also}"
 
 
-def sweep(base: Request, directory: Path, *, tell: Callable[[str], None]) -> Swept:
-    """Run the ground clean, then once per rung. `tell` is given a line about each."""
+def sweep(
+    base: Request,
+    directory: Path,
+    *,
+    tell: Callable[[str], None],
+    numbers: Sequence[int] | None = None,
+) -> Swept:
+    """Run the ground clean, then once per rung, or for each of `numbers`. `tell` is given a line
+    about each."""
     clean = prove(base, directory)
     tell(f"{base.ground.value} without a saboteur: exit code {clean.verdict.exit_code}")
     if clean.verdict.exit_code:
@@ -63,8 +73,16 @@ def sweep(base: Request, directory: Path, *, tell: Callable[[str], None]) -> Swe
         unsound = f"the run without a saboteur is red: {missing or clean.verdict.findings}"
         return Swept(ground=base.ground, findings=(), unsound=unsound)
     findings = []
-    for result in clean.verdict.of(State.PASSED):
-        finding = _sabotage(result.number, base, directory)
+    passed = [result.number for result in clean.verdict.of(State.PASSED)]
+    for number in passed if numbers is None else numbers:
+        if number not in passed:
+            why = "it is not climbed in the run without a saboteur"
+            finding = Finding(rung=number, fault=rung(number).fault, problem=why)
+        elif numbers is None:
+            finding = _sabotage(number, base, directory)
+        else:
+            short = replace(base, phase=rung(number).phase, until="")
+            finding = _sabotage(number, short, directory)
         tell(_line(finding))
         findings.append(finding)
     return Swept(ground=base.ground, findings=findings)
@@ -112,9 +130,9 @@ def _summary(swept: Swept) -> Iterator[str]:
     bad = [finding for finding in swept.findings if finding.problem]
     for finding in bad:
         yield _line(finding)
-    good = len(swept.findings) - len(bad)
-    ground = swept.ground.value
-    yield f"{ground}: {good} saboteurs turned exactly their rung red, {len(bad)} did not"
+    good = sorted(finding.rung for finding in swept.findings if not finding.problem)
+    told = f"{len(good)} saboteurs turned exactly their rung red, {len(bad)} did not"
+    yield f"{swept.ground.value}: {told}{': #' if good else ''}{spans(good)}"
 
 
 def _line(finding: Finding) -> str:

@@ -18,6 +18,11 @@ CRASH_PATTERNS: Final = (
     re.compile(r"\bAssertionError\b"),
 )
 FAIL_WORD: Final = re.compile(r"\bFAIL\b")
+ALARMS: Final = re.compile(
+    r"Kernel panic|Oops\b|Internal error:|BUG: |Unable to handle kernel|Out of memory: Killed"
+)
+"""A line of a machine's console with one of these is of a kernel that went wrong. (A service that
+is killed over its own limit is "Memory cgroup out of memory".)"""
 
 
 class Identity(NamedTuple):
@@ -70,7 +75,7 @@ class Trace:
     `left` is what the runner itself read on the disks when the boot had ended, and `earlier` are
     the boots of the run before this one, oldest first. `seed` is what a simulated machine's chance
     came from. `boot_left` is what lies on boot device and slots, None without them, `made` the sets
-    that the runner has made, by name.
+    that the runner has made, by name. `notes` are what the machine said of itself, on the vm.
     """
 
     events: Sequence[Event]
@@ -82,6 +87,7 @@ class Trace:
     scraped: bytes = b""
     boot_left: BootRemains | None = None
     made: Mapping[str, Made] = field(default_factory=dict)
+    notes: Sequence[Mapping[str, Any]] = ()
     earlier: "tuple[Trace, ...]" = ()
 
     @cached_property

@@ -19,12 +19,13 @@ from nexus.abi import INIT_NAME, EventKind, Nanos
 from nexus.bootctl.handover import EXIT_SLOT_FAILED, EXIT_STOPPED
 from nexus.init.plan import Plan
 from nexus.proof.expected import PHASES, Scope, boots_of, is_bad, is_cut, not_run
-from nexus.proof.trace import CRASH_PATTERNS, FAIL_WORD, Line, Trace
+from nexus.proof.trace import ALARMS, CRASH_PATTERNS, FAIL_WORD, Line, Trace
 from nexus.protocols.ladder import (
     CLAIMED_PREFIXES,
     KERNEL,
     RUNGS,
     SELFTEST,
+    Ground,
     Phase,
     Rung,
     rung,
@@ -266,7 +267,16 @@ class _Judge:
             found("the event stream ended before the boot said so")
         if ending.dropped:
             found(f"{ending.dropped} events were lost")
+        self._read_alarm(trace, found)
         self._read_crashes(trace, found)
+
+    def _read_alarm(self, trace: Trace, found: Callable[[str], None]) -> None:
+        """Whatever its ending: the exit code of a machine that is stopped or cut is not its own."""
+        if self._case.scope.ground is not Ground.VM:
+            return
+        alarm = next((text for text in trace.output.splitlines() if ALARMS.search(text)), None)
+        if alarm is not None:
+            found(f"the console tells of {alarm!r}")
 
     def _read_crashes(self, trace: Trace, found: Callable[[str], None]) -> None:
         texts = [trace.output, *(line.text for line in trace.lines)]

@@ -189,6 +189,13 @@ class Codec:
         "statuses",
     )
 
+    batch_count_max: int
+    decode_reply: Callable[[bytes], Any]
+    decode_request: Callable[[bytes], Any]
+    reply_item_size_max: int
+    reply_size_max: int
+    request_size_max: int
+
     def __init__(self, info: RequestInfo, number: int, version: int) -> None:
         self.info = info
         self.op = info.op
@@ -203,23 +210,24 @@ class Codec:
         self.reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, 0, number, 0)
         self.batch_prefix = PREFIX.pack(FRAME_KIND, version, info.op, FLAG_BATCH, number, 0)
         self.batch_reply_prefix = PREFIX.pack(FRAME_KIND, version, reply_op, FLAG_BATCH, number, 0)
-        self.decode_request = strict_decoder(info.request)
-        self.decode_reply = strict_decoder(info.reply)
-        self._decode_requests = strict_decoder(list[info.request])  # type: ignore[name-defined]
-        self._decode_replies = strict_decoder(list[info.reply])  # type: ignore[name-defined]
-        self._decode_items = strict_decoder(list[info.reply | int])  # type: ignore[name-defined]
-        self.request_size_max = min(encoded_size_max(info.request), BODY_SIZE_MAX)
-        self.reply_size_max = min(encoded_size_max(info.reply), BODY_SIZE_MAX)
-        self.reply_item_size_max = max(self.reply_size_max, STATUS_ITEM_SIZE_MAX)
-        self.batch_count_max = max(
-            1,
-            min(
-                BATCH_COUNT_MAX, (BODY_SIZE_MAX - BATCH_PREFIX_SIZE_MAX) // self.reply_item_size_max
-            ),
-        )
         self.statuses: dict[int, IntEnum] = {
             status: status for status in (*ReplyStatus, *(info.refuses or ()))
         }
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not derived yet, once. A program speaks a few requests of the many it
+        imports, and deriving all of them takes longer than importing them."""
+        derive = _DERIVED.get(name)
+        if derive is None:
+            raise AttributeError(f"a codec has no {name!r}")
+        value = derive(self)
+        setattr(self, name, value)
+        return value
+
+    def derive(self) -> None:
+        """Derive everything now, for those who are forked from here."""
+        for name in _DERIVED:
+            _ = getattr(self, name)
 
     def decode_requests(self, body: bytes) -> list[Any]:
         """The requests of a batch, 1 to `batch_count_max`, or RemoteProtocolError."""
@@ -251,6 +259,24 @@ class Codec:
         return status
 
 
+def _batch_count_max(codec: Codec) -> int:
+    fitting = (BODY_SIZE_MAX - BATCH_PREFIX_SIZE_MAX) // codec.reply_item_size_max
+    return max(1, min(BATCH_COUNT_MAX, fitting))
+
+
+_DERIVED: Final[dict[str, Callable[[Codec], Any]]] = {
+    "decode_request": lambda codec: strict_decoder(codec.info.request),
+    "decode_reply": lambda codec: strict_decoder(codec.info.reply),
+    "_decode_requests": lambda codec: strict_decoder(list[codec.info.request]),  # type: ignore[name-defined]
+    "_decode_replies": lambda codec: strict_decoder(list[codec.info.reply]),  # type: ignore[name-defined]
+    "_decode_items": lambda codec: strict_decoder(list[codec.info.reply | int]),  # type: ignore[name-defined]
+    "request_size_max": lambda codec: min(encoded_size_max(codec.info.request), BODY_SIZE_MAX),
+    "reply_size_max": lambda codec: min(encoded_size_max(codec.info.reply), BODY_SIZE_MAX),
+    "reply_item_size_max": lambda codec: max(codec.reply_size_max, STATUS_ITEM_SIZE_MAX),
+    "batch_count_max": _batch_count_max,
+}
+
+
 class Protocol:
     """A named set of requests. `number` is its id on the wire, unique in the tree.
 
@@ -277,5 +303,18 @@ class Protocol:
             info.request: Codec(info, number, version) for info in self.requests
         }
         self.dispatch: dict[bytes, Codec] = {codec.prefix: codec for codec in self.codecs.values()}
-        self.request_size_max = max(codec.request_size_max for codec in self.codecs.values())
-        self.reply_size_max = max(codec.reply_size_max for codec in self.codecs.values())
+
+    @property
+    def request_size_max(self) -> int:
+        """Bytes of the largest body of a request."""
+        return max(codec.request_size_max for codec in self.codecs.values())
+
+    @property
+    def reply_size_max(self) -> int:
+        """Bytes of the largest body of a reply."""
+        return max(codec.reply_size_max for codec in self.codecs.values())
+
+    def derive(self) -> None:
+        """Derive what is derived of every request now."""
+        for codec in self.codecs.values():
+            codec.derive()

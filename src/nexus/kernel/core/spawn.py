@@ -11,6 +11,7 @@ from typing import Final
 from nexus.abi import (
     BUDGET_SIZE_DEFAULT,
     CONTROL_LINK_SIZE,
+    CPU_SHARE_MAX,
     ENDPOINTS_PER_OWNER_MAX,
     MEMORY_SIZE_DEFAULT,
     MEMORY_SIZE_MAX,
@@ -99,6 +100,7 @@ def _problem_of(spec: SpawnSpec, live_names: Collection[str]) -> str | None:
         ("endpoints", spec.endpoints, 1, ENDPOINTS_PER_OWNER_MAX),
         ("budget", spec.budget, least_budget, BUDGET_SIZE_MAX),
         ("memory", spec.memory, MEMORY_SIZE_DEFAULT, MEMORY_SIZE_MAX),
+        ("cpu_share", 1 if spec.cpu_share is None else spec.cpu_share, 1, CPU_SHARE_MAX),
         ("delegations", spec.delegations, 0, DELEGATIONS_MAX),
     )
     for field, value, least, most in ranges:

@@ -26,12 +26,14 @@ from nexus.abi import (
     Nanos,
     Status,
 )
-from nexus.kernel.linux.native import map_shared
+from nexus.kernel.linux.mmio import Mapped
+from nexus.kernel.linux.native import at_address
 
 FILE: Final = "file"
 NODE: Final = "node"
 HWRNG: Final = "hwrng"
 GETRANDOM: Final = "getrandom"
+WINDOW: Final = "virtio-mmio"
 
 WORD_SIZE: Final = 4  # bytes of a register
 
@@ -43,18 +45,20 @@ NO_DSYNC_ERRORS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS))
 
 
 class Granted(NamedTuple):
-    """A device as init hands it over; a descriptor goes with it unless it is getrandom."""
+    """A device as init hands it over: with a descriptor, or `mapped` in memory that its holder
+    inherits; getrandom is neither."""
 
     name: str
     kind: HardwareKind
     backing: str
     block_count: int
     writable: bool
+    mapped: Mapped | None = None
 
     @property
     def described(self) -> bool:
         """Whether it has a descriptor."""
-        return self.backing != GETRANDOM
+        return self.backing != GETRANDOM and self.mapped is None
 
     @property
     def info(self) -> DeviceInfo:
@@ -220,31 +224,25 @@ class Source:
             os.close(self.descriptor)
 
 
-class DmaPages(NamedTuple):
-    """Memory that a device reads and writes, as whoever handed the window over has laid it out:
-    page n of the descriptor has the device's address `addresses[n]`."""
-
-    descriptor: int
-    addresses: tuple[int, ...]
-
-
 class Window:
-    """A register window of a device, over a descriptor that maps it.
+    """A register window of a device, over a mapping that its holder has, and the memory that the
+    device reads and writes, over another one.
 
     No device of a Linux host has one; in a virtual machine of ours init hands them over.
     """
 
-    __slots__ = ("_area", "_dma", "descriptor", "granted", "length")
+    __slots__ = ("_area", "_registers", "granted", "length")
 
     kind: Final = CapKind.DEVICE
 
-    def __init__(self, granted: Granted, descriptor: int, length: int, dma: DmaPages) -> None:
-        assert length % PAGE_SIZE == 0, "a window is whole pages"
+    def __init__(
+        self, granted: Granted, registers: "ctypes.Array[ctypes.c_ubyte]", area: DmaArea
+    ) -> None:
+        assert len(registers) % PAGE_SIZE == 0, "a window is whole pages"
         self.granted = granted
-        self.descriptor = descriptor
-        self.length = length  # bytes
-        self._dma = dma
-        self._area: DmaArea | None = None
+        self.length = len(registers)  # bytes
+        self._registers = registers
+        self._area = area
 
     def map(self, offset: int, *, execute: bool) -> "Registers":
         """Refuses as DeviceMap."""
@@ -254,20 +252,14 @@ class Window:
             raise AbiError(Status.PERMISSION_DENIED, "registers are not executed")
         if not 0 <= offset < self.length:
             raise AbiError(Status.PERMISSION_DENIED, f"offset {offset} of {self.length}")
-        return Registers(self.descriptor, self.length - offset, offset)
+        return Registers(self._registers, offset)
 
     def dma(self) -> DmaArea:
-        """The area, mapped once."""
-        if self._area is None:
-            size = len(self._dma.addresses) * PAGE_SIZE
-            array = map_shared(self._dma.descriptor, size, 0)
-            self._area = DmaArea(memoryview(array).cast("B"), self._dma.addresses)
+        """The area, the same each time."""
         return self._area
 
     def close(self) -> None:
         """No slot names it any more; mappings that are out stay until they are let go."""
-        os.close(self.descriptor)
-        os.close(self._dma.descriptor)
 
 
 class Registers:
@@ -276,10 +268,9 @@ class Registers:
 
     __slots__ = ("_words", "length")
 
-    def __init__(self, descriptor: int, length: int, offset: int = 0) -> None:
-        self.length = length
-        array = map_shared(descriptor, length, offset)
-        words = (ctypes.c_uint32 * (length // WORD_SIZE)).from_buffer(array)
+    def __init__(self, array: "ctypes.Array[ctypes.c_ubyte]", offset: int = 0) -> None:
+        self.length = len(array) - offset
+        words = (ctypes.c_uint32 * (self.length // WORD_SIZE)).from_buffer(array, offset)
         self._words: ctypes.Array[ctypes.c_uint32] | None = words
 
     def read(self, offset: int) -> int:
@@ -296,7 +287,7 @@ class Registers:
         words[index] = value
 
     def end(self) -> None:
-        """Unmap; every later access is a ValueError."""
+        """Give the window back; every later access is a ValueError."""
         self._words = None
 
     def _at(self, offset: int) -> "tuple[ctypes.Array[ctypes.c_uint32], int]":
@@ -313,6 +304,10 @@ Device = Block | Source | Window
 
 def adopt_device(granted: Granted, descriptor: int) -> Device:
     """The object behind a slot, made by its holder; `descriptor` is -1 where there is none."""
+    if granted.mapped is not None:
+        registers, length, memory, addresses = granted.mapped
+        view = memoryview(at_address(memory, len(addresses) * PAGE_SIZE)).cast("B")
+        return Window(granted, at_address(registers, length), DmaArea(view, addresses))
     if granted.kind is HardwareKind.BLOCK:
         return Block(granted, descriptor)
     assert granted.kind is HardwareKind.ENTROPY, "init hands over no other kind"

@@ -23,7 +23,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nexus.abi import MEMORY_SIZE_DEFAULT, VMO_SIZE_MAX, Grants, Isolation, SecretBackend
+from nexus.abi import (
+    MEMORY_SIZE_DEFAULT,
+    VMO_SIZE_MAX,
+    Grants,
+    Isolation,
+    SecretBackend,
+    SpawnSpec,
+)
 from nexus.kernel.linux import landlock, seccomp
 from nexus.kernel.linux.driver import DESCRIPTORS_MAX
 from nexus.kernel.linux.native import (
@@ -75,6 +82,9 @@ SYSTEM_PATHS: Final = (
     "/etc/localtime",
     "/dev/urandom",
 )
+# A control group counts pages that are there, these limits count addresses: where there is a group
+# they only stop what it does not see, memory that is asked for and never touched.
+GROUPED_FACTOR: Final = 2
 HOLDER_TIME: Final = 5_000  # milliseconds the maker of the namespaces may take
 STATM_SIZE_MAX: Final = 256  # bytes of /proc/self/statm
 STATM_SIZE: Final = 0  # fields of /proc/self/statm, proc_pid_statm(5)
@@ -196,6 +206,7 @@ class Confinement(NamedTuple):
     memory: int = MEMORY_SIZE_DEFAULT
     secret: Secret = NO_SECRET  # the directory is init's to open, the key is the child's to take
     key_name: str = ""  # of the secret's key
+    grouped: bool = False  # a control group bounds its memory
 
 
 class Hardening:
@@ -289,9 +300,9 @@ class Hardening:
                     raise OSError(f"no bound on TCP connections, {step}: {self.why[step]}")
                 if step in self.why and grants.secret is SecretBackend.FILE:
                     raise OSError(f"no bound on the secret's directory, {step}: {self.why[step]}")
-        _ = gc.collect()
-        gc.freeze()
+        gc.freeze()  # without a look for garbage first: it takes longer than half the imports
         gc.set_threshold(GC_THRESHOLD)
+        gc.enable()
 
     # ------------------------------------------------------------------ the steps
 
@@ -374,9 +385,11 @@ class Hardening:
         page = os.sysconf("SC_PAGE_SIZE")
         fields = statm.split()
         data, size = (int(fields[field]) * page for field in (STATM_DATA, STATM_SIZE))
-        budget = self.confinement.budget
-        room = budget + self.confinement.memory
-        room += THREAD_MARGIN * self.confinement.grants.threads
+        confinement = self.confinement
+        budget = confinement.budget
+        room = _room(budget, confinement.memory, confinement.grants)
+        if confinement.grouped:
+            room *= GROUPED_FACTOR
         _lower(resource.RLIMIT_DATA, data + room)
         _lower(resource.RLIMIT_AS, size + room + budget)  # views of its objects
         _lower(resource.RLIMIT_FSIZE, self.confinement.file_size)
@@ -414,7 +427,7 @@ class Hardening:
         """None, unless only root may read the interpreter or the import path: then reading goes
         on until the import is over, and Landlock says what."""
         needed = (sys.executable, os.__file__, __file__)
-        if all(os.access(path, os.R_OK) for path in needed) or not landlock.version():
+        if all(map(_may_read, needed)) or not landlock.version():
             drop_capabilities()
         elif self.confinement.uid is not None:
             keep_read_capability()
@@ -478,6 +491,20 @@ class Hardening:
 
     def _seccomp(self) -> None:
         seccomp.install(self.confinement.grants, secret=self.confinement.secret)
+
+
+def memory_room(spec: SpawnSpec) -> int:
+    """Bytes of memory of its own that a task may take, its objects among them."""
+    return _room(spec.budget, spec.memory, spec.grants)
+
+
+def _room(budget: int, memory: int, grants: Grants) -> int:
+    return budget + memory + THREAD_MARGIN * grants.threads
+
+
+def _may_read(path: str) -> bool:
+    """Whether a module's file may be read; of a library without source that is the compiled one."""
+    return os.access(path, os.R_OK) or os.access(f"{path}c", os.R_OK)
 
 
 def _lower(kind: int, limit: int) -> None:

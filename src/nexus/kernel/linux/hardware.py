@@ -1,7 +1,9 @@
 """The bus map on Linux: what is behind each device, and init's opening of it for its holder.
 
 A block device is a file or a device node; an entropy source is a hardware generator's node, or
-getrandom(2). A legacy transport and an empty one are things of the simulated bus and not here.
+getrandom(2). A machine of our own has pages of registers too: a device without a path that one of
+them is for is a window, which its holder drives, and only there is an empty transport. A legacy
+transport is a thing of the simulated bus and not here.
 
 A device without a path is an image in the state directory, made before the first boot of that
 directory and never again: a marker beside it says that it has been there, and an image that is
@@ -24,9 +26,10 @@ from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
 from nexus.abi import BLOCK_SIZE, BusEntry, HardwareKind, SpawnReason
-from nexus.kernel.core import Hardware, SpawnRefused
-from nexus.kernel.linux.devices import FILE, GETRANDOM, HWRNG, NODE, Granted
+from nexus.kernel.core import WINDOW_SIZE, Hardware, SpawnRefused
+from nexus.kernel.linux.devices import FILE, GETRANDOM, HWRNG, NODE, WINDOW, Granted
 from nexus.kernel.linux.durable import DIRECTORY_FLAGS, make_directory, replace_file
+from nexus.kernel.linux.mmio import MEMORY, Mmio, MmioPage
 
 HWRNG_PATH: Final = "/dev/hwrng"
 HWRNG_NUMBER: Final = os.makedev(10, 183)  # Documentation/admin-guide/devices.txt
@@ -56,16 +59,28 @@ class Made(NamedTuple):
 class Bus:
     """The devices of this machine, and their opening."""
 
-    __slots__ = ("_state_dir", "_unmade", "present")
+    __slots__ = ("_state_dir", "_unmade", "present", "windows")
 
-    def __init__(self, hardware: Sequence[Hardware], state_dir: Path | None) -> None:
+    def __init__(
+        self,
+        hardware: Sequence[Hardware],
+        state_dir: Path | None,
+        pages: Sequence[MmioPage] = (),
+    ) -> None:
         self._state_dir = state_dir
         self._unmade: dict[str, str] = {}  # why an image could not be made, by the device's name
+        modern = [each for each in sorted(hardware, key=_by_name) if not each.legacy]
+        self.windows = _windows(modern, pages)
         self.present = tuple(
             each
-            for each in sorted(hardware, key=lambda each: each.name)
-            if not each.legacy and each.kind is not HardwareKind.EMPTY
+            for each in modern
+            if each.kind is not HardwareKind.EMPTY or each.name in self.windows
         )
+
+    def close(self) -> None:
+        """No device has a holder any more."""
+        for window in self.windows.values():
+            window.close()
 
     def make_images(self) -> tuple[Made, ...]:
         """Before a boot: make the images that this state directory has never had. One that cannot
@@ -74,7 +89,7 @@ class Bus:
             return ()
         made = []
         for device in self.present:
-            if device.kind is HardwareKind.BLOCK and not device.path:
+            if device.kind is HardwareKind.BLOCK and not self._is_elsewhere(device):
                 try:
                     if self._make(device):
                         made.append(Made(device.name, self._path_of(device), device.size))
@@ -101,10 +116,18 @@ class Bus:
 
     def scan(self) -> tuple[BusEntry, ...]:
         """The answer to BusScan."""
-        return tuple(
-            BusEntry(each.name, each.kind, self._backing(each), 0, 0, 0, 0, 0)
-            for each in self.present
-        )
+        return tuple(self._entry(each) for each in self.present)
+
+    def _entry(self, device: Hardware) -> BusEntry:
+        window = self.windows.get(device.name)
+        if window is None:
+            return BusEntry(device.name, device.kind, self._backing(device), 0, 0, 0, 0, 0)
+        found = window.look()
+        return BusEntry(device.name, device.kind, WINDOW, window.page.address, WINDOW_SIZE, *found)
+
+    def _is_elsewhere(self, device: Hardware) -> bool:
+        """Whether there is more to a disk than an image in the state directory."""
+        return bool(device.path) or device.name in self.windows
 
     def source(self) -> Granted:
         """What an entropy device without a path is on this machine."""
@@ -113,7 +136,11 @@ class Bus:
 
     def open(self, device: Hardware, undo: ExitStack) -> tuple[Granted, int]:
         """Open a device for its one holder: what it is, and a descriptor that `undo` closes, -1
-        for getrandom. Refuses: SpawnRefused (map-failed)."""
+        for getrandom and for a window, whose mappings `undo` takes from init when they were
+        inherited. Refuses: SpawnRefused (map-failed)."""
+        window = self.windows.get(device.name)
+        if window is not None:
+            return _open_window(device, window, undo)
         if device.kind is HardwareKind.ENTROPY:
             return _open_source(device, undo)
         return self._open_block(device, undo)
@@ -186,6 +213,36 @@ class Bus:
         if len(given.parts) != 1 or ".." in given.parts:
             raise _refused(device, Path(given), "it is not in the state directory itself")
         return self._state_dir / given
+
+
+def _windows(hardware: Sequence[Hardware], pages: Sequence[MmioPage]) -> dict[str, Mmio]:
+    """Which page is which device's, by the name of the device: one that is for it by name, else
+    the first one for any of its kind."""
+    left = list(pages)
+    windows = {}
+    for device in hardware:
+        fitting = [each for each in left if each.kind is device.kind and not device.path]
+        fitting = [each for each in fitting if each.name in ("", device.name)]
+        page = max(fitting, key=lambda each: each.name, default=None)
+        if page is not None:
+            left.remove(page)
+            windows[device.name] = Mmio(page)
+    return windows
+
+
+def _by_name(device: Hardware) -> str:
+    return device.name
+
+
+def _open_window(device: Hardware, window: Mmio, undo: ExitStack) -> tuple[Granted, int]:
+    try:
+        mapped = window.open(undo)
+    except OSError as error:
+        where = f"the page {window.page.address:#x} of {MEMORY}"
+        raise SpawnRefused(
+            SpawnReason.MAP_FAILED, f"device {device.name}: {where}: {_why(error)}"
+        ) from None
+    return Granted(device.name, device.kind, WINDOW, 0, writable=True, mapped=mapped), -1
 
 
 def _open_file(path: Path, device: Hardware, undo: ExitStack) -> tuple[int, bool]:

@@ -125,10 +125,19 @@ from nexus.kernel.linux.driver import (
     cookie_of,
 )
 from nexus.kernel.linux.grants import check_grants, open_granted
-from nexus.kernel.linux.harden import UID_FIRST, Confinement, Namespaces, preload
+from nexus.kernel.linux.groups import Group, Groups
+from nexus.kernel.linux.harden import (
+    IMPORT_DATA_MAX,
+    UID_FIRST,
+    Confinement,
+    Namespaces,
+    memory_room,
+    preload,
+)
 from nexus.kernel.linux.hardware import Bus, Made
 from nexus.kernel.linux.identity import CREDENTIALS, NO_ID, ROWS, IdentityTable, IdentityView
-from nexus.kernel.linux.native import MACHINE, SIOCOUTQ, timerfd, timerfd_arm
+from nexus.kernel.linux.mmio import MmioPage
+from nexus.kernel.linux.native import MACHINE, SIOCOUTQ, signalfd, timerfd, timerfd_arm
 from nexus.kernel.linux.notify import ServiceManager
 from nexus.kernel.linux.objects import Endpoint, HolderLink, OwnerLink, make_pair
 from nexus.kernel.linux.outside import SignalLink
@@ -160,6 +169,8 @@ LAST_FRAMES_MAX: Final = 4096  # taken from the channel of a dead task; its buff
 EVENTS_PER_POLL: Final = 64
 KILL_TIME: Final = 5_000_000_000  # nanoseconds until a killed task must be reapable
 KERNEL_PID: Final = Pid(0)
+ORPHANS_PARENT: Final = 1  # the process that Linux gives the children of a dead one
+SIGNALS_READ: Final = 4096  # bytes of one read of a signalfd, some dozens of signals
 ENDED_EARLY: Final = "the child ended before it was confined"
 
 # Nice values of the classes. Not SCHED_FIFO, SCHED_RR or SCHED_IDLE: no class starves another.
@@ -196,6 +207,7 @@ class Child:
         "doors",
         "exit",
         "frames",
+        "group",
         "hardware",
         "killed",
         "links",
@@ -221,8 +233,10 @@ class Child:
         channel: socket.socket,
         share: OwnerShare,
         links: tuple[socket.socket, ...],
+        group: Group | None = None,
     ) -> None:
         self.name = spec.name
+        self.group = group
         self.program = spec.program
         self.hardware = tuple(grant.name for grant in spec.grants.hardware)
         self.doors = doors_of(spec.grants)
@@ -296,8 +310,11 @@ class LinuxKernel:
 
     `state_dir` holds what outlives a boot; without it BootMemory is Unsupported. `runtime_dir`
     holds the sockets of the ports; without it a task with ports cannot start. Both are made if
-    they are not there. `notify_socket` is the value of NOTIFY_SOCKET, None without a manager.
+    they are not there. `notify_socket` is the value of NOTIFY_SOCKET, None without a manager, and
+    `watchdog` the caller's descriptor of the machine's, -1 without one.
     `hardware` is the bus map: images without a path, and secrets, are in the state directory.
+    `pages` are registers that this machine has to give to services, which only process 1 can.
+    `groups` is the part of the tree of control groups that is ours, None for none.
     While `run` is running, SIGTERM, SIGINT and SIGHUP are messages to the root task.
     """
 
@@ -316,6 +333,9 @@ class LinuxKernel:
         notify_socket: str | None = None,
         uid_first: int = UID_FIRST,
         hardware: Sequence[Hardware] = (),
+        pages: Sequence[MmioPage] = (),
+        watchdog: int = -1,
+        groups: Path | None = None,
     ) -> None:
         check_bus(hardware)
         self.programs: Programs = programs
@@ -327,9 +347,10 @@ class LinuxKernel:
         self.runtime_dir = runtime_dir
         self.uid_first = uid_first
         self.state_dir = state_dir
-        self.bus = Bus(hardware, state_dir)
+        self.bus = Bus(hardware, state_dir, pages)
         self.boot_memory = BootMemory(state_dir)
-        self.manager = ServiceManager(notify_socket)
+        self.groups = Groups(groups)
+        self.manager = ServiceManager(notify_socket, watchdog)
         self.ports: dict[str, tuple[Path, ...]] = {}  # sockets of live tasks, by their name
         self.told: set[signal.Signals] = set()  # of the run's signals, those the root has taken
         self.shares = SystemShares(self.limits)
@@ -341,6 +362,9 @@ class LinuxKernel:
         self.degraded: tuple[str, ...] = ()  # what every child of this run lacks
         self.forks_discarded = 0
         self.refused_frames = 0  # on kernel channels
+        self.orphans = 0  # reaped
+        self._ended = -1  # tells of the end of any child, in process 1
+        self._newest = 0  # pid of the latest child, which may not be in `children` yet
         self._record = recorder
         self.testing = False  # while the self tests run
         self.tested: list[Event] = []  # what they caused
@@ -446,6 +470,8 @@ class LinuxKernel:
         _ = stack.callback(os.close, self._null)
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         _ = stack.callback(self._epoll.close)
+        if os.getpid() == ORPHANS_PARENT:
+            self._hear_orphans(stack)
         self._timer = timerfd()
         _ = stack.callback(os.close, self._timer)
         self._epoll.register(self._timer, select.EPOLLIN)
@@ -454,11 +480,34 @@ class LinuxKernel:
         _ = stack.callback(self.table.close)
         self.view = IdentityView(self.table.descriptor)
         _ = stack.callback(self.view.close)
+        _ = stack.callback(self.bus.close)
+        _ = stack.callback(self.groups.end)
+        self.groups.begin()
         self.namespaces: tuple[int, ...] = ()
         if self.harden and os.geteuid() == 0:
             namespaces = Namespaces()
             _ = stack.callback(namespaces.close)
             self.namespaces = namespaces.descriptors
+
+    def _hear_orphans(self, stack: ExitStack) -> None:
+        """Have the end of any child wake us: to process 1 Linux gives those of others too."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        _ = stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, former)
+        self._ended = signalfd({signal.SIGCHLD})
+        _ = stack.callback(os.close, self._ended)
+        self._epoll.register(self._ended, select.EPOLLIN)
+
+    def _reap_orphans(self) -> None:
+        """Reap the children that are none of ours. Ours are reaped by whoever waits for them."""
+        with suppress(BlockingIOError):
+            while os.read(self._ended, SIGNALS_READ):
+                pass
+        ours = {*self.children, self._newest}
+        for pid in children_of_init():
+            if pid not in ours:
+                with suppress(ChildProcessError):
+                    result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+                    self.orphans += result is not None
 
     def _boot(
         self, root: Program, argument: bytes, root_size: int, budget: int, stack: ExitStack
@@ -610,7 +659,7 @@ class LinuxKernel:
             "reserved_tasks": self.shares.tasks.used,
             "burned": len(self.burned),
             "descriptors": _entries("/proc/self/fd") - 1,  # without the one that looks
-            "children": _children_of_init(),
+            "children": _children_count(),
         }
 
     # ------------------------------------------------------------------ serving the tasks
@@ -625,6 +674,9 @@ class LinuxKernel:
         for descriptor, events in self._epoll.poll(0, EVENTS_PER_POLL):
             if descriptor == self._timer:
                 self._on_timer()
+                continue
+            if descriptor == self._ended:
+                self._reap_orphans()
                 continue
             child = self._by_descriptor.get(descriptor)
             if child is None:
@@ -831,7 +883,8 @@ class LinuxKernel:
         assert result is not None, "the pidfd was readable"
         exited = result.si_code == os.CLD_EXITED
         code, number = (result.si_status, 0) if exited else (0, result.si_status)
-        child.exit = ExitInfo(child.pid, code, number)
+        over_memory = self._weigh_up(child)
+        child.exit = ExitInfo(child.pid, code, number, over_memory)
         fields: dict[str, object] = {
             "name": child.name,
             "generation": child.sender.generation,
@@ -844,6 +897,22 @@ class LinuxKernel:
         self._hang_up(child)
         self._give_back(child)
         self._burn(child)
+
+    def _weigh_up(self, child: Child) -> bool:
+        """Report what a task has died of if it was its memory, and let its group go; whether it
+        was."""
+        group, child.group = child.group, None
+        if group is None:
+            return False
+        kills = 0
+        with suppress(OSError):  # somebody else has removed it
+            kills = group.kills()
+            if kills:
+                fields = group.taken().fields(child.name)
+                self._event(EventKind.HEAP, child.pid, fields)
+                self.kernel_line(f"KHEAP: {child.name} ended, over its memory", fields)
+        group.remove()
+        return kills > 0
 
     def _hang_up(self, child: Child) -> None:
         """Shut init's ends of the control links down: a dead task may have left copies of its
@@ -995,6 +1064,7 @@ class LinuxKernel:
         program = check_spec(spec, self.programs, live_names | {INIT_NAME})
         check_grants(spec.grants, program, harden=self.harden)
         devices = find_hardware(spec.grants, self.bus.present, self._live_hardware())
+        self._check_windows(spec, devices)
         check_cpu(spec, len(self.cpus))
         held = self.driver.table.entries.get(spec.control)
         if held is None or not isinstance(held.object, Endpoint):
@@ -1016,6 +1086,16 @@ class LinuxKernel:
                 raise SpawnRefused(SpawnReason.OOM, str(refusal)) from None
             _ = undo.pop_all()
         return spawned
+
+    def _check_windows(self, spec: SpawnSpec, devices: Sequence[Hardware]) -> None:
+        """A window is inherited, and an interpreter of its own inherits nothing. Refuses:
+        SpawnRefused (invalid-payload)."""
+        windows = [each.name for each in devices if each.name in self.bus.windows]
+        if windows and spec.grants.isolation is Isolation.EXEC:
+            raise SpawnRefused(
+                SpawnReason.INVALID_PAYLOAD,
+                f"device {windows[0]} is a register window: it cannot be had with isolation = exec",
+            )
 
     def _live_hardware(self) -> set[str]:
         """The devices that have a holder."""
@@ -1074,7 +1154,8 @@ class LinuxKernel:
             )
             described = tuple(device for device, _ in opened)
             birth = self._birth(spec, program, sender, share, described, tuple(names), secret)
-            child, degraded = self._fork(birth, inherited, links)
+            group = self._group(spec, sender.generation, undo)
+            child, degraded = self._fork(birth, inherited, links, group)
             _ = granted.callback(self._forget_ends, up_near, far, *ports)
             if child.preparing is not None:
                 child.preparing.ends = granted.pop_all()
@@ -1092,6 +1173,19 @@ class LinuxKernel:
             self._runs(child, birth, degraded)
         return Spawned(child.pid, service, child.sender.generation, slot, upward.link)
 
+    def _group(self, spec: SpawnSpec, generation: int, undo: ExitStack) -> Group | None:
+        """The control group of a task that is to be started. Refuses: SpawnRefused (map-failed)."""
+        tasks = 1 + spec.grants.threads
+        executed = spec.grants.isolation is Isolation.EXEC
+        room = memory_room(spec) + IMPORT_DATA_MAX if executed else None  # until it is bounded
+        try:
+            group = self.groups.make(spec.name, generation, tasks=tasks, room=room)
+        except OSError as error:
+            raise SpawnRefused(SpawnReason.MAP_FAILED, f"control group: {error}") from None
+        if group is not None:
+            _ = undo.callback(group.remove)
+        return group
+
     def _runs(self, child: Child, birth: Birth, degraded: tuple[str, ...]) -> None:
         """Record a task that was let go."""
         assert birth.program is not None, "init has a program to start"
@@ -1106,11 +1200,15 @@ class LinuxKernel:
                 "qos": int(child.qos),
                 "service": f"{child.sender.service:016x}",
                 "grants": grants_fields(birth.spec.grants),
-                "degraded": list(degraded),
+                "degraded": [*degraded, *self._unbounded(birth.spec)],
                 "outside": child.outside,
                 **({"set": birth.program.set_digest} if birth.program.set_digest else {}),
             },
         )
+
+    def _unbounded(self, spec: SpawnSpec) -> tuple[str, ...]:
+        """What the plan bounds for this task by name, and only a control group could hold."""
+        return ("cpu_share",) if spec.cpu_share is not None and not self.groups else ()
 
     def _unsee(self, link: OwnerLink) -> None:
         """Undo of a spawn: the spawner hears no PeerGone of a link it never heard of."""
@@ -1166,7 +1264,11 @@ class LinuxKernel:
         )
 
     def _fork(
-        self, birth: Birth, inherited: tuple[int, ...], links: tuple[socket.socket, ...]
+        self,
+        birth: Birth,
+        inherited: tuple[int, ...],
+        links: tuple[socket.socket, ...],
+        group: Group | None,
     ) -> tuple[Child, tuple[str, ...]]:
         """Fork until Linux gives a number that means nobody else, enter the child into the
         table, and let it go when it is prepared: a forked one now, an interpreter of its own
@@ -1178,12 +1280,13 @@ class LinuxKernel:
                 self._pause()
             mine, its = make_pair(CONTROL_TERMS, wall=False)
             try:
-                pid = self._fork_once(birth, (its.fileno(), *inherited))
+                pid = self._fork_once(birth, (its.fileno(), *inherited), group)
             except OSError as error:
                 mine.close()
                 its.close()
                 raise SpawnRefused(SpawnReason.OOM, f"fork: {error}") from None
             its.close()
+            self._newest = pid
             with ExitStack() as undo:
                 # From here on every way out but the good one ends the child and reaps it.
                 _ = undo.callback(_discard, pid, mine)
@@ -1193,20 +1296,23 @@ class LinuxKernel:
                     self.forks_discarded += 1
                     continue
                 sender = birth.me._replace(pid=Pid(pid))
-                child = Child(spec, sender, pidfd, mine, birth.share, links)
+                child = Child(spec, sender, pidfd, mine, birth.share, links, group)
                 if executed:
                     prepared = wire.Prepared(NO_ID, NO_ID, (), "")  # Linux stamps them later
                 else:
                     prepared = self._prepared(mine, pidfd, pid)
                     if prepared.failed:
                         raise SpawnRefused(SpawnReason.MAP_FAILED, prepared.failed)
-                    child.outside = seen(pid, self._granted(spec, inherited))
+                    child.outside = seen(pid, self._granted(spec, inherited), _place(group))
+                    _bound(group, spec)
                 self.names[sender.service] = spec.name
                 self.table.publish(sender, prepared.uid, prepared.gid)
                 _ = undo.callback(self.table.clear, pid)
                 degraded = (*prepared.degraded, *self.degraded)
                 if not self._apply_qos(pid, sender.qos):
                     degraded = (*degraded, "qos")
+                if executed:
+                    self._hold_back(pid, group)
                 self._epoll.register(pidfd, select.EPOLLIN)
                 self._epoll.register(mine.fileno(), select.EPOLLIN)
                 self._by_descriptor[pidfd] = self._by_descriptor[mine.fileno()] = child
@@ -1233,7 +1339,7 @@ class LinuxKernel:
         _ = self._epoll.poll(FORK_PAUSE / 1000, 1)
         self.serve()
 
-    def _fork_once(self, birth: Birth, keep: tuple[int, ...]) -> int:
+    def _fork_once(self, birth: Birth, keep: tuple[int, ...], group: Group | None = None) -> int:
         """fork(2); the child never returns from here. Raises OSError."""
         for stream in (sys.stdout, sys.stderr):
             flush: Callable[[], object] = stream.flush
@@ -1245,9 +1351,13 @@ class LinuxKernel:
         spec, program = birth.spec, birth.program
         try:
             assert program is not None, "init has a program to start"
+            if group is not None:
+                _ = os.write(group.processes, b"0")  # whoever writes it
             if spec.cpu is not None:
                 os.sched_setaffinity(0, (self.cpus[spec.cpu],))
-            confinement = birth.confinement._replace(uid=self._uid_of(me.pid), keep=keep)
+            confinement = birth.confinement._replace(
+                uid=self._uid_of(me.pid), keep=keep, grouped=group is not None
+            )
             if spec.grants.isolation is Isolation.EXEC:
                 confinement = confinement._replace(keep=keep[:1])  # the rest when it is confined
                 execute(program.entry, program.path, confinement, ordinary=program.ordinary)
@@ -1325,7 +1435,10 @@ class LinuxKernel:
             birth.spec, child.sender, birth.spawner, birth.devices, birth.names, birth.trace
         )
         try:
-            child.outside = seen(child.pid, self._granted(birth.spec, preparing.inherited))
+            granted = self._granted(birth.spec, preparing.inherited)
+            child.outside = seen(child.pid, granted, _place(child.group))
+            _bound(child.group, birth.spec)
+            _ = self._apply_qos(child.pid, child.sender.qos)
             self.table.set_ids(child.pid, prepared.uid, prepared.gid)
             hand_over(child.channel, handover, preparing.inherited)
         except OSError as error:
@@ -1486,6 +1599,10 @@ class LinuxKernel:
     def _apply_qos(self, pid: int, qos: QosClass) -> bool:
         """Have Linux schedule a process by its class. Without the privilege nothing is done:
         an ordinary user could lower a process and never raise it again."""
+        child = self.children.get(pid)
+        if child is not None and child.group is not None:
+            with suppress(OSError):  # it has just ended
+                child.group.weigh(qos)
         if not self._may_renice:
             return qos is QosClass.NORMAL
         try:
@@ -1493,6 +1610,28 @@ class LinuxKernel:
         except OSError:
             return False
         return True
+
+    def _hold_back(self, pid: int, group: Group | None) -> None:
+        """What an interpreter of its own imports takes a second of a small machine: until it is
+        prepared it takes none of that from who serves already, and is watched for it."""
+        if group is not None:
+            with suppress(OSError):  # it is bounded again when it is let go
+                group.weigh(QosClass.IDLE)
+        if self._may_renice:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, pid, NICE[QosClass.IDLE])
+
+
+def _place(group: Group | None) -> bytes:
+    """What the path of a task's group has to end with, b"" without one."""
+    return b"" if group is None else group.place
+
+
+def _bound(group: Group | None, spec: SpawnSpec) -> None:
+    """Bound a confined child's group by the plan. Raises OSError."""
+    if group is not None:
+        group.bound(memory_room(spec), spec.cpu_share)
+        group.weigh(QosClass(spec.qos))
 
 
 NICE_LEAST: Final = -20  # the highest priority of all
@@ -1588,10 +1727,19 @@ def _entries(path: str) -> int:
     return sum(1 for _ in Path(path).iterdir())
 
 
-def _children_of_init() -> int:
-    """Processes whose parent is init, as Linux lists them; -1 where it does not."""
+def children_of_init() -> list[int]:
+    """Processes whose parent is init, as Linux lists them. Raises FileNotFoundError where it does
+    not."""
     listing = Path(f"/proc/self/task/{os.getpid()}/children")
-    return len(listing.read_text().split()) if listing.exists() else -1
+    return [int(pid) for pid in listing.read_text().split()]
+
+
+def _children_count() -> int:
+    """How many children init has; -1 where Linux does not say."""
+    try:
+        return len(children_of_init())
+    except FileNotFoundError:
+        return -1
 
 
 def _await_readable(descriptor: int, span: int) -> bool:

@@ -84,6 +84,9 @@ _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise: Final = LIBC.madvise
 _madvise.restype = ctypes.c_int
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mlock: Final = LIBC.mlock
+_mlock.restype = ctypes.c_int
+_mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _timerfd_settime: Final = LIBC.timerfd_settime
 _timerfd_settime.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -244,13 +247,39 @@ def map_shared(descriptor: int, length: int, offset: int) -> "ctypes.Array[ctype
     return _map(descriptor, length, offset, mmap.PROT_READ | mmap.PROT_WRITE, None)
 
 
-def _map(
-    descriptor: int, length: int, offset: int, protection: int, ended: Callable[[], None] | None
-) -> "ctypes.Array[ctypes.c_ubyte]":
-    address = _mmap(None, length, protection, mmap.MAP_SHARED, descriptor, offset)
+def map_for_child(descriptor: int, length: int, offset: int) -> int:
+    """The address of a shared mapping that may be written, and that a child of the next fork
+    inherits; `unmap` ends it."""
+    return _map_at(descriptor, length, offset, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def unmap(address: int, length: int) -> None:
+    """End a mapping of `map_for_child`."""
+    _ = _checked(_munmap(address, length), "munmap")
+
+
+def at_address(address: int, length: int) -> "ctypes.Array[ctypes.c_ubyte]":
+    """Memory that was mapped before this process was forked, for as long as it lives."""
+    return (ctypes.c_ubyte * length).from_address(address)
+
+
+def lock_memory(array: "ctypes.Array[ctypes.c_ubyte]") -> None:
+    """Have every page of a mapping in memory, to stay there."""
+    _ = _checked(_mlock(ctypes.addressof(array), len(array)), "mlock")
+
+
+def _map_at(descriptor: int, length: int, offset: int, protection: int) -> int:
+    address: int | None = _mmap(None, length, protection, mmap.MAP_SHARED, descriptor, offset)
     if address is None or address == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap: {os.strerror(number)}")
+    return address
+
+
+def _map(
+    descriptor: int, length: int, offset: int, protection: int, ended: Callable[[], None] | None
+) -> "ctypes.Array[ctypes.c_ubyte]":
+    address = _map_at(descriptor, length, offset, protection)
     if _madvise(address, length, mmap.MADV_DONTFORK) < 0:
         number = ctypes.get_errno()
         _ = _munmap(address, length)

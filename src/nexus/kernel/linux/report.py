@@ -40,7 +40,7 @@ from nexus.abi import (
     SpawnSpec,
     Trap,
 )
-from nexus.kernel.linux import escapes, landlock, seccomp, trespass
+from nexus.kernel.linux import escapes, groups_tried, landlock, seccomp, trespass
 from nexus.kernel.linux.devices import HWRNG
 from nexus.kernel.linux.driver import SHARED_SEALS
 from nexus.kernel.linux.escapes import DONE, MANY_OBJECTS, OBJECTS_MANY, Wall
@@ -72,6 +72,9 @@ ANSWER_TIME: Final = 5_000  # milliseconds the child may take
 RUN_TIME: Final = 60_000  # milliseconds a whole kernel with three interpreters may take
 ANSWER_SIZE_MAX: Final = 4096  # bytes of one read
 PORT_GRANTED: Final = 10  # a TCP port that the attempts do not try; nobody connects to it
+
+
+OBJECTS_ROW: Final = "memory_objects"
 
 
 class State(StrEnum):
@@ -150,13 +153,16 @@ class Service(NamedTuple):
 def hardening_report() -> tuple[Guarantee, ...]:
     """The state of each guarantee on this machine, for this user."""
     preload()
+    groups = groups_tried.tried()
     return (
-        *step_rows(),
+        *_with_groups(step_rows(), groups),
         *tried_rows(_try_in_a_run()),
         *secret_rows(_try_secrets()),
         *device_rows(),
         *sharing_rows(),
+        _process_handles(),
         *_looked_up_rows(),
+        *group_rows(groups),
     )
 
 
@@ -187,7 +193,7 @@ def step_rows() -> list[Guarantee]:
 def _many_objects(outcome: str | None) -> Guarantee:
     gives = "all memory objects of a service together are bounded"
     if outcome is None:
-        return Guarantee("memory_objects", State.ABSENT, gives, "not tried")
+        return Guarantee(OBJECTS_ROW, State.ABSENT, gives, "not tried")
     mib = 1 << 20
     why = (
         f"each of {VMO_SIZE_MAX // mib} MiB at most, as many as a task has descriptors "
@@ -196,8 +202,8 @@ def _many_objects(outcome: str | None) -> Guarantee:
         f"{OBJECTS_MANY * VMO_SIZE_MAX // mib} MiB were there to take"
     )
     if outcome == DONE:
-        return Guarantee("memory_objects", State.DEGRADED, gives, why)
-    return Guarantee("memory_objects", State.HELD, gives)
+        return Guarantee(OBJECTS_ROW, State.DEGRADED, gives, why)
+    return Guarantee(OBJECTS_ROW, State.HELD, gives)
 
 
 def _open(names: tuple[str, ...], outcomes: dict[str, str], field: str) -> str:
@@ -355,6 +361,33 @@ def _durable_writes() -> Guarantee:
     )
 
 
+def _process_handles() -> Guarantee:
+    """Tried as init uses them: end a child by its handle, wait by it, and try it once more."""
+    gives = "who is ended and waited for is that very process, and never another of its number"
+    child = os.fork()
+    if child == 0:
+        try:
+            _ = select.poll().poll(ANSWER_TIME)
+        finally:
+            os._exit(0)
+    try:
+        handle = os.pidfd_open(child)
+    except OSError as error:
+        os.kill(child, signal.SIGKILL)
+        _ = os.waitpid(child, 0)
+        return Guarantee("pidfd", State.ABSENT, gives, f"{error.strerror}: no service is started")
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        ended = os.waitid(os.P_PIDFD, handle, os.WEXITED)
+        again = _refusal(lambda: signal.pidfd_send_signal(handle, signal.SIGKILL))
+    finally:
+        os.close(handle)
+    why = "" if ended is not None and ended.si_pid == child else "its end was another's"
+    if not why and again != "ESRCH":
+        why = f"a handle of a process that is gone: {again}"
+    return Guarantee("pidfd", State.ABSENT if why else State.HELD, gives, why)
+
+
 def sharing_rows() -> list[Guarantee]:
     """What this machine has for memory that one task writes and others watch."""
     return [_shared_memory(), _fences()]
@@ -447,15 +480,39 @@ def _looked_up_rows() -> list[Guarantee]:
             why,
         )
     )
-    rows.append(
-        Guarantee(
-            "cgroup",
-            State.ABSENT,
-            "processor time and memory of a service are bounded as a whole",
-            "cgroups are not used: limits are per process, and a class is a weight",
-        )
-    )
     return rows
+
+
+GROUPS: Final = {
+    "cgroup_memory": "all memory of a service together is bounded; over it, it is killed alone",
+    "cgroup_tasks": "processes and threads of a service together are bounded, whoever it makes",
+    "cgroup_cpu": "a service that never rests has its share of processor time, and no more",
+}
+WITHOUT_GROUPS: Final = {
+    "cgroup_memory": "memory is bounded per process",
+    "cgroup_tasks": "processes are bounded per user id",
+    "cgroup_cpu": "cpu_share of the system file bounds nothing",
+}
+
+
+def group_rows(found: groups_tried.Tried) -> list[Guarantee]:
+    """What control groups hold."""
+    rows = []
+    tried = zip(GROUPS, (found.memory or found.objects, found.tasks, found.cpu), strict=True)
+    for name, why in tried:
+        state = State.ABSENT if why else State.HELD
+        left = f"{WITHOUT_GROUPS[name]}: no control groups are used, {why}" if why else ""
+        rows.append(Guarantee(name, state, GROUPS[name], left))
+    return rows
+
+
+def _with_groups(rows: list[Guarantee], found: groups_tried.Tried) -> list[Guarantee]:
+    """The rows where a group bounds what no limit of a process does."""
+    if found.objects:
+        return rows
+    return [
+        row._replace(state=State.HELD, why="") if row.name == OBJECTS_ROW else row for row in rows
+    ]
 
 
 def _in_a_child(

@@ -1,10 +1,12 @@
-"""The kernel's self tests on Linux: rungs 1-3 of the ladder, before the root task starts.
+"""The kernel's self tests on Linux: rungs 1-3 of the ladder, before the root task starts, and on a
+machine of our own with several CPUs 39, 40 and 42.
 
 They run real root tasks with real forks in init's process, through the kernel's own traps, and
 leave it as they found it. A line is recorded only after the evidence was compared; a test that
 fails records `KSELFTEST: <name> FAIL <why>` instead.
 """
 
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
@@ -47,6 +49,7 @@ from nexus.abi import (
 from nexus.kernel.core import SPAWN_STATUS
 from nexus.kernel.linux.kernel import LinuxKernel
 
+PROCESS_1: Final = 1
 CYCLES: Final = 64  # spawn and exit, rung 2
 REAP_TIME: Final = 10_000_000_000  # nanoseconds a child may take to end, on a loaded machine
 VMO_COUNT_MAX: Final = 64  # tries to exhaust the budget; it holds one or two of the largest
@@ -80,10 +83,26 @@ def run_selftest(kernel: LinuxKernel) -> None:
     try:
         for name, test in tests:
             _one(kernel, name, test)
+        if os.getpid() == PROCESS_1 and len(kernel.cpus) > 1:
+            _several_cpus(kernel)
     finally:
         kernel.testing = False
         kernel.tested.clear()
         kernel.programs, kernel.generations = programs, generations
+
+
+def _several_cpus(kernel: LinuxKernel) -> None:
+    from nexus.kernel.linux import selftest_cpus
+
+    kernel.programs = {**kernel.programs, **selftest_cpus.PROGRAMS}
+    try:
+        for evidence in selftest_cpus.cpus_online(kernel):
+            kernel.kernel_line(f"KINIT: cpu{evidence['cpu']} online", evidence)
+    except Failed as failure:
+        kernel.kernel_line(f"KINIT: cpu1 online FAIL {failure}", {})
+        return
+    _one(kernel, "smp online", selftest_cpus.tasks_placed)
+    _one(kernel, "ipi resched", selftest_cpus.calls_interrupt)
 
 
 def _one(kernel: LinuxKernel, name: str, test: Callable[[LinuxKernel], Evidence]) -> None:
@@ -95,22 +114,24 @@ def _one(kernel: LinuxKernel, name: str, test: Callable[[LinuxKernel], Evidence]
         kernel.kernel_line(f"KSELFTEST: {name} ok", evidence)
 
 
-def _require(holds: object, why: str) -> None:
+def require(holds: object, why: str) -> None:
+    """Raise Failed unless it holds."""
     if not holds:
         raise Failed(why)
 
 
-def _run(kernel: LinuxKernel, main: Main) -> None:
+def run(kernel: LinuxKernel, main: Main) -> None:
     """Run a root task; what it raises is raised here."""
     kernel.tested.clear()
     half = kernel.limits.total_size // 2  # the rest is for the control links of children
     root_size = min(kernel.limits.root_size, half)
     program = Program(name="kselftest", main=main, digest="")
     end = kernel.run_root(program, b"", root_size=root_size, budget=BUDGET_SIZE_DEFAULT)
-    _require(end.code == 0, f"the root of the test ended with {end.code}")
+    require(end.code == 0, f"the root of the test ended with {end.code}")
 
 
-def _spec(boot: BootImage, name: str, program: str) -> SpawnSpec:
+def spec_of(boot: BootImage, name: str, program: str) -> SpawnSpec:
+    """How a child of a test is started."""
     return SpawnSpec(name, program, boot.endpoint, owner_size=CONTROL_LINK_SIZE, endpoints=1)
 
 
@@ -124,12 +145,12 @@ def _spawn_reasons(kernel: LinuxKernel) -> Evidence:
         before = kernel.resources()
         label = reason.name.lower()
         refusal = await _refused(Spawn(spec))
-        _require(refusal is SPAWN_STATUS[reason], f"{label} came with {refusal!r}")
+        require(refusal is SPAWN_STATUS[reason], f"{label} came with {refusal!r}")
         first, second = await SpawnLastError(), await SpawnLastError()
-        _require(first is reason, f"{label} was kept as {first.name.lower()}")
-        _require(second is SpawnReason.NONE, f"{label} was told twice")
+        require(first is reason, f"{label} was kept as {first.name.lower()}")
+        require(second is SpawnReason.NONE, f"{label} was told twice")
         after = kernel.resources()
-        _require(after == before, f"{label} left {_difference(before, after)}")
+        require(after == before, f"{label} left {_difference(before, after)}")
         evidence[label] = {
             "code": int(first),
             "again": int(second),
@@ -138,7 +159,7 @@ def _spawn_reasons(kernel: LinuxKernel) -> Evidence:
         }
 
     async def main(boot: BootImage) -> int:
-        spec = _spec(boot, "kselftest.child", ENDING)
+        spec = spec_of(boot, "kselftest.child", ENDING)
         await failing(spec._replace(program="kselftest.none"), SpawnReason.INVALID_PAYLOAD)
         await failing(spec._replace(program=UNMAPPABLE), SpawnReason.MAP_FAILED)
         await failing(spec._replace(owner_size=kernel.limits.total_size), SpawnReason.OOM)
@@ -150,14 +171,14 @@ def _spawn_reasons(kernel: LinuxKernel) -> Evidence:
             await CapClose(slot)
         return await _spawn_and_reap(spec)
 
-    _run(kernel, main)
+    run(kernel, main)
     return evidence
 
 
 async def _beyond_the_endpoints(kernel: LinuxKernel, boot: BootImage, failing: Failing) -> None:
     """Reserve nearly all endpoints of the system for living children, then ask for more."""
     started: list[Spawned] = []
-    spec = _spec(boot, "kselftest.greedy", STAYING)
+    spec = spec_of(boot, "kselftest.greedy", STAYING)
     while kernel.shares.endpoints.free >= ENDPOINTS_PER_OWNER_MAX:
         greedy = spec._replace(
             name=f"kselftest.greedy{len(started)}", endpoints=ENDPOINTS_PER_OWNER_MAX
@@ -167,7 +188,7 @@ async def _beyond_the_endpoints(kernel: LinuxKernel, boot: BootImage, failing: F
     await failing(over, SpawnReason.ENDPOINT_QUOTA)
     for child in started:
         await Kill(child.pid)
-        _ = await _reap(child)
+        _ = await reap(child)
 
 
 # ---- rung 2
@@ -177,32 +198,32 @@ def _resource_sentinel(kernel: LinuxKernel) -> Evidence:
     evidence: Evidence = {}
 
     async def main(boot: BootImage) -> int:
-        spec = _spec(boot, "kselftest.cycle", ENDING)
+        spec = spec_of(boot, "kselftest.cycle", ENDING)
         before = await _in_use(kernel)
         link = await LinkCreate(boot.endpoint, LinkTerms(1, 1, 0))
         clones = await _until_full(lambda: CapClone(link.slot))
         full = await TaskStats()
-        _require(full.slots == SLOTS_MAX, f"the table was full at {full.slots} slots")
+        require(full.slots == SLOTS_MAX, f"the table was full at {full.slots} slots")
         for slot in (*clones, link.slot):
             await CapClose(slot)
         await _hear_of_the_gone(boot.endpoint)
         made = await _until_full(EndpointCreate)
         most = await TaskStats()
         quota = kernel.limits.root_endpoints
-        _require(most.endpoints == quota, f"{most.endpoints} endpoints of {quota}")
+        require(most.endpoints == quota, f"{most.endpoints} endpoints of {quota}")
         for slot in made:
             await EndpointClose(slot)
         for _ in range(CYCLES):
-            _require(await _spawn_and_reap(spec) == 0, "a child ended with a code")
+            require(await _spawn_and_reap(spec) == 0, "a child ended with a code")
             await _hear_of_the_gone(boot.endpoint)
         after = await _in_use(kernel)
-        _require(after == before, f"{_difference(before, after)} did not come back")
+        require(after == before, f"{_difference(before, after)} did not come back")
         evidence.update(
             slots=full.slots, endpoints=most.endpoints, cycles=CYCLES, before=before, after=after
         )
         return 0
 
-    _run(kernel, main)
+    run(kernel, main)
     return evidence
 
 
@@ -220,28 +241,28 @@ def _heap_report(kernel: LinuxKernel) -> Evidence:
             refusal = await _refused(VmoCreate(size))
             if refusal is not None:
                 break
-        _require(refusal is Status.NO_SPACE, f"refused with {refusal!r}")
+        require(refusal is Status.NO_SPACE, f"refused with {refusal!r}")
         reports = [event for event in kernel.tested if event.kind is EventKind.HEAP]
-        _require(len(reports) == 1, f"{len(reports)} reports")
+        require(len(reports) == 1, f"{len(reports)} reports")
         fields = dict(reports[0].fields)
         used, audited = fields["heap_budget_used"], kernel.driver.audit()
         rest = (fields["heap_budget_free"], fields["heap_budget_total"])
-        _require(used == audited, f"{used} bytes are told, the objects cost {audited}")
-        _require(rest == (BUDGET_SIZE_DEFAULT - audited, BUDGET_SIZE_DEFAULT), f"rest {rest}")
-        _require(fields["size"] == size, f"a request of {size} is told as {fields['size']}")
-        _require(fields["align"] == PAGE_SIZE, f"alignment {fields['align']}")
+        require(used == audited, f"{used} bytes are told, the objects cost {audited}")
+        require(rest == (BUDGET_SIZE_DEFAULT - audited, BUDGET_SIZE_DEFAULT), f"rest {rest}")
+        require(fields["size"] == size, f"a request of {size} is told as {fields['size']}")
+        require(fields["align"] == PAGE_SIZE, f"alignment {fields['align']}")
         counters = await TaskStats()
-        _require(counters.refused_size == size, "the task's counters tell another size")
-        _require(counters.budget_used == audited, "the task's counters tell another use")
+        require(counters.refused_size == size, "the task's counters tell another size")
+        require(counters.budget_used == audited, "the task's counters tell another use")
         slot = await VmoCreate(PAGE_SIZE)
         smaller = kernel.driver.audit()
-        _require(smaller > audited, "a smaller request cost nothing")
-        _require((await TaskStats()).budget_used == smaller, "its cost is not in the account")
+        require(smaller > audited, "a smaller request cost nothing")
+        require((await TaskStats()).budget_used == smaller, "its cost is not in the account")
         await CapClose(slot)
         evidence.update(fields, audited=audited, request=size, granted=PAGE_SIZE)
         return 0
 
-    _run(kernel, main)
+    run(kernel, main)
     return evidence
 
 
@@ -275,7 +296,7 @@ async def _until_full(make: Callable[[], Trap[Slot]]) -> list[Slot]:
         try:
             made.append(await make())
         except AbiError as refusal:
-            _require(refusal.status is Status.NO_SPACE, f"full is answered with {refusal}")
+            require(refusal.status is Status.NO_SPACE, f"full is answered with {refusal}")
             return made
 
 
@@ -289,14 +310,15 @@ async def _hear_of_the_gone(endpoint: Slot) -> None:
             return
 
 
-async def _reap(child: Spawned) -> int:
+async def reap(child: Spawned) -> int:
+    """Wait for the end of a child; its exit code."""
     end = await Wait(child.pid, Nanos(await Now() + REAP_TIME))
     await CapClose(child.slot)
     return end.code
 
 
 async def _spawn_and_reap(spec: SpawnSpec) -> int:
-    return await _reap(await Spawn(spec))
+    return await reap(await Spawn(spec))
 
 
 async def _end(_boot: BootImage) -> int:

@@ -15,8 +15,9 @@ DRIVER_DESCRIPTORS: Final = 3
 STANDARD_DESCRIPTORS: Final = 3
 
 
-def seen(pid: int, granted: int) -> dict[str, object]:
-    """`granted` is how many descriptors it ought to have, the driver's own among them.
+def seen(pid: int, granted: int, group: bytes = b"") -> dict[str, object]:
+    """`granted` is how many descriptors it ought to have, the driver's own among them, `group` the
+    last of the path of its control group, empty for none.
 
     Raises OSError when the process is gone.
     """
@@ -39,6 +40,7 @@ def seen(pid: int, granted: int) -> dict[str, object]:
         "dumpable": owner == uid if uid else None,  # root owns its files either way
         "descriptors": descriptors,
         "granted": granted,
+        "grouped": _read(f"/proc/{pid}/cgroup").endswith(group) if group else False,
     }
 
 

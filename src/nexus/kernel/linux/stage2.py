@@ -60,9 +60,11 @@ NANOSECONDS: Final = 1_000_000  # per millisecond
 # Runs before anything of ours is imported: arguments are the kernel channel, the plan, and init's
 # import path. That one is in front, in init's order: where init runs out of a slot, the package of
 # the base system lies on Python's own path too. The program's own path comes later: it could stand
-# in for a module of ours.
+# in for a module of ours. Little of what is imported is garbage: the collector runs after that. And
+# init has looked for site-packages already.
 BOOTSTRAP: Final = f"""
-import ctypes, sys
+import ctypes, gc, sys
+gc.disable()
 ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
 import json, os
 channel, plan, *path = sys.argv[1:]
@@ -124,7 +126,7 @@ def execute(
         plan = Plan(entry, path, ordinary, channel, statm, confinement, hardening.why)
         words = (str(channel), pickle.dumps(plan).hex(), *inherited)
         os.execve(  # noqa: S606 (there is no shell in it)
-            sys.executable, [sys.executable, "-I", "-B", "-c", BOOTSTRAP, *words], {}
+            sys.executable, [sys.executable, "-I", "-S", "-B", "-c", BOOTSTRAP, *words], {}
         )
     except OSError as error:
         sentence = f"cannot start {sys.executable} as uid {os.getuid()}: {error}"

@@ -21,6 +21,7 @@ WELL_FOR: Final = Nanos(300_000_000)  # ns; it is found healthy before it fails
 ASK_MAX: Final = Nanos(2_000_000_000)  # ns for statefsd
 PIECE_SIZE: Final = 256 * 1024  # bytes of memory taken at a time
 PIECES_MAX: Final = 1024  # 256 MiB; every budget of a system ends before
+TOUCHED: Final = b"\1"  # Linux gives zeros without memory behind them
 VALUE_SIZE: Final = 4000  # bytes of a value
 VALUES_MAX: Final = 65_536  # every quota ends before
 
@@ -110,7 +111,7 @@ class Faulty:
         """As much as there is: the kernel refuses what is beyond the budget, and that ends it."""
         for number in range(PIECES_MAX):
             if self._settings.failure is Failure.PRIVATE_MEMORY:
-                self._hoard.append(bytes(PIECE_SIZE))
+                self._hoard.append(TOUCHED * PIECE_SIZE)
                 continue
             piece = await VmoCreate(PIECE_SIZE)
             await VmoWrite(piece, 0, number.to_bytes(4, "little") * (PIECE_SIZE // 4))

@@ -61,7 +61,7 @@ CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
 OTHERS_MAX: Final = Nanos(8_000_000_000)  # ns; an interpreter of its own imports for a second
 OTHERS_BACKOFF: Final = Nanos(5_000_000)  # ns
-OTHERS_LOOK: Final = Nanos(250_000_000)  # ns; twice as long as libraries pause between two looks
+OTHERS_LOOK: Final = Nanos(750_000_000)  # ns; three looks of a library: 100, 200 and 400 ms apart
 END_RUNG: Final = 144
 
 PROTOCOLS: Final[dict[str, Protocol]] = {
@@ -149,23 +149,24 @@ async def _await_others(climb: Climb, until: Nanos) -> None:
     """Wait until the others work and have found whom they use; our own planned links are what the
     system is then not ready without. A service may have two links to another, one of its own and
     one of a library's, of which the plan knows one: what is held at ready is to have both."""
-    budget = RetryBudget(
-        attempts_max=CONNECT_ATTEMPTS_MAX,
-        backoff=OTHERS_BACKOFF,
-        deadline=Nanos(min(until, await climb.ahead(OTHERS_MAX))),
-    )
-    _ = await retry_until(lambda: _unwell(climb), bool, budget, RetryTokens())
+    deadline = Nanos(min(until, await climb.ahead(OTHERS_MAX)))
+    for row in (await climb.tasks()).rows:
+        if row.state is not TaskState.ON_DEMAND and row.name not in (INIT_NAME, climb.boot.name):
+            await _until_well(climb, row.name, deadline)
     _ = await climb.pause(OTHERS_LOOK)
 
 
-async def _unwell(climb: Climb) -> list[str]:
-    """The services that start with the system and have not answered their health probe."""
-    names = [
-        row.name
-        for row in (await climb.tasks()).rows
-        if row.state is not TaskState.ON_DEMAND and row.name not in (INIT_NAME, climb.boot.name)
-    ]
-    return [name for name in names if (await climb.record(name)).health is not Health.OK]
+async def _until_well(climb: Climb, name: str, deadline: Nanos) -> None:
+    """Wait for one of them. Its pauses begin anew: whoever comes last is not waited for long."""
+    budget = RetryBudget(
+        attempts_max=CONNECT_ATTEMPTS_MAX, backoff=OTHERS_BACKOFF, deadline=deadline
+    )
+    _ = await retry_until(
+        lambda: climb.record(name),
+        lambda record: record.health is not Health.OK,
+        budget,
+        RetryTokens(),
+    )
 
 
 async def _share(climb: Climb, until: Nanos) -> str:

@@ -511,7 +511,8 @@ async def spans(climb: Climb) -> Evidence:
     """#126: a span around a sleep of 5 ms, and timed's own inside it."""
     start = await climb.ahead(Nanos(0))
     with climb.metrics.span(SPAN) as span:
-        woken = await climb.call(climb.timed, Sleep(Nanos(start + SPAN_SLEEP)))
+        until = await climb.ahead(SPAN_SLEEP)  # in the span: a busy machine comes between the two
+        woken = await climb.call(climb.timed, Sleep(until))
     end = await climb.ahead(Nanos(0))
     budget = RetryBudget(
         attempts_max=POLLS_MAX, backoff=POLL_PAUSE, deadline=await climb.ahead(POLLS_WAIT)
@@ -529,7 +530,7 @@ async def spans(climb: Climb) -> Evidence:
     require(own.end - own.start >= SPAN_SLEEP, f"it lasted {own.end - own.start} ns")
     expect(child.parent, own.span, "parent of timed's span")
     return {
-        "asked": [start, start + SPAN_SLEEP, end],
+        "asked": [start, until, end],
         "woken": woken.now,
         "trace": span.context.trace.hex(),
         "own": _told(own),
