@@ -90,7 +90,7 @@ class Baseline:
         """No account is out any more: keep init's own with them, and answer who waits.
 
         They are asked for again, a bounded number of times, while a message waits somewhere or a
-        client has its link and has not yet bound it: that is on its way, and not held.
+        client has a link and has not yet bound it: that is on its way, and not held.
         """
         init = self._init
         self.own = await init.own_account()
@@ -106,13 +106,14 @@ class Baseline:
         await init.desk.on_ready()
 
     def _is_unbound(self, record: Record) -> bool:
-        """Whether a client of the service has not yet bound its planned link."""
-        clients = sum(
-            link.server == record.name and self._init.records[link.client].is_up
-            for link in self._init.plan.links
+        """Whether a client of the service has not yet bound a link that it took."""
+        taken = sum(
+            max(1, row.taken)
+            for row in self._init.links.rows
+            if row.planned.server == record.name and self._init.records[row.planned.client].is_up
         )
         binds = next((fact.value for fact in record.at_ready.facts if fact.name == BINDS), None)
-        return binds is not None and binds < clients + OWN_BIND
+        return binds is not None and binds < taken + OWN_BIND
 
 
 def account_of(status: ServiceStatus) -> Account:

@@ -236,7 +236,13 @@ class Context:
         return await self.peers.connect(name, protocol, budget)
 
     async def _policyd(self, until: Nanos) -> Client | RouteFailure:
-        return await self._connect(POLICYD_NAME, POLICYD, until)
+        """The one way to policyd: the service's own questions take it too."""
+        found: Client | RouteFailure | None = self._clients.get(POLICYD_NAME)
+        if found is None:
+            found = await self._connect(POLICYD_NAME, POLICYD, until)
+            if isinstance(found, Client):
+                self._clients[POLICYD_NAME] = found
+        return found
 
 
 class _Hooked:

@@ -6,7 +6,6 @@
 execd does its work without any of them; what is missing is said in the report.
 """
 
-from contextlib import suppress
 from typing import Final, TypeVar
 
 from nexus.abi import Nanos, Now
@@ -47,11 +46,15 @@ class Asked:
         config = self._context.config
         return self.name in config.uses and self.name not in config.posts
 
-    async def open(self, until: Nanos) -> None:
-        """Take the way to it now, as far as it is there: what is held is held from the start."""
-        if self.is_used:
-            with suppress(Unreachable):  # it is looked for again when it is asked
-                _ = await self._context.client(self.name, self._protocol, until)
+    async def open(self, until: Nanos) -> bool:
+        """Take the way to it if it is there; whether there is no more to look for."""
+        if not self.is_used:
+            return True
+        try:
+            _ = await self._context.client(self.name, self._protocol, until)
+        except Unreachable:
+            return False
+        return True
 
     async def ask(self, request: Request[ReplyT], until: Nanos) -> ReplyT | Refused | None:
         """The answer, also one that says no; None if there is none, and `why`.

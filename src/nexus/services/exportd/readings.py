@@ -1,6 +1,5 @@
 """What metricsd knows, page by page: series as they are now, and the spans since the last time."""
 
-from contextlib import suppress
 from typing import Final, TypeVar
 
 from nexus.abi import Nanos, Now
@@ -91,10 +90,13 @@ class Readings:
             since = page.next
         return found
 
-    async def open(self, until: Nanos) -> None:
-        """Take the way to metricsd now, as far as it is there."""
-        with suppress(NoReading):
+    async def open(self, until: Nanos) -> bool:
+        """Take the way to metricsd if it is there; whether it was."""
+        try:
             _ = await self._metricsd(until)
+        except NoReading:
+            return False
+        return True
 
     async def _none(self, outcome: Refused | CallFailure) -> NoReading:
         """Why there is no page; a silent metricsd is left alone for a while."""

@@ -61,7 +61,8 @@ CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
 OTHERS_MAX: Final = Nanos(8_000_000_000)  # ns; an interpreter of its own imports for a second
 OTHERS_BACKOFF: Final = Nanos(5_000_000)  # ns
-OTHERS_LOOK: Final = Nanos(750_000_000)  # ns; three looks of a library: 100, 200 and 400 ms apart
+TAKEN_TWICE: Final = frozenset({("execd", "logd"), ("execd", "metricsd"), ("exportd", "metricsd")})
+"""Client and server of links that are taken twice: by the service itself and by a library of it."""
 END_RUNG: Final = 144
 
 PROTOCOLS: Final[dict[str, Protocol]] = {
@@ -153,7 +154,22 @@ async def _await_others(climb: Climb, until: Nanos) -> None:
     for row in (await climb.tasks()).rows:
         if row.state is not TaskState.ON_DEMAND and row.name not in (INIT_NAME, climb.boot.name):
             await _until_well(climb, row.name, deadline)
-    _ = await climb.pause(OTHERS_LOOK)
+    budget = RetryBudget(
+        attempts_max=CONNECT_ATTEMPTS_MAX, backoff=OTHERS_BACKOFF, deadline=deadline
+    )
+    _ = await retry_until(
+        lambda: _is_linked(climb), lambda linked: not linked, budget, RetryTokens()
+    )
+
+
+async def _is_linked(climb: Climb) -> bool:
+    """Whether all others have taken every link that they will have."""
+    up = {row.name for row in (await climb.tasks()).rows if row.state is not TaskState.ON_DEMAND}
+    return all(
+        row.taken > ((row.client, row.server) in TAKEN_TWICE)
+        for row in await climb.links()
+        if row.client in up - {climb.boot.name} and row.server in up
+    )
 
 
 async def _until_well(climb: Climb, name: str, deadline: Nanos) -> None:
