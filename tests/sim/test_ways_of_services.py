@@ -1,4 +1,4 @@
-"""Which ways a service holds: one to policyd, those it asks by from its start or soon afterwards."""
+"""Which ways a service holds: one to policyd, and those it asks by, soon after its start."""
 
 from pathlib import Path
 from typing import Final
