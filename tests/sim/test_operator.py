@@ -24,6 +24,7 @@ from nexus.abi import (
     PeerIdentity,
     Program,
     Send,
+    Signal,
     SleepUntil,
     Slot,
     Trap,
@@ -344,6 +345,33 @@ def test_a_service_that_dies_cuts_the_request_off_and_is_found_again() -> None:
 
 
 @pytest.mark.covers("operator.BAD_ANSWER")
+def test_an_answer_that_has_come_is_handed_on_before_the_end() -> None:
+    """As that of a switch that reboots: operator finds the Stop and the answer at once."""
+    found: list[SimPeer] = []
+    frames: list[tuple[Relay, bytes]] = []
+    outsides: list[Outside] = []
+
+    async def body(outside: Outside) -> None:
+        peer = outside.connect()
+        timer = await outside.relay(peer, "timed", TIMED, Register(await Now() + 50 * MS))
+        request = Relay("timed", await outside.frame(TIMED, Wait(timer.timer_id), SECOND))
+        frame = await outside.frame(PROTOCOL, request, SECOND)
+        assert peer.send(frame)
+        await outside.sleep(20 * MS)
+        assert outside.kernel.freeze("operator", Nanos(await Now() + 200 * MS))
+        await outside.sleep(100 * MS)
+        assert not peer.take()
+        outside.kernel.signal(Signal.TERM)
+        found.append(peer)
+        frames.append((request, frame))
+        outsides.append(outside)
+
+    _ = run(body)
+
+    (data,) = found[0].take()
+    assert isinstance(outsides[0].read(*frames[0], data), Relayed)
+
+
 def test_a_frame_that_answers_something_else_is_no_answer() -> None:
     async def body(outside: Outside) -> None:
         peer = outside.connect()

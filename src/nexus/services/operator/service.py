@@ -229,6 +229,11 @@ class Operator:
             if not visitor.busy and visitor.idle_due <= now:
                 await self._close(visitor)
 
+    async def on_stop(self) -> None:
+        """Hand on what has come: who caused the end, as by a switch that reboots, had an answer
+        before it."""
+        await self._tell(await self._relay.arrived())
+
     # ------------------------------------------------------------------ frames from outside
 
     async def _on_frame(self, message: Message) -> None:

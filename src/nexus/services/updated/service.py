@@ -11,7 +11,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, Final, TypeAlias, assert_never
 
-from nexus.abi import INIT_NAME, Clock, ClockMap, Nanos, Now, ServiceId, SleepUntil, service_id
+from nexus.abi import INIT_NAME, Clock, ClockMap, Nanos, Now, ServiceId, service_id
 from nexus.bootctl import NO_TRACE, BootRecord, Reason, SlotName
 from nexus.ipc import Bulk, accept_bulk, deadline_after, nested_deadline
 from nexus.protocols.logd import Level
@@ -76,7 +76,6 @@ SETTLE_PAUSE: Final = Nanos(500_000_000)  # ns before the first of them, doublin
 SETTLE_PAUSE_MAX: Final = Nanos(16_000_000_000)  # ns
 SYNC_AFTER: Final = Nanos(1_000_000_000)  # ns; what came of a slow transfer is kept so often
 REBOOT_MAX: Final = Nanos(500_000_000)  # ns for init's answer
-ANSWER_TIME: Final = Nanos(200_000_000)  # ns for an answer to pass through operator
 STOP_MAX: Final = Nanos(500_000_000)  # ns to keep how far a transfer came; else it is sent again
 WAITING_MAX: Final = 4  # requests that wait for the end of a verification
 INIT: Final = service_id(INIT_NAME)
@@ -472,7 +471,6 @@ class Updated:
     async def _reboot(self) -> None:
         """What the reboot is for is durable, and answered: init may end the system."""
         self._rebooting = False
-        _ = await SleepUntil(deadline_after(await Now(), ANSWER_TIME))
         why = await reboot(self._context, deadline_after(await Now(), REBOOT_MAX))
         if why:
             self._context.log.error("init does not reboot", why=why)
