@@ -7,6 +7,7 @@ no less. `host` checks every other module of the tree. Exit code 0 green, 1 red,
 no image to be had.
 """
 
+import hashlib
 import subprocess
 import sys
 from collections import defaultdict
@@ -75,7 +76,7 @@ def modules_in(parts: Iterable[Part]) -> list[str]:
 
 def faults_of(parts: Sequence[Part], root: Path) -> Iterator[str]:
     """What is wrong with the contents of an image."""
-    sizes = {part.path: part.size for part in parts}
+    digests = {part.path: part.digest for part in parts}
     modules = modules_in(parts)
     if not modules:
         yield "there is no module of ours in the image"
@@ -83,7 +84,7 @@ def faults_of(parts: Sequence[Part], root: Path) -> Iterator[str]:
         file = root / "src" / module
         if not file.is_file():
             yield f"{module} is in the image, and not in the tree"
-        elif file.stat().st_size != sizes[f"{SITE}/{module}"]:
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digests[f"{SITE}/{module}"]:
             yield f"{module} is another one in the image than in the tree"
     found, wanted = distributions(parts), {normalised(name) for name in DEVICE_DISTRIBUTIONS}
     for name in sorted(found - wanted):

@@ -85,7 +85,9 @@ def test_an_image_as_json_says_what_it_is_made_of(
     document = json.loads(capsys.readouterr().out)
     assert document["machine"] == "aarch64"
     assert document["digest"] == image.digest
-    assert document["contents"] == [{"path": "init", "size": 19}]
+    (part,) = document["contents"]
+    assert (part["path"], part["size"]) == ("init", 19)
+    assert len(bytes.fromhex(part["digest"])) == 32
 
 
 TOLD: list[dict[str, object]] = [

@@ -10,10 +10,11 @@ import pytest
 
 from nexus.abi import Event, EventKind, Nanos, Pid
 from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED
+from nexus.proof.notes import NOTE, NOTE_STAGE
 from nexus.proof.sink import EventSink
 from nexus.proof.trace import CRASH_PATTERNS
 from nexus.vm import guest
-from nexus.vm.contract import NOTE, NOTE_CRASH, NOTE_OFF, NOTE_STAGE
+from nexus.vm.contract import NOTE_CRASH, NOTE_OFF
 from nexus.vm.guest import Evidence, crashed, service_crashed
 
 

@@ -14,10 +14,11 @@ import pytest
 from nexus.bootctl.handover import EXIT_REBOOT, EXIT_SLOT_FAILED
 from nexus.proof.job import EXIT_HANG, EXIT_POWER_CUT, EXIT_RUN_OVER, Job
 from nexus.proof.lock import AlreadyHeld
+from nexus.proof.notes import NOTE, NOTE_STAGE
 from nexus.proof.runner import GO
 from nexus.proof.timeline import NOTES_SIZE_MAX, notes_of
 from nexus.vm import host, qemu
-from nexus.vm.contract import EXIT_GUEST, NOTE, NOTE_CRASH, NOTE_OFF, NOTE_STAGE
+from nexus.vm.contract import EXIT_GUEST, NOTE_CRASH, NOTE_OFF
 from nexus.vm.host import EXIT_NO_MACHINE, QUESTIONS_MAX, Dropped
 from nexus.vm.packages import NotHad
 from nexus.vm.qmp import QmpFailed

@@ -10,9 +10,10 @@ from typing import Any, Final
 import pytest
 
 from nexus.proof.job import Job
+from nexus.proof.notes import NOTE
 from nexus.services.selftest.export_rungs import SCRAPE_LINE
 from nexus.vm import host, qemu
-from nexus.vm.contract import NOTE, NOTE_OFF, SCRAPE_WORD, STOP_WORD
+from nexus.vm.contract import NOTE_OFF, SCRAPE_WORD, STOP_WORD
 
 SYSTEM: Final = Path(__file__).parents[2] / "systems" / "selftest.toml"
 SCRAPE: Final = json.dumps({"k": "console", "f": {"line": SCRAPE_LINE}}).encode()

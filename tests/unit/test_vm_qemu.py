@@ -1,6 +1,10 @@
 """The command line of QEMU, and a run of a stand-in for it: a shell script that prints."""
 
 import json
+import os
+import select
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -228,3 +232,40 @@ def test_what_is_said_to_the_guest_comes_through_its_port(programs: Path) -> Non
     )
 
     assert evidence == [b"heard stop"]
+
+
+def test_the_machine_counts_its_instructions_and_ends_where_a_guest_starts_again(
+    programs: Path,
+) -> None:
+    """Without the one the times of the system do not hold (ADR 27), without the other a boot of
+    the runner's would be two."""
+    stand_in(programs, "")
+
+    words = command(SETUP, 7)
+
+    assert ("-icount", "shift=0,sleep=on") in pairwise(words)
+    assert ("-accel", "tcg,thread=single") in pairwise(words)
+    assert "-no-reboot" in words
+
+
+def test_a_machine_dies_with_whoever_started_it(programs: Path) -> None:
+    stand_in(programs, "import time\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    starter = (
+        "from pathlib import Path\n"
+        "from nexus.vm.machines import AARCH64\n"
+        "from nexus.vm.qemu import Setup, run\n"
+        "setup = Setup(machine=AARCH64, kernel=Path('k'), initrd=Path('i'))\n"
+        "tell = lambda _at, line: print(line, flush=True)\n"
+        "run(setup, deadline=60, told=tell, evidence=lambda *_: False)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        machine = os.pidfd_open(int(process.stdout.readline()))
+        ended = select.poll()
+        ended.register(machine, select.POLLIN)
+        assert not ended.poll(0)
+
+        process.kill()
+
+        assert ended.poll(20_000)
+        os.close(machine)

@@ -36,13 +36,14 @@ from nexus.drivers import finished
 from nexus.init.plan import load_plan
 from nexus.loader.devices import boot_path, opened, slot_path
 from nexus.proof.job import Job
+from nexus.proof.notes import NOTE
 from nexus.proof.record import decode_event
 from nexus.proof.slots import BAD_ENTRY
 from nexus.sets import BytesSource
 from nexus.vm import image as images
 from nexus.vm import qemu
 from nexus.vm.compiled import compiled
-from nexus.vm.contract import NOTE, NOTE_OFF, PERSIST, STOP_WORD
+from nexus.vm.contract import NOTE_OFF, PERSIST, STOP_WORD
 from nexus.vm.disks import check_tools, disks_of
 from nexus.vm.host import overlay_of
 from nexus.vm.image import INIT, SITE, Image

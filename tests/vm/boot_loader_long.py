@@ -12,7 +12,6 @@ from nexus.bootctl import Cause, SlotName
 from nexus.bootctl.handover import EXIT_SLOT_FAILED
 from nexus.proof.slots import STUCK
 from nexus.vm.image import Image
-from nexus.vm.packages import NotHad
 from tests.linux.slotted import Set, Signer
 from tests.vm import board, person
 from tests.vm.board import HEALTHY, NEVER, Board
@@ -23,23 +22,10 @@ B = SlotName.B
 BROKEN_WORDS = "rdinit=/missing"
 
 
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        return board.built()
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
-
-
-@pytest.fixture(scope="module")
-def first() -> Set:
-    return board.first_set()
-
-
 def test_a_kernel_that_never_comes_to_process_1_has_two_tries_too(
-    image: Image, first: Set, tmp_path: Path
+    board_image: Image, first: Set, tmp_path: Path
 ) -> None:
-    device = Board(image, tmp_path, broken_words=BROKEN_WORDS)
+    device = Board(board_image, tmp_path, broken_words=BROKEN_WORDS)
     device.provision(first)
     device.try_in_b(first.as_version(2))
 
@@ -56,10 +42,10 @@ def test_a_kernel_that_never_comes_to_process_1_has_two_tries_too(
 
 
 def test_a_service_that_never_gets_ready_is_named_when_the_good_set_runs_again(
-    image: Image, first: Set, tmp_path: Path
+    board_image: Image, first: Set, tmp_path: Path
 ) -> None:
     second = board.stuck_set(tmp_path)
-    device = Board(image, tmp_path, update=Signer().update(second))
+    device = Board(board_image, tmp_path, update=Signer().update(second))
     device.provision(first)
 
     asked = device.boot(NEVER)
@@ -78,9 +64,9 @@ def test_a_service_that_never_gets_ready_is_named_when_the_good_set_runs_again(
 
 
 def test_a_healthy_set_is_committed_and_booted_without_a_count_from_then_on(
-    image: Image, first: Set, tmp_path: Path
+    board_image: Image, first: Set, tmp_path: Path
 ) -> None:
-    device = Board(image, tmp_path)
+    device = Board(board_image, tmp_path)
     device.provision(first)
     device.try_in_b(first.as_version(2))
 

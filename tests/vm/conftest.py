@@ -1,10 +1,18 @@
-"""Where a machine is required, a test that finds none is red and not skipped."""
+"""The images; where a machine is required, a test that finds none is red and not skipped."""
 
 import os
 from collections.abc import Generator
 from typing import Final
 
 import pytest
+
+from nexus.vm import qemu
+from nexus.vm.disks import check_tools
+from nexus.vm.image import Image, build
+from nexus.vm.machines import DEFAULT
+from nexus.vm.packages import NotHad, cache_folder
+from tests.linux.slotted import Set
+from tests.vm import board
 
 REQUIRED: Final = "NEXUS_VM_REQUIRED"  # in the environment: 1 where a machine has to be had
 
@@ -17,3 +25,29 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"{report.longreprtext}\n{REQUIRED}=1: a machine has to be had here"
     return report
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The image, with all that a boot and a look at its disks need."""
+    try:
+        _ = qemu.check(DEFAULT)
+        check_tools()
+        return build(DEFAULT, cache_folder())
+    except NotHad as missing:
+        pytest.skip(f"not run: {missing}")
+
+
+@pytest.fixture(scope="session")
+def board_image() -> Image:
+    """The same, with all that a board with a boot loader needs."""
+    try:
+        return board.built()
+    except NotHad as missing:
+        pytest.skip(f"not run: {missing}")
+
+
+@pytest.fixture(scope="session")
+def first() -> Set:
+    """The set that a board is provisioned with."""
+    return board.first_set()

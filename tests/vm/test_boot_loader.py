@@ -18,7 +18,6 @@ from nexus.bootctl import Cause
 from nexus.vm import guest
 from nexus.vm.contract import PERSIST_STATE
 from nexus.vm.image import Image
-from nexus.vm.packages import NotHad
 from tests.linux.slotted import Set, Signer, changed
 from tests.vm import board, person
 from tests.vm.board import BROKEN_INIT, NEVER, Board
@@ -27,27 +26,14 @@ from tests.vm.powercut_update import Judge, judged
 CUT_EVERY = 10  # of so many cuts one is tried
 
 
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        return board.built()
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
-
-
-@pytest.fixture(scope="module")
-def first() -> Set:
-    return board.first_set()
-
-
 @pytest.mark.vm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_device_that_updates_itself_to_a_broken_set_comes_back_and_says_why(
-    image: Image, first: Set, tmp_path: Path
+    board_image: Image, first: Set, tmp_path: Path
 ) -> None:
     second = changed(first.as_version(2), BROKEN_INIT)
-    device = Board(image, tmp_path, update=Signer().update(second), is_kept=True)
+    device = Board(board_image, tmp_path, update=Signer().update(second), is_kept=True)
     device.provision(first)
 
     asked = device.boot(NEVER)

@@ -11,11 +11,9 @@ from nexus.proof.record import decode_event
 from nexus.proof.remains import read_image
 from nexus.proof.runner import Job
 from nexus.vm import qemu
-from nexus.vm.disks import check_tools, disks_of
+from nexus.vm.disks import disks_of
 from nexus.vm.host import overlay_of
-from nexus.vm.image import Image, build
-from nexus.vm.machines import DEFAULT
-from nexus.vm.packages import NotHad, cache_folder
+from nexus.vm.image import Image
 from nexus.vm.qmp import Qmp
 from tests.vm.powercut import BOOT_MAX, KEPT, SYSTEM
 
@@ -25,16 +23,6 @@ SLOW: int = 4  # requests a second; a value takes two
 FREE: int = 0
 VALUES: int = 10  # under each condition
 LIMITS = ("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr")
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        _ = qemu.check(DEFAULT)
-        check_tools()
-        return build(DEFAULT, cache_folder())
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
 
 
 def booted(

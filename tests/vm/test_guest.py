@@ -18,6 +18,7 @@ from nexus.cli.command import main
 from nexus.init.system import load as load_system
 from nexus.kernel.linux.groups import COMMON_SPARE
 from nexus.proof.job import Job
+from nexus.proof.notes import NOTE, NOTE_UP
 from nexus.proof.record import decode_event
 from nexus.proof.walls import GUEST_NOT_HELD, HELD, rows_of
 from nexus.protocols.ladder import Ground
@@ -26,19 +27,15 @@ from nexus.vm.contract import (
     EXIT_GUEST,
     INTERRUPT_WORD,
     JOB,
-    NOTE,
     NOTE_CRASH,
     NOTE_OFF,
-    NOTE_UP,
     PLAIN,
     RELOAD_WORD,
     WATCHDOG,
     WATCHDOG_DEFAULT,
 )
-from nexus.vm.image import INIT, Image, build
+from nexus.vm.image import INIT, Image
 from nexus.vm.initramfs import Tree
-from nexus.vm.machines import DEFAULT
-from nexus.vm.packages import NotHad, cache_folder
 from nexus.vm.qmp import Qmp
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
@@ -159,15 +156,6 @@ class Seen:
     def line(self, start: str) -> Event:
         (found,) = self.lines(start)
         return found
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        _ = qemu.check(DEFAULT)
-        return build(DEFAULT, cache_folder())
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
 
 
 def booted(

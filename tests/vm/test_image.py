@@ -8,17 +8,9 @@ import pytest
 from nexus.vm.image import SITE, Image, build
 from nexus.vm.initramfs import entries_of
 from nexus.vm.machines import DEFAULT
-from nexus.vm.packages import NotHad, cache_folder
+from nexus.vm.packages import cache_folder
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        return build(DEFAULT, cache_folder())
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
 
 
 def test_the_same_inputs_give_the_same_bytes(image: Image, tmp_path: Path) -> None:

@@ -5,25 +5,12 @@ from pathlib import Path
 import pytest
 
 from nexus.vm import qemu
-from nexus.vm.disks import check_tools
-from nexus.vm.image import Image, build
-from nexus.vm.machines import DEFAULT
-from nexus.vm.packages import NotHad, cache_folder
+from nexus.vm.image import Image
 from nexus.vm.writelog import Cut, Entry, Kind
 from tests.vm import powercut
 from tests.vm.powercut import COUNT, KEYS, Recorded, problem_of, problems, record
 
 KEEPER = Path(__file__).parent / "keeper/src/keeper.py"
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    try:
-        _ = qemu.check(DEFAULT)
-        check_tools()
-        return build(DEFAULT, cache_folder())
-    except NotHad as missing:
-        pytest.skip(f"not run: {missing}")
 
 
 @pytest.mark.vm

@@ -3,9 +3,9 @@
 The image has the base system; the job of one boot lies over it, an archive of its own behind the
 image's. The guest tells the host everything over one virtio-serial port, a JSON line each: the
 events of the booted system as nexus.proof.sink writes them, the count of lost ones, and between
-them notes of the guest itself, objects whose first key is NOTE. The last of them says that the
-machine goes off on purpose, and with which exit code: without it a boot has no good end, whatever
-QEMU's exit code says.
+them notes of the guest itself, objects whose first key is NOTE of nexus.proof.notes. The last of
+them says that the machine goes off on purpose, and with which exit code: without it a boot has no
+good end, whatever QEMU's exit code says.
 """
 
 from typing import Final
@@ -49,9 +49,6 @@ DISK_SUFFIX: Final = ".img"
 """Any other disk has the name of a device of the plan as its serial, as far as it goes; on the host
 it is the file NAME.img of the run's state directory."""
 
-NOTE: Final = "guest"  # key of a note; its value is one of the following
-NOTE_UP: Final = "up"  # process 1 runs: `t` (ns of the guest's clock), `python`, `kernel`, `cpus`
-NOTE_STAGE: Final = "stage"  # of the way up: `t`, `name`
 NOTE_CRASH: Final = "crash"  # process 1 failed: `t`, `text` (a traceback)
 NOTE_OFF: Final = "off"  # it goes off, or starts again, on purpose: `t`, `code` (of the boot)
 NOTE_DOCTOR: Final = "doctor"  # what holds here: `guarantees`, `kernel`, as JSON of it

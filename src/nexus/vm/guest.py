@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Event as Pause
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
-from nexus.proof.notes import GOES_ON, WAITS
+from nexus.proof.notes import GOES_ON, NOTE, NOTE_STAGE, NOTE_UP, WAITS
 from nexus.vm import devices
 from nexus.vm.calls import Mounted, Power, load_module, mount, power, raise_interface, unmount
 from nexus.vm.contract import (
@@ -42,12 +42,9 @@ from nexus.vm.contract import (
     JOB,
     MODULES,
     MODULES_ORDER,
-    NOTE,
     NOTE_CRASH,
     NOTE_DOCTOR,
     NOTE_OFF,
-    NOTE_STAGE,
-    NOTE_UP,
     PERSIST,
     PERSIST_STATE,
     PLAIN,

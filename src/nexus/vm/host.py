@@ -23,7 +23,7 @@ from nexus.bundle.gather import SYSTEM, system_files
 from nexus.init.plan import load_plan
 from nexus.init.system import load as load_system
 from nexus.proof.lock import AlreadyHeld, take_directory
-from nexus.proof.notes import NOTE_PAGES, NOTE_WINDOWS
+from nexus.proof.notes import NOTE, NOTE_PAGES, NOTE_STAGE, NOTE_UP, NOTE_WINDOWS
 from nexus.proof.runner import EXIT_NOT_RUN, EXIT_POWER_CUT, GO, Job, die_with_parent
 from nexus.proof.scrape import port_of
 from nexus.proof.timeline import NOTES_SIZE_MAX
@@ -33,11 +33,8 @@ from nexus.vm.contract import (
     EXIT_GUEST,
     GO_WORD,
     JOB,
-    NOTE,
     NOTE_CRASH,
     NOTE_OFF,
-    NOTE_STAGE,
-    NOTE_UP,
     PLAIN,
     SCRAPE_WORD,
     STOP_WORD,

@@ -123,10 +123,11 @@ PACKAGE_LEFT_OUT: Final = frozenset({"__pycache__", "cli"})  # a device has no c
 
 
 class Part(NamedTuple):
-    """A file in an image: its path, and its size in bytes."""
+    """A file in an image: its path, its size in bytes, and the SHA-256 of these, in hex."""
 
     path: str
     size: int
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +165,7 @@ class Image:
         """What is in it, layer by layer."""
         for layer in self.layers:
             for path, entry in entries_of(layer.read_bytes()):
-                yield Part(path, len(entry.data))
+                yield Part(path, len(entry.data), hashlib.sha256(entry.data).hexdigest())
 
 
 def build(machine: Machine, cache: Path, *, refresh: bool = False) -> Image:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nexus.proof.job import Job
+from nexus.proof.notes import NOTE
 from nexus.vm import qemu
-from nexus.vm.contract import DOCTOR, JOB, NOTE, NOTE_CRASH, NOTE_DOCTOR, NOTE_OFF
+from nexus.vm.contract import DOCTOR, JOB, NOTE_CRASH, NOTE_DOCTOR, NOTE_OFF
 from nexus.vm.image import Image
 from nexus.vm.initramfs import Tree
 

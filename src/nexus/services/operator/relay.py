@@ -19,8 +19,6 @@ from nexus.abi import (
     LinkId,
     Message,
     Nanos,
-    PeerGone,
-    Recv,
     Send,
     Slot,
     Status,
@@ -43,7 +41,6 @@ REACH_MAX: Final = Nanos(150_000_000)  # ns; eight clients at once stay below a 
 REACH_PAUSE: Final = Nanos(500_000_000)  # ns; a service that hangs costs one REACH_MAX per pause
 LOOK_PAUSE: Final = Nanos(500_000_000)  # ns between looks for a service that nobody asks for
 LOOK_GAP: Final = Nanos(1_000_000)  # ns between two such looks; what came meanwhile goes first
-ARRIVED_MAX: Final = 128  # messages; more than the answers of all connections and ends of all links
 AT_ONCE: Final = Nanos(1)  # ns; long past
 ONE_TRY: Final = 1  # route requests per search; the command outside asks again
 
@@ -210,22 +207,12 @@ class Relay:
         correlator.on_ended(passing.pending)
         return iter((self.read(passing, message),))
 
-    async def arrived(self) -> list[Ended]:
-        """What has come by now, taken without waiting: the last thing that is done."""
-        recv = Recv((await self._peers.inbox(),), NO_WAIT)
-        ended: list[Ended] = []
-        for _ in range(ARRIVED_MAX):
-            try:
-                message = await recv
-            except PeerGone as gone:
-                ended += self.on_gone(gone.link)
-            except AbiError as error:
-                if error.status not in (Status.QUEUE_EMPTY, Status.TIMED_OUT):
-                    raise
-                break
-            else:
-                ended += await self.on_message(message)
-        return ended
+    async def arrived(self) -> Iterator[Ended]:
+        """What has been answered by now, taken without waiting: the last thing that is done."""
+        for peer in (known.peer for known in self._known.values()):
+            if peer is not None and peer.alive:
+                await Exchange(self._peers.caller, META, peer).take(peer.reply_terms.depth)
+        return self.swept()
 
     def on_gone(self, link: LinkId) -> Iterator[Ended]:
         """A reply link has ended: what was asked over it has no answer any more."""
