@@ -124,6 +124,33 @@ def test_the_lock_is_free_again_after_a_run(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_killed_run_has_left_is_removed_by_the_next_one_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    left, system = tmp_path / ".state-x1", tmp_path / "state-keeper"
+    for each in (left, system):
+        each.mkdir()
+        _ = (each / "disk.img").write_bytes(b"x")
+    with run_lock(tmp_path):
+        during = sorted(each.name for each in tmp_path.iterdir())
+        own = tmp_path / ".state-x2"
+        own.mkdir()
+        with pytest.raises(LockRefused), run_lock(tmp_path, wait=0):
+            pass
+        assert own.exists()
+
+    assert during == ["prove.lock", "state-keeper"]
+    assert (system / "disk.img").exists()
+
+
+def test_a_left_state_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".state-x1").write_bytes(b"no directory")
+
+    with pytest.raises(LockRefused, match=r"\.state-x1, which a killed run has left"):
+        with run_lock(tmp_path):
+            pass
+
+
 def test_a_runtime_directory_that_others_can_write_is_refused(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -8,6 +8,7 @@ nothing is believed that is not in a directory that check_private has passed.
 
 import fcntl
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,9 @@ POLL: Final = 0.01  # seconds between two tries; flock has no deadline
 HOLDER_SIZE_MAX: Final = 64  # bytes; a process id and the time of its start
 START_FIELD: Final = 19  # of /proc/PID/stat behind the command's name: starttime, in ticks
 LOCK_NAME: Final = "prove.lock"
+STATE_PREFIX: Final = (
+    ".state-"  # of what runs make here; the name of no system, which have folders here
+)
 
 
 class NotPrivate(Exception):
@@ -233,8 +237,9 @@ def runtime_dir(environ: Mapping[str, str]) -> Path:
 def run_lock(directory: Path, wait: int = WAIT_DEFAULT) -> Iterator[None]:
     """One proof run at a time: hold the lock, waiting at most `wait` nanoseconds for it.
 
-    Raises LockRefused if another run has it, and at the end if the file was removed or exchanged
-    meanwhile: then another run may have held its own, and neither counts.
+    What killed runs left of their states is removed: nobody uses it while the lock is held. Raises
+    LockRefused if another run has the lock, or that cannot be removed, and at the end if the file
+    was removed or exchanged meanwhile: then another run may have held its own, and neither counts.
     """
     path = directory / LOCK_NAME
     try:
@@ -247,6 +252,7 @@ def run_lock(directory: Path, wait: int = WAIT_DEFAULT) -> Iterator[None]:
             "runs share what they measure, so start this one again when that one has ended."
         ) from error
     try:
+        _clear(directory)
         yield
         if not is_same(descriptor, path):
             raise LockRefused(
@@ -254,3 +260,13 @@ def run_lock(directory: Path, wait: int = WAIT_DEFAULT) -> Iterator[None]:
             )
     finally:
         os.close(descriptor)
+
+
+def _clear(directory: Path) -> None:
+    for left in directory.glob(f"{STATE_PREFIX}*"):
+        try:
+            shutil.rmtree(left)
+        except OSError as error:
+            raise LockRefused(
+                f"{left}, which a killed run has left, cannot be removed: {error.strerror}."
+            ) from error

@@ -20,6 +20,7 @@ from nexus.proof.boot_remains import Made, boot_entry, boot_remains, slot_device
 from nexus.proof.every_check import EVERY_CHECK
 from nexus.proof.expected import boots_of, is_cut, last_boot_of, scope_of
 from nexus.proof.loading import keep_end
+from nexus.proof.lock import STATE_PREFIX
 from nexus.proof.record import RecordWriter, default_path
 from nexus.proof.remains import RUNTIME, Remains, damage, remains_of
 from nexus.proof.request import Request, UsageError, check_smp
@@ -151,7 +152,7 @@ def _boots(
     traces: list[Trace] = []
     last = last_boot_of(case.scope)
     with ExitStack() as stack:
-        state = Path(stack.enter_context(TemporaryDirectory(prefix="state-", dir=directory)))
+        state = Path(stack.enter_context(TemporaryDirectory(prefix=STATE_PREFIX, dir=directory)))
         made = _provisioned(request, case.plan, state)
         if made:
             sets = {each: [one.version, one.name, one.digest] for each, one in made.items()}
