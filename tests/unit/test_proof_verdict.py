@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nexus.abi import INIT_NAME, Event, EventKind, Nanos, Pid, service_id
-from nexus.init.plan import Plan
+from nexus.bootctl.handover import EXIT_ENDED, EXIT_STOPPED
+from nexus.init.plan import Plan, load_plan
 from nexus.proof.expected import Scope, boots_of, is_cut, last_boot_of, not_run
 from nexus.proof.trace import Ending, Line, Trace
 from nexus.proof.verdict import (
@@ -35,6 +37,7 @@ SERVICES = ("timed", "demo.testsvc", "demo.interactive", SELFTEST)
 NAMES = (*SERVICES, "policyd", "logd", "statefsd")
 PIDS = {INIT_NAME: Pid(1)} | {name: Pid(10 + at) for at, name in enumerate(NAMES)}
 SCOPE = Scope(ground=Ground.LINUX, smp=1, services=SERVICES)
+SLOTTED = load_plan(Path(__file__).parents[2] / "systems" / "selftest.toml")
 PLAN = Plan(name="test", smp=1, total_size=0, root_size=0, ends_with=None, services=())
 
 
@@ -407,6 +410,16 @@ def test_a_crash_anywhere_in_the_output_is_red(output: str) -> None:
 )
 def test_a_boot_that_does_not_end_well_is_red(ending: dict[str, Any]) -> None:
     assert _red(_judge(_green(), **ending)) == [144]
+
+
+@pytest.mark.parametrize(("plan", "clean"), [(PLAN, 0), (SLOTTED, EXIT_STOPPED)])
+def test_the_end_of_an_init_is_that_of_one_out_of_a_slot_where_there_are_slots(
+    plan: Plan, clean: int
+) -> None:
+    for code in (0, EXIT_ENDED, EXIT_STOPPED):
+        case = dataclasses.replace(_case(), plan=plan)
+
+        assert _red(_judge(_green(), case, code=code)) == ([] if code == clean else [144])
 
 
 def test_a_service_that_exits_with_a_code_is_red_and_one_that_init_kills_is_not() -> None:

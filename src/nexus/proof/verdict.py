@@ -18,6 +18,7 @@ from typing import Any, Final
 from nexus.abi import INIT_NAME, EventKind, Nanos
 from nexus.bootctl.handover import EXIT_SLOT_FAILED, EXIT_STOPPED
 from nexus.init.plan import Plan
+from nexus.proof.boot_remains import slot_devices
 from nexus.proof.expected import PHASES, Scope, boots_of, is_bad, is_cut, not_run
 from nexus.proof.trace import ALARMS, CRASH_PATTERNS, FAIL_WORD, Line, Trace
 from nexus.protocols.ladder import (
@@ -34,7 +35,6 @@ from nexus.protocols.ladder import (
 END_RUNG: Final = 144
 RESOURCE_RUNG: Final = 143
 CPU_RUNG: Final = 39
-CLEAN: Final = (0, EXIT_STOPPED)  # exit codes of an init that ended in order: bare, out of a slot
 KILLED: Final = 9  # the signal of init's Kill, the only one a task may end by
 CRASHES: Final = ("demo.exit42", 42, 0)  # the one program that is there to crash, and how: #91
 FINDINGS_MAX: Final = 64  # kept; a run that is this red needs no more
@@ -242,6 +242,11 @@ class _Judge:
 
     # ------------------------------------------------------------ how the boot ended
 
+    @property
+    def _clean(self) -> int:
+        """The exit code of an init that was told to end and did: bare, or out of a slot."""
+        return 0 if slot_devices(self._case.plan) is None else EXIT_STOPPED
+
     def _read_ending(self, trace: Trace) -> None:
         ending = trace.ending
 
@@ -257,7 +262,10 @@ class _Judge:
                     f"init was to give the bad set up with code {EXIT_SLOT_FAILED}, and ended "
                     f"with code {ending.code}, signal {ending.signal}"
                 )
-        elif not ending.stopped and (ending.code not in CLEAN or ending.signal):
+        elif not (ending.stopped or ending.cut) and (ending.code, ending.signal) != (
+            self._clean,
+            0,
+        ):
             found(f"dirty exit: code {ending.code}, signal {ending.signal}")
         if is_cut(self._case.scope, trace.number) and not (ending.cut or ending.stopped):
             found("the power was to be cut, and the boot did not get there")
@@ -294,7 +302,7 @@ class _Judge:
                 continue  # how the boot of a bad set ends is looked at above
             if (event.fields.get("name"), code, signal) == CRASHES:
                 continue
-            if event.fields.get("name") == INIT_NAME and code in CLEAN:
+            if event.fields.get("name") == INIT_NAME and (code, signal) == (self._clean, 0):
                 continue
             if signal != KILLED and (code or signal):
                 crash = str(event.fields.get("crash", "")).strip().rpartition("\n")[2]
