@@ -36,12 +36,13 @@ def _page_of_the_start() -> None:
     """#130: what metricsd said at the start is on every page."""
     first: dict[int, list[Series]] = {}  # by instance
 
-    async def opened(readings: Readings, until: Nanos) -> None:
-        await original_open(readings, until)
+    async def opened(readings: Readings, until: Nanos) -> Any:
+        held = await original_open(readings, until)
         try:
             first[id(readings)] = await original(readings, until)
         except NoReading:
             first[id(readings)] = []
+        return held
 
     async def series(readings: Readings, until: Nanos) -> Any:
         _ = await original(readings, until)
