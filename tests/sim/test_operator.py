@@ -344,7 +344,6 @@ def test_a_service_that_dies_cuts_the_request_off_and_is_found_again() -> None:
     _ = run(body)
 
 
-@pytest.mark.covers("operator.BAD_ANSWER")
 def test_an_answer_that_has_come_is_handed_on_before_the_end() -> None:
     """As that of a switch that reboots: operator finds the Stop and the answer at once."""
     found: list[SimPeer] = []
@@ -372,6 +371,7 @@ def test_an_answer_that_has_come_is_handed_on_before_the_end() -> None:
     assert isinstance(outsides[0].read(*frames[0], data), Relayed)
 
 
+@pytest.mark.covers("operator.BAD_ANSWER")
 def test_a_frame_that_answers_something_else_is_no_answer() -> None:
     async def body(outside: Outside) -> None:
         peer = outside.connect()

@@ -1,7 +1,9 @@
 """Events as JSON lines, the bounded record, and the lock."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,7 @@ def test_what_a_killed_run_has_left_is_removed_by_the_next_one_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     left, system = tmp_path / ".state-x1", tmp_path / "state-keeper"
+    (tmp_path / ".state-x3").symlink_to(system)
     for each in (left, system):
         each.mkdir()
         _ = (each / "disk.img").write_bytes(b"x")
@@ -143,10 +146,16 @@ def test_what_a_killed_run_has_left_is_removed_by_the_next_one_and_nothing_else(
     assert (system / "disk.img").exists()
 
 
-def test_a_left_state_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".state-x1").write_bytes(b"no directory")
+def test_a_left_state_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
 
-    with pytest.raises(LockRefused, match=r"\.state-x1, which a killed run has left"):
+    (tmp_path / ".state-x1").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refused)
+
+    with pytest.raises(LockRefused, match=r"\.state-x1, .* \(Device or resource busy\): remove it"):
         with run_lock(tmp_path):
             pass
 

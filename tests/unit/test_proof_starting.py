@@ -9,6 +9,7 @@ import pytest
 
 from nexus.proof import command, prove
 from nexus.proof.job import Job
+from nexus.proof.lock import STATE_PREFIX
 from nexus.proof.record import MalformedEvent
 from nexus.proof.request import Request
 from nexus.protocols.ladder import Ground
@@ -88,3 +89,18 @@ def test_a_system_that_says_what_is_no_event_is_red_in_one_sentence(
 
     assert code == command.RED
     assert "what was booted says what is no evidence: garbage{" in capsys.readouterr().err
+
+
+def test_the_state_of_a_run_is_what_the_next_one_would_remove(boots: Boots, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def look() -> Any:
+        found.extend(each.name for each in tmp_path.iterdir() if each.is_dir())
+        raise KeyboardInterrupt
+
+    boots.runs = look
+    with pytest.raises(KeyboardInterrupt):
+        _ = prove.prove(request(tmp_path), tmp_path)
+
+    (state,) = found
+    assert state.startswith(STATE_PREFIX)

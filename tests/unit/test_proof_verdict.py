@@ -422,6 +422,22 @@ def test_the_end_of_an_init_is_that_of_one_out_of_a_slot_where_there_are_slots(
         assert _red(_judge(_green(), case, code=code)) == ([] if code == clean else [144])
 
 
+@pytest.mark.parametrize(("plan", "clean"), [(PLAN, 0), (SLOTTED, EXIT_STOPPED)])
+def test_an_exit_of_init_is_judged_like_the_end_of_its_boot(plan: Plan, clean: int) -> None:
+    case = dataclasses.replace(_case(), plan=plan)
+    for code in (0, EXIT_STOPPED):
+        stream = _green()
+        stream.add(EventKind.EXIT, PIDS[INIT_NAME], name=INIT_NAME, code=code, signal=0)
+
+        assert _red(_judge(stream, case, code=clean)) == ([] if code in {0, clean} else [144])
+
+
+def test_how_a_boot_ends_whose_power_was_cut_is_not_inits_doing() -> None:
+    case = dataclasses.replace(_case(), plan=SLOTTED)
+
+    assert _red(_judge(_green(), case, code=0, cut=True)) == []
+
+
 def test_a_service_that_exits_with_a_code_is_red_and_one_that_init_kills_is_not() -> None:
     stream = _green()
     stream.add(EventKind.EXIT, PIDS["timed"], name="timed", generation=1, code=0, signal=9)

@@ -45,7 +45,7 @@ def test_without_a_machine_nothing_is_green_where_one_is_required(
     _ = (tmp_path / "test_machine.py").write_text(TESTS, "utf-8")
     _ = (tmp_path / "pytest.ini").write_text("[pytest]\n", "utf-8")
     environment = {key: value for key, value in os.environ.items() if key != "NEXUS_VM_REQUIRED"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = f"{ROOT / 'src'}:{ROOT}"
     if required is not None:
         environment["NEXUS_VM_REQUIRED"] = required
 

@@ -28,9 +28,7 @@ POLL: Final = 0.01  # seconds between two tries; flock has no deadline
 HOLDER_SIZE_MAX: Final = 64  # bytes; a process id and the time of its start
 START_FIELD: Final = 19  # of /proc/PID/stat behind the command's name: starttime, in ticks
 LOCK_NAME: Final = "prove.lock"
-STATE_PREFIX: Final = (
-    ".state-"  # of what runs make here; the name of no system, which have folders here
-)
+STATE_PREFIX: Final = ".state-"  # of folders that runs make here; no system is named so
 
 
 class NotPrivate(Exception):
@@ -265,8 +263,12 @@ def run_lock(directory: Path, wait: int = WAIT_DEFAULT) -> Iterator[None]:
 def _clear(directory: Path) -> None:
     for left in directory.glob(f"{STATE_PREFIX}*"):
         try:
-            shutil.rmtree(left)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         except OSError as error:
             raise LockRefused(
-                f"{left}, which a killed run has left, cannot be removed: {error.strerror}."
+                f"{left}, which a killed run has left, cannot be removed ({error.strerror}): "
+                "remove it, and unmount what is in it before."
             ) from error

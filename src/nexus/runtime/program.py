@@ -242,6 +242,8 @@ class Context:
             found = await self._connect(POLICYD_NAME, POLICYD, until)
             if isinstance(found, Client):
                 self._clients[POLICYD_NAME] = found
+        spoken = found.protocol if isinstance(found, Client) else POLICYD
+        assert spoken is POLICYD, "policyd is connected with another protocol"
         return found
 
 

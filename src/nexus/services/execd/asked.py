@@ -46,16 +46,6 @@ class Asked:
         config = self._context.config
         return self.name in config.uses and self.name not in config.posts
 
-    async def open(self, until: Nanos) -> bool:
-        """Take the way to it if it is there; whether there is no more to look for."""
-        if not self.is_used:
-            return True
-        try:
-            _ = await self._context.client(self.name, self._protocol, until)
-        except Unreachable:
-            return False
-        return True
-
     async def ask(self, request: Request[ReplyT], until: Nanos) -> ReplyT | Refused | None:
         """The answer, also one that says no; None if there is none, and `why`.
 

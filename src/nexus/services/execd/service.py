@@ -77,6 +77,7 @@ from nexus.protocols.policyd import Exec as MayExec
 from nexus.protocols.statefsd import PROTOCOL as STATEFSD
 from nexus.runtime import Call, Deferred
 from nexus.runtime.program import POLICYD_NAME, Context, program_of
+from nexus.runtime.ways import Ways
 from nexus.services.execd.asked import Asked
 from nexus.services.execd.children import Children
 from nexus.services.execd.config import Settings, check_settings
@@ -90,8 +91,6 @@ INIT: Final = service_id(INIT_NAME)
 LAUNCH_MAX: Final = Nanos(3_000_000_000)  # ns for init's answer: it asks policyd once per grant
 INIT_MAX: Final = Nanos(500_000_000)  # ns for anything else that init is asked
 OPEN_MAX: Final = Nanos(2_000_000_000)  # ns for finding whom it asks; init still starts others
-OPEN_WAIT: Final = Nanos(50_000_000)  # ns of a later search; nobody else is served meanwhile
-OPEN_AGAIN: Final = Nanos(500_000_000)  # ns between two of these
 LOAD_MAX: Final = Nanos(1_500_000_000)  # ns for reading the kept reports; below the ready deadline
 REPORT_MAX: Final = Nanos(2_000_000_000)  # ns for all the evidence of a crash, and keeping it
 SEEN_MAX: Final = 128  # ends that are told apart from their repetition
@@ -132,7 +131,8 @@ class Execd:
         self._lines: deque[Line] = deque(maxlen=LINES_MAX)
         self._line_at: Nanos | None = None
         self._adopt_at: Nanos | None = None
-        self._open_at: Nanos | None = None
+        wanted = {LOGD_NAME: LOGD, METRICSD_NAME: METRICSD, POLICYD_NAME: POLICYD}
+        self._ways = Ways(context, wanted)
         self._loaded_told = False
         self._init_lost = 0
         self._started = 0
@@ -147,7 +147,7 @@ class Execd:
     async def start(self) -> None:
         """Read the kept reports, and find the children that an earlier instance has started."""
         self._clock = await ClockMap()
-        await self._open(OPEN_MAX)
+        await self._ways.start(OPEN_MAX)
         await self._keeping.load(await self._context.after(LOAD_MAX))
         await self._adopt()
 
@@ -173,7 +173,8 @@ class Execd:
 
     def next_time(self) -> Nanos | None:
         """When a line, a report or the table of children is to be tried again."""
-        times = (self._line_at, self._keeping.next_time(), self._adopt_at, self._open_at)
+        own = (self._line_at, self._keeping.next_time(), self._adopt_at)
+        times = (*own, self._ways.next_time())
         return min((time for time in times if time is not None), default=None)
 
     async def on_time(self, now: Nanos) -> None:
@@ -182,8 +183,7 @@ class Execd:
             await self._flush_lines(now)
         if self._adopt_at is not None and now >= self._adopt_at:
             await self._adopt()
-        if self._open_at is not None and now >= self._open_at:
-            await self._open(OPEN_WAIT)
+        await self._ways.on_time(now)
         await self._keeping.on_time(now, deadline_after(now, INIT_MAX))
 
     def on_gone(self, link: LinkId) -> None:
@@ -209,13 +209,6 @@ class Execd:
             "damaged_total": self._keeping.damaged,
             "unread_total": self._keeping.unread,
         }
-
-    async def _open(self, wait: Nanos) -> None:
-        """Take the ways to those that it asks, so that what is held is held from the start; one
-        that is not there within `wait` ns is looked for again."""
-        until = await self._context.after(wait)
-        held = [await each.open(until) for each in (self._logd, self._metricsd, self._policyd)]
-        self._open_at = None if all(held) else await self._context.after(OPEN_AGAIN)
 
     # ------------------------------------------------------------------ starting
 

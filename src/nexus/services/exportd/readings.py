@@ -90,14 +90,6 @@ class Readings:
             since = page.next
         return found
 
-    async def open(self, until: Nanos) -> bool:
-        """Take the way to metricsd if it is there; whether it was."""
-        try:
-            _ = await self._metricsd(until)
-        except NoReading:
-            return False
-        return True
-
     async def _none(self, outcome: Refused | CallFailure) -> NoReading:
         """Why there is no page; a silent metricsd is left alone for a while."""
         if isinstance(outcome, TimedOut):

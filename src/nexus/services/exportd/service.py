@@ -34,18 +34,18 @@ from nexus.protocols.exportd import (
     Stats,
 )
 from nexus.protocols.meta import HEALTH_ANSWER
+from nexus.protocols.metricsd import PROTOCOL as METRICSD
 from nexus.runtime import Call
 from nexus.runtime.program import Context
+from nexus.runtime.ways import Ways
 from nexus.services.exportd import otlp
 from nexus.services.exportd.collector import Collector, Dial, Effect, HangUp, Transmit
 from nexus.services.exportd.config import Settings
 from nexus.services.exportd.exposition import chosen, exposition
 from nexus.services.exportd.pages import Asked, Visit
-from nexus.services.exportd.readings import NoReading, Readings
+from nexus.services.exportd.readings import METRICSD_NAME, NoReading, Readings
 
 OPEN_MAX: Final = Nanos(1_000_000_000)  # ns for the way to metricsd at the start
-OPEN_WAIT: Final = Nanos(50_000_000)  # ns of a later search; nobody else is served meanwhile
-OPEN_AGAIN: Final = Nanos(500_000_000)  # ns between two of these
 SCRAPE_TIME_MAX: Final = Nanos(800_000_000)  # ns for reading all series; a probe waits behind it
 EXPORT_TIME_MAX: Final = Nanos(800_000_000)  # ns for what goes to the collector, the same
 SCRAPES_MAX: Final = 16  # in a second, of everybody; a scraper asks a few times in a minute
@@ -87,7 +87,7 @@ class Exportd:
             pause_max=Nanos(self._settings.pause_max_ms * 1_000_000),
         )
         self._export_due: Nanos | None = None
-        self._open_due: Nanos | None = None
+        self._ways = Ways(context, {METRICSD_NAME: METRICSD})
         self._clock: Clock | None = None
         config = context.config
         names = {int(service_id(name)): name for name in config.names}
@@ -97,13 +97,9 @@ class Exportd:
         """Its ports are open from the start; the way to metricsd is taken if it is there, and else
         looked for again."""
         self._clock = await ClockMap()
-        await self._open(OPEN_MAX)
+        await self._ways.start(OPEN_MAX)
         if self._collector_port is not None:
             self._export_due = deadline_after(await Now(), self._every)
-
-    async def _open(self, wait: Nanos) -> None:
-        held = await self._readings.open(deadline_after(await Now(), wait))
-        self._open_due = None if held else deadline_after(await Now(), OPEN_AGAIN)
 
     # ------------------------------------------------------------------ the runtime's side
 
@@ -172,7 +168,7 @@ class Exportd:
     def next_time(self) -> Nanos | None:
         """The next deadline of a connection, of the collector, or the next export."""
         dues = [visit.due for visit in self._visits.values()]
-        others = (self._collector.next_time(), self._export_due, self._open_due)
+        others = (self._collector.next_time(), self._export_due, self._ways.next_time())
         dues += [due for due in others if due is not None]
         return min(dues, default=None)
 
@@ -184,8 +180,7 @@ class Exportd:
                 _ = await self._send(visit)
                 await self._close(visit)
         await self._act(self._collector.on_time(now), now)
-        if self._open_due is not None and self._open_due <= now:
-            await self._open(OPEN_WAIT)
+        await self._ways.on_time(now)
         if self._export_due is not None and self._export_due <= now:
             self._export_due = deadline_after(now, self._every)
             await self._export(now)

@@ -207,12 +207,20 @@ class Relay:
         correlator.on_ended(passing.pending)
         return iter((self.read(passing, message),))
 
-    async def arrived(self) -> Iterator[Ended]:
+    async def arrived(self) -> list[Ended]:
         """What has been answered by now, taken without waiting: the last thing that is done."""
-        for peer in (known.peer for known in self._known.values()):
-            if peer is not None and peer.alive:
-                await Exchange(self._peers.caller, META, peer).take(peer.reply_terms.depth)
-        return self.swept()
+        caller = self._peers.caller
+        ended: list[Ended] = []
+        for peer in self._known_peers():
+            await Exchange(caller, META, peer).take(peer.reply_terms.depth)
+            ended += self.swept()  # one link's answers have room to be kept
+        return ended
+
+    def _known_peers(self) -> list[Peer]:
+        """Those whose reply links are not at their end, however their own links are."""
+        open_links = self._peers.caller.correlator.peers
+        peers = (known.peer for known in self._known.values())
+        return [each for each in peers if each is not None and open_links.get(each.link) is each]
 
     def on_gone(self, link: LinkId) -> Iterator[Ended]:
         """A reply link has ended: what was asked over it has no answer any more."""

@@ -61,6 +61,7 @@ CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
 OTHERS_MAX: Final = Nanos(8_000_000_000)  # ns; an interpreter of its own imports for a second
 OTHERS_BACKOFF: Final = Nanos(5_000_000)  # ns
+NAMES_SIZE_MAX: Final = 300  # characters; a console line has 512 bytes
 TAKEN_TWICE: Final = frozenset({("execd", "logd"), ("execd", "metricsd"), ("exportd", "metricsd")})
 """Client and server of links that are taken twice: by the service itself and by a library of it."""
 END_RUNG: Final = 144
@@ -157,19 +158,22 @@ async def _await_others(climb: Climb, until: Nanos) -> None:
     budget = RetryBudget(
         attempts_max=CONNECT_ATTEMPTS_MAX, backoff=OTHERS_BACKOFF, deadline=deadline
     )
-    _ = await retry_until(
-        lambda: _is_linked(climb), lambda linked: not linked, budget, RetryTokens()
-    )
+    lacking = await retry_until(lambda: _lacking(climb), bool, budget, RetryTokens())
+    if lacking:  # what comes later is red at the end (#143), and this says why
+        await ConsoleWrite(f"{SELFTEST}: not linked in time: {', '.join(lacking)[:NAMES_SIZE_MAX]}")
 
 
-async def _is_linked(climb: Climb) -> bool:
-    """Whether all others have taken every link that they will have."""
-    up = {row.name for row in (await climb.tasks()).rows if row.state is not TaskState.ON_DEMAND}
-    return all(
-        row.taken > ((row.client, row.server) in TAKEN_TWICE)
+async def _lacking(climb: Climb) -> list[str]:
+    """The links that others will have, and have not taken yet or not often enough."""
+    tasks = (await climb.tasks()).rows
+    awaited = {row.name for row in tasks if row.state is not TaskState.ON_DEMAND}
+    return [
+        f"{row.client}-{row.server}"
         for row in await climb.links()
-        if row.client in up - {climb.boot.name} and row.server in up
-    )
+        if {row.client, row.server} <= awaited
+        and row.client != climb.boot.name
+        and row.taken <= ((row.client, row.server) in TAKEN_TWICE)
+    ]
 
 
 async def _until_well(climb: Climb, name: str, deadline: Nanos) -> None:
