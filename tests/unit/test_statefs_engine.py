@@ -769,6 +769,15 @@ def test_a_meta_larger_than_any_limits_lead_to_is_refused() -> None:
     assert layout.decode_superblock(larger.encoded()) is None
 
 
+def test_a_superblock_whose_epoch_begins_before_the_first_sequence_is_refused() -> None:
+    """`make campaign` found it: the last sequence was then -1, which has no place in the next."""
+    fresh = layout.initial(32 * 1024)
+    assert fresh is not None
+
+    assert layout.decode_superblock(fresh.encoded()) == fresh
+    assert layout.decode_superblock(replace(fresh, epoch_first=0).encoded()) is None
+
+
 def test_what_the_meta_has_no_room_for_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(BLOCKS)
     store = opened(disk)

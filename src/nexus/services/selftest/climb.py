@@ -108,6 +108,9 @@ class Climb:
         self.stick: Stick | None = None  # the updates that the runner gave, once it is opened
         self.refused_unproven = ""  # with what staging was refused while a new set was on trial
         self.held_at_ready: dict[str, int] = {}
+        self.lacking: list[
+            str
+        ] = []  # links of others that were awaited in vain, as "client-server"
         self.planned: list[int] = []
         self.passed: list[int] = []
         self.failed: list[int] = []

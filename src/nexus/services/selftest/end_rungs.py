@@ -101,20 +101,22 @@ async def no_resource_left_behind(climb: Climb) -> Evidence:
     for name in (INIT_NAME, *climb.clients):
         resources = await _resources(climb, name)
         now, ready = _held_by(resources.now), _held_by(resources.ready)
-        _expect_same(now, ready, name)
+        _expect_same(now, ready, name, climb.lacking)
         compared[name] = {"ready": _numbers(ready), "now": _numbers(now)}
         tasks = _same_tasks(resources)
     mine = held(await TaskStats())
-    _expect_same(mine, climb.held_at_ready, climb.boot.name)
+    _expect_same(mine, climb.held_at_ready, climb.boot.name, climb.lacking)
     compared[climb.boot.name] = {"ready": _numbers(climb.held_at_ready), "now": _numbers(mine)}
     return {"accounts": compared, "tasks": tasks}
 
 
-def _expect_same(now: dict[str, int], ready: dict[str, int], name: str) -> None:
-    """Fail the rung unless the two are equal; what is not is told, and nothing else."""
+def _expect_same(now: dict[str, int], ready: dict[str, int], name: str, lacking: list[str]) -> None:
+    """Fail the rung unless the two are equal; what is not is told, and which links came too late
+    to be held at ready."""
     names = {each for each in now.keys() | ready.keys() if now.get(each) != ready.get(each)}
     more = {each: [ready.get(each), now.get(each)] for each in sorted(names)}
-    expect(more, {}, f"what {name} holds, at ready and now")
+    late = f" (late: {', '.join(lacking)})" if lacking else ""
+    expect(more, {}, f"what {name} holds, at ready and now{late}")
 
 
 async def _resources(climb: Climb, name: str) -> Resources:

@@ -61,7 +61,6 @@ CONNECT_BACKOFF: Final = Nanos(1_000_000)  # ns
 EXIT_RED: Final = 1
 OTHERS_MAX: Final = Nanos(8_000_000_000)  # ns; an interpreter of its own imports for a second
 OTHERS_BACKOFF: Final = Nanos(5_000_000)  # ns
-NAMES_SIZE_MAX: Final = 300  # characters; a console line has 512 bytes
 TAKEN_TWICE: Final = frozenset({("execd", "logd"), ("execd", "metricsd"), ("exportd", "metricsd")})
 """Client and server of links that are taken twice: by the service itself and by a library of it."""
 END_RUNG: Final = 144
@@ -158,9 +157,7 @@ async def _await_others(climb: Climb, until: Nanos) -> None:
     budget = RetryBudget(
         attempts_max=CONNECT_ATTEMPTS_MAX, backoff=OTHERS_BACKOFF, deadline=deadline
     )
-    lacking = await retry_until(lambda: _lacking(climb), bool, budget, RetryTokens())
-    if lacking:  # what comes later is red at the end (#143), and this says why
-        await ConsoleWrite(f"{SELFTEST}: not linked in time: {', '.join(lacking)[:NAMES_SIZE_MAX]}")
+    climb.lacking = await retry_until(lambda: _lacking(climb), bool, budget, RetryTokens())
 
 
 async def _lacking(climb: Climb) -> list[str]:

@@ -198,7 +198,7 @@ def parse_header(ring: bytes, block: int) -> Header | None:
     least = FRAME_SIZE + count * (RECORD_HEAD_SIZE + ENTRY_SIZE)
     if own_block != block or size < least or (block + header.blocks) * BLOCK_SIZE > len(ring):
         return None
-    if max(epoch, epoch_first, first, durable) >= COUNTER_MAX:
+    if not (epoch_first and first) or max(epoch, epoch_first, first, durable) >= COUNTER_MAX:
         return None
     return header
 

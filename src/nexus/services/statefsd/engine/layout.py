@@ -174,7 +174,9 @@ def version_of(data: bytes) -> int | None:
 
 def _is_plausible(found: Superblock) -> bool:
     counters = (found.generation, found.epoch, found.epoch_first, found.sequence, found.compactions)
-    if max(counters) >= COUNTER_MAX or not found.block_count >= STORE_BLOCKS_MIN:
+    if not found.epoch_first or max(counters) >= COUNTER_MAX:  # sequences count from 1
+        return False
+    if not found.block_count >= STORE_BLOCKS_MIN:
         return False
     if found.block_count > STORE_BLOCKS_MAX or found.ring_blocks < RING_BLOCKS_MIN:
         return False
