@@ -150,7 +150,7 @@ def _runs(pid: int) -> bool:
             "import threading, time\n"
             "threading.Thread(target=time.sleep, args=(2,), daemon=True, name='t').start()"
         ),
-        "import threading; t = threading.Timer(2, print); t.name = 't'; t.daemon = True; t.start()",
+        "import threading; t = threading.Timer(2, int); t.name = 't'; t.daemon = True; t.start()",
     ],
 )
 def test_a_module_that_starts_a_thread_is_refused_apart_and_in_init(

@@ -4,6 +4,7 @@ its devices carry them, and each of it alone makes them red."""
 import copy
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -70,6 +71,7 @@ class Bench:
         ]
         self.answer: dict[str, Any] = {"host": "devices", "answer": self.devices}
         self.left = Remains(size=device.size)
+        self.more: Trace | None = None  # a boot behind
         self.used: list[tuple[Pid, str]] = []  # who used which device, by the kernel's own record
 
     @property
@@ -110,7 +112,8 @@ class Bench:
             hardware=(STICK, DISK, NOISE, SPARE),
         )
         scope = SimpleNamespace(ground=Ground.VM)
-        case: Any = SimpleNamespace(plan=plan, scope=scope, boots=(trace,))
+        boots = (trace,) if self.more is None else (trace, self.more)
+        case: Any = SimpleNamespace(plan=plan, scope=scope, boots=boots)
         self._check(case, trace, trace.lines[0])
 
 
@@ -342,6 +345,16 @@ def test_a_disk_that_statefsd_itself_calls_another_is_red(
     bench.evidence[field] = value
 
     with pytest.raises(Mismatch, match=why):
+        bench.check()
+
+
+@pytest.mark.parametrize(("said", "is_red"), [("init: start statefsd", True), ("other", False)])
+def test_a_boot_without_the_line_is_red_where_statefsd_was_started(said: str, is_red: bool) -> None:
+    """In safe mode it is not."""
+    bench = block()
+    bench.more = Trace([_console(Pid(1), name=INIT_NAME, line=said, evidence={})], number=1)
+
+    with pytest.raises(Mismatch, match="no such line in boot 1") if is_red else nullcontext():
         bench.check()
 
 

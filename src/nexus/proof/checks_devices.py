@@ -184,7 +184,7 @@ def _first_sector(boot: Trace, text: str) -> None:
     """What statefsd read first in a boot is what the boot before left: at first, nothing. Where it
     was not started, as in safe mode, that is another rung's to say."""
     lines = [each for each in boot.lines if (each.printer, each.text) == ("statefsd", text)]
-    if of_init(boot, "init: start statefsd") is None:
+    if not lines and of_init(boot, "init: start statefsd") is None:
         return
     demand(lines, f"no such line in boot {boot.number}")
     before = boot.earlier[-1].left.first_block if boot.earlier else bytes(BLOCK_SIZE)
