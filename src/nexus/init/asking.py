@@ -111,9 +111,9 @@ class Asking:
         """When the first question expires."""
         return min((asked.deadline for asked in self._out.values()), default=None)
 
-    async def on_time(self, now: Nanos) -> None:
-        """End every question whose deadline has come."""
-        await self._end([n for n, asked in self._out.items() if asked.deadline <= now])
+    async def on_time(self, heard: Nanos) -> None:
+        """End every question whose deadline has come and whose answer had not, by `heard`."""
+        await self._end([n for n, asked in self._out.items() if asked.deadline <= heard])
 
     async def forget(self, record: Record) -> None:
         """The instance ended: nothing it was asked will be answered."""

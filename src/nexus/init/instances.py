@@ -248,17 +248,17 @@ class Instances:
 
     async def on_time(self, record: Record) -> None:
         """Reap what has ended; end what does not answer its echo, or cannot answer any more."""
-        now = self._init.now
+        now, heard = self._init.now, self._init.hearing.until
         if record.leaving is not None:
             if now > record.leaving:
                 await self._reap(record)
         elif (
             record.state is TaskState.STARTING
-            and now >= record.started + record.planned.health_deadline
+            and heard >= record.started + record.planned.health_deadline
         ):
             await self.kill(record, Reason.NO_ECHO)
             record.started = now  # look again after as long, should it not be gone
-        if record.deaf is not None and now >= record.deaf + REAP_MAX:
+        if record.deaf is not None and heard >= record.deaf + REAP_MAX:
             record.deaf = None
             if record.leaving is None:
                 await self.kill(record, Reason.ANSWERS)

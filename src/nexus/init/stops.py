@@ -85,7 +85,7 @@ class Stops:
         init, record = self._init, wanted.record
         hurry = self._hurry is not None and init.now >= self._hurry
         if wanted.killed:
-            if wanted.due is not None and init.now >= wanted.due:
+            if wanted.due is not None and init.hearing.until >= wanted.due:
                 await self._on_not_ended(wanted)
         elif hurry:
             await self._kill(wanted, self._hurry_reason)
@@ -95,7 +95,7 @@ class Stops:
             wanted.due = Nanos(init.now + record.planned.stop_max)
             if not await init.ask(record, Stop(), wanted.due, _nothing):
                 await self._kill(wanted, Reason.STOP)
-        elif init.now >= wanted.due:
+        elif init.hearing.until >= wanted.due:
             await self._kill(wanted, Reason.STOP)
 
     def _is_needed(self, record: Record) -> bool:

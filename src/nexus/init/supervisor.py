@@ -11,9 +11,10 @@ yet is a row in `Asking`, and what has to happen later is a time in a `Record`.
 This module has the loop and what concerns the system as a whole. Each rule has its own: whose
 turn it is `stages`, whether it may have what the plan grants `grants`, and whether the machine has
 that `bus`, how an instance begins and ends `instances`, what is started on demand `launches`,
-whether it is well `watch`, what follows its end `groups` and who is told of it `reports`, how it is
-stopped `stops`, what outlives the boot `memory`, which policy is in force `authority`, what the
-system holds once it is ready `baseline`, whether the slot it was booted from is good `trial`.
+whether it is well `watch`, up to when all that came was heard `hearing`, what follows its end
+`groups` and who is told of it `reports`, how it is stopped `stops`, what outlives the boot
+`memory`, which policy is in force `authority`, what the system holds once it is ready `baseline`,
+whether the slot it was booted from is good `trial`.
 """
 
 from collections import deque
@@ -52,6 +53,7 @@ from nexus.init.console import Console
 from nexus.init.desk import Desk
 from nexus.init.grants import Grants
 from nexus.init.groups import Groups
+from nexus.init.hearing import Hearing
 from nexus.init.instances import NOT_NOW, Instances
 from nexus.init.launches import Launches
 from nexus.init.links import LinkTable
@@ -101,6 +103,7 @@ class Supervisor:
         self.cpu_count = cpu_count
         self.slot_boot = slot_boot
         self.now = boot.now
+        self.hearing = Hearing(boot.now, DRAIN_MAX * len(plan.services))
         self.records = {
             service.name: Record(planned=service, state=resting_state(service))
             for service in plan.services
@@ -161,13 +164,19 @@ class Supervisor:
                 message = await recv
             except PeerGone as gone:
                 self.now = await Now()
+                self.hearing.on_taken(self.now)
                 await self.instances.on_gone(gone.link)
             except AbiError as error:
                 if error.status not in _WOKEN:
                     raise
                 self.now = await Now()
+                if error.status is Status.TIMED_OUT:
+                    self.hearing.on_nothing(recv.deadline)
+                else:
+                    self.hearing.on_taken(self.now)
             else:
                 self.now = message.now
+                self.hearing.on_taken(self.now)
                 await self._on_message(message)
 
     # ------------------------------------------------------------------ decisions
@@ -446,7 +455,7 @@ class Supervisor:
 
     async def _on_time(self) -> None:
         """Do everything whose time has come."""
-        await self.asking.on_time(self.now)
+        await self.asking.on_time(self.hearing.until)
         for record in self.records.values():
             await self._look_after(record)
         await self.stops.advance()

@@ -146,17 +146,17 @@ class Trial:
         """Judge who is late, and the whole; report when everybody is well."""
         if not self.is_open:
             return
-        now = self._init.now
+        now, heard = self._init.now, self._init.hearing.until
         for record in self._awaited():
             if self._is_well(record):
                 self._was_well.add(record.name)
                 _ = self._unwell_since.pop(record.name, None)
                 continue
             blame = self._blame_time(record)
-            if blame is not None and now >= blame:
+            if blame is not None and heard >= blame:
                 await self._fail_late(record)
                 return
-        if now >= self._deadline:
+        if heard >= self._deadline:
             await self._fail_deadline()
             return
         settled = self._settled_time()

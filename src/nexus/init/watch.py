@@ -79,20 +79,20 @@ class Watch:
 
     async def on_time(self, record: Record) -> None:
         """Do what is due for this service."""
-        now = self._init.now
+        now, heard = self._init.now, self._init.hearing.until
         if not record.is_settled and record.first_started is not None:
-            record.is_settled = now >= self.late_time(record, record.first_started)
+            record.is_settled = heard >= self.late_time(record, record.first_started)
         if record.probe_again is not None and now >= record.probe_again:
             await self.probe(record)
         if not self._is_awaited(record):
             return
         if record.health is Health.UNKNOWN:
-            if now >= self.late_time(record, self._since(record)):
+            if heard >= self.late_time(record, self._since(record)):
                 record.health = Health.LATE
                 await self._init.say(
                     f"init: health {record.name} late", generation=record.generation
                 )
-        elif self._may_be_killed(record) and now >= self._unready_time(record):
+        elif self._may_be_killed(record) and heard >= self._unready_time(record):
             await self._init.kill(record, Reason.NOT_READY)
 
     # ------------------------------------------------------------------ the first probe
