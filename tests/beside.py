@@ -1,11 +1,11 @@
 """Tests that measure no time run beside those that do: `pytest --beside`.
 
 Tests of real processes wait more than they compute. Those that measure time stay in this process,
-which has one thread, as our Linux kernel demands of who forks. More pytests run meanwhile: one
-has the patient tests, which start whole systems and only ask how they end, and gives way when a
-process wakes up that is measured; two have all tests that ask nothing of the machine, and run when
-no process wants to that is not one of them. What they report is reported here when it is their
-turn, as if they had run here.
+which has one thread, as our Linux kernel demands of who forks. More pytests run meanwhile: one has
+the patient tests, which start whole systems and only ask how they end, and gives way when a process
+wakes up that is measured (the longest of these are run here once nothing is); two have all tests
+that ask nothing of the machine, and run when no process wants to that is not one of them. What they
+report is reported here when it is their turn, as if they had run here.
 
 They stay in this session: Linux weighs sessions against each other first (autogroups), and what is
 idle in one would hold up what wakes in another until the next tick.
@@ -62,6 +62,10 @@ PATIENT: Final = frozenset(
 )
 """Whole systems from the outside: each wait of these has a limit that is no claim."""
 
+LADDERS: Final = "tests/vm/test_prove_in_a_machine.py"
+"""The longest file, and as patient: it is run here after all that is measured, when this process
+would have nothing to do but to report."""
+
 OPTION: Final = "--beside"
 REPORTS: Final = "NEXUS_TESTS_REPORTS"  # in the environment of another pytest: where it reports
 PART: Final = "NEXUS_TESTS_PART"  # and which tests are its own
@@ -76,6 +80,8 @@ SIZE: Final = struct.Struct("<I")  # bytes of a report
 def part_of(item: pytest.Item) -> Part:
     """Which pytest runs it, if there are several."""
     file = PurePosixPath(item.nodeid.partition("::")[0])
+    if str(file) == LADDERS:
+        return Part.MEASURED
     if not PATIENT.isdisjoint((str(file), str(file.parent))):
         return Part.PATIENT
     if str(file.parent) in ON_THE_MACHINE:
