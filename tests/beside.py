@@ -62,6 +62,7 @@ PATIENT: Final = frozenset(
 )
 """Whole systems from the outside: each wait of these has a limit that is no claim."""
 
+ROOT: Final = Path(__file__).parents[1]
 LADDERS: Final = "tests/vm/test_prove_in_a_machine.py"
 """The longest file, and as patient: it is run here after all that is measured, when this process
 would have nothing to do but to report."""
@@ -246,7 +247,7 @@ def sort(config: pytest.Config, items: list[pytest.Item]) -> None:
     own."""
     if config.pluginmanager.has_plugin("reporter"):
         items[:] = [item for item in items if runs_here(item)]
-    items.sort(key=lambda item: ORDER.index(part_of(item)))
+    items.sort(key=lambda item: (ORDER.index(part_of(item)), item.path == ROOT / LADDERS))
 
 
 ORDER: Final = tuple(Part)

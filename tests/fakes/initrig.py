@@ -99,8 +99,11 @@ Script = Callable[[Request[Any], int], bytes | int | None]
 """The body of the answer to the nth request of its kind; None for no answer, or an exit code."""
 
 
-async def play(boot: BootImage, script: Script, *, keeps_link: bool = True) -> int:
-    """A service that answers meta requests by hand; a script's None is the right answer to Bind."""
+async def play(boot: BootImage, script: Script, *, keeps_link: bool = True, thinks: int = 0) -> int:
+    """A service that answers meta requests by hand; a script's None is the right answer to Bind.
+
+    `thinks`: ns until it answers anything else, or ends as it is asked to.
+    """
     back = Slot(0)
     counts: dict[type, int] = {}
     while True:
@@ -118,6 +121,8 @@ async def play(boot: BootImage, script: Script, *, keeps_link: bool = True) -> i
             if not keeps_link:
                 await CapClose(back)
             continue
+        if thinks:
+            _ = await SleepUntil(Nanos(await Now() + thinks))
         if isinstance(request, Stop):
             return 0
         body = script(request, nth)

@@ -45,6 +45,7 @@ from nexus.abi import (
 from nexus.kernel.core import EXIT_CRASH, RunOver
 from nexus.kernel.linux import LinuxKernel, State, hardening_report
 from nexus.kernel.linux import channel as channel_module
+from nexus.kernel.linux import driver as driver_module
 from nexus.kernel.linux import kernel as kernel_module
 from nexus.kernel.linux.channel import CONSOLE, CONSOLE_HEAD
 from nexus.kernel.linux.driver import Driver
@@ -56,6 +57,7 @@ pytestmark = pytest.mark.linux
 
 IS_ROOT = os.geteuid() == 0
 MILLISECOND = SECOND // 1000
+TIMES = struct.Struct("<qq")  # ns; of the two words of a sender
 PATIENCE = 20 * SECOND  # for what takes a moment on a free machine
 ROUNDS_MAX = 20  # of waits, one of which must end in time on a busy machine
 
@@ -145,6 +147,64 @@ def test_the_self_tests_pass_and_what_they_cause_is_not_evidence_about_the_syste
     ]
     assert [fields["name"] for fields in ended.of(EventKind.SPAWN)] == ["init-lite"]
     assert ended.exit.code == 1
+
+
+# ---- a message that came before the deadline
+
+
+async def _sends_at(boot: BootImage) -> int:
+    """Sends a first and a second word, at the two times that it is sent."""
+    assert boot.control is not None
+    while True:
+        try:
+            message = await Recv((boot.endpoint,), NEVER)
+        except PeerGone:
+            return 0
+        for time_, word in zip(TIMES.unpack(message.data[1:]), (b"first", b"second"), strict=True):
+            _ = await SleepUntil(Nanos(time_))
+            await Send(boot.control, word)
+
+
+@pytest.mark.parametrize("sources", ["two endpoints", "one endpoint", "one link"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_message_wins_over_its_deadline_wherever_the_look_for_it_is_held_up(
+    sources: str, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer of an earlier receive fires; from one look at the clock to the next the second
+    message comes, and the deadline after it passes."""
+    window = (0, 0)  # in it the nth look at the clock takes until its end
+    looks = 0
+
+    def clock() -> int:
+        nonlocal looks
+        now = time.monotonic_ns()
+        if window[0] <= now < window[1]:
+            looks += 1
+            while looks == nth and now < window[1]:
+                now = time.monotonic_ns()
+        return now
+
+    async def root(boot: BootImage) -> int:
+        nonlocal window
+        inbox = await EndpointCreate()
+        spawned = await start(boot, "sender")
+        early = await Now() + SECOND // 5
+        late = early + SECOND // 2
+        await Send(spawned.slot, b"!" + TIMES.pack(early - SECOND // 10, early + SECOND // 10))
+        receive = Recv(
+            (boot.endpoint, inbox) if sources == "two endpoints" else (boot.endpoint,),
+            Nanos(early),
+            link=spawned.link if sources == "one link" else None,
+        )
+        assert (await receive).data == b"first"
+        window = (early, late)
+        receive.deadline = Nanos(late)
+        assert (await receive).data == b"second"
+        return 7
+
+    monkeypatch.setattr(driver_module, "monotonic_ns", clock)
+
+    assert run(root, {"sender": _sends_at}).exit.code == 7
 
 
 # ---- crashes

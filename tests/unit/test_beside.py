@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from tests.beside import Part
+from tests.beside import LADDERS, Part
 
 ROOT: Final = Path(__file__).parents[2]
 TIME_MAX: Final = 120  # seconds of four pytests with a test each
@@ -51,6 +51,10 @@ FOLDERS: Final = {
     Part.SIMULATED: "sim",
     Part.PURE: "unit",
 }
+
+
+def test_the_longest_file_is_there() -> None:
+    assert (ROOT / LADDERS).is_file()
 
 
 def beside(

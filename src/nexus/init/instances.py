@@ -218,7 +218,7 @@ class Instances:
         await self._init.asking.forget(record)
         record.probe_again = None  # what was asked of it is not asked again
         record.probing = False
-        record.well_since = None
+        record.answered = record.well_since = None
         await self._init.on_exit(record, info)
 
     async def kill(self, record: Record, reason: Reason) -> None:

@@ -214,8 +214,8 @@ class BootMemory:
 
     async def on_time(self) -> None:
         """Do what is due."""
-        now = self._init.now
-        if self._stable_at is not None and now >= self._stable_at:
+        now, heard = self._init.now, self._init.hearing.until
+        if self._stable_at is not None and heard >= self._stable_at:
             self._stable_at = None
             self._before = self._memory.unstable = 0
             self._memory.why = ""

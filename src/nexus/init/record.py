@@ -86,6 +86,7 @@ class Record:
     probe_again: Nanos | None = None  # when to ask next
     probing: bool = False  # a Health or GetStatus is unanswered
     probe_begun: Nanos | None = None  # when the present later probe was first tried
+    answered: Nanos | None = None  # its first OK; how it is was not told yet
     well_since: Nanos | None = None  # when this instance was first healthy
     misses: int = 0  # later probes in a row that were not answered as they should
     expired: int = 0  # requests that had expired in its queue, by its last probe
@@ -141,7 +142,8 @@ class Record:
         self.leaving = self.deaf = None
         self.kill_reason = ""
         self.probing = False
-        self.probe_again = self.probe_begun = self.well_since = None
+        self.probe_again = self.probe_begun = None
+        self.answered = self.well_since = None
         self.misses = self.expired = 0
 
     def is_sender(self, sender: Sender) -> bool:

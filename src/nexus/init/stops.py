@@ -83,7 +83,7 @@ class Stops:
 
     async def _advance(self, wanted: Wanted) -> None:
         init, record = self._init, wanted.record
-        hurry = self._hurry is not None and init.now >= self._hurry
+        hurry = self._hurry is not None and init.now >= self._hurry  # whoever is to blame
         if wanted.killed:
             if wanted.due is not None and init.hearing.until >= wanted.due:
                 await self._on_not_ended(wanted)

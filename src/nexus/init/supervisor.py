@@ -72,7 +72,8 @@ from nexus.ipc import Spans
 from nexus.protocols.init import Account, SystemState, TaskState, TrialState
 
 AUDIT_KEPT_MAX: Final = 256  # QoS audit lines of this boot that can be asked for
-DRAIN_MAX: Final = 2 * (LINK_DEPTH_DEFAULT + 1)  # of a service: two links, each full, each ended
+DRAIN_MAX: Final = 2 * (LINK_DEPTH_DEFAULT + 1)  # of a service: two links, each full, each ended;
+# receives take turns between the two endpoints, so that many are enough for what waits at either
 
 EXIT_CLEAN: Final = 0
 EXIT_DIRTY: Final = 1
@@ -169,9 +170,9 @@ class Supervisor:
             except AbiError as error:
                 if error.status not in _WOKEN:
                     raise
-                self.now = await Now()
+                begun, self.now = self.now, await Now()
                 if error.status is Status.TIMED_OUT:
-                    self.hearing.on_nothing(recv.deadline)
+                    self.hearing.on_nothing(max(begun, min(recv.deadline, self.now)))
                 else:
                     self.hearing.on_taken(self.now)
             else:

@@ -105,12 +105,14 @@ class Trial:
     def _blame_time(self, record: Record) -> Nanos | None:
         """When a service that is not well has missed its readiness deadline; None if it waits.
 
-        Counted from its first start, or its end after it had been well; and not before all that it
-        waits for is well, for until then it is not to blame.
+        Counted from its first start, or its end after it had been well; anew from its first OK, as
+        the watchdog does; and not before all that it waits for is well, for until then it is not to
+        blame.
         """
         since = self._unwell_since.get(record.name, record.first_started)
         if since is None:  # never started: its turn has not come, or a grant is not decided
             return None
+        since = max(since, record.answered or since)
         if record.name in self._was_well:  # it misses a probe: that is for the watchdog to judge
             return None
         for link in record.planned.uses:
@@ -138,7 +140,7 @@ class Trial:
         blames = [self._blame_time(each) for each in self._awaited() if not self._is_well(each)]
         times += [time for time in blames if time is not None]
         settled = self._settled_time()
-        if settled is not None and not self._is_told:
+        if settled is not None and not self._is_told and self._init.now < self._deadline:
             times.append(settled if self._report_at is None else max(settled, self._report_at))
         return min(times)
 
@@ -160,7 +162,7 @@ class Trial:
             await self._fail_deadline()
             return
         settled = self._settled_time()
-        if settled is None or now < settled or self._is_told:
+        if settled is None or heard < settled or self._is_told or now >= self._deadline:
             return
         if self._report_at is None or now >= self._report_at:
             await self._report()

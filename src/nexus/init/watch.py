@@ -39,8 +39,10 @@ class Watch:
         return Nanos(since + record.planned.health_deadline)
 
     def _since(self, record: Record) -> Nanos:
-        """The readiness deadline counts from the start, or from a later `init: ready`."""
-        return max(record.started, self._init.ready_at or record.started)
+        """The readiness deadline counts from the start, or from a later `init: ready`; and anew
+        from its first OK, since only then it is asked for what is missing still."""
+        times = (record.started, self._init.ready_at, record.answered)
+        return max(time for time in times if time is not None)
 
     def _unready_time(self, record: Record) -> Nanos:
         """When a late service is killed: the second deadline, counted once all it uses is well."""
@@ -127,6 +129,7 @@ class Watch:
             return
         record.probe_nonce = nonce
         record.expired = reply.expired
+        record.answered = self._init.now if record.answered is None else record.answered
         await self._init.authority.on_health(record)
         if self._waits_for_ready(record):
             await self._on_well(record, {})  # it listens to nothing but that answer now
@@ -184,17 +187,20 @@ class Watch:
         now = self._init.now
         if record.probe_begun is None:
             record.probe_begun = now
-        deadline = Nanos(record.probe_begun + record.planned.probe_answer)
-        if now >= deadline:
-            await self._on_miss(record, Reason.HANG)
-            return
+        room_until = Nanos(record.probe_begun + record.planned.probe_answer)
+        # Init itself may have been held up since the last try: what fits now has its whole time.
+        until = room_until if now < room_until else Nanos(now + record.planned.probe_answer)
 
         async def on_health(reply: Any, _nonce: int) -> None:
-            await self._on_later_health(record, reply, deadline)
+            await self._on_later_health(record, reply, until)
 
-        record.probing = await self._init.ask(record, Probe(), deadline, on_health)
-        if not record.probing:
-            record.probe_again = Nanos(min(now + PROBE_PAUSE, deadline))
+        record.probing = await self._init.ask(record, Probe(), until, on_health)
+        if record.probing:
+            return
+        if now >= room_until:
+            await self._on_miss(record, Reason.HANG)
+            return
+        record.probe_again = Nanos(min(now + PROBE_PAUSE, room_until))
 
     async def _on_later_health(self, record: Record, reply: Any, deadline: Nanos) -> None:
         record.probing = False
@@ -213,7 +219,7 @@ class Watch:
         elif self._waits_for_ready(record):
             self._plan_next(record)
         else:
-            silent = self._init.now >= deadline
+            silent = self._init.hearing.until >= deadline
             await self._on_miss(record, Reason.HANG if silent else Reason.NOT_READY)
 
     async def _on_miss(self, record: Record, reason: Reason) -> None:
