@@ -91,7 +91,7 @@ def _commit_before_the_last() -> None:
 
     def settled(trial: Trial) -> Nanos | None:
         others = (each for each in trial._awaited() if each.name != SELFTEST)
-        return trial._init.now if all(trial._is_well(each) for each in others) else None
+        return trial._init.hearing.until if all(map(trial._is_well, others)) else None
 
     _ = replace(Trial, "_settled_time", settled)
 
